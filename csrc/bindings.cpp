@@ -1,0 +1,37 @@
+// The Python module hne_kernels._C: what is not an op. Importing it registers the ops as well.
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"
+#include "cpu/capability.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = HNE_VERSION;
+  info["commit"] = HNE_COMMIT;
+  info["compiler"] = kCompiler;
+  info["flags"] = HNE_FLAGS;
+  info["torch"] = HNE_TORCH;
+  info["torch_target"] = HNE_TORCH_TARGET;
+  info["sanitizers"] = HNE_SANITIZERS;
+  info["cuda_targets"] = HNE_CUDA_TARGETS;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.def("build_info", &build_info, "How this library was compiled.");
+  module.def("cpu_capability", &hne::cpu_capability, "The instruction set that the kernels use.");
+  module.def("cpu_capabilities_supported", &hne::cpu_capabilities_supported,
+             "Those that this machine has, comma separated, best last.");
+}

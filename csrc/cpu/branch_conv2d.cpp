@@ -1,0 +1,210 @@
+// Dense branch convolution and its two gradients, as register-blocked products over row pointers.
+#include "branch_conv2d.h"
+
+#include "convolution.h"
+
+namespace hne {
+namespace {
+
+// Rows of a task: a multiple of every tile height, small enough for its features to stay in the second cache.
+constexpr int64_t kRows = 120;
+
+}  // namespace
+
+template <typename T>
+void convolve_packed(const Geometry& g, const T* x, const T* packed, const T* bias, Clamp<T> clamp, T* out) {
+  const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kRows);
+  const int64_t tap_size = g.in_channels * kPanel, panel_stride = g.taps() * tap_size;
+  const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
+  const std::vector<T> zeros(g.in_channels, T(0));
+  parallel_tasks(g.branches * chunks, [&](int64_t task) {
+    const int64_t branch = task / chunks, first = task % chunks * kRows, count = std::min(kRows, total - first);
+    const T** rows = scratch<const T*>(0, g.taps() * kRows);
+    T** out_rows = scratch<T*>(1, kRows);
+    Tap<T>* taps = scratch<Tap<T>>(2, g.taps());
+    gather_rows(g, x + branch / g.replicate * g.batch * g.pixels() * g.in_channels, zeros.data(), first, count,
+                rows, kRows);
+    for (int64_t m = 0; m < count; ++m) out_rows[m] = out + (branch * total + first + m) * g.out_channels;
+    for (int64_t t = 0; t < g.taps(); ++t)
+      taps[t] = {rows + t * kRows, packed + branch * branch_size + t * tap_size, panel_stride, g.in_channels};
+    const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels : nullptr;
+    kernels<T>().gemm({taps, g.taps(), count, g.out_channels, out_rows, branch_bias, nullptr, clamp});
+  });
+}
+
+template void convolve_packed(const Geometry&, const float*, const float*, const float*, Clamp<float>, float*);
+template void convolve_packed(const Geometry&, const double*, const double*, const double*, Clamp<double>, double*);
+
+namespace {
+
+Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
+                     int64_t stride, int64_t padding, int64_t replicate) {
+  STD_TORCH_CHECK(weight_in.dim() == 5, "weight: expected 5 dimensions");
+  const Geometry g = forward_geometry(x_in, weight_in.size(0), weight_in.size(1), weight_in.size(3), stride, padding,
+                                      replicate);
+  check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
+  check_kind("x", x_in, x_in);
+  check_kind("weight", weight_in, x_in);
+  if (bias_in.has_value()) {
+    check_shape("bias", *bias_in, {g.branches, g.out_channels});
+    check_kind("bias", *bias_in, x_in);
+  }
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const std::optional<Tensor> bias = contiguous(widen(bias_in));
+  Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const int64_t panel_stride = g.taps() * g.in_channels * kPanel;
+    const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
+    const Tensor packed = torch::stable::new_empty(weight, {g.branches * branch_size});
+    parallel_tasks(g.branches, [&](int64_t branch) {
+      pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.out_channels, g.in_channels,
+           g.taps(), g.in_channels * g.taps(), g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
+    });
+    convolve_packed(g, data<T>(x), data<T>(packed), data<T>(bias), Clamp<T>{}, mutable_data<T>(out));
+  });
+  return round_to(out, x_in.scalar_type());
+}
+
+// Input pixels of one phase (iy % stride, ix % stride) meet the same taps of the kernel; every phase is a
+// product of its own, over the taps of all children of the parent.
+template <typename T>
+void convolve_input(const Geometry& g, const T* grad, const T* packed, T* out) {
+  const int64_t s = g.stride, tap_size = g.out_channels * kPanel;
+  const int64_t panel_stride = g.replicate * g.taps() * tap_size;
+  const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
+  const std::vector<T> zeros(g.out_channels, T(0));
+  const int64_t phase_height = ceil_div(g.height, s), phase_width = ceil_div(g.width, s);
+  const int64_t chunks = ceil_div(g.batch * phase_height * phase_width, kRows);
+  parallel_tasks(g.parents * s * s * chunks, [&](int64_t task) {
+    const int64_t parent = task / (s * s * chunks), phase = task / chunks % (s * s), chunk = task % chunks;
+    const int64_t py = phase / s, px = phase % s;
+    const int64_t height = ceil_div(g.height - py, s), width = ceil_div(g.width - px, s);  // of this phase
+    if (height <= 0 || width <= 0) return;
+    const int64_t first = chunk * kRows, count = std::min(kRows, g.batch * height * width - first);
+    if (count <= 0) return;
+    const int64_t children = std::min(g.replicate, g.branches - parent * g.replicate);
+    const T** rows = scratch<const T*>(0, g.replicate * g.taps() * kRows);
+    T** out_rows = scratch<T*>(1, kRows);
+    Tap<T>* taps = scratch<Tap<T>>(2, g.replicate * g.taps());
+    int64_t used = 0;
+    for (int64_t child = 0; child < children; ++child) {
+      const int64_t branch = parent * g.replicate + child;
+      for (int64_t ky = (py + g.padding) % s; ky < g.kernel_size; ky += s)
+        for (int64_t kx = (px + g.padding) % s; kx < g.kernel_size; kx += s, ++used) {
+          const int64_t tap = child * g.taps() + ky * g.kernel_size + kx;
+          taps[used] = {rows + used * kRows, packed + parent * parent_size + tap * tap_size, panel_stride,
+                        g.out_channels};
+          for (int64_t m = 0; m < count; ++m) {
+            const int64_t at = first + m, b = at / (height * width);
+            const int64_t iy = at / width % height * s + py, ix = at % width * s + px;
+            const int64_t dy = iy + g.padding - ky, dx = ix + g.padding - kx;  // multiples of s
+            const bool inside = dy >= 0 && dx >= 0 && dy / s < g.out_height && dx / s < g.out_width;
+            rows[used * kRows + m] =
+                inside ? grad + ((branch * g.batch + b) * g.out_pixels() + dy / s * g.out_width + dx / s) * g.out_channels
+                       : zeros.data();
+          }
+        }
+    }
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t at = first + m, b = at / (height * width);
+      const int64_t iy = at / width % height * s + py, ix = at % width * s + px;
+      out_rows[m] = out + ((parent * g.batch + b) * g.pixels() + iy * g.width + ix) * g.in_channels;
+    }
+    kernels<T>().gemm({taps, used, count, g.in_channels, out_rows, nullptr, nullptr, Clamp<T>{}});
+  });
+}
+
+Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_in, int64_t height, int64_t width,
+                                    int64_t stride, int64_t padding, int64_t replicate) {
+  STD_TORCH_CHECK(weight_in.dim() == 5, "weight: expected 5 dimensions");
+  const Geometry g = backward_geometry(grad_in, weight_in.size(2), height, width, weight_in.size(3), stride, padding,
+                                       replicate);
+  check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
+  check_kind("grad", grad_in, grad_in);
+  check_kind("weight", weight_in, grad_in);
+  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = torch::stable::contiguous(widen(weight_in));
+  Tensor out = torch::stable::new_empty(grad, {g.parents, g.batch, height, width, g.in_channels});
+  dispatch(grad, [&](auto type) {
+    using T = decltype(type);
+    const int64_t child_size = g.taps() * g.out_channels * kPanel, panel_stride = g.replicate * child_size;
+    const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
+    const Tensor packed = torch::stable::new_empty(weight, {g.parents * parent_size});
+    parallel_tasks(g.branches, [&](int64_t branch) {
+      pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.in_channels, g.out_channels,
+           g.taps(), g.taps(), g.in_channels * g.taps(), panel_stride,
+           mutable_data<T>(packed) + branch / g.replicate * parent_size + branch % g.replicate * child_size);
+    });
+    convolve_input(g, data<T>(grad), data<T>(packed), mutable_data<T>(out));
+  });
+  return round_to(out, grad_in.scalar_type());
+}
+
+// A task sums one tap of a share of the rows into a matrix of its own; the shares are then added in order, so
+// the result does not depend on which thread did what.
+template <typename T>
+void convolve_weight(const Geometry& g, const T* grad, const T* x, T* partial, int64_t shares, T* out) {
+  const int64_t total = g.batch * g.out_pixels(), matrix = g.out_channels * g.in_channels;
+  const std::vector<T> zeros(g.in_channels, T(0));
+  parallel_tasks(g.branches * g.taps() * shares, [&](int64_t task) {
+    const int64_t branch = task / (g.taps() * shares), tap = task / shares % g.taps(), share = task % shares;
+    T* sum = partial + task * matrix;
+    std::fill(sum, sum + matrix, T(0));
+    const T** left = scratch<const T*>(0, kRows);
+    const T** right = scratch<const T*>(1, kRows);
+    const T* branch_grad = grad + branch * total * g.out_channels;
+    const T* branch_x = x + branch / g.replicate * g.batch * g.pixels() * g.in_channels;
+    const int64_t ky = tap / g.kernel_size, kx = tap % g.kernel_size;
+    const int64_t chunks = ceil_div(total, kRows);
+    for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
+      const int64_t first = chunk * kRows, count = std::min(kRows, total - first);
+      for (int64_t m = 0; m < count; ++m) {
+        const int64_t at = first + m, b = at / g.out_pixels();
+        const int64_t iy = at / g.out_width % g.out_height * g.stride + ky - g.padding;
+        const int64_t ix = at % g.out_width * g.stride + kx - g.padding;
+        const bool inside = iy >= 0 && iy < g.height && ix >= 0 && ix < g.width;
+        left[m] = branch_grad + at * g.out_channels;
+        right[m] = inside ? branch_x + (b * g.pixels() + iy * g.width + ix) * g.in_channels : zeros.data();
+      }
+      kernels<T>().outer({left, right, count, g.out_channels, g.in_channels, sum});
+    }
+  });
+  parallel_tasks(g.branches * g.taps(), [&](int64_t task) {
+    T* sum = partial + task * shares * matrix;
+    for (int64_t share = 1; share < shares; ++share)
+      kernels<T>().add_scaled(sum, sum + share * matrix, T(1), matrix);
+    T* weight = out + task / g.taps() * matrix * g.taps() + task % g.taps();
+    for (int64_t i = 0; i < matrix; ++i) weight[i * g.taps()] = sum[i];
+  });
+}
+
+Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, int64_t kernel_size, int64_t stride,
+                                     int64_t padding, int64_t replicate) {
+  STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
+  const Geometry g = backward_geometry(grad_in, x_in.size(4), x_in.size(2), x_in.size(3), kernel_size, stride, padding,
+                                       replicate);
+  check_shape("x", x_in, {g.parents, g.batch, g.height, g.width, g.in_channels});
+  check_kind("grad", grad_in, grad_in);
+  check_kind("x", x_in, grad_in);
+  const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
+  Tensor out = torch::stable::new_empty(grad, {g.branches, g.out_channels, g.in_channels, kernel_size, kernel_size});
+  dispatch(grad, [&](auto type) {
+    using T = decltype(type);
+    const int64_t threads = torch::stable::get_num_threads(), matrices = g.branches * g.taps();
+    const int64_t chunks = ceil_div(g.batch * g.out_pixels(), kRows);
+    const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
+    const Tensor partial = torch::stable::new_empty(grad, {matrices * shares, g.out_channels * g.in_channels});
+    convolve_weight(g, data<T>(grad), data<T>(x), mutable_data<T>(partial), shares, mutable_data<T>(out));
+  });
+  return round_to(out, grad_in.scalar_type());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
+  m.impl("branch_conv2d", TORCH_BOX(&branch_conv2d));
+  m.impl("branch_conv2d_backward_input", TORCH_BOX(&branch_conv2d_backward_input));
+  m.impl("branch_conv2d_backward_weight", TORCH_BOX(&branch_conv2d_backward_weight));
+}
+
+}  // namespace hne

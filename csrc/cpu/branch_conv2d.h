@@ -1,0 +1,28 @@
+// Packed weights and the convolution with them: what branch_conv2d, fused_conv2d and prefix_logits share.
+#pragma once
+
+#include "convolution.h"
+
+namespace hne {
+
+// weight element (n, k, tap) of one branch, by strides, to panels [panel][tap][k][16].
+template <typename T>
+void pack(const T* weight, int64_t channels, int64_t depth, int64_t taps, int64_t stride_n, int64_t stride_k,
+          int64_t panel_stride, T* packed) {
+  for (int64_t n0 = 0, panel = 0; n0 < channels; n0 += kPanel, ++panel)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      T* out = packed + panel * panel_stride + tap * depth * kPanel;
+      const T* in = weight + n0 * stride_n + tap;
+      const int64_t present = std::min(kPanel, channels - n0);
+      for (int64_t k = 0; k < depth; ++k, out += kPanel) {
+        for (int64_t n = 0; n < present; ++n) out[n] = in[n * stride_n + k * stride_k];
+        for (int64_t n = present; n < kPanel; ++n) out[n] = T(0);
+      }
+    }
+}
+
+// out = clamp(conv(x, packed) + bias): packed is [branch][panel][tap][in_channels][kPanel], bias may be null.
+template <typename T>
+void convolve_packed(const Geometry& g, const T* x, const T* packed, const T* bias, Clamp<T> clamp, T* out);
+
+}  // namespace hne

@@ -1,0 +1,165 @@
+// Depthwise branch convolution and its two gradients, a row of pixels at a time.
+#include "convolution.h"
+
+namespace hne {
+namespace {
+
+// [branch][channel][tap] to [branch][tap][channel]; flipped for the gradient of a convolution's input.
+template <typename T>
+Tensor channels_last(const Tensor& weight, int64_t taps, bool flip) {
+  const int64_t branches = weight.size(0), channels = weight.size(1);
+  const Tensor out = torch::stable::new_empty(weight, {branches, taps, channels});
+  const T* from = data<T>(weight);
+  T* to = mutable_data<T>(out);
+  for (int64_t branch = 0; branch < branches; ++branch)
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t c = 0; c < channels; ++c)
+        to[(branch * taps + tap) * channels + c] = from[(branch * channels + c) * taps + (flip ? taps - 1 - tap : tap)];
+  return out;
+}
+
+Geometry check_forward(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t replicate) {
+  STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions");
+  const Geometry g = forward_geometry(x, weight.size(0), weight.size(1), weight.size(2), stride, padding, replicate);
+  check_shape("weight", weight, {g.branches, g.in_channels, g.kernel_size, g.kernel_size});
+  check_kind("x", x, x);
+  check_kind("weight", weight, x);
+  return g;
+}
+
+Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
+                               int64_t stride, int64_t padding, int64_t replicate) {
+  const Geometry g = check_forward(x_in, weight_in, stride, padding, replicate);
+  if (bias_in.has_value()) {
+    check_shape("bias", *bias_in, {g.branches, g.out_channels});
+    check_kind("bias", *bias_in, x_in);
+  }
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const std::optional<Tensor> bias = contiguous(widen(bias_in));
+  Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const Tensor filters = channels_last<T>(weight, g.taps(), false);
+    const int64_t channels = g.in_channels, row_size = g.width * channels;
+    const std::vector<T> zeros(row_size, T(0));
+    parallel_tasks(g.branches * g.batch, [&](int64_t task) {
+      const int64_t branch = task / g.batch, b = task % g.batch;
+      const T* sample = data<T>(x) + (branch / g.replicate * g.batch + b) * g.height * row_size;
+      T* out_sample = mutable_data<T>(out) + task * g.out_pixels() * channels;
+      const T** rows = scratch<const T*>(0, g.kernel_size);
+      for (int64_t oy = 0; oy < g.out_height; ++oy) {
+        for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
+          const int64_t iy = oy * g.stride + ky - g.padding;
+          rows[ky] = iy >= 0 && iy < g.height ? sample + iy * row_size : zeros.data();
+        }
+        const T* branch_bias = bias.has_value() ? data<T>(bias) + branch * channels : nullptr;
+        kernels<T>().depthwise_row({rows, data<T>(filters) + branch * g.taps() * channels, branch_bias,
+                                    out_sample + oy * g.out_width * channels, g.width, g.out_width, channels,
+                                    g.kernel_size, g.stride, g.padding, false, Clamp<T>{}});
+      }
+    });
+  });
+  return round_to(out, x_in.scalar_type());
+}
+
+Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_in, int64_t height,
+                                              int64_t width, int64_t stride, int64_t padding, int64_t replicate) {
+  STD_TORCH_CHECK(weight_in.dim() == 4, "weight: expected 4 dimensions");
+  const Geometry g = backward_geometry(grad_in, weight_in.size(1), height, width, weight_in.size(2), stride, padding,
+                                       replicate);
+  check_shape("weight", weight_in, {g.branches, g.in_channels, g.kernel_size, g.kernel_size});
+  STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match weight");
+  check_kind("grad", grad_in, grad_in);
+  check_kind("weight", weight_in, grad_in);
+  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = torch::stable::contiguous(widen(weight_in));
+  Tensor out = torch::stable::new_empty(grad, {g.parents, g.batch, height, width, g.in_channels});
+  dispatch(grad, [&](auto type) {
+    using T = decltype(type);
+    // With stride 1 it is the convolution of the gradient with the flipped filter, padded to the full overlap.
+    const bool correlate = stride == 1 && padding < g.kernel_size;
+    const Tensor filters = channels_last<T>(weight, g.taps(), correlate);
+    const int64_t channels = g.in_channels, row_size = g.out_width * channels, k = g.kernel_size;
+    const std::vector<T> zeros(row_size, T(0));
+    parallel_tasks(g.parents * g.batch, [&](int64_t task) {
+      const int64_t parent = task / g.batch, b = task % g.batch;
+      const T** rows = scratch<const T*>(0, k);
+      T* out_sample = mutable_data<T>(out) + task * height * width * channels;
+      if (!correlate) std::fill(out_sample, out_sample + height * width * channels, T(0));
+      const int64_t last = std::min(g.branches, (parent + 1) * g.replicate);
+      for (int64_t branch = parent * g.replicate; branch < last; ++branch) {
+        const T* sample = data<T>(grad) + (branch * g.batch + b) * g.out_height * row_size;
+        const T* filter = data<T>(filters) + branch * g.taps() * channels;
+        for (int64_t iy = 0; iy < height; ++iy) {
+          T* out_row = out_sample + iy * width * channels;
+          for (int64_t ky = 0; ky < k; ++ky) {
+            const int64_t dy = iy + g.padding - (correlate ? k - 1 - ky : ky);
+            const bool inside = dy >= 0 && dy % stride == 0 && dy / stride < g.out_height;
+            rows[ky] = inside ? sample + dy / stride * row_size : correlate ? zeros.data() : nullptr;
+          }
+          if (correlate)
+            kernels<T>().depthwise_row({rows, filter, nullptr, out_row, g.out_width, width, channels, k, 1,
+                                        k - 1 - padding, branch > parent * g.replicate, Clamp<T>{}});
+          else
+            kernels<T>().depthwise_input_row(
+                {rows, filter, out_row, width, g.out_width, channels, k, stride, padding});
+        }
+      }
+    });
+  });
+  return round_to(out, grad_in.scalar_type());
+}
+
+Tensor branch_depthwise_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, int64_t kernel_size,
+                                               int64_t stride, int64_t padding, int64_t replicate) {
+  STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
+  const Geometry g = backward_geometry(grad_in, x_in.size(4), x_in.size(2), x_in.size(3), kernel_size, stride, padding,
+                                       replicate);
+  check_shape("x", x_in, {g.parents, g.batch, g.height, g.width, g.in_channels});
+  STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match x");
+  check_kind("grad", grad_in, grad_in);
+  check_kind("x", x_in, grad_in);
+  const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
+  Tensor out = torch::stable::new_empty(grad, {g.branches, g.in_channels, kernel_size, kernel_size});
+  dispatch(grad, [&](auto type) {
+    using T = decltype(type);
+    const int64_t channels = g.in_channels, row_size = g.width * channels, filter = g.taps() * channels;
+    // Sums per sample, added over the batch in order: the same for any number of threads.
+    const Tensor partial = torch::stable::new_empty(grad, {g.branches * g.batch, filter});
+    parallel_tasks(g.branches * g.batch, [&](int64_t task) {
+      const int64_t branch = task / g.batch, b = task % g.batch;
+      const T* sample = data<T>(x) + (branch / g.replicate * g.batch + b) * g.height * row_size;
+      const T* grad_sample = data<T>(grad) + task * g.out_pixels() * channels;
+      T* sum = mutable_data<T>(partial) + task * filter;
+      std::fill(sum, sum + filter, T(0));
+      const T** rows = scratch<const T*>(0, g.kernel_size);
+      for (int64_t oy = 0; oy < g.out_height; ++oy) {
+        for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
+          const int64_t iy = oy * stride + ky - padding;
+          rows[ky] = iy >= 0 && iy < g.height ? sample + iy * row_size : nullptr;
+        }
+        kernels<T>().depthwise_weight_row({grad_sample + oy * g.out_width * channels, rows, sum, g.width, g.out_width,
+                                           channels, g.kernel_size, stride, padding});
+      }
+    });
+    parallel_tasks(g.branches, [&](int64_t branch) {
+      T* sum = scratch<T>(0, filter);
+      std::fill(sum, sum + filter, T(0));
+      for (int64_t b = 0; b < g.batch; ++b)
+        kernels<T>().add_scaled(sum, data<T>(partial) + (branch * g.batch + b) * filter, T(1), filter);
+      T* weight = mutable_data<T>(out) + branch * filter;
+      for (int64_t tap = 0; tap < g.taps(); ++tap)
+        for (int64_t c = 0; c < channels; ++c) weight[c * g.taps() + tap] = sum[tap * channels + c];
+    });
+  });
+  return round_to(out, grad_in.scalar_type());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
+  m.impl("branch_depthwise_conv2d", TORCH_BOX(&branch_depthwise_conv2d));
+  m.impl("branch_depthwise_conv2d_backward_input", TORCH_BOX(&branch_depthwise_conv2d_backward_input));
+  m.impl("branch_depthwise_conv2d_backward_weight", TORCH_BOX(&branch_depthwise_conv2d_backward_weight));
+}
+
+}  // namespace hne

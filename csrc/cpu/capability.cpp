@@ -1,0 +1,62 @@
+#include "capability.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace hne {
+namespace {
+
+bool supported(Capability level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (level == Capability::avx2) return avx2;
+  if (level == Capability::avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return level == Capability::portable;
+}
+
+const char* name(Capability level) {
+  switch (level) {
+    case Capability::avx512:
+      return "avx512";
+    case Capability::avx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+Capability choose() {
+  const char* wanted = std::getenv("HNE_CPU_CAPABILITY");
+  for (Capability level : {Capability::avx512, Capability::avx2, Capability::portable}) {
+    if (wanted != nullptr && *wanted != '\0') {
+      if (std::string(wanted) != name(level)) continue;
+      if (!supported(level))
+        throw std::runtime_error(std::string("HNE_CPU_CAPABILITY: this machine has ") +
+                                 cpu_capabilities_supported() + ", got " + wanted);
+      return level;
+    }
+    if (supported(level)) return level;
+  }
+  throw std::runtime_error(std::string("HNE_CPU_CAPABILITY: expected portable, avx2 or avx512, got ") + wanted);
+}
+
+}  // namespace
+
+Capability capability() {
+  static const Capability chosen = choose();
+  return chosen;
+}
+
+const char* cpu_capability() { return name(capability()); }
+
+const char* cpu_capabilities_supported() {
+  if (supported(Capability::avx512)) return "portable, avx2, avx512";
+  return supported(Capability::avx2) ? "portable, avx2" : "portable";
+}
+
+}  // namespace hne

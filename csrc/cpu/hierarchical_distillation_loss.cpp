@@ -1,0 +1,54 @@
+// The co-distillation objective, value and gradient in one pass: each sample's logits are read once.
+#include <cmath>
+
+#include "op.h"
+
+namespace hne {
+namespace {
+
+std::tuple<Tensor, Tensor> hierarchical_distillation_loss(const Tensor& logits_in, const Tensor& target_in,
+                                                          double alpha, double temperature) {
+  STD_TORCH_CHECK(logits_in.dim() == 3, "logits: expected 3 dimensions");
+  check_kind("logits", logits_in, logits_in);
+  const int64_t models = logits_in.size(0), batch = logits_in.size(1), classes = logits_in.size(2);
+  check_shape("target", target_in, {batch});
+  STD_TORCH_CHECK(target_in.is_cpu() && target_in.scalar_type() == ScalarType::Long, "target: expected int64 on the CPU");
+  STD_TORCH_CHECK(models >= 1 && classes >= 1, "logits: expected at least one model and one class");
+  const Tensor logits = torch::stable::contiguous(widen(logits_in)), target = torch::stable::contiguous(target_in);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t label = data<int64_t>(target)[b];
+    STD_TORCH_CHECK(label >= 0 && label < classes, "target: expected class indices from 0 to ", classes - 1, ", got ",
+                    label, " at position ", b);
+  }
+  Tensor loss = torch::stable::new_empty(logits, std::vector<int64_t>{});
+  Tensor grad = torch::stable::new_empty(logits, {models, batch, classes});
+  std::vector<int64_t> students;
+  for (int64_t size = 1; size < models; size *= 2) students.push_back(size);
+  dispatch(logits, [&](auto type) {
+    using T = decltype(type);
+    std::vector<double> losses(batch);
+    torch::stable::parallel_for(0, batch, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        DistillSample<T> d{};
+        d.logits = data<T>(logits) + b * classes, d.grad = mutable_data<T>(grad) + b * classes;
+        d.scratch = scratch<T>(0, (int64_t(students.size()) + 2) * classes);
+        d.students = students.data(), d.num_students = int64_t(students.size());
+        d.models = models, d.classes = classes, d.stride = batch * classes, d.target = data<int64_t>(target)[b];
+        d.alpha = alpha, d.temperature = temperature, d.batch = double(batch);
+        losses[b] = kernels<T>().distill_sample(d);
+      }
+    });
+    double total = 0;
+    for (const double value : losses) total += value;
+    *mutable_data<T>(loss) = batch > 0 ? T(total / double(batch)) : T(NAN);
+  });
+  return {round_to(loss, logits_in.scalar_type()), round_to(grad, logits_in.scalar_type())};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
+  m.impl("hierarchical_distillation_loss", TORCH_BOX(&hierarchical_distillation_loss));
+}
+
+}  // namespace hne

@@ -1,0 +1,28 @@
+// 32 registers of 16 floats; run only where capability() found them.
+#if defined(__x86_64__)
+
+// The standard headers come before the target: what they define must run on any machine.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "../kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+#define HNE_ISA avx512
+#define HNE_VECTOR_BYTES 64
+#define HNE_REGISTERS 32
+
+#include "table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

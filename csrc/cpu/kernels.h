@@ -1,0 +1,164 @@
+// The inner kernels, one table per instruction set (isa/*.cpp), and what they are asked to compute.
+// Everything is row-major; "row" means the channels of one pixel of one branch, contiguous in memory.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "capability.h"
+
+namespace hne {
+
+// Output channels that a packed weight keeps side by side (hne_kernels/packing.py).
+constexpr int64_t kPanel = 16;
+
+// Every activation is a clamp: none (-inf, inf), relu (0, inf), relu6 (0, 6).
+template <typename T>
+struct Clamp {
+  T low = -std::numeric_limits<T>::infinity();
+  T high = std::numeric_limits<T>::infinity();
+  bool active() const { return low == T(0); }
+
+  static Clamp named(const std::string& activation) {
+    Clamp clamp;
+    if (activation != "none") clamp.low = T(0);
+    if (activation == "relu6") clamp.high = T(6);
+    return clamp;
+  }
+};
+
+// One term of a convolution: rows[m] . weight, where weight is [panel][depth][kPanel] and panels lie
+// panel_stride apart. A 1x1 convolution has one tap, a kxk convolution k*k, and a bottleneck's last
+// product has two: the projection and the shortcut.
+template <typename T>
+struct Tap {
+  const T* const* rows;
+  const T* weight;
+  int64_t panel_stride;
+  int64_t depth;
+};
+
+// out[m][n] = clamp(sum over taps + bias[n] + add[m][n])
+template <typename T>
+struct Gemm {
+  const Tap<T>* taps;
+  int64_t num_taps;
+  int64_t count;          // rows m
+  int64_t channels;       // columns n
+  T* const* out;          // [count]
+  const T* bias;          // [channels] or null
+  const T* const* add;    // [count] rows or null
+  Clamp<T> clamp;
+};
+
+// sum[i][j] += over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights
+template <typename T>
+struct Outer {
+  const T* const* left;
+  const T* const* right;
+  int64_t count;
+  int64_t left_channels;
+  int64_t right_channels;
+  T* sum;  // [left_channels][right_channels]
+};
+
+// One row of pixels of a depthwise convolution. rows[ky] are the input rows (zeros where outside the map).
+template <typename T>
+struct DepthwiseRow {
+  const T* const* rows;  // [kernel_size]
+  const T* weight;       // [kernel_size][kernel_size][channels]
+  const T* bias;         // [channels] or null
+  T* out;                // [out_width][channels]
+  int64_t width, out_width, channels, kernel_size, stride, padding;
+  bool accumulate;       // start from out instead of bias
+  Clamp<T> clamp;
+};
+
+// One row of pixels of the gradient of a depthwise convolution's input, stride above 1:
+// out[ix] += sum over kx, ky of rows[ky][ox] * weight[ky][kx], ox * stride + kx = ix + padding.
+template <typename T>
+struct DepthwiseInputRow {
+  const T* const* rows;  // [kernel_size], null where no output row meets this input row
+  const T* weight;       // [kernel_size][kernel_size][channels]
+  T* out;                // [width][channels]
+  int64_t width, out_width, channels, kernel_size, stride, padding;
+};
+
+// sum[ky][kx][c] += over ox of grad[ox][c] * rows[ky][ox * stride + kx - padding][c]
+template <typename T>
+struct DepthwiseWeightRow {
+  const T* grad;         // [out_width][channels]
+  const T* const* rows;  // [kernel_size], null where outside the map
+  T* sum;                // [kernel_size][kernel_size][channels]
+  int64_t width, out_width, channels, kernel_size, stride, padding;
+};
+
+// Batch norm over `count` rows of `channels`; statistics are kept in double.
+template <typename T>
+struct NormRows {
+  const T* x;
+  const T* y;         // output of the forward pass, to know where the activation was flat
+  const T* grad;
+  const T* residual;  // or null
+  const T* mean;      // [channels]
+  const T* scale;     // [channels] weight / sqrt(var + eps)
+  const T* shift;     // [channels] forward: bias; backward: mean of the gradient
+  const T* slope;     // [channels] backward: mean of gradient * (x - mean), over var + eps
+  T* out;
+  T* out_residual;    // gradient of the residual, or null
+  double* sums;       // [2][channels], added to
+  int64_t count, channels;
+  Clamp<T> clamp;
+};
+
+// Ensembles of one sample: prefix means over the members and the distillation loss.
+template <typename T>
+struct DistillSample {
+  const T* logits;          // [models] rows of `classes`, `stride` apart
+  T* grad;                  // the same layout
+  T* scratch;               // [num_students + 2][classes]
+  const int64_t* students;  // ensemble sizes below models
+  int64_t num_students, models, classes, stride, target;
+  double alpha, temperature, batch;
+};
+
+template <typename T>
+struct Kernels {
+  void (*gemm)(const Gemm<T>&);
+  void (*outer)(const Outer<T>&);
+  void (*depthwise_row)(const DepthwiseRow<T>&);
+  void (*depthwise_input_row)(const DepthwiseInputRow<T>&);
+  void (*depthwise_weight_row)(const DepthwiseWeightRow<T>&);
+  void (*norm_statistics)(const NormRows<T>&);
+  void (*norm_apply)(const NormRows<T>&);
+  void (*norm_backward_sums)(const NormRows<T>&);
+  void (*norm_backward_apply)(const NormRows<T>&);
+  void (*add_scaled)(T* out, const T* x, T scale, int64_t count);            // out += scale * x
+  void (*store_scaled)(T* out, const T* x, T scale, int64_t count);          // out = scale * x
+  double (*distill_sample)(const DistillSample<T>&);                         // the sample's loss
+};
+
+namespace portable {
+template <typename T>
+const Kernels<T>& table();
+}
+namespace avx2 {
+template <typename T>
+const Kernels<T>& table();
+}
+namespace avx512 {
+template <typename T>
+const Kernels<T>& table();
+}
+
+template <typename T>
+const Kernels<T>& kernels() {
+#if defined(__x86_64__)
+  if (capability() == Capability::avx512) return avx512::table<T>();
+  if (capability() == Capability::avx2) return avx2::table<T>();
+#endif
+  return portable::table<T>();
+}
+
+}  // namespace hne

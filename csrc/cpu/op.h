@@ -1,0 +1,104 @@
+// What every op needs: argument checks, dtype dispatch, scratch memory, parallel loops.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace hne {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Guards the memory; the friendly messages are those of hne_kernels/checks.py, which runs first.
+inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name,
+                  ": unexpected shape");
+}
+
+inline void check_kind(const char* name, const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of the first tensor");
+}
+
+// f(T{}) with T = float or double, the types that kernels compute in.
+template <typename F>
+auto dispatch(const Tensor& t, const F& f) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
+                  "expected float32, float64 or bfloat16");
+  return t.scalar_type() == ScalarType::Float ? f(float{}) : f(double{});
+}
+
+// bfloat16 is computed in float32: widened on entry, rounded once on exit.
+inline bool narrow_type(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
+inline Tensor widen(const Tensor& t) { return narrow_type(t) ? torch::stable::to(t, ScalarType::Float) : t; }
+inline std::optional<Tensor> widen(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(widen(*t)) : std::nullopt;
+}
+inline Tensor round_to(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+const T* data(const std::optional<Tensor>& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
+}
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Memory that a thread keeps between tasks; each use has a slot of its own, uninitialised.
+template <typename T>
+T* scratch(int slot, int64_t count) {
+  struct Buffer {
+    void* memory = nullptr;
+    size_t bytes = 0;
+    ~Buffer() { std::free(memory); }
+  };
+  thread_local Buffer buffers[8];
+  Buffer& buffer = buffers[slot];
+  const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
+  if (bytes > buffer.bytes) {
+    std::free(buffer.memory);
+    buffer.bytes = 0;
+    buffer.memory = std::aligned_alloc(64, bytes);
+    if (buffer.memory == nullptr) throw std::bad_alloc();
+    buffer.bytes = bytes;
+  }
+  return static_cast<T*>(buffer.memory);
+}
+
+// f(task) for every task, by all threads of torch.set_num_threads.
+template <typename F>
+void parallel_tasks(int64_t tasks, const F& f) {
+  if (tasks <= 0) return;
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task);
+  });
+}
+
+}  // namespace hne

@@ -1,0 +1,28 @@
+// Checks that the ops over nested ensembles share.
+#pragma once
+
+#include "op.h"
+
+namespace hne {
+
+inline void check_prefix_sizes(const std::vector<int64_t>& sizes, int64_t models) {
+  int64_t previous = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(size > previous && size <= models, "sizes: expected to rise from 1 to the number of models");
+    previous = size;
+  }
+}
+
+// Running sums over the members of `count` values: means[p] = sum of the first sizes[p] members / sizes[p].
+template <typename T>
+void prefix_means(const T* member, int64_t member_stride, int64_t models, const std::vector<int64_t>& sizes, T* sum,
+                  int64_t count, T* means, int64_t mean_stride) {
+  std::fill(sum, sum + count, T(0));
+  size_t p = 0;
+  for (int64_t n = 0; n < models && p < sizes.size(); ++n) {
+    kernels<T>().add_scaled(sum, member + n * member_stride, T(1), count);
+    if (sizes[p] == n + 1) kernels<T>().store_scaled(means + p++ * mean_stride, sum, T(1) / T(n + 1), count);
+  }
+}
+
+}  // namespace hne

@@ -1,0 +1,50 @@
+// Every op of the package at a glance. Shapes and meaning: hne_kernels/<op>.py.
+// Features are branch-major and channels-last, [branch, batch, height, width, channel];
+// `replicate` r lets output branch g read input branch g / r. A backward is an op like any other.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(hne, m) {
+  m.def("branch_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, int replicate) -> Tensor");
+  m.def(
+      "branch_conv2d_backward_input(Tensor grad, Tensor weight, SymInt height, SymInt width, "
+      "int stride, int padding, int replicate) -> Tensor");
+  m.def(
+      "branch_conv2d_backward_weight(Tensor grad, Tensor x, int kernel_size, "
+      "int stride, int padding, int replicate) -> Tensor");
+
+  m.def(
+      "branch_depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, "
+      "int replicate) -> Tensor");
+  m.def(
+      "branch_depthwise_conv2d_backward_input(Tensor grad, Tensor weight, SymInt height, SymInt width, "
+      "int stride, int padding, int replicate) -> Tensor");
+  m.def(
+      "branch_depthwise_conv2d_backward_weight(Tensor grad, Tensor x, int kernel_size, "
+      "int stride, int padding, int replicate) -> Tensor");
+
+  m.def(
+      "branch_batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, str activation, float eps) "
+      "-> (Tensor y, Tensor mean, Tensor var)");
+  m.def(
+      "branch_batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, "
+      "bool residual, str activation, float eps) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+
+  m.def(
+      "fused_conv2d(Tensor x, Tensor weight, Tensor bias, int stride, int padding, int replicate, "
+      "str activation) -> Tensor");
+  m.def(
+      "fused_bottleneck(Tensor x, Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
+      "Tensor project, Tensor project_bias, Tensor? shortcut, Tensor? shortcut_bias, int stride, int replicate, "
+      "str activation, bool identity, str final_activation) -> Tensor");
+
+  m.def("prefix_mean(Tensor logits, int[] sizes) -> Tensor");
+  m.def("prefix_mean_backward(Tensor grad, int[] sizes, SymInt num_models) -> Tensor");
+  m.def(
+      "prefix_logits(Tensor features, Tensor weight, Tensor? bias, int[] sizes) "
+      "-> (Tensor member, Tensor prefix)");
+
+  m.def(
+      "hierarchical_distillation_loss(Tensor logits, Tensor target, float alpha, float temperature) "
+      "-> (Tensor loss, Tensor grad)");
+}

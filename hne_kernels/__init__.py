@@ -1,0 +1,37 @@
+"""Fused CPU, Triton and CUDA kernels for Hierarchical Neural Ensembles.
+
+Features are branch-major and channels-last, ``[branch, batch, height, width, channel]``: a smaller ensemble is a
+leading slice of features and weights, and the replication of a branching layer is an index, never a copy.
+"""
+
+from . import extension as _extension  # noqa: F401  (loads the compiled ops; must come first)
+from .branch_batch_norm import branch_batch_norm
+from .branch_conv2d import branch_conv2d
+from .branch_depthwise_conv2d import branch_depthwise_conv2d
+from .checks import default_sizes
+from .dispatch import available_backends, unavailable_backends, use_backend
+from .extension import build_info
+from .fused_bottleneck import fused_bottleneck
+from .fused_conv2d import fused_conv2d
+from .hierarchical_distillation_loss import hierarchical_distillation_loss
+from .packing import pack_weight, unpack_weight
+from .prefix_logits import prefix_logits
+from .prefix_mean import prefix_mean
+
+__all__ = [
+    "available_backends",
+    "branch_batch_norm",
+    "branch_conv2d",
+    "branch_depthwise_conv2d",
+    "build_info",
+    "default_sizes",
+    "fused_bottleneck",
+    "fused_conv2d",
+    "hierarchical_distillation_loss",
+    "pack_weight",
+    "prefix_logits",
+    "prefix_mean",
+    "unavailable_backends",
+    "unpack_weight",
+    "use_backend",
+]

@@ -1,0 +1,198 @@
+"""Checks of arguments: one clear error that names the argument, what came and what was expected.
+
+They run before any memory is touched, for every backend alike, and give the shape of the output, which the
+fake implementations (shape inference under ``torch.compile`` and ``torch.export``) use as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "relu6")
+PANEL = 16  # output channels that a packed weight keeps side by side
+
+CONV_INPUT = "[branches, batch, height, width, channels]"
+
+
+def rank(name: str, tensor: Tensor, dims: int, layout: str) -> None:
+    """Raise unless ``tensor`` has ``dims`` dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {type(tensor).__name__}")
+    if tensor.dim() != dims:
+        raise ValueError(
+            f"{name}: expected {dims} dimensions {layout}, got {tensor.dim()} with shape {tuple(tensor.shape)}"
+        )
+
+
+def shape(name: str, tensor: Tensor, expected: Sequence[int], layout: str) -> None:
+    """Raise unless ``tensor`` has exactly the expected shape."""
+    rank(name, tensor, len(expected), layout)
+    if any(got != want for got, want in zip(tensor.shape, expected, strict=True)):
+        raise ValueError(f"{name}: expected shape {tuple(expected)} {layout}, got {tuple(tensor.shape)}")
+
+
+def same_kind(reference: str, first: Tensor, **others: Tensor | None) -> None:
+    """Raise unless all tensors share the device and (outside autocast) the floating dtype of the first."""
+    if not first.is_floating_point():
+        raise TypeError(f"{reference}: expected a floating-point tensor, got {first.dtype}")
+    mixed = torch.is_autocast_enabled(first.device.type)
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name}: expected to be on the device of {reference}, {first.device}, got {tensor.device}"
+            )
+        if tensor.dtype != first.dtype and not (mixed and tensor.is_floating_point()):
+            raise TypeError(f"{name}: expected the dtype of {reference}, {first.dtype}, got {tensor.dtype}")
+
+
+def at_least(name: str, value: int, minimum: int) -> None:
+    """Raise unless ``value`` is a whole number that is not below ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def activation(name: str, value: str) -> None:
+    """Raise unless ``value`` names an activation."""
+    if value not in ACTIVATIONS:
+        raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)}, got {value!r}")
+
+
+def family(x: Tensor, weight: Tensor, replicate: int) -> None:
+    """Raise unless the branches of ``weight`` are the children of those of ``x``.
+
+    The last parent may have fewer than ``replicate`` children: that is a leading slice of the tree.
+    """
+    at_least("replicate", replicate, 1)
+    parents, branches = x.shape[0], weight.shape[0]
+    if not (parents - 1) * replicate < branches <= parents * replicate and (parents or branches):
+        raise ValueError(
+            f"weight: expected {parents * replicate} branches ({parents} of x times replicate {replicate}, or "
+            f"fewer children of the last one), got {branches}"
+        )
+
+
+def geometry(
+    x: Tensor, branches: int, out_channels: int, kernel_size: int, stride: int, padding: int
+) -> tuple[int, int, int, int, int]:
+    """Check the numbers of a convolution of ``x`` and return its output shape ``[G', B, H', W', C_out]``."""
+    at_least("stride", stride, 1)
+    at_least("padding", padding, 0)
+    _, batch, height, width, _ = x.shape
+    if min(height, width) + 2 * padding < kernel_size:
+        raise ValueError(
+            f"x: expected at least {kernel_size - 2 * padding} rows and columns for a {kernel_size}x{kernel_size} "
+            f"kernel with padding {padding}, got {height}x{width}"
+        )
+    rows = (height + 2 * padding - kernel_size) // stride + 1
+    columns = (width + 2 * padding - kernel_size) // stride + 1
+    return branches, batch, rows, columns, out_channels
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    replicate: int,
+    *,
+    depthwise: bool,
+) -> tuple[int, int, int, int, int]:
+    """Check the arguments of a branch convolution and return its output shape ``[G', B, H', W', C_out]``."""
+    layout = "[out_branches, channels, k, k]"
+    if not depthwise:
+        layout = "[out_branches, out_channels, in_channels, k, k]"
+    rank("x", x, 5, CONV_INPUT)
+    rank("weight", weight, 4 if depthwise else 5, layout)
+    same_kind("x", x, weight=weight, bias=bias)
+    branches, channels, kernel_size = weight.shape[0], x.shape[4], weight.shape[-1]
+    if weight.shape[-2] != kernel_size or kernel_size < 1:
+        raise ValueError(f"weight: expected a square kernel of at least 1x1, got shape {tuple(weight.shape)}")
+    family(x, weight, replicate)
+    in_channels = weight.shape[1] if depthwise else weight.shape[2]
+    if in_channels != channels:
+        raise ValueError(
+            f"weight: expected {channels} input channels as x has, got {in_channels} in shape {tuple(weight.shape)}"
+        )
+    out_channels = weight.shape[1]
+    if bias is not None:
+        shape("bias", bias, (branches, out_channels), "[out_branches, out_channels]")
+    return geometry(x, branches, out_channels, kernel_size, stride, padding)
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation_name: str) -> None:
+    """Check the arguments of a training batch norm over ``x`` [branches, batch, height, width, channels]."""
+    rank("x", x, 5, CONV_INPUT)
+    activation("activation", activation_name)
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    expected = (x.shape[0], x.shape[4])
+    shape("weight", weight, expected, "[branches, channels]")
+    shape("bias", bias, expected, "[branches, channels]")
+    same_kind("weight", weight, bias=bias)
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if weight.dtype not in (x.dtype, statistics):
+        raise TypeError(f"weight: expected {statistics} (the statistics of a {x.dtype} x), got {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected to be on the device of x, {x.device}, got {weight.device}")
+    if residual is not None:
+        shape("residual", residual, tuple(x.shape), "as x")
+        same_kind("x", x, residual=residual)
+    if x.shape[1] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(
+            f"x: expected more than 1 value per channel when training, got shape {tuple(x.shape)}"
+        )
+
+
+def packed(name: str, weight: Tensor, bias: Tensor, channels: int) -> int:
+    """Check a packed weight (any square kernel) and its bias; return the number of output channels."""
+    layout = f"[out_branches, panels, k, k, in_channels, {PANEL}] (packed by pack_weight)"
+    rank(name, weight, 6, layout)
+    rank(f"{name} bias", bias, 2, "[out_branches, out_channels]")
+    branches, out_channels, kernel_size = weight.shape[0], bias.shape[1], weight.shape[2]
+    panels = -(-out_channels // PANEL)
+    shape(name, weight, (branches, panels, kernel_size, kernel_size, channels, PANEL), layout)
+    shape(f"{name} bias", bias, (branches, out_channels), "[out_branches, out_channels]")
+    return out_channels
+
+
+def no_gradient(op: str, *tensors: Tensor | None) -> None:
+    """Raise if autograd would record an op that is for inference alone."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{op} is for inference and has no gradient: call it under torch.no_grad(), or use the unfused ops"
+        )
+
+
+def prefix_sizes(sizes: Sequence[int] | None, num_models: int) -> list[int]:
+    """Sizes of the ensembles: rising, from 1 to ``num_models``; the default is the powers of two, then all."""
+    if sizes is None:
+        return list(default_sizes(num_models))
+    sizes = list(sizes)
+    if not sizes:
+        raise ValueError("sizes: expected at least one ensemble size, got none")
+    for size in sizes:
+        at_least("sizes", size, 1)
+    if any(b <= a for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise ValueError(f"sizes: expected strictly rising ensemble sizes, got {sizes}")
+    if sizes[-1] > num_models:
+        raise ValueError(f"sizes: expected at most {num_models}, the number of models, got {sizes[-1]}")
+    return sizes
+
+
+def default_sizes(num_models: int) -> tuple[int, ...]:
+    """The ensembles that are reported and distilled: 1, 2, 4, ... below ``num_models``, then ``num_models``."""
+    at_least("num_models", num_models, 1)
+    sizes = []
+    size = 1
+    while size < num_models:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, num_models)

@@ -1,0 +1,137 @@
+"""Choice of the backend that serves a call.
+
+Each op has up to four implementations under one name: ``reference`` (plain PyTorch, what parity is judged
+against), ``cpp`` (CPU), ``cuda`` (C++) and ``triton``. Left alone, the fastest that can serve the call is taken;
+``HNE_BACKEND`` or :func:`use_backend` choose one explicitly, and then a call it cannot serve raises and says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import extension, reference
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+
+# Fastest first: what an automatic choice tries on each kind of device.
+_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+_DTYPES = {
+    "cpp": (torch.float32, torch.float64, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+    "triton": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+# The explicit choice; one for the whole process, like torch.set_num_threads.
+_chosen: str | None = os.environ.get("HNE_BACKEND") or None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _unusable(backend: str) -> str | None:
+    """Why ``backend`` cannot be used in this process at all, or None."""
+    if backend == "cuda":
+        return extension.cuda_unavailable()
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if importlib.util.find_spec("hne_kernels.triton") is None:
+            return "this version of hne_kernels has no Triton kernels"
+        if not (_interpreted() or torch.cuda.is_available()):
+            return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+    return None
+
+
+_UNUSABLE = {backend: _unusable(backend) for backend in BACKENDS}
+_MODULES: dict[str, Any] = {"reference": reference, "cpp": torch.ops.hne, "cuda": torch.ops.hne}
+if _UNUSABLE["triton"] is None:
+    _MODULES["triton"] = importlib.import_module("hne_kernels.triton")
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that are usable in this process."""
+    return tuple(backend for backend in BACKENDS if _UNUSABLE[backend] is None)
+
+
+def unavailable_backends() -> dict[str, str]:
+    """The other backends, each with the reason why it cannot be used."""
+    return {backend: reason for backend, reason in _UNUSABLE.items() if reason is not None}
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = _UNUSABLE[name]
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call inside the ``with`` block by the backend ``name``, in the whole process.
+
+    Args:
+        name: one of ``reference``, ``cpp``, ``cuda``, ``triton``.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: it is not available here; the message says why. Calls inside the block that it cannot
+            serve (another device or dtype) raise too.
+    """
+    global _chosen
+    _check_name(name)
+    previous, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot serve tensors of this device and dtype, or None."""
+    if _UNUSABLE[backend] is not None:
+        return _UNUSABLE[backend]
+    if backend == "reference":
+        return None
+    devices = ("cuda", "cpu") if backend == "triton" and _interpreted() else ("cuda",)
+    if backend == "cpp":
+        devices = ("cpu",)
+    if device.type not in devices:
+        return f"it serves tensors on {' and '.join(devices)}, got {device}"
+    if dtype not in _DTYPES[backend]:
+        return f"it serves {', '.join(str(d) for d in _DTYPES[backend])}, got {dtype}"
+    return None
+
+
+def select(tensor: Tensor) -> str:
+    """Name of the backend that serves a call whose first tensor is ``tensor``.
+
+    Raises:
+        RuntimeError: the explicitly chosen backend cannot serve it.
+    """
+    device, dtype = tensor.device, tensor.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if _chosen is not None:
+        _check_name(_chosen)
+        reason = _rejects(_chosen, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {_chosen!r} cannot serve this call: {reason}")
+        return _chosen
+    for backend in _PREFERENCE.get(device.type, ()):
+        if _rejects(backend, device, dtype) is None:
+            return backend
+    return "reference"
+
+
+def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
+    """The function that computes ``op`` for ``tensor``: a registered op, or plain PyTorch."""
+    return getattr(_MODULES[select(tensor)], op)

@@ -1,0 +1,85 @@
+"""Loads what was compiled: `_C` (CPU, always) and `_C_cuda` (where built and where torch has CUDA).
+
+Importing this module registers the ops `torch.ops.hne.*`. `HNE_EXTENSION_DIR` names another folder
+to load them from, for example that of a build with sanitizers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_REBUILD = (
+    "Rebuild it: `pip install -e .` in a checkout, "
+    "else `pip install --force-reinstall --no-deps hne-kernels`."
+)
+
+
+def load_cpu_library(folder: Path) -> ModuleType:
+    """Import `hne_kernels._C` from `folder`.
+
+    Raises:
+        ImportError: it is missing, damaged, or built for another Python; says which, and the cure.
+    """
+    name = "hne_kernels._C"
+    spec = PathFinder.find_spec(name, [str(folder)])
+    if spec is None or spec.loader is None:
+        others = sorted(path.name for path in folder.glob("_C.*"))
+        raise ImportError(
+            f"hne_kernels has no compiled library for this Python ({sys.implementation.cache_tag}) "
+            f"in {folder}, found {', '.join(others) or 'none at all'}. {_REBUILD}"
+        )
+    try:
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"hne_kernels cannot load its compiled library with torch {torch.__version__}: "
+            f"{error}. {_REBUILD}"
+        ) from error
+    sys.modules[name] = module
+    return module
+
+
+def load_cuda_library(folder: Path) -> str | None:
+    """Register the CUDA ops from `folder`; None if that worked, else the reason why not."""
+    library = folder / "_C_cuda.so"
+    if not library.exists():
+        return "not built (that needs nvcc on the PATH; HNE_CUDA=1 insists on it)"
+    if torch.version.cuda is None:
+        return f"built, but torch {torch.__version__} is without CUDA"
+    if not torch.cuda.is_available():
+        return "built, but torch sees no GPU"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"built, but does not load: {error}"
+    return None
+
+
+_FOLDER = Path(os.environ.get("HNE_EXTENSION_DIR") or Path(__file__).parent)
+_CPU_LIBRARY = load_cpu_library(_FOLDER)
+_CUDA_UNAVAILABLE = load_cuda_library(_FOLDER)
+
+
+def cpu_library() -> ModuleType:
+    """The module `hne_kernels._C`."""
+    return _CPU_LIBRARY
+
+
+def cuda_unavailable() -> str | None:
+    """Why there are no CUDA ops; None if they are there."""
+    return _CUDA_UNAVAILABLE
+
+
+def build_info() -> dict[str, Any]:
+    """How the libraries were compiled: version, commit, compiler, flags, torch, targets."""
+    info: dict[str, Any] = _CPU_LIBRARY.build_info()
+    return info

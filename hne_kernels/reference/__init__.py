@@ -1,0 +1,24 @@
+"""The ops in plain PyTorch: the naive implementation that parity and speed are judged against.
+
+Differentiable by autograd, for any device and dtype that PyTorch's own operators serve.
+"""
+
+from .branch_batch_norm import branch_batch_norm
+from .branch_conv2d import branch_conv2d
+from .branch_depthwise_conv2d import branch_depthwise_conv2d
+from .fused_bottleneck import fused_bottleneck
+from .fused_conv2d import fused_conv2d
+from .hierarchical_distillation_loss import hierarchical_distillation_loss
+from .prefix_logits import prefix_logits
+from .prefix_mean import prefix_mean
+
+__all__ = [
+    "branch_batch_norm",
+    "branch_conv2d",
+    "branch_depthwise_conv2d",
+    "fused_bottleneck",
+    "fused_conv2d",
+    "hierarchical_distillation_loss",
+    "prefix_logits",
+    "prefix_mean",
+]
