@@ -34,11 +34,18 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int], layout: str) -> No
         raise ValueError(f"{name}: expected shape {tuple(expected)} {layout}, got {tuple(tensor.shape)}")
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast is on with for this kind of device, or None where it is off."""
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def same_kind(reference: str, first: Tensor, **others: Tensor | None) -> None:
     """Raise unless all tensors share the device and (outside autocast) the floating dtype of the first."""
     if not first.is_floating_point():
         raise TypeError(f"{reference}: expected a floating-point tensor, got {first.dtype}")
-    mixed = torch.is_autocast_enabled(first.device.type)
+    mixed = autocast_dtype(first.device.type) is not None
     for name, tensor in others.items():
         if tensor is None:
             continue
@@ -136,30 +143,28 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
     expected = (x.shape[0], x.shape[4])
     shape("weight", weight, expected, "[branches, channels]")
     shape("bias", bias, expected, "[branches, channels]")
-    same_kind("weight", weight, bias=bias)
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     if weight.dtype not in (x.dtype, statistics):
         raise TypeError(f"weight: expected {statistics} (the statistics of a {x.dtype} x), got {weight.dtype}")
     if weight.device != x.device:
         raise ValueError(f"weight: expected to be on the device of x, {x.device}, got {weight.device}")
+    same_kind("weight", weight, bias=bias)
     if residual is not None:
         shape("residual", residual, tuple(x.shape), "as x")
         same_kind("x", x, residual=residual)
     if x.shape[1] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(
-            f"x: expected more than 1 value per channel when training, got shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"x: expected more than 1 value per channel when training, got shape {tuple(x.shape)}")
 
 
-def packed(name: str, weight: Tensor, bias: Tensor, channels: int) -> int:
+def packed(name: str, weight: Tensor, bias_name: str, bias: Tensor, channels: int) -> int:
     """Check a packed weight (any square kernel) and its bias; return the number of output channels."""
     layout = f"[out_branches, panels, k, k, in_channels, {PANEL}] (packed by pack_weight)"
     rank(name, weight, 6, layout)
-    rank(f"{name} bias", bias, 2, "[out_branches, out_channels]")
+    rank(bias_name, bias, 2, "[out_branches, out_channels]")
     branches, out_channels, kernel_size = weight.shape[0], bias.shape[1], weight.shape[2]
     panels = -(-out_channels // PANEL)
     shape(name, weight, (branches, panels, kernel_size, kernel_size, channels, PANEL), layout)
-    shape(f"{name} bias", bias, (branches, out_channels), "[out_branches, out_channels]")
+    shape(bias_name, bias, (branches, out_channels), "[out_branches, out_channels]")
     return out_channels
 
 

@@ -24,14 +24,10 @@ def register(op: str, *, depthwise: bool) -> None:
 
     @torch.library.register_fake(f"hne::{op}")
     def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, replicate: int) -> Tensor:
-        return x.new_empty(
-            checks.convolution(x, weight, bias, stride, padding, replicate, depthwise=depthwise)
-        )
+        return x.new_empty(checks.convolution(x, weight, bias, stride, padding, replicate, depthwise=depthwise))
 
     @torch.library.register_fake(f"hne::{op}_backward_input")
-    def _(
-        grad: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, replicate: int
-    ) -> Tensor:
+    def _(grad: Tensor, weight: Tensor, height: int, width: int, stride: int, padding: int, replicate: int) -> Tensor:
         channels = weight.shape[1] if depthwise else weight.shape[2]
         parents = -(-grad.shape[0] // replicate)
         return grad.new_empty(parents, grad.shape[1], height, width, channels)

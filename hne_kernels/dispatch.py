@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import extension, reference
+from . import checks, extension, reference
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -117,9 +117,8 @@ def select(tensor: Tensor) -> str:
     Raises:
         RuntimeError: the explicitly chosen backend cannot serve it.
     """
-    device, dtype = tensor.device, tensor.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    device = tensor.device
+    dtype = checks.autocast_dtype(device.type) or tensor.dtype
     if _chosen is not None:
         _check_name(_chosen)
         reason = _rejects(_chosen, device, dtype)

@@ -7,6 +7,7 @@ to load them from, for example that of a build with sanitizers.
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -16,10 +17,18 @@ from typing import Any
 
 import torch
 
-_REBUILD = (
-    "Rebuild it: `pip install -e .` in a checkout, "
-    "else `pip install --force-reinstall --no-deps hne-kernels`."
-)
+_REBUILD = "Rebuild it: `pip install -e .` in a checkout, else `pip install --force-reinstall --no-deps hne-kernels`."
+
+
+def _check_complete(library: Path) -> None:
+    """Raise ImportError for an ELF file that ends early: to load one kills the process."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian
+        (table,) = struct.unpack_from("<Q", header, 40)  # the section table, last in the file
+        size, count = struct.unpack_from("<HH", header, 58)
+        if library.stat().st_size < table + size * count:
+            raise ImportError(f"{library}: file is cut off")
 
 
 def load_cpu_library(folder: Path) -> ModuleType:
@@ -30,19 +39,19 @@ def load_cpu_library(folder: Path) -> ModuleType:
     """
     name = "hne_kernels._C"
     spec = PathFinder.find_spec(name, [str(folder)])
-    if spec is None or spec.loader is None:
+    if spec is None or spec.loader is None or spec.origin is None:
         others = sorted(path.name for path in folder.glob("_C.*"))
         raise ImportError(
             f"hne_kernels has no compiled library for this Python ({sys.implementation.cache_tag}) "
             f"in {folder}, found {', '.join(others) or 'none at all'}. {_REBUILD}"
         )
     try:
+        _check_complete(Path(spec.origin))
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
         raise ImportError(
-            f"hne_kernels cannot load its compiled library with torch {torch.__version__}: "
-            f"{error}. {_REBUILD}"
+            f"hne_kernels cannot load its compiled library with torch {torch.__version__}: {error}. {_REBUILD}"
         ) from error
     sys.modules[name] = module
     return module
@@ -58,8 +67,9 @@ def load_cuda_library(folder: Path) -> str | None:
     if not torch.cuda.is_available():
         return "built, but torch sees no GPU"
     try:
+        _check_complete(library)
         torch.ops.load_library(library)
-    except OSError as error:
+    except (ImportError, OSError) as error:
         return f"built, but does not load: {error}"
     return None
 

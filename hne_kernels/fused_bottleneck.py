@@ -53,8 +53,8 @@ def fused_bottleneck(
         RuntimeError: a gradient is asked for; this op is for inference.
     """
     weights = (expand, expand_bias, depthwise, depthwise_bias, project, project_bias, shortcut, shortcut_bias)
-    checks.no_gradient("fused_bottleneck", x, *weights)
     _check(x, *weights, stride, replicate, activation, identity, final_activation)
+    checks.no_gradient("fused_bottleneck", x, *weights)
     op = dispatch.implementation("fused_bottleneck", x)
     return op(x, *weights, stride, replicate, activation, identity, final_activation)
 
@@ -90,10 +90,10 @@ def _check(
         shortcut=shortcut,
         shortcut_bias=shortcut_bias,
     )
-    middle = checks.packed("expand", expand, expand_bias, x.shape[4])
+    middle = checks.packed("expand", expand, "expand_bias", expand_bias, x.shape[4])
     checks.family(x, expand, replicate)
     branches, channels = expand.shape[0], x.shape[4]
-    out_channels = checks.packed("project", project, project_bias, middle)
+    out_channels = checks.packed("project", project, "project_bias", project_bias, middle)
     checks.rank("depthwise", depthwise, 4, "[out_branches, k, k, middle]")
     kernel_size = depthwise.shape[1]
     if kernel_size % 2 == 0:
@@ -109,15 +109,13 @@ def _check(
         if weight is None:
             continue
         if weight.shape[0] != branches or weight.dim() == 6 and weight.shape[2] != 1:
-            raise ValueError(
-                f"{name}: expected {branches} branches and a 1x1 kernel, got shape {tuple(weight.shape)}"
-            )
+            raise ValueError(f"{name}: expected {branches} branches and a 1x1 kernel, got shape {tuple(weight.shape)}")
     if (shortcut is None) != (shortcut_bias is None):
         raise ValueError("shortcut: expected both shortcut and shortcut_bias, or neither")
     if shortcut is not None and shortcut_bias is not None:
         if identity:
             raise ValueError("identity: expected False where a shortcut convolution is given, got True")
-        shortcut_channels = checks.packed("shortcut", shortcut, shortcut_bias, channels)
+        shortcut_channels = checks.packed("shortcut", shortcut, "shortcut_bias", shortcut_bias, channels)
         if shortcut_channels != out_channels:
             raise ValueError(
                 f"shortcut: expected {out_channels} output channels as project has, got {shortcut_channels}"

@@ -35,8 +35,8 @@ def fused_conv2d(
         TypeError: a dtype does not fit.
         RuntimeError: a gradient is asked for; this op is for inference.
     """
-    checks.no_gradient("fused_conv2d", x, weight, bias)
     _check(x, weight, bias, stride, padding, replicate, activation)
+    checks.no_gradient("fused_conv2d", x, weight, bias)
     op = dispatch.implementation("fused_conv2d", x)
     return op(x, weight, bias, stride, padding, replicate, activation)
 
@@ -47,15 +47,13 @@ def _check(
     checks.rank("x", x, 5, checks.CONV_INPUT)
     checks.activation("activation", activation)
     checks.same_kind("x", x, weight=weight, bias=bias)
-    out_channels = checks.packed("weight", weight, bias, x.shape[4])
+    out_channels = checks.packed("weight", weight, "bias", bias, x.shape[4])
     checks.family(x, weight, replicate)
     return checks.geometry(x, weight.shape[0], out_channels, weight.shape[2], stride, padding)
 
 
 @torch.library.register_fake("hne::fused_conv2d")
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, replicate: int, activation: str
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, replicate: int, activation: str) -> Tensor:
     return x.new_empty(_check(x, weight, bias, stride, padding, replicate, activation))
 
 

@@ -35,6 +35,7 @@ def hierarchical_distillation_loss(
         RuntimeError: on double backward, which is not implemented.
     """
     _check(logits, target, alpha, temperature)
+    _check_range(target, logits.shape[2])
     op = dispatch.implementation("hierarchical_distillation_loss", logits)
     return op(logits, target, alpha, temperature)[0]
 
@@ -54,6 +55,18 @@ def _check(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> 
         raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
+
+
+def _check_range(target: Tensor, classes: int) -> None:
+    # Elsewhere than on the CPU this would wait for the device; traced and fake tensors have no values to look at.
+    if type(target) is not Tensor or torch.compiler.is_compiling():
+        return
+    if target.device.type != "cpu" or target.numel() == 0:
+        return
+    lowest, highest = (int(value) for value in target.aminmax())
+    if lowest < 0 or highest >= classes:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"target: expected class indices from 0 to {classes - 1}, got {wrong}")
 
 
 @torch.library.register_fake("hne::hierarchical_distillation_loss")
@@ -78,7 +91,5 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_grad: Tensor | None) -> t
     return None if grad_loss is None else grad * grad_loss, None, None, None
 
 
-torch.library.register_autograd(
-    "hne::hierarchical_distillation_loss", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("hne::hierarchical_distillation_loss", _backward, setup_context=_setup_context)
 autocast.register("hierarchical_distillation_loss", torch.float32)

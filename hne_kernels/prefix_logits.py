@@ -46,9 +46,7 @@ def _check(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 @torch.library.register_fake("hne::prefix_logits")
-def _(
-    features: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _(features: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     _check(features, weight, bias)
     batch, classes = features.shape[1], weight.shape[1]
     member = features.new_empty(features.shape[0], batch, classes)
@@ -78,9 +76,7 @@ def _backward(ctx: Any, grad_member: Tensor | None, grad_prefix: Tensor | None) 
             grad_map, weight[..., None, None], 1, 1, 1, 0, 1
         ).flatten(2)
     if need_weight:
-        grad_weight = torch.ops.hne.branch_conv2d_backward_weight(
-            grad_map, feature_map, 1, 1, 0, 1
-        ).flatten(2)
+        grad_weight = torch.ops.hne.branch_conv2d_backward_weight(grad_map, feature_map, 1, 1, 0, 1).flatten(2)
     return grad_features, grad_weight, grad.sum(1) if need_bias else None, None
 
 

@@ -62,6 +62,4 @@ def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 torch.library.register_autograd("hne::prefix_mean", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "hne::prefix_mean_backward", _double_backward, setup_context=_setup_context_backward
-)
+torch.library.register_autograd("hne::prefix_mean_backward", _double_backward, setup_context=_setup_context_backward)

@@ -94,9 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> branch_batch_norm(const Tensor& x_in, const T
           round_to(var, weight_in.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> branch_batch_norm_backward(
-    const Tensor& grad_in, const Tensor& x_in, const Tensor& y_in, const Tensor& weight_in, const Tensor& mean_in,
-    const Tensor& var_in, bool with_residual, const std::string& activation, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> branch_batch_norm_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                                      const Tensor& y_in, const Tensor& weight_in,
+                                                                      const Tensor& mean_in, const Tensor& var_in,
+                                                                      bool with_residual, const std::string& activation,
+                                                                      double eps) {
   STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
   const int64_t branches = x_in.size(0), channels = x_in.size(4);
   const int64_t rows = x_in.size(1) * x_in.size(2) * x_in.size(3);

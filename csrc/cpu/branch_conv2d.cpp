@@ -22,8 +22,8 @@ void convolve_packed(const Geometry& g, const T* x, const T* packed, const T* bi
     const T** rows = scratch<const T*>(0, g.taps() * kRows);
     T** out_rows = scratch<T*>(1, kRows);
     Tap<T>* taps = scratch<Tap<T>>(2, g.taps());
-    gather_rows(g, x + branch / g.replicate * g.batch * g.pixels() * g.in_channels, zeros.data(), first, count,
-                rows, kRows);
+    gather_rows(g, x + branch / g.replicate * g.batch * g.pixels() * g.in_channels, zeros.data(), first, count, rows,
+                kRows);
     for (int64_t m = 0; m < count; ++m) out_rows[m] = out + (branch * total + first + m) * g.out_channels;
     for (int64_t t = 0; t < g.taps(); ++t)
       taps[t] = {rows + t * kRows, packed + branch * branch_size + t * tap_size, panel_stride, g.in_channels};
@@ -37,11 +37,11 @@ template void convolve_packed(const Geometry&, const double*, const double*, con
 
 namespace {
 
-Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
-                     int64_t stride, int64_t padding, int64_t replicate) {
+Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, int64_t stride,
+                     int64_t padding, int64_t replicate) {
   STD_TORCH_CHECK(weight_in.dim() == 5, "weight: expected 5 dimensions");
-  const Geometry g = forward_geometry(x_in, weight_in.size(0), weight_in.size(1), weight_in.size(3), stride, padding,
-                                      replicate);
+  const Geometry g =
+      forward_geometry(x_in, weight_in.size(0), weight_in.size(1), weight_in.size(3), stride, padding, replicate);
   check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
   check_kind("x", x_in, x_in);
   check_kind("weight", weight_in, x_in);
@@ -101,8 +101,9 @@ void convolve_input(const Geometry& g, const T* grad, const T* packed, T* out) {
             const int64_t dy = iy + g.padding - ky, dx = ix + g.padding - kx;  // multiples of s
             const bool inside = dy >= 0 && dx >= 0 && dy / s < g.out_height && dx / s < g.out_width;
             rows[used * kRows + m] =
-                inside ? grad + ((branch * g.batch + b) * g.out_pixels() + dy / s * g.out_width + dx / s) * g.out_channels
-                       : zeros.data();
+                inside
+                    ? grad + ((branch * g.batch + b) * g.out_pixels() + dy / s * g.out_width + dx / s) * g.out_channels
+                    : zeros.data();
           }
         }
     }
@@ -118,8 +119,8 @@ void convolve_input(const Geometry& g, const T* grad, const T* packed, T* out) {
 Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_in, int64_t height, int64_t width,
                                     int64_t stride, int64_t padding, int64_t replicate) {
   STD_TORCH_CHECK(weight_in.dim() == 5, "weight: expected 5 dimensions");
-  const Geometry g = backward_geometry(grad_in, weight_in.size(2), height, width, weight_in.size(3), stride, padding,
-                                       replicate);
+  const Geometry g =
+      backward_geometry(grad_in, weight_in.size(2), height, width, weight_in.size(3), stride, padding, replicate);
   check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
@@ -171,8 +172,7 @@ void convolve_weight(const Geometry& g, const T* grad, const T* x, T* partial, i
   });
   parallel_tasks(g.branches * g.taps(), [&](int64_t task) {
     T* sum = partial + task * shares * matrix;
-    for (int64_t share = 1; share < shares; ++share)
-      kernels<T>().add_scaled(sum, sum + share * matrix, T(1), matrix);
+    for (int64_t share = 1; share < shares; ++share) kernels<T>().add_scaled(sum, sum + share * matrix, T(1), matrix);
     T* weight = out + task / g.taps() * matrix * g.taps() + task % g.taps();
     for (int64_t i = 0; i < matrix; ++i) weight[i * g.taps()] = sum[i];
   });
@@ -181,8 +181,8 @@ void convolve_weight(const Geometry& g, const T* grad, const T* x, T* partial, i
 Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, int64_t kernel_size, int64_t stride,
                                      int64_t padding, int64_t replicate) {
   STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
-  const Geometry g = backward_geometry(grad_in, x_in.size(4), x_in.size(2), x_in.size(3), kernel_size, stride, padding,
-                                       replicate);
+  const Geometry g =
+      backward_geometry(grad_in, x_in.size(4), x_in.size(2), x_in.size(3), kernel_size, stride, padding, replicate);
   check_shape("x", x_in, {g.parents, g.batch, g.height, g.width, g.in_channels});
   check_kind("grad", grad_in, grad_in);
   check_kind("x", x_in, grad_in);
@@ -192,7 +192,8 @@ Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, 
     using T = decltype(type);
     const int64_t threads = torch::stable::get_num_threads(), matrices = g.branches * g.taps();
     const int64_t chunks = ceil_div(g.batch * g.out_pixels(), kRows);
-    const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
+    const int64_t shares =
+        std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
     const Tensor partial = torch::stable::new_empty(grad, {matrices * shares, g.out_channels * g.in_channels});
     convolve_weight(g, data<T>(grad), data<T>(x), mutable_data<T>(partial), shares, mutable_data<T>(out));
   });

@@ -65,8 +65,8 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
 Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_in, int64_t height,
                                               int64_t width, int64_t stride, int64_t padding, int64_t replicate) {
   STD_TORCH_CHECK(weight_in.dim() == 4, "weight: expected 4 dimensions");
-  const Geometry g = backward_geometry(grad_in, weight_in.size(1), height, width, weight_in.size(2), stride, padding,
-                                       replicate);
+  const Geometry g =
+      backward_geometry(grad_in, weight_in.size(1), height, width, weight_in.size(2), stride, padding, replicate);
   check_shape("weight", weight_in, {g.branches, g.in_channels, g.kernel_size, g.kernel_size});
   STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match weight");
   check_kind("grad", grad_in, grad_in);
@@ -100,8 +100,7 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
             kernels<T>().depthwise_row({rows, filter, nullptr, out_row, g.out_width, width, channels, k, 1,
                                         k - 1 - padding, branch > parent * g.replicate, Clamp<T>{}});
           else
-            kernels<T>().depthwise_input_row(
-                {rows, filter, out_row, width, g.out_width, channels, k, stride, padding});
+            kernels<T>().depthwise_input_row({rows, filter, out_row, width, g.out_width, channels, k, stride, padding});
         }
       }
     });
@@ -112,8 +111,8 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
 Tensor branch_depthwise_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, int64_t kernel_size,
                                                int64_t stride, int64_t padding, int64_t replicate) {
   STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
-  const Geometry g = backward_geometry(grad_in, x_in.size(4), x_in.size(2), x_in.size(3), kernel_size, stride, padding,
-                                       replicate);
+  const Geometry g =
+      backward_geometry(grad_in, x_in.size(4), x_in.size(2), x_in.size(3), kernel_size, stride, padding, replicate);
   check_shape("x", x_in, {g.parents, g.batch, g.height, g.width, g.in_channels});
   STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match x");
   check_kind("grad", grad_in, grad_in);

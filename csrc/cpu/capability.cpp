@@ -36,8 +36,8 @@ Capability choose() {
     if (wanted != nullptr && *wanted != '\0') {
       if (std::string(wanted) != name(level)) continue;
       if (!supported(level))
-        throw std::runtime_error(std::string("HNE_CPU_CAPABILITY: this machine has ") +
-                                 cpu_capabilities_supported() + ", got " + wanted);
+        throw std::runtime_error(std::string("HNE_CPU_CAPABILITY: this machine has ") + cpu_capabilities_supported() +
+                                 ", got " + wanted);
       return level;
     }
     if (supported(level)) return level;

@@ -32,8 +32,8 @@ HNE_INLINE void depthwise_pixels(const DepthwiseRow<T>& r, int64_t c, int64_t be
       const int64_t ix = ox * r.stride + kx - r.padding;
       if (ix < 0 || ix >= r.width) continue;
       for (int64_t ky = 0; ky < r.kernel_size; ++ky)
-        sum += load<W>(r.rows[ky] + ix * r.channels + c) *
-               load<W>(r.weight + (ky * r.kernel_size + kx) * r.channels + c);
+        sum +=
+            load<W>(r.rows[ky] + ix * r.channels + c) * load<W>(r.weight + (ky * r.kernel_size + kx) * r.channels + c);
     }
     store<W>(out, clamp(sum, r.clamp));
   }

@@ -107,7 +107,8 @@ double distill_sample(const DistillSample<T>& d) {
       T* student = students + p * classes;
       const double log_sum = softmax(probability, student, softness, classes, peak);
       double cross = 0;
-      for (int64_t c = 0; c < classes; ++c) cross += double(teacher[c]) * (double(peak) - double(student[c] * softness));
+      for (int64_t c = 0; c < classes; ++c)
+        cross += double(teacher[c]) * (double(peak) - double(student[c] * softness));
       distilled += log_sum + cross;
       const T scale = T(d.alpha * d.temperature / (d.batch * double(d.students[p])));
       for (int64_t c = 0; c < classes; ++c) student[c] = (probability[c] - teacher[c]) * scale;

@@ -64,8 +64,7 @@ void run_rows(const Geometry& g, const Bottleneck<T>& n, int64_t branch, int64_t
     }
     const Tap<T> expansion{rows, n.expand + branch * panels(n.middle, g.in_channels), g.in_channels * kPanel,
                            g.in_channels};
-    kernels<T>().gemm(
-        {&expansion, 1, pixels, n.middle, out_rows, n.expand_bias + branch * n.middle, nullptr, n.clamp});
+    kernels<T>().gemm({&expansion, 1, pixels, n.middle, out_rows, n.expand_bias + branch * n.middle, nullptr, n.clamp});
 
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t ky = 0; ky < g.kernel_size; ++ky) depthwise_rows[ky] = expanded + (r * g.stride + ky) * row_size;
@@ -124,7 +123,8 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tenso
   const Tensor x = prepare(x_in), expand = prepare(expand_in), expand_bias = prepare(expand_bias_in);
   const Tensor depthwise = prepare(depthwise_in), depthwise_bias = prepare(depthwise_bias_in);
   const Tensor project = prepare(project_in), project_bias = prepare(project_bias_in);
-  const std::optional<Tensor> shortcut = prepare_optional(shortcut_in), shortcut_bias = prepare_optional(shortcut_bias_in);
+  const std::optional<Tensor> shortcut = prepare_optional(shortcut_in),
+                              shortcut_bias = prepare_optional(shortcut_bias_in);
   Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
@@ -144,8 +144,9 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tenso
                           Clamp<T>::named(final_activation)};
     // Split a map between threads only where there are too few maps to keep them busy.
     const int64_t maps = g.branches * g.batch, threads = torch::stable::get_num_threads();
-    const int64_t parts =
-        maps >= 4 * threads ? 1 : std::clamp<int64_t>(ceil_div(2 * threads, std::max<int64_t>(maps, 1)), 1, g.out_height);
+    const int64_t parts = maps >= 4 * threads
+                              ? 1
+                              : std::clamp<int64_t>(ceil_div(2 * threads, std::max<int64_t>(maps, 1)), 1, g.out_height);
     const int64_t row_bytes = g.stride * (g.width + 2 * g.padding) * middle * int64_t(sizeof(T));
     const int64_t share = ceil_div(g.out_height, parts);
     const int64_t band = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(row_bytes, 1), 1, share);

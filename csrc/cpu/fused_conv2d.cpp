@@ -4,11 +4,11 @@
 namespace hne {
 namespace {
 
-Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, int64_t stride,
-                    int64_t padding, int64_t replicate, const std::string& activation) {
+Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, int64_t stride, int64_t padding,
+                    int64_t replicate, const std::string& activation) {
   STD_TORCH_CHECK(weight_in.dim() == 6 && bias_in.dim() == 2, "weight: expected 6 dimensions, bias: 2");
-  const Geometry g = forward_geometry(x_in, bias_in.size(0), bias_in.size(1), weight_in.size(2), stride, padding,
-                                      replicate);
+  const Geometry g =
+      forward_geometry(x_in, bias_in.size(0), bias_in.size(1), weight_in.size(2), stride, padding, replicate);
   check_shape("weight", weight_in,
               {g.branches, ceil_div(g.out_channels, kPanel), g.kernel_size, g.kernel_size, g.in_channels, kPanel});
   check_kind("x", x_in, x_in);

@@ -126,8 +126,7 @@ void outer(const Outer<T>& o) {
   for (; j + VECTORS * W <= o.right_channels; j += VECTORS * W)
     outer_columns<T, HNE_REGISTERS == 32 ? 6 : 4, W, VECTORS>(o, j);
   if (j < o.right_channels)
-    for_lanes<T>(
-        o.right_channels, [&](auto width, int64_t c) { outer_columns<T, 8, width.value, 1>(o, c); }, j);
+    for_lanes<T>(o.right_channels, [&](auto width, int64_t c) { outer_columns<T, 8, width.value, 1>(o, c); }, j);
 }
 
 }  // namespace hne::HNE_ISA

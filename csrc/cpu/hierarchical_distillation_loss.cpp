@@ -12,7 +12,8 @@ std::tuple<Tensor, Tensor> hierarchical_distillation_loss(const Tensor& logits_i
   check_kind("logits", logits_in, logits_in);
   const int64_t models = logits_in.size(0), batch = logits_in.size(1), classes = logits_in.size(2);
   check_shape("target", target_in, {batch});
-  STD_TORCH_CHECK(target_in.is_cpu() && target_in.scalar_type() == ScalarType::Long, "target: expected int64 on the CPU");
+  STD_TORCH_CHECK(target_in.is_cpu() && target_in.scalar_type() == ScalarType::Long,
+                  "target: expected int64 on the CPU");
   STD_TORCH_CHECK(models >= 1 && classes >= 1, "logits: expected at least one model and one class");
   const Tensor logits = torch::stable::contiguous(widen(logits_in)), target = torch::stable::contiguous(target_in);
   for (int64_t b = 0; b < batch; ++b) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <stdexcept>
 #include <string>
 
 #include "capability.h"
@@ -22,6 +23,8 @@ struct Clamp {
 
   static Clamp named(const std::string& activation) {
     Clamp clamp;
+    if (activation != "none" && activation != "relu" && activation != "relu6")
+      throw std::invalid_argument("activation: expected none, relu or relu6, got " + activation);
     if (activation != "none") clamp.low = T(0);
     if (activation == "relu6") clamp.high = T(6);
     return clamp;
@@ -44,11 +47,11 @@ template <typename T>
 struct Gemm {
   const Tap<T>* taps;
   int64_t num_taps;
-  int64_t count;          // rows m
-  int64_t channels;       // columns n
-  T* const* out;          // [count]
-  const T* bias;          // [channels] or null
-  const T* const* add;    // [count] rows or null
+  int64_t count;        // rows m
+  int64_t channels;     // columns n
+  T* const* out;        // [count]
+  const T* bias;        // [channels] or null
+  const T* const* add;  // [count] rows or null
   Clamp<T> clamp;
 };
 
@@ -71,7 +74,7 @@ struct DepthwiseRow {
   const T* bias;         // [channels] or null
   T* out;                // [out_width][channels]
   int64_t width, out_width, channels, kernel_size, stride, padding;
-  bool accumulate;       // start from out instead of bias
+  bool accumulate;  // start from out instead of bias
   Clamp<T> clamp;
 };
 
@@ -98,7 +101,7 @@ struct DepthwiseWeightRow {
 template <typename T>
 struct NormRows {
   const T* x;
-  const T* y;         // output of the forward pass, to know where the activation was flat
+  const T* y;  // output of the forward pass, to know where the activation was flat
   const T* grad;
   const T* residual;  // or null
   const T* mean;      // [channels]
@@ -106,8 +109,8 @@ struct NormRows {
   const T* shift;     // [channels] forward: bias; backward: mean of the gradient
   const T* slope;     // [channels] backward: mean of gradient * (x - mean), over var + eps
   T* out;
-  T* out_residual;    // gradient of the residual, or null
-  double* sums;       // [2][channels], added to
+  T* out_residual;  // gradient of the residual, or null
+  double* sums;     // [2][channels], added to
   int64_t count, channels;
   Clamp<T> clamp;
 };
@@ -134,9 +137,9 @@ struct Kernels {
   void (*norm_apply)(const NormRows<T>&);
   void (*norm_backward_sums)(const NormRows<T>&);
   void (*norm_backward_apply)(const NormRows<T>&);
-  void (*add_scaled)(T* out, const T* x, T scale, int64_t count);            // out += scale * x
-  void (*store_scaled)(T* out, const T* x, T scale, int64_t count);          // out = scale * x
-  double (*distill_sample)(const DistillSample<T>&);                         // the sample's loss
+  void (*add_scaled)(T* out, const T* x, T scale, int64_t count);    // out += scale * x
+  void (*store_scaled)(T* out, const T* x, T scale, int64_t count);  // out = scale * x
+  double (*distill_sample)(const DistillSample<T>&);                 // the sample's loss
 };
 
 namespace portable {

@@ -27,8 +27,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Guards the memory; the friendly messages are those of hne_kernels/checks.py, which runs first.
 inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
   const auto sizes = t.sizes();
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name,
-                  ": unexpected shape");
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": unexpected shape");
 }
 
 inline void check_kind(const char* name, const Tensor& t, const Tensor& like) {

@@ -25,7 +25,8 @@ Tensor prefix_mean(const Tensor& logits_in, const std::vector<int64_t>& sizes) {
 }
 
 Tensor prefix_mean_backward(const Tensor& grad_in, const std::vector<int64_t>& sizes, int64_t models) {
-  STD_TORCH_CHECK(grad_in.dim() == 3 && grad_in.size(0) == int64_t(sizes.size()), "grad: expected one ensemble per size");
+  STD_TORCH_CHECK(grad_in.dim() == 3 && grad_in.size(0) == int64_t(sizes.size()),
+                  "grad: expected one ensemble per size");
   check_kind("grad", grad_in, grad_in);
   check_prefix_sizes(sizes, models);
   const Tensor grad = torch::stable::contiguous(widen(grad_in));

@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def branch_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, replicate: int
-) -> Tensor:
+def branch_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, replicate: int) -> Tensor:
     """See :func:`hne_kernels.branch_conv2d`."""
     return grouped_conv2d(x, weight, bias, stride, padding, replicate, weight.shape[0])
 

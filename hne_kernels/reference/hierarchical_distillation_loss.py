@@ -9,9 +9,7 @@ from ..checks import default_sizes
 from .prefix_mean import prefix_mean
 
 
-def hierarchical_distillation_loss(
-    logits: Tensor, target: Tensor, alpha: float, temperature: float
-) -> tuple[Tensor]:
+def hierarchical_distillation_loss(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> tuple[Tensor]:
     """See :func:`hne_kernels.hierarchical_distillation_loss`; a tuple of the loss alone."""
     models = logits.shape[0]
     independent = sum(F.cross_entropy(member, target) for member in logits)

@@ -10,9 +10,7 @@ from torch import Tensor
 from .prefix_mean import prefix_mean
 
 
-def prefix_logits(
-    features: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def prefix_logits(features: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """See :func:`hne_kernels.prefix_logits`."""
     member = torch.einsum("nbc,nlc->nbl", features, weight)
     if bias is not None:
