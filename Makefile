@@ -1,0 +1,79 @@
+# `make` alone lists what there is. PYTHON and VENV choose the interpreter and the environment.
+PYTHON ?= python3
+VENV ?= .venv
+SANITIZERS ?= address,undefined
+
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_FILES := setup.py pyproject.toml $(wildcard build_backend/*.py)
+SANITIZED := build/sanitized
+
+# Also for what pip installs to build with.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## show this list
+	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(VENV)/.built ## train a small ensemble on handwritten digits: a table, and a plot in runs/demo
+	$(BIN)/hne train --data digits --preset hne_tiny --out runs/demo --overwrite
+
+.PHONY: test
+test: lint check sanitize ## everything CI runs: lint, check, sanitize
+
+.PHONY: check
+check: $(VENV)/.built ## run the test suite
+	$(BIN)/pytest -x -q
+
+.PHONY: bench
+bench: $(VENV)/.built ## compare the speed of fused and naive
+	$(BIN)/pytest --benchmark
+
+.PHONY: lint
+lint: $(VENV)/.installed ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+.PHONY: format
+format: $(VENV)/.installed ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+# Python itself is not instrumented, so the sanitizer's runtime is loaded ahead of it; libstdc++ too,
+# or its exceptions are thrown before the sanitizer has found them.
+.PHONY: sanitize
+sanitize: $(SANITIZED)/.built ## run the parity suite with address and undefined-behaviour sanitizers
+	HNE_EXTENSION_DIR=$(SANITIZED)/hne_kernels \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/pytest -x -q tests/test_parity.py
+
+.PHONY: clean
+clean: ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info hne_kernels/*.so $(VENV)/.built
+
+# Each stamp stands for a step done; it is taken again when what it depends on is newer.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install torch
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(BUILD_FILES)
+	$(BIN)/pip install -e '.[test,dev]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+$(SANITIZED)/.built: $(VENV)/.installed $(SOURCES)
+	HNE_CUDA=0 HNE_SANITIZE=$(SANITIZERS) $(BIN)/python setup.py build_ext --build-lib $(SANITIZED)
+	@touch $@

@@ -1,0 +1,326 @@
+"""How the C++ and CUDA libraries are compiled.
+
+Environment: `CXX` compiler, `MAX_JOBS` compile jobs, `HNE_WERROR=1` warnings are errors,
+`HNE_SANITIZE=address,undefined` instrumented build, `HNE_CUDA=0|1` CUDA library off | required,
+`TORCH_CUDA_ARCH_LIST` its targets.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
+
+CPU_LIBRARY = "hne_kernels._C"  # a Python module that also registers the ops
+CUDA_LIBRARY = "hne_kernels._C_cuda"  # ops only
+TORCH_TARGET = (2, 11)  # oldest torch served: the stable ABI of this release is compiled against
+CUDA_TARGETS = "8.0;9.0a"
+BYTES_PER_JOB = 3 << 29  # 1.5 GiB: what one compiler process needs at its peak, and some more
+
+# csrc/cpu/isa/<level>.cpp is compiled with these; which level runs is decided at run time.
+BASELINE = "baseline"
+X86_FLAGS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+
+
+class BuildError(SystemExit):
+    """Ends the build with one line instead of a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"hne_kernels: {message}")
+
+
+def cpp_flags(environ: Mapping[str, str]) -> list[str]:
+    """Flags of every C++ file; torch's build helper adds `-std=`."""
+    flags = ["-fno-math-errno", "-ffp-contract=fast"]  # as much of -ffast-math as keeps NaN and inf
+    flags += ["-fno-wrapv", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    if environ.get("HNE_WERROR") == "1":
+        flags.append("-Werror")
+    if sanitizers := environ.get("HNE_SANITIZE"):
+        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        flags += ["-O1", "-g", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS"]
+    else:
+        flags += ["-O3", "-g0"]
+    return flags
+
+
+def simd_level(source: str) -> str:
+    """The level that a source is compiled for: BASELINE or a key of X86_FLAGS."""
+    level = Path(source).stem
+    is_special = Path(source).parent.name == "isa" and platform.machine() in ("x86_64", "AMD64")
+    return level if is_special and level in X86_FLAGS else BASELINE
+
+
+def nvcc_flags() -> list[str]:
+    """Flags of every CUDA file; torch's build helper adds the targets."""
+    return ["-O3", "-DUSE_CUDA", "--compiler-options", "-fvisibility=hidden,-Wall"]
+
+
+def target_define() -> str:
+    major, minor = TORCH_TARGET
+    return f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"
+
+
+def job_count(environ: Mapping[str, str], cpus: int, available_bytes: int) -> int:
+    """Compile jobs at once: `MAX_JOBS`, else what processors and memory allow."""
+    if asked := environ.get("MAX_JOBS"):
+        if not asked.isdigit() or int(asked) == 0:
+            raise BuildError(f"MAX_JOBS must be a positive integer, got {asked!r}.")
+        return int(asked)
+    return max(1, min(cpus, available_bytes // BYTES_PER_JOB))
+
+
+def available_bytes() -> int:
+    """Free memory of the machine or, if that is less, of the container."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        free = int(match.group(1)) * 1024 if match else free
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def cxx_compiler(environ: Mapping[str, str]) -> str:
+    """The C++ compiler's command: `CXX`, else the first one on the PATH."""
+    candidates = [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]
+    for command in candidates:
+        # `CXX` may carry a launcher or flags ("ccache g++"): the first word is what must be there.
+        if shutil.which(command.split()[0], path=environ.get("PATH")):
+            return command
+    raise BuildError(
+        f"no C++ compiler found ({', '.join(candidates)}). Install one with C++20, "
+        "for example `apt install g++` or `conda install gxx`, or name yours in CXX."
+    )
+
+
+def check_python_headers() -> None:
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise BuildError(
+            f"Python.h is missing. Install the headers of Python {platform.python_version()}, "
+            "for example `apt install python3-dev`."
+        )
+
+
+def cuda_toolkit(environ: Mapping[str, str]) -> Path | None:
+    """The CUDA toolkit's folder: `CUDA_HOME`, else where the nvcc on the PATH says it belongs."""
+    if environ.get("HNE_CUDA") == "0":
+        return None
+    if home := environ.get("CUDA_HOME"):
+        nvcc: str | None = str(Path(home, "bin", "nvcc"))
+    else:
+        nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    if nvcc and Path(nvcc).exists():
+        # Not simply two folders up: nvcc on the PATH is often a wrapper that lies elsewhere.
+        dry = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+        if match := re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE):
+            return Path(match.group(1)).resolve()
+    if environ.get("HNE_CUDA") == "1":
+        raise BuildError(
+            "HNE_CUDA=1 asks for the CUDA library, but there is no nvcc. "
+            "Install the CUDA toolkit and put nvcc on the PATH or its folder in CUDA_HOME."
+        )
+    return None
+
+
+def git_commit(root: Path) -> str:
+    """Short hash of the checkout, "-dirty" if edited; empty outside one."""
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip()
+
+
+def extensions(root: Path) -> list[Extension]:
+    """The libraries there are sources for."""
+    cpu = [*root.glob("csrc/*.cpp"), *root.glob("csrc/cpu/**/*.cpp")]
+    cuda = [*root.glob("csrc/cuda/**/*.cu"), *root.glob("csrc/cuda/**/*.cpp")]
+    headers = [*root.glob("csrc/**/*.h"), *root.glob("csrc/**/*.cuh")]
+
+    def extension(name: str, sources: Sequence[Path]) -> Extension:
+        # setuptools wants paths relative to setup.py
+        relative = sorted(str(path.relative_to(root)) for path in sources)
+        depends = sorted(str(path.relative_to(root)) for path in headers)
+        return Extension(name, relative, depends=depends, include_dirs=["csrc"], language="c++")
+
+    result = [extension(CPU_LIBRARY, cpu)]
+    if cuda:
+        result.append(extension(CUDA_LIBRARY, cuda))
+    return result
+
+
+def write_build_info(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write build_info.h for csrc/bindings.cpp; untouched if nothing changed."""
+    lines = ["// Written by build_backend/native.py.", "#pragma once"]
+    for key, value in values.items():
+        text = value if isinstance(value, str) else " ".join(value)
+        lines.append(f"#define HNE_{key.upper()} {json.dumps(text)}")
+    content = "\n".join(lines) + "\n"
+    path = folder / "build_info.h"
+    if not path.exists() or path.read_text() != content:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def build_command(root: Path) -> type[build_ext]:
+    """setuptools' `build_ext` on top of torch's; without torch, one that says so when it runs."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return _BuildWithoutTorch
+    from torch.utils import cpp_extension
+
+    toolkit = cuda_toolkit(os.environ)
+    if toolkit:
+        cpp_extension.CUDA_HOME = str(toolkit)  # None where torch itself is without CUDA
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_TARGETS)
+
+    class Build(cpp_extension.BuildExtension):
+        """Compiles the CUDA library if it can, then the CPU library, which knows the outcome."""
+
+        extensions: list[Extension]
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Always the same folder, also when pip offers a temporary one: rebuilds are quick.
+            kind = os.environ.get("HNE_SANITIZE", "release").replace(",", "-")
+            self.build_temp = str(root / "build" / f"{kind}-{sys.implementation.cache_tag}")
+
+        def run(self) -> None:
+            os.environ["CXX"] = cxx_compiler(os.environ)
+            check_python_headers()
+            jobs = job_count(os.environ, len(os.sched_getaffinity(0)), available_bytes())
+            os.environ["MAX_JOBS"] = str(jobs)
+            super().run()
+            if self.inplace and CUDA_LIBRARY not in [extension.name for extension in self.extensions]:
+                (root / "hne_kernels" / "_C_cuda.so").unlink(missing_ok=True)  # of an earlier build
+
+        def get_ext_filename(self, fullname: str) -> str:
+            filename: str = super().get_ext_filename(fullname)
+            if fullname.endswith("_C_cuda"):  # no Python module, so no Python version in its name
+                return filename.replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so")
+            return filename
+
+        def build_extensions(self) -> None:
+            cpu = [extension for extension in self.extensions if extension.name == CPU_LIBRARY]
+            cuda = [extension for extension in self.extensions if extension.name == CUDA_LIBRARY]
+            cuda_targets = ""
+            if cuda and toolkit:
+                try:
+                    self._build(cuda)
+                    cuda_targets = os.environ["TORCH_CUDA_ARCH_LIST"]
+                except BuildError as error:
+                    if os.environ.get("HNE_CUDA") == "1":
+                        raise
+                    self.warn(f"going on without the CUDA library. {error}")
+            self._write_build_info(cuda_targets)
+            self._build(cpu)
+            self.extensions = [*cpu, *cuda] if cuda_targets else cpu
+
+        def _build(self, chosen: list[Extension]) -> None:
+            self.extensions = chosen
+            try:
+                super().build_extensions()
+            except (RuntimeError, BaseError, OSError) as error:
+                names = ", ".join(extension.name for extension in chosen)
+                raise BuildError(f"building {names} failed, see above: {error}") from None
+
+        def _write_build_info(self, cuda_targets: str) -> None:
+            write_build_info(
+                Path(self.build_temp),
+                {
+                    "version": self.distribution.get_version(),
+                    "commit": git_commit(root),
+                    "flags": cpp_flags(os.environ),
+                    "torch": torch.__version__,
+                    "torch_target": ".".join(map(str, TORCH_TARGET)),
+                    "sanitizers": os.environ.get("HNE_SANITIZE", "").replace(",", " "),
+                    "cuda_targets": cuda_targets.replace(";", " "),
+                },
+            )
+
+        def build_extension(self, extension: Extension) -> None:
+            """Add what torch and the toolkit bring, then compile one batch per set of flags."""
+            headers = cpp_extension.include_paths()  # torch's headers include pybind11's
+            system = [word for path in headers for word in ("-isystem", path)]
+            common = [target_define(), *system]
+            extension.extra_compile_args = {
+                "cxx": [*cpp_flags(os.environ), *common],
+                "nvcc": [*nvcc_flags(), *common],
+            }
+            extension.include_dirs = [str(root / "csrc"), self.build_temp]
+            extension.library_dirs = cpp_extension.library_paths()
+            extension.libraries = ["torch_cpu"]
+            if sanitizers := os.environ.get("HNE_SANITIZE"):
+                extension.extra_link_args = [f"-fsanitize={sanitizers}"]
+            if extension.name == CUDA_LIBRARY:
+                assert toolkit is not None
+                extension.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
+                # Static: no second libcudart to find, whichever one torch has brought.
+                extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+            compile_all = self.compiler.compile
+            self.compiler.compile = functools.partial(compile_by_level, compile_all)
+            try:
+                super().build_extension(extension)
+            finally:
+                self.compiler.compile = compile_all
+
+    return Build
+
+
+def compile_by_level(
+    compile_all: Callable[..., list[str]],
+    sources: list[str],
+    *,
+    output_dir: str,
+    extra_postargs: dict[str, list[str]],
+    **options: Any,
+) -> list[str]:
+    """`compile_all`, once for each SIMD level among the sources, with that level's flags.
+
+    setuptools and torch know one set of flags for an extension. Returns the object files, baseline
+    first: of an inline function that several files define, the linker keeps the first copy, and
+    that one must run everywhere.
+    """
+    objects = []
+    levels = {simd_level(source) for source in sources}
+    for level in sorted(levels, key=lambda level: (level != BASELINE, level)):
+        flags = {**extra_postargs, "cxx": [*extra_postargs["cxx"], *X86_FLAGS.get(level, [])]}
+        objects += compile_all(
+            [source for source in sources if simd_level(source) == level],
+            output_dir=str(Path(output_dir, level)),
+            extra_postargs=flags,
+            **options,
+        )
+    return objects
+
+
+class _BuildWithoutTorch(build_ext):
+    def run(self) -> None:
+        raise BuildError(
+            "PyTorch is needed to build. Install torch first, or let pip fetch it: "
+            "`pip install` without --no-build-isolation."
+        )
