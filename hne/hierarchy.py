@@ -1,0 +1,146 @@
+"""The tree of an ensemble: how many branches each block has, and which of them a leaf runs through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, init=False)
+class Hierarchy:
+    """Branches per block of a network, and the leaves (models) its tree ends in.
+
+    Block ``b`` exists in ``branches[b]`` independent copies. Leaf ``n`` runs through copy
+    ``n * branches[b] // num_models`` of block ``b``. That order is depth first, so the first ``n`` leaves need
+    the *first* ``ceil(n * branches[b] / num_models)`` copies: a smaller ensemble is a leading slice of every weight.
+
+    One description covers every system compared in the paper (its Figure 1 and section 4)::
+
+        Hierarchy((1, 2, 4, 8, 16))               hierarchical: HNE               Hierarchy.doubling(5, 16)
+        Hierarchy((16, 16, 16, 16, 16))           independent networks            Hierarchy.independent(5, 16)
+        Hierarchy((1, 1, 1, 16, 16))              shared trunk, then independent  Hierarchy.multi_branch(5, 16, 3)
+        Hierarchy((1, 1, 1, 1, 1), num_models=16) only the heads branch: Hydra    Hierarchy.multi_head(5, 16)
+        Hierarchy((1, 1, 1, 1, 1))                one network                     Hierarchy.single(5)
+
+    Args:
+        branches: Copies of each block; each count divides the next.
+        num_models: Leaves, a multiple of the last count; the last count itself by default. A larger number means
+            that heads share copies of the last block.
+
+    Raises:
+        TypeError: A count is not an int.
+        ValueError: No block, a count below 1, or a count that does not divide its successor.
+    """
+
+    branches: tuple[int, ...]
+    num_models: int
+
+    def __init__(self, branches: Sequence[int], num_models: int | None = None) -> None:
+        branches = tuple(branches)
+        if not branches:
+            raise ValueError("branches must name at least one block, got ()")
+        leaves = branches[-1] if num_models is None else num_models
+        levels = (*branches, leaves)
+        for count in levels:
+            if not isinstance(count, int) or isinstance(count, bool):
+                raise TypeError(f"branches and num_models must be ints, got {count!r}")
+            if count < 1:
+                raise ValueError(f"branches and num_models must be at least 1, got {count}")
+        for block, (count, following) in enumerate(zip(branches, levels[1:], strict=True)):
+            if following % count:
+                name = "num_models" if block + 1 == len(branches) else f"branches[{block + 1}]"
+                raise ValueError(
+                    f"every count of branches must divide the next: branches[{block}] = {count} "
+                    f"does not divide {name} = {following}"
+                )
+        object.__setattr__(self, "branches", branches)
+        object.__setattr__(self, "num_models", leaves)
+
+    @classmethod
+    def doubling(cls, num_blocks: int, num_models: int | None = None) -> Hierarchy:
+        """The paper's tree: branches double from block to block, and the first blocks are shared where there are
+        more blocks than doublings. ``num_models`` (default ``2 ** (num_blocks - 1)``) is a power of two."""
+        num_blocks = _at_least_one("num_blocks", num_blocks)
+        largest = 2 ** (num_blocks - 1)
+        leaves = largest if num_models is None else _at_least_one("num_models", num_models)
+        if leaves & (leaves - 1) or leaves > largest:
+            raise ValueError(
+                f"a doubling tree of {num_blocks} blocks has a power of two of at most {largest} models, "
+                f"got num_models = {leaves}; describe another tree with Hierarchy(branches, num_models)"
+            )
+        return cls([max(1, leaves * 2**block // largest) for block in range(num_blocks)])
+
+    @classmethod
+    def independent(cls, num_blocks: int, num_models: int) -> Hierarchy:
+        """``num_models`` networks that share nothing."""
+        return cls([num_models] * _at_least_one("num_blocks", num_blocks))
+
+    @classmethod
+    def multi_branch(cls, num_blocks: int, num_models: int, shared: int) -> Hierarchy:
+        """The first ``shared`` blocks (1 to ``num_blocks``) are one trunk; every model has its own copy of the rest."""
+        num_blocks = _at_least_one("num_blocks", num_blocks)
+        if not 1 <= shared <= num_blocks:
+            raise ValueError(f"shared must lie between 1 and num_blocks = {num_blocks}, got {shared}")
+        return cls([1] * shared + [num_models] * (num_blocks - shared), num_models)
+
+    @classmethod
+    def multi_head(cls, num_blocks: int, num_models: int) -> Hierarchy:
+        """One network with ``num_models`` heads (the student of Hydra)."""
+        return cls.multi_branch(num_blocks, num_models, num_blocks)
+
+    @classmethod
+    def single(cls, num_blocks: int) -> Hierarchy:
+        """One network."""
+        return cls.independent(num_blocks, 1)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.branches)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Nodes of the tree at each level: the branches of every block, then the leaves (one head each)."""
+        return (*self.branches, self.num_models)
+
+    @property
+    def replication(self) -> tuple[int, ...]:
+        """Children of a node of the level above, per level: how often features are replicated on entering each block,
+        and the heads. The input image is the single node above block 0."""
+        levels = self.levels
+        return tuple(b // a for a, b in zip((1, *levels), levels, strict=False))
+
+    def needed(self, num_models: int) -> tuple[int, ...]:
+        """How many (leading) nodes of each level the first ``num_models`` leaves run through; the last entry, the
+        heads, is ``num_models`` itself.
+
+        Raises:
+            TypeError, ValueError: ``num_models`` is not an int from 1 to ``self.num_models``.
+        """
+        if not isinstance(num_models, int) or isinstance(num_models, bool):
+            raise TypeError(f"num_models must be an int, got {num_models!r}")
+        if not 1 <= num_models <= self.num_models:
+            raise ValueError(f"num_models must lie between 1 and {self.num_models}, got {num_models}")
+        return tuple(-(-num_models * count // self.num_models) for count in self.levels)
+
+    def ancestor(self, leaf: int, level: int) -> int:
+        """The node of ``level`` (a block, or ``num_blocks`` for the heads) that ``leaf`` (from 0) runs through."""
+        return leaf * self.levels[level] // self.num_models
+
+    def first_new(self, leaf: int) -> int:
+        """The first level at which ``leaf`` (from 0) leaves the path of its predecessor. All later levels are new to it
+        as well, all earlier ones have been computed already (anytime inference)."""
+        if leaf == 0:
+            return 0
+        return next(
+            level
+            for level in range(self.num_blocks + 1)
+            if self.ancestor(leaf, level) != self.ancestor(leaf - 1, level)
+        )
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value

@@ -1,0 +1,81 @@
+"""Execution in plain PyTorch, as in the paper's Figure 2: the channels of all branches side by
+side, features copied where the tree branches, grouped convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import batch_norm
+from .layers import ACTIVATIONS, Branched, Layer, Linear, Unit
+
+
+class Naive:
+    """Features are ``[batch, branches * channels, height, width]``."""
+
+    def enter(self, image: Tensor) -> Tensor:
+        return image
+
+    def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
+        y: Tensor = layer(self, x, branches, replicate)
+        return y
+
+    def unit(
+        self,
+        unit: Unit,
+        x: Tensor,
+        branches: slice,
+        replicate: int = 1,
+        activation: str = "none",
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        (weight,) = _parts(unit, branches, unit.conv.weight)
+        x = self.replicate(x, branches, replicate, unit.in_channels)
+        groups = len(weight) if unit.depthwise else branches.stop - branches.start
+        x = F.conv2d(x, weight, stride=unit.stride, padding=unit.padding, groups=groups)
+        x = _batch_norm(unit, x, branches)
+        return ACTIVATIONS[activation](x if residual is None else x + residual)
+
+    def linear(
+        self, linear: Linear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
+    ) -> Tensor:
+        weight, bias = _parts(linear, branches, linear.conv.weight, linear.conv.bias)
+        x = self.replicate(x, branches, replicate, linear.in_channels)
+        return ACTIVATIONS[activation](F.conv2d(x, weight, bias, groups=branches.stop - branches.start))
+
+    def pool(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+    def replicate(self, x: Tensor, branches: slice, replicate: int, channels: int) -> Tensor:
+        if replicate == 1:
+            return x
+        children = x.unflatten(1, (-1, channels)).repeat_interleave(replicate, 1)
+        return children[:, : branches.stop - branches.start].flatten(1, 2)
+
+    def logits(self, head: Linear, x: Tensor, leaves: slice, replicate: int) -> Tensor:
+        y = self.linear(head, self.pool(x), leaves, replicate)
+        return y.flatten(1).unflatten(1, (-1, head.channels)).transpose(0, 1)
+
+    def prefix_logits(self, head: Linear, x: Tensor, leaves: slice, replicate: int, sizes: Sequence[int]) -> Tensor:
+        logits = self.logits(head, x, leaves, replicate)
+        return torch.stack([logits[:size].mean(0) for size in sizes])
+
+
+def _parts(module: Branched, branches: slice, *tensors: Tensor | None) -> list[Tensor]:
+    """The wanted branches of each tensor, side by side."""
+    return [module.part(t, branches).flatten(0, 1) for t in tensors if t is not None]
+
+
+def _batch_norm(unit: Unit, x: Tensor, branches: slice) -> Tensor:
+    bn = unit.bn
+    if bn.training and batch_norm.is_synchronised(unit):
+        y = x.unflatten(1, (-1, unit.channels)).permute(1, 0, 3, 4, 2)
+        y = batch_norm.global_batch_norm(unit, y, branches)
+        return y.permute(1, 0, 4, 2, 3).flatten(1, 2)
+    mean, var, weight, bias = _parts(unit, branches, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    momentum = batch_norm.count_batch(unit) if bn.training else 0.0
+    return F.batch_norm(x, mean, var, weight, bias, bn.training, momentum, bn.eps)
