@@ -6,6 +6,7 @@ fake implementations (shape inference under ``torch.compile`` and ``torch.export
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -185,7 +186,7 @@ def prefix_sizes(sizes: Sequence[int] | None, num_models: int) -> list[int]:
         raise ValueError("sizes: expected at least one ensemble size, got none")
     for size in sizes:
         at_least("sizes", size, 1)
-    if any(b <= a for a, b in zip(sizes, sizes[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(sizes)):
         raise ValueError(f"sizes: expected strictly rising ensemble sizes, got {sizes}")
     if sizes[-1] > num_models:
         raise ValueError(f"sizes: expected at most {num_models}, the number of models, got {sizes[-1]}")

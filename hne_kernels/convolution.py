@@ -38,7 +38,7 @@ def register(op: str, *, depthwise: bool) -> None:
         return grad.new_empty(grad.shape[0], *channels, kernel_size, kernel_size)
 
     def setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, *ctx.geometry = inputs
+        x, weight, _, *ctx.geometry = inputs
         ctx.save_for_backward(x, weight)
 
     def differentiate_forward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -108,7 +108,7 @@ def _check(
     for name, weight in (("expand", expand), ("project", project), ("shortcut", shortcut)):
         if weight is None:
             continue
-        if weight.shape[0] != branches or weight.dim() == 6 and weight.shape[2] != 1:
+        if weight.shape[0] != branches or (weight.dim() == 6 and weight.shape[2] != 1):
             raise ValueError(f"{name}: expected {branches} branches and a 1x1 kernel, got shape {tuple(weight.shape)}")
     if (shortcut is None) != (shortcut_bias is None):
         raise ValueError("shortcut: expected both shortcut and shortcut_bias, or neither")
