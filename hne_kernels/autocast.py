@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("hne", "IMPL")
 _DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+_RULES: dict[str, torch.dtype | None] = {}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -23,6 +25,7 @@ def register(op: str, dtype: torch.dtype | None = None) -> None:
         op: name of the op in ``torch.ops.hne``.
         dtype: None for the dtype that autocast was asked for (convolutions), or torch.float32 (losses).
     """
+    _RULES[op] = dtype
     for key, device in _DEVICES.items():
 
         def kernel(*args: Any, key: str = key, device: str = device) -> Any:
@@ -32,3 +35,16 @@ def register(op: str, dtype: torch.dtype | None = None) -> None:
                 return getattr(torch.ops.hne, op)(*(_cast(value, target) for value in args))
 
         _LIBRARY.impl(op, kernel, key)
+
+
+def casting(op: str, function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """``function`` under the rule of ``op``: for implementations that the dispatcher does not know."""
+
+    def call(*args: Any) -> Any:
+        if op in _RULES:
+            target = _RULES[op] or torch.get_autocast_dtype(device_type)
+            args = tuple(_cast(value, target) for value in args)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args)
+
+    return call

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, extension, reference
+from . import autocast, checks, extension, reference
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -133,4 +133,9 @@ def select(tensor: Tensor) -> str:
 
 def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that computes ``op`` for ``tensor``: a registered op, or plain PyTorch."""
-    return getattr(_MODULES[select(tensor)], op)
+    backend = select(tensor)
+    function = getattr(_MODULES[backend], op)
+    registered = backend in ("cpp", "cuda")  # those have autocast from the dispatcher
+    if registered or checks.autocast_dtype(tensor.device.type) is None:
+        return function
+    return autocast.casting(op, function, tensor.device.type)

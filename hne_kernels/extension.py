@@ -53,6 +53,7 @@ def load_cpu_library(folder: Path) -> ModuleType:
         raise ImportError(
             f"hne_kernels cannot load its compiled library with torch {torch.__version__}: {error}. {_REBUILD}"
         ) from error
+    module.cpu_capability()  # raises for an HNE_CPU_CAPABILITY that this machine cannot serve
     sys.modules[name] = module
     return module
 
