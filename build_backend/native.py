@@ -7,7 +7,6 @@ Environment: `CXX` compiler, `MAX_JOBS` compile jobs, `HNE_WERROR=1` warnings ar
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import platform
@@ -16,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,6 @@ TORCH_TARGET = (2, 11)  # oldest torch served: the stable ABI of this release is
 CUDA_TARGETS = "8.0;9.0a"
 BYTES_PER_JOB = 3 << 29  # 1.5 GiB: what one compiler process needs at its peak, and some more
 
-# csrc/cpu/isa/<level>.cpp is compiled with these; which level runs is decided at run time.
-BASELINE = "baseline"
-X86_FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-}
-
 
 class BuildError(SystemExit):
     """Ends the build with one line instead of a traceback."""
@@ -46,7 +39,11 @@ class BuildError(SystemExit):
 
 
 def cpp_flags(environ: Mapping[str, str]) -> list[str]:
-    """Flags of every C++ file; torch's build helper adds `-std=`."""
+    """Flags of every C++ file; torch's build helper adds `-std=`.
+
+    None of them names an instruction set: csrc/cpu/isa/*.cpp do that for their own functions, and
+    which of those run is decided at run time.
+    """
     flags = ["-fno-math-errno", "-ffp-contract=fast"]  # as much of -ffast-math as keeps NaN and inf
     flags += ["-fno-wrapv", "-fvisibility=hidden", "-Wall", "-Wextra"]
     if environ.get("HNE_WERROR") == "1":
@@ -57,13 +54,6 @@ def cpp_flags(environ: Mapping[str, str]) -> list[str]:
     else:
         flags += ["-O3", "-g0"]
     return flags
-
-
-def simd_level(source: str) -> str:
-    """The level that a source is compiled for: BASELINE or a key of X86_FLAGS."""
-    level = Path(source).stem
-    is_special = Path(source).parent.name == "isa" and platform.machine() in ("x86_64", "AMD64")
-    return level if is_special and level in X86_FLAGS else BASELINE
 
 
 def nvcc_flags() -> list[str]:
@@ -162,7 +152,7 @@ def extensions(root: Path) -> list[Extension]:
         # setuptools wants paths relative to setup.py
         relative = sorted(str(path.relative_to(root)) for path in sources)
         depends = sorted(str(path.relative_to(root)) for path in headers)
-        return Extension(name, relative, depends=depends, include_dirs=["csrc"], language="c++")
+        return Extension(name, relative, depends=depends, language="c++")
 
     result = [extension(CPU_LIBRARY, cpu)]
     if cuda:
@@ -186,7 +176,9 @@ def write_build_info(folder: Path, values: Mapping[str, Any]) -> None:
 def build_command(root: Path) -> type[build_ext]:
     """setuptools' `build_ext` on top of torch's; without torch, one that says so when it runs."""
     try:
-        import torch
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # not needed here
+            import torch
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
@@ -228,6 +220,8 @@ def build_command(root: Path) -> type[build_ext]:
             cpu = [extension for extension in self.extensions if extension.name == CPU_LIBRARY]
             cuda = [extension for extension in self.extensions if extension.name == CUDA_LIBRARY]
             cuda_targets = ""
+            if not cuda and os.environ.get("HNE_CUDA") == "1":
+                raise BuildError("HNE_CUDA=1, but this version has no CUDA sources (csrc/cuda).")
             if cuda and toolkit:
                 try:
                     self._build(cuda)
@@ -263,7 +257,7 @@ def build_command(root: Path) -> type[build_ext]:
             )
 
         def build_extension(self, extension: Extension) -> None:
-            """Add what torch and the toolkit bring, then compile one batch per set of flags."""
+            """Compile with what torch and the CUDA toolkit bring."""
             headers = cpp_extension.include_paths()  # torch's headers include pybind11's
             system = [word for path in headers for word in ("-isystem", path)]
             common = [target_define(), *system]
@@ -281,41 +275,9 @@ def build_command(root: Path) -> type[build_ext]:
                 extension.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
                 # Static: no second libcudart to find, whichever one torch has brought.
                 extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-            compile_all = self.compiler.compile
-            self.compiler.compile = functools.partial(compile_by_level, compile_all)
-            try:
-                super().build_extension(extension)
-            finally:
-                self.compiler.compile = compile_all
+            super().build_extension(extension)
 
     return Build
-
-
-def compile_by_level(
-    compile_all: Callable[..., list[str]],
-    sources: list[str],
-    *,
-    output_dir: str,
-    extra_postargs: dict[str, list[str]],
-    **options: Any,
-) -> list[str]:
-    """`compile_all`, once for each SIMD level among the sources, with that level's flags.
-
-    setuptools and torch know one set of flags for an extension. Returns the object files, baseline
-    first: of an inline function that several files define, the linker keeps the first copy, and
-    that one must run everywhere.
-    """
-    objects = []
-    levels = {simd_level(source) for source in sources}
-    for level in sorted(levels, key=lambda level: (level != BASELINE, level)):
-        flags = {**extra_postargs, "cxx": [*extra_postargs["cxx"], *X86_FLAGS.get(level, [])]}
-        objects += compile_all(
-            [source for source in sources if simd_level(source) == level],
-            output_dir=str(Path(output_dir, level)),
-            extra_postargs=flags,
-            **options,
-        )
-    return objects
 
 
 class _BuildWithoutTorch(build_ext):

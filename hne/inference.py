@@ -98,7 +98,7 @@ def folded(layer: Layer, branches: slice) -> Weights:
         return _slice(fold(layer), branches)
     kept: Folded | None = layer.folded
     if kept is None or not kept.is_current():
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             kept = Folded(layer)
         layer.folded = kept
     return kept.part(branches)

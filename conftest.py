@@ -1,0 +1,35 @@
+"""``pytest`` runs tests/; ``pytest --benchmark`` runs benchmarks/ instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hne", "HNE kernels")
+    group.addoption("--benchmark", action="store_true", help="run the throughput comparisons instead of the tests")
+    group.addoption(
+        "--benchmark-quick",
+        action="store_true",
+        help="run every comparison for a few rounds only: shows that it runs, not how fast",
+    )
+    group.addoption(
+        "--benchmark-save-table",
+        metavar="PATH",
+        type=Path,
+        help="write the table of the comparisons, with machine and commit, to PATH.md and PATH.json",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--benchmark") and not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs the plugin: pip install pytest-benchmark")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of the folders beside this file, only one is looked into."""
+    wanted = "benchmarks" if config.getoption("--benchmark") else "tests"
+    beside = collection_path.parent == config.rootpath and collection_path.is_dir()
+    return True if beside and collection_path.name != wanted else None

@@ -1,0 +1,56 @@
+"""``hne info``."""
+
+from __future__ import annotations
+
+import argparse
+
+from hne_kernels import default_sizes
+from hne_kernels import info as kernel_info
+
+from ..architectures import PRESETS
+from ..model import FusedHNE
+from ..recipe import DEFAULTS
+from ..report import millions, show_table
+from .options import Subparsers, new_parser
+
+_DESCRIPTION = "Show this machine, the kernels that are usable on it, and what each preset costs.\n"
+_EXAMPLES = """\
+  hne info
+"""
+
+# Input size that each preset is meant for, height and width, and the classes of its data set in the paper.
+_SIZES = {"hne_mobilenetv2_075": (224, 1000), "hne_tiny": (8, 10)}
+_CIFAR100 = (32, 100)
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to ``hne``."""
+    parser = new_parser(commands, "info", "this machine, the kernels, the presets", _DESCRIPTION, _EXAMPLES)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show the tables."""
+    for title, values in kernel_info.sections():
+        show_table([title, ""], values.items(), text_columns=2)
+        print()
+    for name in PRESETS:
+        _show_preset(name)
+    return 0
+
+
+def _show_preset(name: str) -> None:
+    size, classes = _SIZES.get(name, _CIFAR100)
+    model = FusedHNE.from_preset(name, num_classes=classes, in_channels=1 if size == 8 else 3)
+    sizes = default_sizes(model.num_models)
+    used = ", ".join(data for data, (_, preset) in DEFAULTS.items() if preset == name)
+    show_table(
+        ["n", *map(str, sizes)],
+        [("MACs", *(millions(model.macs(n, size)) for n in sizes))],
+        title=(
+            f"{name}: {model.num_models} models, branches {'-'.join(map(str, model.hierarchy.branches))}, "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        ),
+        caption=f"{size}x{size} input, {classes} classes; the default for {used or 'none'}\n",
+        text_columns=1,
+    )

@@ -1,0 +1,25 @@
+"""Data sets by name, as batches ready for a network.
+
+    dataset = load_dataset("cifar10", data_dir="~/data")
+    for images, labels in evaluation_batches(dataset.test, dataset.input, 256): ...
+
+Images stay uint8 until a batch is made; augmentation and normalisation work on whole batches, and
+every random number comes from one generator, so that a run can be repeated and resumed exactly.
+"""
+
+from __future__ import annotations
+
+from .dataset import Dataset, FileImages, InputFormat, MemoryImages
+from .loader import evaluation_batches, training_batches
+from .registry import DATASETS, load_dataset
+
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "FileImages",
+    "InputFormat",
+    "MemoryImages",
+    "evaluation_batches",
+    "load_dataset",
+    "training_batches",
+]

@@ -1,0 +1,36 @@
+"""scikit-learn's handwritten digits: a data set without a download, for a quick start and tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .dataset import Dataset, InputFormat, MemoryImages
+
+
+def digits(data_dir: str | Path | None = None) -> Dataset:
+    """1797 handwritten digits, 8x8 grey, 10 classes, all from scikit-learn: ``data_dir`` is not
+    used.
+
+    Every second image of each class is a test image, as many as to train on: an easy set tells ensembles apart
+    only if training images are few and test images many.
+    """
+    from sklearn.datasets import load_digits  # takes a second: only for who wants it
+
+    bunch = load_digits()
+    images = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[..., None]
+    labels = torch.from_numpy(bunch.target).long()
+    rank = torch.zeros_like(labels)  # of every image among those of its class
+    for label in range(10):
+        mask = labels == label
+        rank[mask] = torch.arange(int(mask.sum()))
+    test = rank % 2 == 1
+    return Dataset(
+        "digits",
+        tuple("0123456789"),
+        InputFormat(1, (8, 8), mean=(0.3049,), std=(0.3759,)),
+        MemoryImages(images[~test], labels[~test], pad=1),
+        MemoryImages(images[test], labels[test]),
+    )

@@ -1,0 +1,107 @@
+"""Splits to batches: which images stand in which batch, and which of them this process computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from .dataset import Images, InputFormat
+
+Batch = tuple[Tensor, Tensor]
+Plan = Iterator[tuple[Tensor, Tensor | None]]  # indices and random numbers of every batch
+
+
+def training_batches(
+    split: Images,
+    input_format: InputFormat,
+    batch_size: int,
+    generator: torch.Generator,
+    *,
+    augment: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """One epoch in a random order; a last, incomplete batch is left out.
+
+    Every process draws the same permutation and the same random numbers for the *global* batch
+    and takes its own equal share of it: together they see what one process would have seen.
+
+    Args:
+        split: images to train on.
+        input_format: their normalisation.
+        batch_size: global batch size, a multiple of ``world_size`` and at most ``len(split)``.
+        generator: source of all randomness; its state after the epoch is all there is to remember.
+        augment: whether images are augmented.
+        rank, world_size: of this process.
+        device: where the batches go.
+
+    Yields:
+        Images [batch_size / world_size, C, H, W] as :meth:`InputFormat.normalise` makes them, and their labels,
+        int64 [batch_size / world_size].
+    """
+    if not 1 <= batch_size <= len(split):
+        raise ValueError(f"batch_size must lie between 1 and the {len(split)} images, got {batch_size}")
+    if batch_size % world_size:
+        raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {batch_size}")
+    share = batch_size // world_size
+    mine = slice(rank * share, (rank + 1) * share)
+
+    def plan() -> Plan:
+        order = torch.randperm(len(split), generator=generator)
+        for start in range(0, len(split) - batch_size + 1, batch_size):
+            noise = split.draw(batch_size, generator)[mine] if augment else None
+            yield order[start : start + batch_size][mine], noise
+
+    return _load(split, input_format, plan(), device)
+
+
+def evaluation_batches(
+    split: Images,
+    input_format: InputFormat,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """Every image once, in order and not augmented; with several processes, every
+    ``world_size``-th batch.
+    """
+    indices = torch.arange(len(split)).split(batch_size)[rank::world_size]
+    return _load(split, input_format, ((batch, None) for batch in indices), device)
+
+
+def _load(split: Images, input_format: InputFormat, plan: Plan, device: torch.device | str) -> Iterator[Batch]:
+    for indices, pixels in _ahead(split, plan):
+        labels = split.labels[indices.to(split.labels.device)].to(device)
+        yield input_format.normalise(pixels.to(device)), labels
+
+
+def _ahead(split: Images, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pixels of every batch; up to ``split.prefetch`` of them are made in advance by another
+    thread.
+
+    The plan itself is always drawn by the calling thread, and completely: the generator's state
+    at the end does not depend on timing.
+    """
+    if not split.prefetch:
+        for indices, noise in plan:
+            yield indices, split.pixels(indices, noise)
+        return
+    waiting: deque[tuple[Tensor, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            for indices, noise in plan:
+                waiting.append((indices, thread.submit(split.pixels, indices, noise)))
+                if len(waiting) > split.prefetch:
+                    first, pixels = waiting.popleft()
+                    yield first, pixels.result()
+            for first, pixels in waiting:
+                yield first, pixels.result()
+        finally:
+            thread.shutdown(cancel_futures=True)

@@ -1,0 +1,47 @@
+"""Where data files are looked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import DataError
+
+
+def locate(
+    what: str,
+    names: Sequence[str],
+    data_dir: str | Path | None,
+    *,
+    advice: str,
+    system: Sequence[str] = (),
+) -> Path:
+    """The first of ``names`` that exists, in the first folder that has one.
+
+    Args:
+        what: the data set, for the message.
+        names: file names relative to a folder, preferred first.
+        data_dir: the only folder to look in; without it, ``$HNE_DATA`` and then ``system`` are
+            searched.
+        advice: how to get the files, for the message.
+        system: folders where packages install them.
+
+    Raises:
+        DataError: nothing was found; the message says where it was looked for and how to get it.
+    """
+    if data_dir is not None:
+        folders = [Path(data_dir).expanduser()]
+    else:
+        environment = os.environ.get("HNE_DATA")
+        folders = [Path(environment).expanduser()] if environment else []
+        folders += [Path(folder) for folder in system]
+    for folder in folders:
+        for name in names:
+            if (folder / name).exists():
+                return folder / name
+    places = ", ".join(f"{folder}{'' if folder.is_dir() else ' (no such folder)'}" for folder in folders)
+    ways = "" if data_dir is not None else "; --data-dir DIR or HNE_DATA=DIR name another folder"
+    raise DataError(
+        f"{what}: found none of {', '.join(names)} in {places or 'any folder (none was named)'}. {advice}{ways}"
+    )

@@ -1,0 +1,69 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .cifar import cifar10, cifar100
+from .dataset import Dataset, Images
+from .digits import digits
+from .folder import imagenet
+from .idx import fashion_mnist
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "imagenet": imagenet,
+}
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+) -> Dataset:
+    """Load a data set.
+
+    Args:
+        name: one of ``DATASETS``.
+        data_dir: folder of its files; by default ``$HNE_DATA`` and the folders of system packages
+            are searched.
+        image_size: pixels of height and width, where the images are scaled (``imagenet``; default
+            224).
+        limit_train, limit_test: use only so many images, picked at random but always the same ones.
+
+    Raises:
+        ValueError: no such data set, or a limit below 1.
+        DataError: files are missing, truncated or damaged.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data: expected one of {', '.join(DATASETS)}, got {name!r}")
+    if image_size is None:
+        dataset = DATASETS[name](data_dir)
+    elif name == "imagenet":
+        dataset = imagenet(data_dir, image_size)
+    else:
+        raise ValueError(f"image_size: the images of {name} have one size; only imagenet is scaled")
+    return replace(
+        dataset,
+        train=_limit("limit_train", dataset.train, limit_train),
+        test=_limit("limit_test", dataset.test, limit_test),
+    )
+
+
+def _limit(name: str, split: Images, limit: int | None) -> Images:
+    if limit is None:
+        return split
+    if limit < 1:
+        raise ValueError(f"{name}: expected at least 1, got {limit}")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    return split.subset(order[:limit].sort().values)

@@ -1,0 +1,70 @@
+"""Plots of what an ensemble costs and how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullFormatter
+
+from .evaluation import Evaluation
+from .files import replacing
+
+
+def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Path, title: str = "") -> None:
+    """Plot accuracy against multiply-adds, one curve for each evaluation, and a dashed line for
+    its single models.
+
+    Args:
+        evaluations: by the name that the legend gives them.
+        path: the file; its ending chooses the format (png, svg, pdf).
+        title: above the plot.
+    """
+    figure = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    halo = [withStroke(linewidth=3, foreground="white")]  # keeps text legible over lines
+    for index, (name, evaluation) in enumerate(evaluations.items()):
+        color = f"C{index}"
+        macs = [ensemble.macs / 1e6 for ensemble in evaluation.ensembles]
+        accuracy = [100 * ensemble.accuracy for ensemble in evaluation.ensembles]
+        axes.plot(macs, accuracy, "o-", color=color, lw=2, ms=6, label=name)
+        single = 100 * evaluation.mean_member_accuracy
+        axes.axhline(single, color=color, ls="--", lw=1.2, alpha=0.7)
+        axes.annotate(
+            "one model by itself (mean)",
+            (1, single),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=color,
+            path_effects=halo,
+        )
+        for ensemble, x, y in zip(evaluation.ensembles, macs, accuracy, strict=True):
+            axes.annotate(
+                f"n = {ensemble.num_models}",
+                (x, y),
+                xytext=(7, -12),
+                textcoords="offset points",
+                fontsize=9,
+                color=color,
+                path_effects=halo,
+            )
+    axes.set_xscale("log")
+    ticks = sorted({e.macs / 1e6 for evaluation in evaluations.values() for e in evaluation.ensembles})
+    axes.set_xticks(ticks if len(evaluations) == 1 else [ticks[0], ticks[-1]], minor=False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("cost per image (million multiply-adds)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(title)
+    axes.margins(0.08, 0.16)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(evaluations) > 1:
+        axes.legend(frameon=False)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary)

@@ -1,0 +1,60 @@
+"""Tables in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .evaluation import Evaluation
+
+_UNLIMITED = 1000  # columns of a file or pipe: nothing is folded there
+
+
+def show_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    title: str | None = None,
+    caption: str | None = None,
+    text_columns: int = 0,
+) -> None:
+    """Print a table with aligned columns: the first ``text_columns`` to the left, numbers to the
+    right.
+
+    The title stands above it, the caption below.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < text_columns else "right")
+    for row in rows:
+        table.add_row(*map(str, row))
+    width = None if sys.stdout.isatty() else _UNLIMITED
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    if title is not None:
+        console.print(title, style="bold")
+    console.print(table)
+    if caption is not None:
+        console.print(caption)
+
+
+def show_evaluation(evaluation: Evaluation, title: str | None = None) -> None:
+    """Print what each ensemble costs and how good it is."""
+    show_table(
+        ["n", "MACs", "accuracy", "NLL"],
+        [(e.num_models, millions(e.macs), f"{e.accuracy:.2%}", f"{e.nll:.4f}") for e in evaluation.ensembles],
+        title=title,
+        caption=(
+            f"one model by itself {evaluation.mean_member_accuracy:.2%} (mean of "
+            f"{len(evaluation.member_accuracy)}), diversity {evaluation.diversity:.3f}, "
+            f"{evaluation.images} images"
+        ),
+    )
+
+
+def millions(macs: int) -> str:
+    """Multiply-adds with their unit."""
+    return f"{macs / 1e6:.2f} M"

@@ -1,0 +1,510 @@
+"""Samples of every op: inputs, the float64 result they are judged against, and how far off a result may be.
+
+The yardstick is :mod:`hne_kernels.reference` in float64. A result may differ by rounding only, and a bound for that
+is known: a sum of K products computed in any order is off by at most ``K eps sum |a_k b_k|``. The sum of
+magnitudes is the op itself on absolute values, so ``magnitude`` gives a bound for each element, however large
+or small the inputs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hne_kernels as K
+
+Inputs = dict[str, Any]
+KINK = 0.05  # gradients are not compared this close to where an activation bends
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op."""
+
+    op: str
+    name: str
+    make: Callable[[torch.Generator], Inputs] = field(repr=False)
+    differentiable: tuple[str, ...]  # inputs with a gradient
+    terms: int  # length of the longest sum behind an element of the result or a gradient
+    roundings: int = 1  # times a value is stored in the dtype on its way to the result
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    def inputs(self, rng: torch.Generator, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
+        """Fresh arguments; a batch norm keeps its parameters in float32 or better."""
+        made = cast(self.make(rng), dtype, device)
+        if self.op == "branch_batch_norm" and dtype.itemsize < 4:
+            made |= {name: made[name].float() for name in ("weight", "bias")}
+        return made
+
+    def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        result = getattr(K, self.op)(**inputs)
+        return result if isinstance(result, tuple) else (result,)
+
+
+@dataclass
+class Outcome:
+    """Results of a call and gradients of its differentiable inputs."""
+
+    results: tuple[Tensor, ...]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return [(f"result {i}", t) for i, t in enumerate(self.results)] + [
+            (f"gradient of {name}", t) for name, t in self.gradients.items()
+        ]
+
+
+# --- inputs ------------------------------------------------------------------------------------------------
+
+
+def normal(rng: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=rng, dtype=torch.float64) * scale
+
+
+def cast(inputs: Inputs, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    """The same inputs in another dtype and place; integers keep their dtype."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype if value.is_floating_point() else None)
+
+    return {name: move(value) for name, value in inputs.items()}
+
+
+def tensors(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+
+def out_size(size: int, k: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - k) // stride + 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution: G input branches with r children each (the last may lack some), B maps of H x W."""
+
+    G: int
+    r: int
+    B: int
+    H: int
+    W: int
+    ci: int
+    co: int
+    k: int
+    stride: int
+    padding: int
+    missing: int = 0
+
+    def __str__(self) -> str:
+        missing = f"-missing{self.missing}" if self.missing else ""
+        return (
+            f"G{self.G}r{self.r}B{self.B}-{self.H}x{self.W}-{self.ci}to{self.co}"
+            f"-k{self.k}s{self.stride}p{self.padding}{missing}"
+        )
+
+    @property
+    def branches(self) -> int:
+        return self.G * self.r - self.missing
+
+    @property
+    def positions(self) -> int:
+        return (
+            self.B
+            * out_size(self.H, self.k, self.stride, self.padding)
+            * out_size(self.W, self.k, self.stride, self.padding)
+        )
+
+    def options(self) -> Inputs:
+        return {"stride": self.stride, "padding": self.padding, "replicate": self.r}
+
+
+# Between them: every G of 1, 2, 3, 5 with r of 1 to 4; empty batches and batches of one; maps of one pixel,
+# smaller than the kernel, odd, not square; channels that no vector width divides; windows that lie wholly in
+# the padding; rows the stride leaves over.
+GEOMETRIES = [
+    Geometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0),
+    Geometry(1, 1, 2, 8, 8, 3, 16, 3, 1, 1),
+    Geometry(2, 1, 2, 8, 8, 16, 32, 1, 1, 0),
+    Geometry(2, 2, 1, 7, 7, 17, 5, 1, 2, 0),
+    Geometry(3, 1, 2, 7, 7, 5, 17, 3, 2, 1),
+    Geometry(5, 1, 1, 5, 9, 3, 3, 5, 1, 2),
+    Geometry(1, 4, 3, 4, 3, 33, 5, 3, 1, 1),
+    Geometry(3, 3, 1, 1, 1, 5, 33, 3, 1, 1),
+    Geometry(2, 3, 2, 9, 5, 1, 17, 5, 3, 2),
+    Geometry(5, 2, 0, 7, 7, 5, 3, 3, 1, 1),
+    Geometry(1, 2, 1, 6, 6, 17, 33, 2, 2, 0),
+    Geometry(2, 1, 3, 5, 6, 3, 1, 2, 1, 1),
+    Geometry(1, 1, 1, 7, 7, 33, 65, 3, 1, 0),
+    Geometry(1, 1, 2, 10, 4, 5, 5, 1, 3, 2),
+    Geometry(3, 4, 1, 8, 7, 1, 3, 3, 3, 0),
+    Geometry(2, 2, 2, 6, 5, 130, 40, 1, 1, 0),
+    Geometry(1, 1, 1, 3, 4, 300, 17, 3, 1, 1),
+    Geometry(2, 1, 2, 33, 31, 17, 24, 3, 2, 1),
+    Geometry(2, 2, 2, 6, 5, 5, 3, 3, 1, 1, missing=1),
+    Geometry(3, 4, 1, 7, 7, 3, 17, 1, 2, 0, missing=3),
+]
+
+
+def convolution(op: str, geometry: Geometry, bias: bool) -> Case:
+    depthwise = op == "branch_depthwise_conv2d"
+    g = geometry
+    channels = (g.ci,) if depthwise else (g.co, g.ci)
+
+    def make(rng: torch.Generator) -> Inputs:
+        return {
+            "x": normal(rng, g.G, g.B, g.H, g.W, g.ci),
+            "weight": normal(rng, g.branches, *channels, g.k, g.k),
+            "bias": normal(rng, g.branches, channels[0]) if bias else None,
+            **g.options(),
+        }
+
+    forward = g.k**2 * (1 if depthwise else g.ci) + 1
+    backward = g.k**2 * g.r * (1 if depthwise else g.co)
+    return Case(
+        op,
+        f"{g}{'-bias' if bias else ''}",
+        make,
+        ("x", "weight", "bias") if bias else ("x", "weight"),
+        max(forward, backward, g.positions),
+    )
+
+
+def fused_convolution(geometry: Geometry, activation: str) -> Case:
+    g = geometry
+
+    def make(rng: torch.Generator) -> Inputs:
+        weight = normal(rng, g.branches, g.co, g.ci, g.k, g.k)
+        return {
+            "x": normal(rng, g.G, g.B, g.H, g.W, g.ci),
+            "weight": K.pack_weight(weight),
+            "bias": normal(rng, g.branches, g.co),
+            "activation": activation,
+            **g.options(),
+        }
+
+    return Case("fused_conv2d", f"{g}-{activation}", make, (), g.k**2 * g.ci + 1)
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """A bottleneck or inverted residual; ``join`` is what is added at its end."""
+
+    G: int
+    r: int
+    B: int
+    H: int
+    W: int
+    ci: int
+    middle: int
+    co: int
+    k: int
+    stride: int
+    join: str  # nothing, identity, shortcut
+    activation: str
+    final: str
+    missing: int = 0
+
+    def __str__(self) -> str:
+        missing = f"-missing{self.missing}" if self.missing else ""
+        return (
+            f"G{self.G}r{self.r}B{self.B}-{self.H}x{self.W}-{self.ci}to{self.middle}to{self.co}"
+            f"-k{self.k}s{self.stride}-{self.join}-{self.activation}-{self.final}{missing}"
+        )
+
+
+BOTTLENECKS = [
+    Bottleneck(1, 1, 1, 1, 1, 1, 1, 1, 3, 1, "identity", "relu", "relu"),
+    Bottleneck(1, 2, 2, 8, 8, 16, 16, 32, 3, 1, "shortcut", "relu", "relu"),
+    Bottleneck(2, 2, 1, 7, 7, 17, 5, 33, 3, 2, "shortcut", "relu", "relu"),
+    Bottleneck(2, 1, 2, 8, 8, 32, 8, 32, 3, 1, "identity", "relu", "relu"),
+    Bottleneck(3, 1, 1, 5, 9, 3, 18, 5, 3, 2, "nothing", "relu6", "none"),
+    Bottleneck(1, 1, 3, 6, 5, 5, 33, 5, 5, 1, "identity", "relu6", "none"),
+    Bottleneck(5, 2, 1, 4, 3, 3, 17, 3, 3, 1, "identity", "relu6", "none"),
+    Bottleneck(1, 4, 2, 1, 1, 33, 17, 17, 5, 2, "nothing", "relu6", "relu6"),
+    Bottleneck(2, 3, 0, 7, 7, 5, 3, 1, 3, 2, "shortcut", "relu", "relu"),
+    Bottleneck(3, 3, 1, 5, 4, 1, 5, 3, 1, 3, "shortcut", "none", "none"),
+    Bottleneck(1, 1, 2, 17, 19, 24, 144, 40, 3, 2, "nothing", "relu6", "none"),
+    Bottleneck(2, 2, 2, 16, 16, 64, 32, 128, 3, 2, "shortcut", "relu", "relu"),
+    Bottleneck(2, 2, 1, 5, 6, 8, 4, 16, 3, 1, "shortcut", "relu", "relu", missing=1),
+]
+
+
+def bottleneck(b: Bottleneck) -> Case:
+    branches = b.G * b.r - b.missing
+
+    def make(rng: torch.Generator) -> Inputs:
+        def pointwise(outputs: int, inputs: int) -> Tensor:
+            scale = inputs**-0.5  # keeps values near 1, where the activations bend
+            return K.pack_weight(normal(rng, branches, outputs, inputs, 1, 1, scale=scale))
+
+        shortcut = b.join == "shortcut"
+        return {
+            "x": normal(rng, b.G, b.B, b.H, b.W, b.ci, scale=3),
+            "expand": pointwise(b.middle, b.ci),
+            "expand_bias": normal(rng, branches, b.middle),
+            "depthwise": normal(rng, branches, b.k, b.k, b.middle),
+            "depthwise_bias": normal(rng, branches, b.middle),
+            "project": pointwise(b.co, b.middle),
+            "project_bias": normal(rng, branches, b.co),
+            "shortcut": pointwise(b.co, b.ci) if shortcut else None,
+            "shortcut_bias": normal(rng, branches, b.co) if shortcut else None,
+            "stride": b.stride,
+            "replicate": b.r,
+            "activation": b.activation,
+            "identity": b.join == "identity",
+            "final_activation": b.final,
+        }
+
+    # Errors of the three convolutions add up, and so do the shortcut's.
+    terms = (b.ci + 1) + (b.k**2 + 1) + (b.middle + 1) + (b.ci + 2)
+    return Case("fused_bottleneck", str(b), make, (), terms, roundings=6)
+
+
+def batch_norm(shape: Sequence[int], activation: str, residual: bool, offset: float = 0.0) -> Case:
+    def make(rng: torch.Generator) -> Inputs:
+        branches, channels = shape[0], shape[-1]
+        return {
+            "x": normal(rng, *shape) + offset,
+            "weight": normal(rng, branches, channels) * 2,
+            "bias": normal(rng, branches, channels) * 2,
+            "residual": normal(rng, *shape) * 2 if residual else None,
+            "activation": activation,
+        }
+
+    name = "x".join(map(str, shape)) + f"-{activation}{'-residual' if residual else ''}"
+    return Case(
+        "branch_batch_norm",
+        f"{name}-offset{offset:g}" if offset else name,
+        make,
+        ("x", "weight", "bias", "residual") if residual else ("x", "weight", "bias"),
+        shape[1] * shape[2] * shape[3] + 16,
+    )
+
+
+BATCH_NORMS = [
+    batch_norm((1, 1, 1, 2, 1), "none", False),
+    batch_norm((1, 2, 1, 1, 3), "none", True),
+    batch_norm((2, 3, 5, 4, 17), "relu", False),
+    batch_norm((3, 1, 7, 7, 33), "relu", True),
+    batch_norm((5, 2, 4, 3, 5), "relu6", False),
+    batch_norm((2, 2, 8, 8, 16), "relu6", True),
+    batch_norm((1, 4, 9, 7, 64), "relu", True),
+    # Where a mean of squares minus a squared mean would cancel.
+    batch_norm((2, 2, 6, 5, 17), "none", False, offset=300.0),
+]
+
+
+def prefix_mean(models: int, batch: int, classes: int, sizes: tuple[int, ...] | None) -> Case:
+    def make(rng: torch.Generator) -> Inputs:
+        return {"logits": normal(rng, models, batch, classes), "sizes": sizes}
+
+    name = f"N{models}B{batch}L{classes}-{sizes or 'default'}".replace(" ", "")
+    # The reference sums a member's gradient over the ensembles it belongs to, one rounding each.
+    return Case("prefix_mean", name, make, ("logits",), models + 5, roundings=6)
+
+
+def prefix_logits(
+    models: int, batch: int, channels: int, classes: int, sizes: tuple[int, ...] | None, bias: bool
+) -> Case:
+    def make(rng: torch.Generator) -> Inputs:
+        return {
+            "features": normal(rng, models, batch, channels),
+            "weight": normal(rng, models, classes, channels),
+            "bias": normal(rng, models, classes) if bias else None,
+            "sizes": sizes,
+        }
+
+    name = f"N{models}B{batch}C{channels}L{classes}-{sizes or 'default'}".replace(" ", "")
+    return Case(
+        "prefix_logits",
+        f"{name}{'-bias' if bias else ''}",
+        make,
+        ("features", "weight", "bias") if bias else ("features", "weight"),
+        max(channels, batch, classes) + models + 6,
+        roundings=8,
+    )
+
+
+def loss(models: int, batch: int, classes: int, alpha: float, temperature: float, scale: float = 1.0) -> Case:
+    def make(rng: torch.Generator) -> Inputs:
+        return {
+            "logits": normal(rng, models, batch, classes, scale=scale),
+            "target": torch.randint(classes, (batch,), generator=rng),
+            "alpha": alpha,
+            "temperature": temperature,
+        }
+
+    name = f"N{models}B{batch}L{classes}-alpha{alpha:g}-T{temperature:g}-scale{scale:g}"
+    return Case(
+        "hierarchical_distillation_loss",
+        name,
+        make,
+        ("logits",),
+        models + batch + classes + 16,
+        roundings=8 * models,
+    )
+
+
+CASES = [
+    *(convolution("branch_conv2d", g, bool(i % 2)) for i, g in enumerate(GEOMETRIES)),
+    *(convolution("branch_depthwise_conv2d", g, not i % 2) for i, g in enumerate(GEOMETRIES)),
+    *(fused_convolution(g, ("none", "relu", "relu6")[i % 3]) for i, g in enumerate(GEOMETRIES)),
+    *(bottleneck(b) for b in BOTTLENECKS),
+    *BATCH_NORMS,
+    prefix_mean(1, 1, 1, None),
+    prefix_mean(2, 3, 5, None),
+    prefix_mean(3, 1, 17, None),
+    prefix_mean(5, 2, 33, (1, 3, 5)),
+    prefix_mean(16, 4, 10, None),
+    prefix_mean(16, 2, 100, (3,)),
+    prefix_mean(7, 0, 3, None),
+    prefix_logits(1, 1, 1, 1, None, False),
+    prefix_logits(2, 3, 17, 5, None, True),
+    prefix_logits(3, 1, 33, 17, (2, 3), False),
+    prefix_logits(5, 2, 3, 33, (1, 4), True),
+    prefix_logits(16, 5, 64, 10, None, True),
+    prefix_logits(4, 0, 8, 3, None, True),
+    loss(1, 1, 1, 0.5, 2.0),
+    loss(1, 3, 5, 0.5, 2.0),
+    loss(2, 4, 10, 0.5, 2.0),
+    loss(3, 5, 17, 0.75, 1.0),
+    loss(5, 2, 33, 1.0, 4.0),
+    loss(16, 8, 100, 0.5, 2.0),
+    loss(16, 3, 10, 0.0, 2.0, scale=30.0),
+    loss(16, 3, 10, 0.5, 2.0, scale=1e4),
+]
+
+
+def representative(*, differentiable: bool = False) -> list[Case]:
+    """One case per op, small but general: several branches and children, odd sizes, every option used."""
+    chosen = {
+        "branch_conv2d": convolution("branch_conv2d", Geometry(2, 2, 2, 5, 4, 3, 2, 3, 2, 1), True),
+        "branch_depthwise_conv2d": convolution("branch_depthwise_conv2d", Geometry(2, 2, 2, 5, 4, 3, 3, 3, 2, 1), True),
+        "branch_batch_norm": batch_norm((2, 2, 3, 2, 3), "relu", True),
+        "fused_conv2d": fused_convolution(Geometry(2, 2, 2, 5, 4, 3, 18, 3, 2, 1), "relu"),
+        "fused_bottleneck": bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
+        "prefix_mean": prefix_mean(5, 2, 3, (1, 2, 4)),
+        "prefix_logits": prefix_logits(5, 2, 3, 4, None, True),
+        "hierarchical_distillation_loss": loss(5, 3, 4, 0.5, 2.0),
+    }
+    return [case for case in chosen.values() if case.differentiable or not differentiable]
+
+
+# --- judging -----------------------------------------------------------------------------------------------
+
+
+def cotangents(case: Case, inputs: Inputs, rng: torch.Generator) -> list[Tensor]:
+    """A float64 gradient for every differentiable result, zero where an activation bends."""
+    with torch.no_grad(), K.use_backend("reference"):
+        results = case(inputs)
+        count = 1 if case.op == "branch_batch_norm" else len(results)
+        grads = [normal(rng, *result.shape) for result in results[:count]]
+        if inputs.get("activation", "none") != "none" and case.differentiable:
+            bent = case({**inputs, "activation": "none"})[0]
+            grads[0] *= (bent.abs() > KINK) & ((bent - 6).abs() > KINK)
+    return grads
+
+
+def evaluate(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outcome:
+    """Call the op; with ``grads`` for its results, differentiate too."""
+    if not grads:
+        with torch.no_grad():
+            return Outcome(case(inputs))
+    leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
+    results = case({**inputs, **leaves})
+    gradients = torch.autograd.grad(results[: len(grads)], list(leaves.values()), grads)
+    return Outcome(tuple(result.detach() for result in results), dict(zip(leaves, gradients, strict=True)))
+
+
+def expected(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outcome:
+    """The reference in float64."""
+    with K.use_backend("reference"):
+        return evaluate(case, cast(inputs, torch.float64), [grad.to("cpu", torch.float64) for grad in grads])
+
+
+def magnitude(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outcome:
+    """For each element, the size of what was added up to get it."""
+    inputs = cast(inputs, torch.float64)
+    grads = [grad.to("cpu", torch.float64).abs() for grad in grads]
+    if case.op == "branch_batch_norm":
+        return _batch_norm_magnitude(inputs, grads)
+    if case.op == "hierarchical_distillation_loss":
+        return _loss_magnitude(inputs, grads)
+    absolute = {name: value.abs() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    for option in ("activation", "final_activation"):
+        if option in absolute:
+            absolute[option] = "none"
+    return expected(case, absolute, grads)
+
+
+def _batch_norm_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
+    over = (1, 2, 3)
+    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
+    residual = inputs["residual"]
+    size = x.abs().mean(over, keepdim=True)
+    var = x.var(over, correction=0, keepdim=True)
+    scale = (var + 1e-5).rsqrt()
+    normal_size = (x.abs() + size) * scale
+    gain = weight.abs()[:, None, None, None]
+    y = normal_size * gain + bias.abs()[:, None, None, None]
+    if residual is not None:
+        y = y + residual.abs()
+    # A deviation x - mean carries the rounding of both, once more for its other factor.
+    spread = ((x.abs() + size) * (x - x.mean(over, keepdim=True)).abs()).mean(over)
+    outcome = Outcome((y, size.flatten(1), 2 * spread))
+    if grads:
+        grad = grads[0]
+        through = normal_size * (grad * normal_size).mean(over, keepdim=True)
+        outcome.gradients = {
+            "x": gain * scale * (grad + grad.mean(over, keepdim=True) + through),
+            "weight": (grad * normal_size).sum(over),
+            "bias": grad.sum(over),
+        }
+        if residual is not None:
+            outcome.gradients["residual"] = grad
+    return outcome
+
+
+def _loss_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
+    """Every exponent is off by eps times the largest logit; a probability, relatively, by as much."""
+    logits, alpha, temperature = inputs["logits"], inputs["alpha"], inputs["temperature"]
+    models, batch, _ = logits.shape
+    largest = 1 + logits.abs().max()
+    sizes = K.default_sizes(models)[:-1]
+    loss = largest * ((1 - alpha) * models + alpha * temperature**2 * len(sizes))
+    outcome = Outcome((loss,))
+    if grads:
+        per_logit = (1 - alpha) + alpha * temperature * sum(1 / size for size in sizes)
+        outcome.gradients = {"logits": (grads[0] * largest * per_logit / batch).expand(logits.shape)}
+    return outcome
+
+
+def tolerance(case: Case, dtype: torch.dtype, size: Tensor) -> Tensor:
+    """Rounding that ``case`` may show: sums are kept in float32 or better, values stored in ``dtype``."""
+    sums = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    stored = torch.finfo(dtype).eps
+    return (case.terms * sums + case.roundings * stored) * size
+
+
+def check(case: Case, inputs: Inputs, actual: Outcome, grads: Sequence[Tensor] = ()) -> None:
+    """Raise unless ``actual`` is what the op should give for ``inputs``, but for rounding."""
+    want, sizes = expected(case, inputs, grads), magnitude(case, inputs, grads)
+    for (name, got), (_, right), (_, size) in zip(actual.items(), want.items(), sizes.items(), strict=True):
+        assert got.shape == right.shape, f"{case}: shape of {name}"
+        error = (got.to("cpu", torch.float64) - right).abs()
+        allowed = tolerance(case, got.dtype, size).expand_as(right)
+        wrong = ~(error <= allowed)  # NaN is wrong too
+        assert not wrong.any(), (
+            f"{case}: {name} is wrong in {int(wrong.sum())} of {wrong.numel()} elements; the first at "
+            f"{tuple(wrong.nonzero()[0].tolist())}: got {got.cpu()[wrong][0]}, "
+            f"expected {right[wrong][0]}, allowed error {allowed[wrong][0]:.3g}"
+        )
+    for name, gradient in actual.gradients.items():
+        assert gradient.dtype == inputs[name].dtype, f"{case}: dtype of the gradient of {name}"

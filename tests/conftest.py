@@ -1,0 +1,78 @@
+"""What every test gets: fresh inputs that can be drawn again, poisoned memory, each backend in turn."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from placements import PLACEMENTS, SEED, Placement
+
+import hne_kernels as K
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"inputs: HNE_TEST_SEED={SEED}",
+        f"backends: {', '.join(K.available_backends())}; "
+        + "; ".join(f"not {name}: {reason}" for name, reason in K.unavailable_backends().items()),
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"The same inputs again: HNE_TEST_SEED={SEED}", yellow=True)
+
+
+def _params(dtype: torch.dtype | None = None) -> list[object]:
+    """Places to compute in, of one dtype or of all, on the backends that are here (test_backends.py names the rest)."""
+    return [
+        pytest.param(place, id=str(place))
+        for place in PLACEMENTS
+        if place.backend in K.available_backends() and dtype in (None, place.dtype)
+    ]
+
+
+@pytest.fixture(params=_params())
+def placement(request: pytest.FixtureRequest) -> Iterator[Placement]:
+    """Every backend in every dtype it serves; calls inside the test go to that backend."""
+    with K.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture(params=_params(torch.float32))
+def backend(request: pytest.FixtureRequest) -> Iterator[Placement]:
+    """Every backend, in float32."""
+    with K.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture(params=_params(torch.float64))
+def double(request: pytest.FixtureRequest) -> Iterator[Placement]:
+    """Every backend that computes in float64, as numerical differentiation needs."""
+    with K.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """Inputs that differ from run to run and from test to test, whichever tests run beside it."""
+    return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fill every new tensor with NaN (the compiled ops' outputs too): what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For the many tiny calls of numerical differentiation, where waking threads is most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

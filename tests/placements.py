@@ -1,0 +1,34 @@
+"""The backends, where and in which dtypes each of them is tested; the seed of this run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+# In the environment, so that processes started by a test draw the same inputs.
+SEED = int(os.environ.setdefault("HNE_TEST_SEED", str(secrets.randbelow(2**31))))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in what a test computes."""
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
+
+
+_GPU = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton's interpreter may serve
+_PLACES = {
+    "reference": ("cpu", (torch.float32, torch.float64, torch.bfloat16)),
+    "cpp": ("cpu", (torch.float32, torch.float64, torch.bfloat16)),
+    "cuda": ("cuda", (torch.float32, torch.float16, torch.bfloat16)),
+    "triton": (_GPU, (torch.float32, torch.float16, torch.bfloat16)),
+}
+PLACEMENTS = [Placement(backend, device, dtype) for backend, (device, dtypes) in _PLACES.items() for dtype in dtypes]

@@ -1,0 +1,81 @@
+"""Under torch.autocast the ops follow PyTorch's own: convolutions and heads in bfloat16, losses in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, cast, check, evaluate, representative
+from placements import Placement
+from torch import Tensor
+
+import hne_kernels as K
+
+LOWERED = ("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d", "fused_bottleneck", "prefix_logits")
+
+
+@pytest.mark.parametrize("case", [c for c in representative() if c.op in LOWERED], ids=lambda case: case.op)
+def test_lowered_ops(case: Case, backend: Placement, rng: torch.Generator) -> None:
+    """float32 in, bfloat16 out: what the bfloat16 op gives for inputs rounded to bfloat16."""
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    with torch.autocast(backend.device, torch.bfloat16):
+        outcome = evaluate(case, inputs)
+    assert all(result.dtype == torch.bfloat16 for result in outcome.results)
+    check(case, cast(inputs, torch.bfloat16, backend.device), outcome)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in representative(differentiable=True) if c.op in LOWERED], ids=lambda c: c.op
+)
+def test_parameters_get_gradients_in_their_own_dtype(case: Case, backend: Placement, rng: torch.Generator) -> None:
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    leaves = {name: inputs[name].requires_grad_() for name in case.differentiable}
+    with torch.autocast(backend.device, torch.bfloat16):
+        results = case({**inputs, **leaves})
+        total = sum(result.float().square().sum() for result in results)
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        assert gradient.dtype == leaf.dtype == torch.float32, name
+        assert gradient.isfinite().all()
+
+
+def test_mixed_dtypes_are_fine_under_autocast(backend: Placement, rng: torch.Generator) -> None:
+    """The features of the layer before are bfloat16 already, the parameters are not."""
+    x = torch.randn(2, 2, 4, 4, 3, generator=rng).to(backend.device, torch.bfloat16)
+    weight = torch.randn(2, 5, 3, 3, 3, generator=rng).to(backend.device)
+    with torch.autocast(backend.device, torch.bfloat16):
+        mixed = K.branch_conv2d(x, weight, padding=1)
+    with pytest.raises(TypeError, match="weight: expected the dtype of x"):
+        K.branch_conv2d(x, weight, padding=1)
+    torch.testing.assert_close(mixed, K.branch_conv2d(x, weight.bfloat16(), padding=1))
+
+
+def test_loss_is_computed_in_float32(backend: Placement, rng: torch.Generator) -> None:
+    logits = (torch.randn(5, 3, 4, generator=rng) * 5).to(backend.device, torch.bfloat16)
+    target = torch.randint(4, (3,), generator=rng).to(backend.device)
+    with torch.autocast(backend.device, torch.bfloat16):
+        loss = K.hierarchical_distillation_loss(logits, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, K.hierarchical_distillation_loss(logits.float(), target))
+
+
+def test_double_stays_double(double: Placement, rng: torch.Generator) -> None:
+    x = torch.randn(1, 2, 4, 4, 3, generator=rng, dtype=torch.float64).to(double.device)
+    weight = torch.randn(1, 5, 3, 1, 1, generator=rng, dtype=torch.float64).to(double.device)
+    with torch.autocast(double.device, torch.bfloat16):
+        y = K.branch_conv2d(x, weight)
+    assert y.dtype == torch.float64
+
+
+def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
+    rows = y.double().flatten(1, 3)
+    return rows.mean(1), rows.var(1, correction=0)
+
+
+def test_batch_norm_keeps_its_statistics_in_float32(backend: Placement, rng: torch.Generator) -> None:
+    x = torch.randn(2, 3, 4, 4, 5, generator=rng).to(backend.device, torch.bfloat16)
+    one, zero = torch.ones(2, 5, device=backend.device), torch.zeros(2, 5, device=backend.device)
+    with torch.autocast(backend.device, torch.bfloat16):
+        y, mean, var = K.branch_batch_norm(x, one, zero)
+    assert (y.dtype, mean.dtype, var.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    for got, want in zip((mean, var), _statistics(x), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,332 @@
+"""Wrong arguments: an error that names the argument, what was expected and what came; the same on every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, Inputs, representative
+from placements import Placement
+from torch import Tensor
+
+import hne_kernels as K
+
+SAMPLES = {case.op: case for case in representative()}
+CONVOLUTIONS = ("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d")
+LOSS = "hierarchical_distillation_loss"
+
+
+def _wider(tensor: Tensor, dim: int) -> Tensor:
+    """One entry more along ``dim``."""
+    return torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
+
+
+# op, argument, its wrong value (or a function of the right one), error, part of the message
+WRONG: list[tuple[str, str, Any, type[Exception], str]] = []
+
+
+def _wrong(ops: str | tuple[str, ...], error: type[Exception], *rows: tuple[str, Any, str]) -> None:
+    for op in (ops,) if isinstance(ops, str) else ops:
+        WRONG.extend((op, argument, value, error, text) for argument, value, text in rows)
+
+
+MAPS = (*CONVOLUTIONS, "fused_bottleneck", "branch_batch_norm")
+_wrong(
+    MAPS,
+    ValueError,
+    ("x", lambda x: x[0], r"x: expected 5 dimensions .*got 4"),
+    ("x", lambda x: x[None], r"x: expected 5 dimensions .*got 6"),
+)
+_wrong(
+    MAPS,
+    TypeError,
+    ("x", lambda x: None, r"x: expected a tensor.*got NoneType"),
+    ("x", lambda x: x.tolist(), r"x: expected a tensor.*got list"),
+    ("x", lambda x: x.long(), r"x: expected a floating-point tensor, got torch.int64"),
+    ("x", lambda x: x.to(torch.complex64), r"x: expected a floating-point tensor, got torch.complex64"),
+)
+
+# Parameters: shape, dtype and device.
+for _op, _weight, _bias in (
+    ("branch_conv2d", "weight", "bias"),
+    ("branch_depthwise_conv2d", "weight", "bias"),
+    ("fused_conv2d", "weight", "bias"),
+    ("fused_bottleneck", "expand", "expand_bias"),
+    ("fused_bottleneck", "project", "project_bias"),
+    ("fused_bottleneck", "shortcut", "shortcut_bias"),
+    ("fused_bottleneck", "depthwise", "depthwise_bias"),
+    ("branch_batch_norm", "weight", "bias"),
+    ("prefix_logits", "weight", "bias"),
+):
+    for _name in (_weight, _bias):
+        _wrong(
+            _op,
+            ValueError,
+            (_name, lambda t: t[0], rf"\b{_name}: expected .*got"),
+            (_name, lambda t: t.to("meta"), rf"\b{_name}: expected to be on the device .*got meta"),
+        )
+        _wrong(
+            _op,
+            TypeError,
+            (_name, lambda t: t.double(), rf"\b{_name}: expected .*torch.float32.* got torch.float64"),
+        )
+    _wrong(
+        _op,
+        ValueError,
+        (_weight, lambda w: _wider(w, 0), rf"\b({_weight}|{_bias}): expected .*got"),
+        (_weight, lambda w: _wider(w, -1), rf"\b{_weight}: expected .*got"),
+        (_bias, lambda b: _wider(b, 0), rf"\b{_bias}: expected .*got"),
+    )
+
+# Channels.
+for _op in ("branch_conv2d", "branch_depthwise_conv2d", "branch_batch_norm", "prefix_logits"):
+    _wrong(_op, ValueError, ("bias", lambda b: _wider(b, -1), r"\bbias: expected shape .*got"))
+_wrong(
+    "branch_conv2d",
+    ValueError,
+    ("weight", lambda w: _wider(w, 2), r"weight: expected 3 input channels as x has, got 4"),
+)
+_wrong(
+    "branch_depthwise_conv2d",
+    ValueError,
+    ("weight", lambda w: _wider(w, 1), r"weight: expected 3 input channels as x has, got 4"),
+)
+# A packed weight has room for up to 15 channels more: its bias tells how many there are.
+_wrong("fused_conv2d", ValueError, ("bias", lambda b: b.repeat(1, 2), r"weight: expected shape .*got"))
+
+# Windows.
+_wrong(
+    ("branch_conv2d", "branch_depthwise_conv2d"),
+    ValueError,
+    ("weight", lambda w: w[..., :0, :0], r"weight: expected a square kernel of at least 1x1"),
+)
+_wrong(
+    CONVOLUTIONS,
+    ValueError,
+    ("x", lambda x: x[:, :, :0], r"x: expected at least 1 rows and columns for a 3x3 kernel with padding 1, got 0x4"),
+)
+
+# Numbers and names.
+for _op in (*CONVOLUTIONS, "fused_bottleneck"):
+    for _name, _least in (("stride", 1), ("padding", 0), ("replicate", 1)):
+        if (_op, _name) == ("fused_bottleneck", "padding"):
+            continue
+        _wrong(_op, ValueError, (_name, _least - 1, rf"{_name}: expected at least {_least}, got {_least - 1}"))
+        _wrong(
+            _op,
+            TypeError,
+            (_name, 1.0, rf"{_name}: expected an int, got float"),
+            (_name, True, rf"{_name}: expected an int, got bool"),
+            (_name, (1, 1), rf"{_name}: expected an int, got tuple"),
+        )
+    _wrong(
+        _op,
+        ValueError,
+        # Two branches with at most r children each do not make four, or leave the second without any.
+        ("replicate", 1, r"(weight|expand): expected .*2.* got 4"),
+        ("replicate", 5, r"(weight|expand): expected .*10.* got 4"),
+        ("x", lambda x: _wider(x, 0), r"(weight|expand): expected .*6.* got 4"),
+    )
+_wrong(
+    ("fused_conv2d", "fused_bottleneck", "branch_batch_norm"),
+    ValueError,
+    ("activation", "gelu", r"activation: expected one of none, relu, relu6, got 'gelu'"),
+)
+
+# A bottleneck's parts.
+_wrong(
+    "fused_bottleneck",
+    ValueError,
+    ("final_activation", "ReLU", r"final_activation: expected one of none, relu, relu6, got 'ReLU'"),
+    ("x", lambda x: _wider(x, 4), r"expand: expected shape"),
+    ("expand", lambda w: w.expand(-1, -1, 3, 3, -1, -1), r"expand: expected .*1x1 kernel, got .*3, 3"),
+    ("expand_bias", lambda b: _wider(b, -1), r"(project|depthwise): expected shape .*got"),
+    ("depthwise", lambda w: w[:, :2, :2], r"depthwise: expected an odd kernel size, got 2"),
+    ("depthwise", lambda w: w[:, :, :1], r"depthwise: expected shape"),
+    ("depthwise_bias", lambda b: _wider(b, -1), r"depthwise_bias: expected shape .*got"),
+    ("project_bias", lambda b: _wider(b, -1), r"shortcut: expected 19 output channels as project has, got 18"),
+    ("shortcut_bias", lambda b: _wider(b, -1), r"shortcut: expected 18 output channels as project has, got 19"),
+    ("shortcut_bias", None, r"shortcut: expected both shortcut and shortcut_bias, or neither"),
+    ("shortcut", None, r"shortcut: expected both shortcut and shortcut_bias, or neither"),
+    ("identity", True, r"identity: expected False where a shortcut convolution is given"),
+)
+
+_wrong(
+    "branch_batch_norm",
+    ValueError,
+    ("residual", lambda r: r[:, :1], r"residual: expected shape"),
+    ("residual", lambda r: r.to("meta"), r"residual: expected to be on the device"),
+)
+_wrong("branch_batch_norm", TypeError, ("residual", lambda r: r.double(), r"residual: expected the dtype of x"))
+
+# Ensembles.
+for _op, _first in (("prefix_mean", "logits"), ("prefix_logits", "features")):
+    _wrong(
+        _op,
+        ValueError,
+        (_first, lambda t: t[0], rf"{_first}: expected 3 dimensions .*got 2"),
+        ("sizes", (), r"sizes: expected at least one ensemble size, got none"),
+        ("sizes", (0, 1), r"sizes: expected at least 1, got 0"),
+        ("sizes", (-1,), r"sizes: expected at least 1, got -1"),
+        ("sizes", (2, 1), r"sizes: expected strictly rising ensemble sizes, got \[2, 1\]"),
+        ("sizes", (1, 1), r"sizes: expected strictly rising ensemble sizes, got \[1, 1\]"),
+        ("sizes", (1, 6), r"sizes: expected at most 5, the number of models, got 6"),
+    )
+    _wrong(
+        _op,
+        TypeError,
+        (_first, lambda t: t.int(), rf"{_first}: expected a floating-point tensor, got torch.int32"),
+        ("sizes", (1.0, 2.0), r"sizes: expected an int, got float"),
+    )
+_wrong(
+    "prefix_logits",
+    ValueError,
+    ("weight", lambda w: w[:4], r"weight: expected shape \(5, 4, 3\).*got \(4, 4, 3\)"),
+)
+
+# The loss.
+_wrong(
+    LOSS,
+    ValueError,
+    ("logits", lambda t: t[0], r"logits: expected 3 dimensions .*got 2"),
+    ("logits", lambda t: t[:0], r"logits: expected at least one model and one class"),
+    ("logits", lambda t: t[..., :0], r"logits: expected at least one model and one class"),
+    ("target", lambda t: t[:2], r"target: expected shape \(3,\).*got \(2,\)"),
+    ("target", lambda t: t[:, None], r"target: expected 1 dimensions"),
+    ("target", lambda t: t * 0 + 4, r"target: expected class indices from 0 to 3, got 4"),
+    ("target", lambda t: t * 0 - 1, r"target: expected class indices from 0 to 3, got -1"),
+    ("target", lambda t: t * 0 - 100, r"target: expected class indices from 0 to 3, got -100"),
+    ("target", lambda t: t.to("meta"), r"target: expected to be on the device of logits"),
+    ("alpha", -0.1, r"alpha: expected a number from 0 to 1, got -0.1"),
+    ("alpha", 1.5, r"alpha: expected a number from 0 to 1, got 1.5"),
+    ("alpha", float("nan"), r"alpha: expected a number from 0 to 1, got nan"),
+    ("temperature", 0.0, r"temperature: expected a positive number, got 0.0"),
+    ("temperature", -2.0, r"temperature: expected a positive number, got -2.0"),
+    ("temperature", float("inf"), r"temperature: expected a positive number, got inf"),
+    ("temperature", float("nan"), r"temperature: expected a positive number, got nan"),
+)
+_wrong(
+    LOSS,
+    TypeError,
+    ("logits", lambda t: t.long(), r"logits: expected a floating-point tensor, got torch.int64"),
+    ("target", lambda t: t * float("nan"), r"target: expected class indices of dtype torch.int64, got torch.float32"),
+    ("target", lambda t: t.int(), r"target: expected class indices of dtype torch.int64, got torch.int32"),
+)
+
+
+def _apply(op: str, argument: str, value: Any, rng: torch.Generator, place: Placement) -> tuple[Case, Inputs]:
+    case = SAMPLES[op]
+    inputs = case.inputs(rng, place.dtype, place.device)
+    inputs[argument] = value(inputs[argument]) if callable(value) else value
+    return case, inputs
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "value", "error", "text"),
+    WRONG,
+    ids=[f"{op}-{argument}-{i}" for i, (op, argument, *_) in enumerate(WRONG)],
+)
+def test_error_names_the_argument(
+    op: str, argument: str, value: Any, error: type[Exception], text: str,
+    backend: Placement, rng: torch.Generator,
+) -> None:  # fmt: skip
+    case, inputs = _apply(op, argument, value, rng, backend)
+    with pytest.raises(error, match=text):
+        case(inputs)
+
+
+def test_samples_are_right_without_the_wrong_argument(backend: Placement, rng: torch.Generator) -> None:
+    """Otherwise the errors above might have another cause."""
+    for case in SAMPLES.values():
+        case(case.inputs(rng, backend.dtype, backend.device))
+
+
+def test_batch_norm_of_one_value(backend: Placement, rng: torch.Generator) -> None:
+    """Its variance would be zero whatever the value is."""
+    one = torch.ones(2, 3, device=backend.device)
+    with pytest.raises(ValueError, match=r"x: expected more than 1 value per channel when training"):
+        K.branch_batch_norm(torch.ones(2, 1, 1, 1, 3, device=backend.device), one, one)
+
+
+def test_no_models(backend: Placement) -> None:
+    with pytest.raises(ValueError, match=r"expected at least 1, got 0"):
+        K.prefix_mean(torch.zeros(0, 2, 3, device=backend.device))
+
+
+def test_identity_needs_equal_shapes(backend: Placement, rng: torch.Generator) -> None:
+    case = SAMPLES["fused_bottleneck"]
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    inputs |= {"shortcut": None, "shortcut_bias": None, "identity": True}
+    with pytest.raises(ValueError, match=r"identity: expected stride 1 and equal channels, got stride 2"):
+        case(inputs)
+    with pytest.raises(ValueError, match=r"identity: .* and 3 > 18"):
+        case({**inputs, "stride": 1})
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 1)])
+def test_pack_weight(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"weight: expected 5 dimensions .*got {len(shape)}"):
+        K.pack_weight(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("models", [0, -1])
+def test_default_sizes(models: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_models: expected at least 1, got {models}"):
+        K.default_sizes(models)
+
+
+# Programs that were exported, and compiled backward passes, call the registered ops directly. Whatever they
+# pass, no memory beyond the tensors may be touched.
+UNCHECKED = [
+    ("branch_conv2d", "weight", lambda w: w[:, :, :2]),
+    ("branch_conv2d", "weight", lambda w: w[:2]),
+    ("branch_conv2d", "weight", lambda w: w[0]),
+    ("branch_conv2d", "weight", lambda w: w.double()),
+    ("branch_conv2d", "bias", lambda b: b[:, :1]),
+    ("branch_conv2d", "bias", lambda b: b[:1]),
+    ("branch_conv2d", "stride", 0),
+    ("branch_conv2d", "padding", -1),
+    ("branch_conv2d", "replicate", 0),
+    ("branch_depthwise_conv2d", "weight", lambda w: w[:, :2]),
+    ("branch_depthwise_conv2d", "weight", lambda w: w[:2]),
+    ("branch_depthwise_conv2d", "bias", lambda b: b[:, :1]),
+    ("branch_depthwise_conv2d", "stride", 0),
+    ("fused_conv2d", "weight", lambda w: w[:, :1]),
+    ("fused_conv2d", "weight", lambda w: w[:2]),
+    ("fused_conv2d", "weight", lambda w: w[..., :8]),
+    ("fused_conv2d", "bias", lambda b: b[:2]),
+    ("fused_conv2d", "activation", "gelu"),
+    ("fused_bottleneck", "expand", lambda w: w[:2]),
+    ("fused_bottleneck", "depthwise", lambda w: w[..., :2]),
+    ("fused_bottleneck", "project_bias", lambda b: b[:1]),
+    ("fused_bottleneck", "shortcut", lambda w: w[:, :1]),
+    ("branch_batch_norm", "weight", lambda w: w[:, :1]),
+    ("branch_batch_norm", "bias", lambda w: w[:1]),
+    ("branch_batch_norm", "residual", lambda r: r[:, :1]),
+    ("prefix_mean", "sizes", [1, 6]),
+    ("prefix_mean", "sizes", [0]),
+    ("prefix_logits", "sizes", [6]),
+    ("prefix_logits", "weight", lambda w: w[:2]),
+    ("prefix_logits", "weight", lambda w: w[..., :2]),
+    ("prefix_logits", "bias", lambda b: b[:, :2]),
+    (LOSS, "target", lambda t: t[:1]),
+    (LOSS, "target", lambda t: t + 100),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "argument", "value"),
+    UNCHECKED,
+    ids=[f"{op}-{argument}-{i}" for i, (op, argument, _) in enumerate(UNCHECKED)],
+)
+def test_registered_ops_check_too(op: str, argument: str, value: Any, rng: torch.Generator) -> None:
+    _, inputs = _apply(op, argument, value, rng, Placement("cpp", "cpu", torch.float32))
+    registered = getattr(torch.ops.hne, op)
+    names = [a.name for a in registered.default._schema.arguments]
+    if op == "branch_batch_norm":
+        inputs["eps"] = 1e-5
+    if op == "prefix_logits":
+        inputs["sizes"] = inputs["sizes"] or [1, 2, 4, 5]
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        registered(*(inputs[name] for name in names))

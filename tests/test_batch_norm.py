@@ -1,0 +1,60 @@
+"""Synchronised batch norm: several processes with parts of a batch are one process with the whole."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+from networks import build, images
+from torch import distributed, multiprocessing
+
+from hne import HNE, FusedHNE, NaiveHNE
+
+PARTS = (3, 5)  # images in each process
+
+
+def _process(rank: int, folder: str) -> None:
+    """One step with this process's part of the batch; writes down its gradients and statistics."""
+    torch.set_num_threads(1)
+    store = distributed.FileStore(f"{folder}/store", len(PARTS))
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=len(PARTS))
+    model, x = torch.load(f"{folder}/input.pt", weights_only=False)
+    part = x.split(PARTS)[rank].clone().requires_grad_()
+    y = model(part)
+    y.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for gradient in gradients.values():
+        distributed.all_reduce(gradient)
+    torch.save((y.detach(), part.grad, gradients, dict(model.named_buffers())), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+def test_processes_with_parts_of_a_batch_are_one_with_the_whole(
+    kind: type[HNE], tmp_path: Path, rng: torch.Generator
+) -> None:
+    model = build(kind, networks.TREES["odd"], rng).train().sync_batch_norm_()
+    x = images(rng, sum(PARTS), (5, 4))
+    torch.save((model, x), tmp_path / "input.pt")
+    whole = copy.deepcopy(model).sync_batch_norm_(False)
+    x.requires_grad_()
+    y = whole(x)
+    y.square().sum().backward()
+
+    multiprocessing.spawn(_process, (str(tmp_path),), nprocs=len(PARTS))
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(PARTS))]
+    torch.testing.assert_close(torch.cat([result[0] for result in results], 1), y)
+    torch.testing.assert_close(torch.cat([result[1] for result in results]), x.grad)
+    for _, _, gradients, buffers in results:
+        torch.testing.assert_close(gradients, {name: p.grad for name, p in whole.named_parameters()})
+        torch.testing.assert_close(buffers, dict(whole.named_buffers()))
+
+
+@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+def test_one_process_needs_no_group(kind: type[HNE], rng: torch.Generator) -> None:
+    model = build(kind, networks.TREES["odd"], rng).train()
+    x = images(rng)
+    assert torch.equal(copy.deepcopy(model).sync_batch_norm_()(x), model(x))

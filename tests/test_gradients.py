@@ -1,0 +1,118 @@
+"""Gradients against finite differences, and gradients of gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import BATCH_NORMS, CASES, Case, Inputs, representative
+from placements import Placement
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import hne_kernels as K
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LOSS = "hierarchical_distillation_loss"
+ONCE = ("branch_batch_norm", LOSS)  # ops that are differentiable once
+
+
+def _tiny(op: str) -> list[Case]:
+    """The samples that finite differences can afford."""
+    small = [c for c in CASES if c.op == op and c.terms <= 30]
+    return [c for c in representative() if c.op == op] + small
+
+
+SMOOTH = [
+    case for op in ("branch_conv2d", "branch_depthwise_conv2d", "prefix_mean", "prefix_logits") for case in _tiny(op)
+]
+
+
+def _leaves(case: Case, inputs: Inputs) -> tuple[Any, list[Tensor]]:
+    """A function of the differentiable inputs alone, and these."""
+    names = case.differentiable
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        results = case({**inputs, **dict(zip(names, leaves, strict=True))})
+        return results[:1] if case.op == "branch_batch_norm" else results
+
+    return function, [inputs[name].detach().requires_grad_() for name in names]
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
+def test_gradients_and_their_gradients(case: Case, double: Placement, rng: torch.Generator) -> None:
+    function, leaves = _leaves(case, case.inputs(rng, torch.float64, double.device))
+    # Random directions instead of whole Jacobians: many small samples are worth more than one large.
+    assert gradcheck(function, leaves, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in representative(differentiable=True) if c.op not in ONCE], ids=lambda c: c.op
+)
+def test_whole_jacobian(case: Case, double: Placement, rng: torch.Generator) -> None:
+    function, leaves = _leaves(case, case.inputs(rng, torch.float64, double.device))
+    assert gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in BATCH_NORMS if c.terms <= 180 and "offset" not in c.name]
+    + [c for c in representative() if c.op == "branch_batch_norm"],
+    ids=str,
+)
+def test_batch_norm_gradient(case: Case, double: Placement, rng: torch.Generator) -> None:
+    function, leaves = _leaves(case, case.inputs(rng, torch.float64, double.device))
+    assert gradcheck(function, leaves, fast_mode=case.terms > 40)
+
+
+@pytest.mark.parametrize("models", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_loss_gradient(models: int, alpha: float, double: Placement, rng: torch.Generator) -> None:
+    """The teacher is held fixed, so only moves that leave the mean of all leaves where it is show the gradient."""
+    logits = torch.randn(models, 3, 4, generator=rng, dtype=torch.float64).to(double.device)
+    moves = torch.randn(models, 3, 4, generator=rng, dtype=torch.float64).to(double.device)
+    target = torch.randint(4, (3,), generator=rng).to(double.device)
+
+    def along(z: Tensor) -> Tensor:
+        z = logits + (z - z.mean(0) if alpha else z)
+        return K.hierarchical_distillation_loss(z, target, alpha=alpha, temperature=2.0)
+
+    assert gradcheck(along, [moves.requires_grad_()], fast_mode=models > 5)
+
+
+@pytest.mark.parametrize("case", [c for c in representative() if c.op in ONCE], ids=lambda c: c.op)
+def test_double_backward_is_right_or_refused(case: Case, double: Placement, rng: torch.Generator) -> None:
+    inputs = case.inputs(rng, torch.float64, double.device)
+    if case.op == LOSS:
+        inputs["alpha"] = 0.0  # no teacher, which finite differences would move
+    function, leaves = _leaves(case, inputs)
+    if double.backend == "reference":
+        assert gradgradcheck(function, leaves)
+        return
+    result = function(*leaves)[0].square().sum()
+    first = torch.autograd.grad(result, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"{case.op}: double backward .*use the reference backend"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+
+def test_statistics_carry_no_gradient(backend: Placement, rng: torch.Generator) -> None:
+    (case,) = (c for c in representative() if c.op == "branch_batch_norm")
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    y, mean, var = case({**inputs, "x": inputs["x"].requires_grad_()})
+    assert y.requires_grad
+    assert not mean.requires_grad
+    assert not var.requires_grad
+
+
+@pytest.mark.parametrize("case", [c for c in representative() if c.op.startswith("fused")], ids=lambda c: c.op)
+def test_inference_ops_refuse_a_gradient(case: Case, backend: Placement, rng: torch.Generator) -> None:
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    for name in [name for name, value in inputs.items() if isinstance(value, Tensor)]:
+        wanting = {**inputs, name: inputs[name].clone().requires_grad_()}
+        with pytest.raises(RuntimeError, match=f"{case.op} is for inference and has no gradient"):
+            case(wanting)
+        with torch.no_grad():
+            assert not case(wanting)[0].requires_grad

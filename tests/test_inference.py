@@ -1,0 +1,171 @@
+"""The folded weights are kept while the parameters stay the same, and never longer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import networks
+import pytest
+import torch
+from networks import build, images
+from torch import Tensor, nn
+
+import hne.inference
+from hne import FusedHNE
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The layers that have been folded, in order."""
+    seen: list[nn.Module] = []
+    fold = hne.inference.fold
+
+    def spy(layer):
+        seen.append(layer)
+        return fold(layer)
+
+    monkeypatch.setattr(hne.inference, "fold", spy)
+    return seen
+
+
+def layers(model: FusedHNE) -> int:
+    return sum(len(block) for block in model.blocks)
+
+
+def with_gradients(model: FusedHNE, x: Tensor) -> Tensor:
+    """The same values on the path that folds nothing."""
+    with torch.enable_grad():
+        return model(x).detach()
+
+
+@torch.no_grad()
+def test_folded_once(folds: list[nn.Module], rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    first = model(x)
+    assert len(folds) == layers(model)
+    for _ in range(3):
+        assert torch.equal(model(x), first)
+        model(x, 4)
+        list(model.anytime(x))
+    with torch.inference_mode():
+        assert torch.equal(model(x), first)
+    assert len(folds) == layers(model)
+
+
+def step(model: FusedHNE) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def replace(model: FusedHNE) -> None:
+    conv = model.blocks[1][0].expand.conv
+    conv.weight = nn.Parameter(conv.weight * 2)
+
+
+def data(model: FusedHNE) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def hidden(model: FusedHNE) -> None:
+    """What PyTorch's version counter does not see takes effect with eval()."""
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    model.eval()
+
+
+def load(assign: bool) -> Callable[[FusedHNE], None]:
+    return lambda model: model.load_state_dict(
+        {name: value * 2 for name, value in model.state_dict().items()}, assign=assign
+    )
+
+
+CHANGES: dict[str, Callable[[FusedHNE], object]] = {
+    "one weight": lambda m: m.blocks[0][0].unit.conv.weight[0, 0, 0, 0].add_(1),
+    "a bottleneck's shortcut": lambda m: m.blocks[1][0].shortcut.bn.bias.add_(1),
+    "running mean": lambda m: m.blocks[1][1].depthwise.bn.running_mean.add_(0.5),
+    "running variance": lambda m: m.blocks[0][1].unit.bn.running_var.mul_(3),
+    "pooled linear": lambda m: m.blocks[2][2].linear.conv.bias.add_(0.5),
+    "optimiser": step,
+    "load_state_dict": load(assign=False),
+    "load_state_dict(assign)": load(assign=True),
+    "replaced parameter": replace,
+    "replaced data": data,
+    "replaced data, twice": lambda m: (data(m), data(m)),  # the first address may be used again
+    "hidden by .data": hidden,
+    "training": lambda m: (m.train(), m(images(torch.Generator().manual_seed(1))), m.eval()),
+    "there and back": lambda m: (m.bfloat16(), m.double()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_changes_are_noticed(change: Callable[[FusedHNE], object], rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    before = model(x)
+    change(model)
+    after = model(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, with_gradients(model, x))
+
+
+@torch.no_grad()
+def test_other_dtypes_fold_anew(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    expected = model(x)
+    y = model.float()(x.float())
+    assert y.dtype == torch.float32
+    assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_functional_call_uses_its_own_parameters(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    twin = copy.deepcopy(model)
+    step(twin)
+    x = images(rng)
+    expected = model(x)
+    y = torch.func.functional_call(model, dict(twin.state_dict()), (x,))
+    torch.testing.assert_close(y, twin(x))
+    assert torch.equal(model(x), expected)
+
+
+def test_parameters_without_a_version_are_not_trusted(folds: list[nn.Module], rng: torch.Generator) -> None:
+    with torch.inference_mode():
+        model = build(FusedHNE, networks.TREES["odd"], rng)
+        x = images(rng)
+        before = model(x)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        after = model(x)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, model.to_naive()(x))
+    assert len(folds) == 2 * layers(model)
+
+
+@torch.no_grad()
+def test_training_and_copying_let_go_of_folded_weights(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    model(images(rng))
+    first = model.blocks[0][0]
+    assert first.folded is not None
+    assert copy.deepcopy(model).blocks[0][0].folded is None
+    assert first._replicate_for_data_parallel().folded is None
+    assert model.train().blocks[0][0].folded is None
+
+
+def test_folding_during_inference_leaves_training_possible(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    with torch.inference_mode():
+        expected = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).clone(), expected.clone())
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

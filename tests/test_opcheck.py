@@ -1,0 +1,128 @@
+"""torch.library.opcheck on every registered op, backward ops included.
+
+The samples are recorded: whatever reaches ``torch.ops.hne`` while the public functions run forwards and
+backwards, once and twice, is checked with the very arguments it came with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, GEOMETRIES, Case, representative
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hne_kernels as K
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+INFERENCE = {"fused_conv2d", "fused_bottleneck"}
+# Differentiable once: opcheck would sum every result and go backwards through it, which these refuse.
+ONCE = {"branch_batch_norm_backward", "hierarchical_distillation_loss"}
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the arguments of every call of an op of ours; of calls that look alike, the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[Call]] = {}
+        self._seen: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "hne":
+            name = func.name().removeprefix("hne::")
+            look = str([name, *map(_look, args), kwargs])
+            if look not in self._seen:
+                self._seen.add(look)
+                self.calls.setdefault(name, []).append((args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _look(value: Any) -> Any:
+    return (value.shape, value.stride()) if isinstance(value, Tensor) else value
+
+
+def _record(case: Case, rng: torch.Generator) -> dict[str, list[Call]]:
+    inputs = case.inputs(rng, torch.float32)
+    leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
+    with _Recorder() as recorder, K.use_backend("cpp"):
+        results = [r for r in case({**inputs, **leaves}) if r.requires_grad]
+        if results:
+            scalar = sum(r.square().sum() for r in results)
+            first = torch.autograd.grad(scalar, list(leaves.values()), create_graph=True)
+            if case.op not in ("branch_batch_norm", "hierarchical_distillation_loss"):
+                torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values()))
+    return recorder.calls
+
+
+def _registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("hne::") for name in names if name.startswith("hne::")}
+
+
+def _samples() -> list[Case]:
+    """The general case of every op, and the corners of its shapes: empty, one pixel, no bias."""
+    chosen = representative()
+    for op in ("branch_conv2d", "branch_depthwise_conv2d"):
+        chosen += [c for c in CASES if c.op == op and c.name.startswith((str(GEOMETRIES[0]), "G5r2B0"))]
+    for op in ("prefix_mean", "prefix_logits", "hierarchical_distillation_loss"):
+        chosen += [c for c in CASES if c.op == op][:1]
+    chosen += [c for c in CASES if c.op == "branch_batch_norm" and "residual" not in c.name][:1]
+    chosen += [c for c in CASES if c.op == "fused_bottleneck" and "identity" in c.name][:1]
+    return chosen
+
+
+def _copy(value: Any, grad: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(grad and value.is_floating_point())
+
+
+@pytest.mark.parametrize("case", _samples(), ids=str)
+def test_opcheck(case: Case, rng: torch.Generator) -> None:
+    for name, calls in _record(case, rng).items():
+        op = getattr(torch.ops.hne, name).default
+        for args, kwargs in calls:
+            plain = tuple(_copy(value, grad=False) for value in args)
+            torch.library.opcheck(op, plain, kwargs)
+            if name in INFERENCE:
+                continue
+            wanting = tuple(_copy(value, grad=True) for value in args)
+            tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+            if name not in ONCE:
+                tests.append("test_aot_dispatch_dynamic")
+            torch.library.opcheck(op, wanting, kwargs, test_utils=tests)
+
+
+def test_every_registered_op_is_checked(rng: torch.Generator) -> None:
+    recorded = set()
+    for case in representative():
+        recorded |= _record(case, rng).keys()
+    assert recorded == _registered()
+
+
+def test_fake_strides_are_the_real_ones(rng: torch.Generator) -> None:
+    """Also for inputs that are not contiguous: what the compiler plans with is what the kernel returns."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for case in representative():
+        inputs = case.inputs(rng, torch.float32)
+        with K.use_backend("cpp"), torch.no_grad():
+            for turn in (lambda t: t, lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1)):
+                turned = {n: turn(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+                real = case(turned)
+                with FakeTensorMode() as mode:
+                    faked = {n: mode.from_tensor(v) if isinstance(v, Tensor) else v for n, v in turned.items()}
+                    fake = case(faked)
+                for one, other in zip(real, fake, strict=True):
+                    assert (one.shape, one.stride(), one.dtype) == (
+                        other.shape, other.stride(), other.dtype
+                    ), case.op  # fmt: skip

@@ -1,0 +1,174 @@
+"""Every op on every backend in every dtype gives what the reference gives in float64, and so do its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    Case,
+    Inputs,
+    cast,
+    check,
+    cotangents,
+    evaluate,
+    expected,
+    representative,
+    tensors,
+)
+from placements import Placement
+from torch import Tensor
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_results_and_gradients(case: Case, placement: Placement, rng: torch.Generator) -> None:
+    inputs = case.inputs(rng, placement.dtype, placement.device)
+    grads = []
+    if case.differentiable:
+        exact = cast(inputs, torch.float64)
+        grads = [g.to(placement.device, placement.dtype) for g in cotangents(case, exact, rng)]
+    actual = evaluate(case, inputs, grads)
+    check(case, inputs, actual, grads)
+    first = next(iter(tensors(inputs).values()))
+    assert actual.results[0].dtype == first.dtype
+    assert actual.results[0].is_contiguous() or placement.backend == "reference"
+
+
+# --- how the inputs lie in memory --------------------------------------------------------------------------
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """The last dimension is the slowest in memory, as the channels of NCHW data are."""
+    return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def _leading_slice(tensor: Tensor) -> Tensor:
+    """The first part of a longer tensor, as the weights of a smaller ensemble are; the rest is NaN."""
+    longer = tensor.new_full((tensor.shape[0] + 2, *tensor.shape[1:]), _absent(tensor))
+    longer[: tensor.shape[0]] = tensor
+    return longer[: tensor.shape[0]]
+
+
+def _every_other(tensor: Tensor) -> Tensor:
+    """Every second entry of the first dimension, and a window of the last one; NaN between."""
+    wider = tensor.new_full((2 * tensor.shape[0], *tensor.shape[1:-1], tensor.shape[-1] + 3), _absent(tensor))
+    if tensor.dim() == 1:
+        wider = tensor.new_full((2 * tensor.shape[0] + 1,), _absent(tensor))
+        view = wider[1::2]
+    else:
+        view = wider[::2, ..., 2:-1]
+    view.copy_(tensor)
+    return view
+
+
+def _expanded(tensor: Tensor) -> Tensor:
+    """One branch for all (stride 0)."""
+    return tensor[:1].expand_as(tensor)
+
+
+def _expanded_within(tensor: Tensor) -> Tensor:
+    """One value per channel for all but the first dimension (stride 0 in the last)."""
+    return tensor[..., :1].expand_as(tensor)
+
+
+def _absent(tensor: Tensor) -> float:
+    return float("nan") if tensor.is_floating_point() else -(10**6)
+
+
+LAYOUTS = [_transposed, _leading_slice, _every_other, _expanded, _expanded_within]
+
+
+def _relayout(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
+    return {name: layout(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__.strip("_"))
+@pytest.mark.parametrize("case", representative(), ids=lambda c: c.op)
+def test_memory_layouts(
+    case: Case, layout: Callable[[Tensor], Tensor], backend: Placement, rng: torch.Generator
+) -> None:
+    inputs = _relayout(case.inputs(rng, backend.dtype, backend.device), layout)
+    before = {name: tensor.clone() for name, tensor in tensors(inputs).items()}
+    grads = []
+    if case.differentiable:
+        exact = cast(inputs, torch.float64)
+        grads = [
+            g.to(backend.device, backend.dtype) if g.dim() == 0
+            else layout(g.to(backend.device, backend.dtype))
+            for g in cotangents(case, exact, rng)
+        ]  # fmt: skip
+    check(case, inputs, evaluate(case, inputs, grads), grads)
+    for name, tensor in tensors(inputs).items():
+        assert torch.equal(tensor, before[name]), f"{name} was written to"
+
+
+@pytest.mark.parametrize("case", representative(differentiable=True), ids=lambda c: c.op)
+def test_each_gradient_alone(case: Case, backend: Placement, rng: torch.Generator) -> None:
+    """A gradient does not depend on which others are asked for."""
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    grads = [g.to(backend.device, backend.dtype) for g in cotangents(case, cast(inputs, torch.float64), rng)]
+    want = expected(case, inputs, grads).gradients
+    together = evaluate(case, inputs, grads).gradients
+    for name in case.differentiable:
+        leaf = inputs[name].detach().requires_grad_()
+        results = case({**inputs, name: leaf})
+        (alone,) = torch.autograd.grad(results[: len(grads)], leaf, grads)
+        torch.testing.assert_close(alone, together[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(alone.cpu().double(), want[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", representative(differentiable=True), ids=lambda c: c.op)
+def test_no_gradient_asked_none_recorded(case: Case, backend: Placement, rng: torch.Generator) -> None:
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    assert not any(result.requires_grad for result in case(inputs))
+    leaves = {name: inputs[name].requires_grad_() for name in case.differentiable}
+    with torch.no_grad():
+        assert not any(result.requires_grad for result in case({**inputs, **leaves}))
+
+
+def test_one_result_differentiated_alone(backend: Placement, rng: torch.Generator) -> None:
+    """prefix_logits has two results; either may go without a gradient."""
+    (case,) = (c for c in representative() if c.op == "prefix_logits")
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
+    member, prefix = case({**inputs, **leaves})
+    for which, result in enumerate((member, prefix)):
+        grad = torch.randn(result.shape, generator=rng).to(result)
+        zeros = [torch.zeros_like(member), torch.zeros_like(prefix)]
+        zeros[which] = grad
+        want = expected(case, inputs, zeros).gradients
+        got = torch.autograd.grad(result, list(leaves.values()), grad, retain_graph=True)
+        for gradient, right in zip(got, want.values(), strict=True):
+            torch.testing.assert_close(gradient.cpu().double(), right, rtol=1e-4, atol=1e-4)
+
+
+# --- the same again ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", representative(), ids=lambda c: c.op)
+def test_same_result_every_time(case: Case, backend: Placement, rng: torch.Generator) -> None:
+    """Bit for bit: no sum depends on which thread comes first."""
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    grads = []
+    if case.differentiable:
+        grads = [g.to(backend.device, backend.dtype) for g in cotangents(case, cast(inputs, torch.float64), rng)]
+    first = evaluate(case, inputs, grads)
+    for _ in range(5):
+        for (name, one), (_, again) in zip(first.items(), evaluate(case, inputs, grads).items(), strict=True):
+            assert torch.equal(one, again), name
+
+
+def test_empty_batch_has_zero_weight_gradients(backend: Placement, rng: torch.Generator) -> None:
+    """Nothing is added up, so the gradient is zero: not what happened to lie in memory."""
+    for case in CASES:
+        inputs = case.inputs(rng, backend.dtype, backend.device)
+        first = next(iter(tensors(inputs).values()))
+        if first.numel() or not case.differentiable:
+            continue
+        leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
+        results = case({**inputs, **leaves})
+        gradients = torch.autograd.grad(sum(r.sum() for r in results), list(leaves.values()))
+        for name, gradient in zip(leaves, gradients, strict=True):
+            assert torch.equal(gradient, torch.zeros_like(inputs[name])), f"{case}: {name}"
