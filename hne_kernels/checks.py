@@ -93,7 +93,8 @@ def geometry(
     at_least("stride", stride, 1)
     at_least("padding", padding, 0)
     _, batch, height, width, _ = x.shape
-    if min(height, width) + 2 * padding < kernel_size:
+    # One comparison each: min() would make torch.compile specialise on which side is the shorter.
+    if height + 2 * padding < kernel_size or width + 2 * padding < kernel_size:
         raise ValueError(
             f"x: expected at least {kernel_size - 2 * padding} rows and columns for a {kernel_size}x{kernel_size} "
             f"kernel with padding {padding}, got {height}x{width}"

@@ -62,7 +62,7 @@ def load_cuda_library(folder: Path) -> str | None:
     """Register the CUDA ops from `folder`; None if that worked, else the reason why not."""
     library = folder / "_C_cuda.so"
     if not library.exists():
-        return "not built (that needs nvcc on the PATH; HNE_CUDA=1 insists on it)"
+        return "this build has no CUDA library (HNE_CUDA=1 insists on one)"
     if torch.version.cuda is None:
         return f"built, but torch {torch.__version__} is without CUDA"
     if not torch.cuda.is_available():

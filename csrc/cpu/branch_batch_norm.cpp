@@ -73,11 +73,12 @@ std::tuple<Tensor, Tensor, Tensor> branch_batch_norm(const Tensor& x_in, const T
     std::vector<T> scale(branches * channels);
     for (int64_t i = 0; i < branches * channels; ++i) {
       const int64_t branch = i / channels, c = i % channels;
-      const double first = sums[(branch * 2) * channels + c] / rows;
-      const double second = sums[(branch * 2 + 1) * channels + c] / rows;
-      const double variance = second - first * first;
-      mutable_data<T>(mean)[i] = rows > 0 ? T(data<T>(x)[branch * rows * channels + c] + first) : T(NAN);
-      mutable_data<T>(var)[i] = variance < 0 ? T(0) : T(variance);
+      const double values = double(std::max<int64_t>(rows, 1));  // an empty batch has mean and variance 0
+      const double first = sums[branch * 2 * channels + c] / values;
+      const double second = sums[(branch * 2 + 1) * channels + c] / values;
+      const double origin = rows > 0 ? double(data<T>(x)[branch * rows * channels + c]) : 0.0;
+      mutable_data<T>(mean)[i] = T(origin + first);
+      mutable_data<T>(var)[i] = T(std::max(second - first * first, 0.0));
       scale[i] = T(data<T>(weight)[i] / std::sqrt(double(mutable_data<T>(var)[i]) + eps));
     }
     for_row_chunks(branches, rows, [&](int64_t branch, int64_t row, int64_t count) {
@@ -143,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_batch_norm_backward(const Tens
       mutable_data<T>(grad_bias)[i] = T(sum);
       mutable_data<T>(grad_weight)[i] = T(product * std::sqrt(precision));
       scale[i] = T(data<T>(weight)[i] * std::sqrt(precision));
-      shift[i] = T(sum / rows), slope[i] = T(product * precision / rows);
+      shift[i] = T(sum / double(rows)), slope[i] = T(product * precision / double(rows));  // unused for rows = 0
     }
     for_row_chunks(branches, rows, [&](int64_t branch, int64_t row, int64_t count) {
       NormRows<T> r = rows_at(branch, row, count);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .activation import activate
 
@@ -11,16 +13,11 @@ def branch_batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`hne_kernels.branch_batch_norm`."""
-    wide = x.to(weight.dtype)
-    var, mean = (s[:, None, None, None] for s in _var_mean(wide))
-    scale, shift = (p[:, None, None, None] for p in (weight, bias))
-    y = (wide - mean) * (var + eps).rsqrt() * scale + shift
-    if residual is not None:
-        y = y + residual
-    y = activate(y, activation).to(x.dtype)
-    return y, mean.detach()[:, 0, 0, 0], var.detach()[:, 0, 0, 0]
-
-
-def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    var, mean = x.flatten(1, 3).var(1, correction=0), x.flatten(1, 3).mean(1)
-    return var, mean
+    branches, count = x.shape[0], x.shape[1:4].numel()
+    interleaved = x.permute(1, 0, 4, 2, 3).flatten(1, 2)
+    mean, var = torch.zeros_like(weight).flatten(), torch.zeros_like(weight).flatten()
+    # With momentum 1 the running statistics are those of this batch (the variance unbiased).
+    y = F.batch_norm(interleaved, mean, var, weight.flatten(), bias.flatten(), True, 1.0, eps)
+    y = y.unflatten(1, (branches, -1)).permute(1, 0, 3, 4, 2)
+    y = activate(y if residual is None else y + residual, activation)
+    return y, mean.view_as(weight), (var * (max(count - 1, 0) / max(count, 1))).view_as(weight)
