@@ -23,9 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--benchmark") and not config.pluginmanager.hasplugin("benchmark"):
+    if not config.getoption("--benchmark"):
+        return
+    if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs the plugin: pip install pytest-benchmark")
+    if not config.getoption("--benchmark-compare"):
+        config.option.benchmark_quiet = True  # its table knows nothing of the naive side; ours has both
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

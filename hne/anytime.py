@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def anytime(model: HNE, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Evaluate the tree leaf by leaf, depth first (section 3 of the paper); see :meth:`HNE.anytime`.
+    """Evaluate the tree leaf by leaf, depth first, as the paper describes; see :meth:`HNE.anytime`.
 
     The outputs of the nodes on the path to the current leaf are kept: a later leaf branches off from one of them. No
     node is computed twice, and none before the answer that needs it is asked for.

@@ -20,8 +20,7 @@ def count_batch(unit: Unit) -> float:
 
 
 def update_running(unit: Unit, branches: slice, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
-    """Move the running statistics of some branches towards those of a batch, as
-    ``nn.BatchNorm2d`` does.
+    """Move the running statistics of some branches towards those of a batch, as ``nn.BatchNorm2d`` does.
 
     Args:
         mean, var: ``[branches, channels]``, the variance biased.
@@ -36,8 +35,7 @@ def update_running(unit: Unit, branches: slice, mean: Tensor, var: Tensor, count
 
 
 def affine(unit: Unit) -> tuple[Tensor, Tensor]:
-    """Batch norm by the running statistics as ``x * scale + shift``, ``[branches * channels]``
-    each.
+    """Batch norm by the running statistics as ``x * scale + shift``, ``[branches * channels]`` each.
 
     In float32 at least, whatever the parameters' dtype.
     """

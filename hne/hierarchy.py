@@ -14,7 +14,7 @@ class Hierarchy:
     ``n * branches[b] // num_models`` of block ``b``. That order is depth first, so the first ``n`` leaves need
     the *first* ``ceil(n * branches[b] / num_models)`` copies: a smaller ensemble is a leading slice of every weight.
 
-    One description covers every system compared in the paper (its Figure 1 and section 4)::
+    One description covers every system that the paper compares::
 
         Hierarchy((1, 2, 4, 8, 16))               hierarchical: HNE               Hierarchy.doubling(5, 16)
         Hierarchy((16, 16, 16, 16, 16))           independent networks            Hierarchy.independent(5, 16)

@@ -1,4 +1,4 @@
-"""The objectives of section 3.3 (eq. 9 to 12): what an ensemble is trained for.
+"""The objectives of the paper (eq. 9 to 12): what an ensemble is trained for.
 
 All take the logits of the leaves ``[N, B, L]`` and class indices ``[B]``. Cross-entropies are means over the batch and
 sums over the models; the nested ensembles are those of 1, 2, 4, ... leaves and of all N.

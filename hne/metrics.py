@@ -25,7 +25,7 @@ def accuracy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def diversity(logits: Tensor) -> Tensor:
-    """Standard deviation of the logits over the models, averaged over classes and samples (section 4 of the paper).
+    """Standard deviation of the logits over the models, averaged over classes and samples: the paper's measure.
 
     Args:
         logits: ``[N, B, L]``, the leaves.

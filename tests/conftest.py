@@ -11,8 +11,12 @@ from placements import PLACEMENTS, SEED, Placement
 
 import hne_kernels as K
 
+# Both are called in a run of the benchmarks, too: pytest looks into tests/ at its start.
 
-def pytest_report_header() -> list[str]:
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if config.getoption("--benchmark"):
+        return []
     return [
         f"inputs: HNE_TEST_SEED={SEED}",
         f"backends: {', '.join(K.available_backends())}; "
@@ -21,7 +25,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if terminalreporter.stats.get("failed"):
+    if terminalreporter.stats.get("failed") and not terminalreporter.config.getoption("--benchmark"):
         terminalreporter.write_line(f"The same inputs again: HNE_TEST_SEED={SEED}", yellow=True)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from networks import build, images
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import hne.inference
 from hne import FusedHNE
@@ -95,7 +96,6 @@ CHANGES: dict[str, Callable[[FusedHNE], object]] = {
     "load_state_dict(assign)": load(assign=True),
     "replaced parameter": replace,
     "replaced data": data,
-    "replaced data, twice": lambda m: (data(m), data(m)),  # the first address may be used again
     "hidden by .data": hidden,
     "training": lambda m: (m.train(), m(images(torch.Generator().manual_seed(1))), m.eval()),
     "there and back": lambda m: (m.bfloat16(), m.double()),
@@ -112,6 +112,19 @@ def test_changes_are_noticed(change: Callable[[FusedHNE], object], rng: torch.Ge
     after = model(x)
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, with_gradients(model, x))
+
+
+@torch.no_grad()
+def test_replaced_memory_keeps_its_address_until_it_is_forgotten(rng: torch.Generator) -> None:
+    """Else new values at the old address would look like the old ones."""
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    model(images(rng))
+    weight = model.blocks[1][0].expand.conv.weight
+    memory = StorageWeakRef(weight.untyped_storage())
+    weight.data = weight.data * 2
+    assert not memory.expired()
+    model(images(rng))
+    assert memory.expired()
 
 
 @torch.no_grad()
@@ -150,14 +163,18 @@ def test_parameters_without_a_version_are_not_trusted(folds: list[nn.Module], rn
 
 
 @torch.no_grad()
-def test_training_and_copying_let_go_of_folded_weights(rng: torch.Generator) -> None:
+def test_training_moving_and_copying_let_go_of_folded_weights(rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     model(images(rng))
     first = model.blocks[0][0]
     assert first.folded is not None
     assert copy.deepcopy(model).blocks[0][0].folded is None
     assert first._replicate_for_data_parallel().folded is None
-    assert model.train().blocks[0][0].folded is None
+    model.to(torch.float64)
+    assert first.folded is None
+    model(images(rng))
+    model.train()
+    assert first.folded is None
 
 
 def test_folding_during_inference_leaves_training_possible(rng: torch.Generator) -> None:

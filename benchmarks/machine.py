@@ -1,0 +1,56 @@
+"""What the figures were measured on and of: the line above every table."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import hne_kernels as K
+from hne_kernels import extension
+
+
+def cpu_name() -> str:
+    """Model of the processor, as the system calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checkout, with a ``+`` if files differ from it; "unknown" outside of git."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe() -> dict[str, str]:
+    """Names and values, in the order in which they are printed."""
+    facts = {
+        "cpu": cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "instructions": extension.cpu_library().cpu_capability(),
+        "torch": torch.__version__,
+        "backends": ", ".join(K.available_backends()),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts

@@ -1,0 +1,49 @@
+"""NaN and infinity pass through, as through PyTorch's operators: a training that diverges must show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, evaluate, representative
+from placements import Placement
+
+import hne_kernels as K
+
+ACTIVATED = [case for case in representative() if case.op in ("fused_conv2d", "fused_bottleneck", "branch_batch_norm")]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("case", ACTIVATED, ids=lambda case: case.op)
+def test_nan_is_not_clamped(case: Case, activation: str, placement: Placement, rng: torch.Generator) -> None:
+    inputs = case.inputs(rng, placement.dtype, placement.device)
+    inputs["activation"] = activation
+    if case.op == "fused_bottleneck":
+        inputs |= {"final_activation": activation, "shortcut": None, "shortcut_bias": None}
+    inputs["x"].fill_(float("nan"))
+    assert evaluate(case, inputs).results[0].isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case.op)
+def test_one_value_spreads_as_far_as_in_the_reference(
+    case: Case, value: float, backend: Placement, rng: torch.Generator
+) -> None:
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    first = next(iter(inputs))
+    inputs[first].view(-1)[inputs[first].numel() // 2] = value
+    with K.use_backend("reference"):
+        want = evaluate(case, inputs).results
+    for got, right in zip(evaluate(case, inputs).results, want, strict=True):
+        assert torch.equal(got.isfinite(), right.isfinite())
+
+
+def test_loss_and_gradient_of_a_nan(backend: Placement, rng: torch.Generator) -> None:
+    """The loss is NaN; so is the gradient of that sample, and no other's."""
+    logits = torch.randn(5, 4, 3, generator=rng).to(backend.device)
+    logits[2, 1, 0] = float("nan")
+    logits.requires_grad_()
+    loss = K.hierarchical_distillation_loss(logits, torch.zeros(4, dtype=torch.int64, device=backend.device))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.isnan()
+    assert gradient[2, 1].isnan().all()
+    assert gradient[:, [0, 2, 3]].isfinite().all()
