@@ -51,11 +51,20 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 # Python itself is not instrumented, so the sanitizer's runtime is loaded ahead of it; libstdc++ too,
 # or its exceptions are thrown before the sanitizer has found them.
 .PHONY: sanitize
-sanitize: $(SANITIZED)/.built ## run the parity suite with address and undefined-behaviour sanitizers
-	HNE_EXTENSION_DIR=$(SANITIZED)/hne_kernels \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(BIN)/pytest -x -q tests/test_parity.py
+sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the parity tests with address and undefined-behaviour sanitizers
+	@levels=$$($(BIN)/python -c "from hne_kernels.extension import cpu_library; \
+		print(*cpu_library().cpu_capabilities_supported().split(', '))") || exit 1; \
+	export HNE_EXTENSION_DIR=$(SANITIZED)/hne_kernels; \
+	preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	for level in $$levels; do \
+		echo "sanitizers, $$level instructions"; \
+		HNE_CPU_CAPABILITY=$$level LD_PRELOAD="$$preload" \
+			$(BIN)/pytest -x -q -k cpp tests/test_parity.py tests/test_properties.py || exit 1; \
+	done
+
+# Waiting threads give way: on a busy machine they would keep the working ones from their processor.
+check sanitize: export OMP_WAIT_POLICY := passive
 
 .PHONY: clean
 clean: ## remove what was built; the environment stays

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import Row, Side, compare
-from machine import describe
+from machine import describe, machine
 from pytest_benchmark.fixture import BenchmarkFixture
 from table import machine_line, save, summary, text
 
@@ -42,7 +42,7 @@ def rng() -> torch.Generator:
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info["hne"] = describe()
+    machine_info["hne"] = machine()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -50,9 +50,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not rows:
         return
     quick = config.getoption("--benchmark-quick")
-    machine = describe()
+    facts = describe()
     terminalreporter.section("fused against naive")
-    terminalreporter.write_line(machine_line(machine))
+    terminalreporter.write_line(machine_line(facts))
     for line, row in zip(text(rows), [None, *rows], strict=True):
         terminalreporter.write_line(line, bold=row is None, red=row is not None and row.ratio < 1)
     terminalreporter.write_line(summary(rows), bold=True)
@@ -60,5 +60,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(_QUICK, yellow=True)
     path = config.getoption("--benchmark-save-table")
     if path is not None:
-        for written in save(path, rows, machine, _QUICK if quick else ""):
+        for written in save(path, rows, facts, _QUICK if quick else ""):
             terminalreporter.write_line(f"written: {written}")

@@ -39,8 +39,8 @@ def commit() -> str:
         return "unknown"
 
 
-def describe() -> dict[str, str]:
-    """Names and values, in the order in which they are printed."""
+def machine() -> dict[str, str]:
+    """What computes: names and values."""
     facts = {
         "cpu": cpu_name(),
         "cores": str(os.cpu_count()),
@@ -48,9 +48,12 @@ def describe() -> dict[str, str]:
         "instructions": extension.cpu_library().cpu_capability(),
         "torch": torch.__version__,
         "backends": ", ".join(K.available_backends()),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
+
+
+def describe() -> dict[str, str]:
+    """The machine, and what was measured on it when."""
+    return machine() | {"commit": commit(), "date": datetime.date.today().isoformat()}

@@ -27,6 +27,8 @@ def update_running(unit: Unit, branches: slice, mean: Tensor, var: Tensor, count
         count: Values that each of them is taken over.
     """
     weight = count_batch(unit)
+    if not isinstance(count, Tensor) and count == 0:
+        return  # an empty batch tells nothing
     unbiased = var * (count / (count - 1))
     with torch.no_grad():
         for running, batch in ((unit.bn.running_mean, mean), (unit.bn.running_var, unbiased)):

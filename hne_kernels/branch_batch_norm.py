@@ -29,7 +29,7 @@ def branch_batch_norm(
         weight, bias: ``[G, C]``; float32 for a bfloat16 ``x``, else its dtype.
         residual: added before the activation, shape of ``x``, or None.
         activation: ``none``, ``relu`` or ``relu6``.
-        eps: added to the variance.
+        eps: added to the variance, positive.
 
     Returns:
         ``(y, mean, var)``: y like ``x``; mean and var ``[G, C]`` in the dtype of ``weight``.
@@ -39,7 +39,7 @@ def branch_batch_norm(
         TypeError: a dtype does not fit.
         RuntimeError: on double backward, which is not implemented.
     """
-    checks.batch_norm(x, weight, bias, residual, activation)
+    checks.batch_norm(x, weight, bias, residual, activation, eps)
     op = dispatch.implementation("branch_batch_norm", x)
     return op(x, weight, bias, residual, activation, eps)
 
@@ -48,7 +48,7 @@ def branch_batch_norm(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.batch_norm(x, weight, bias, residual, activation)
+    checks.batch_norm(x, weight, bias, residual, activation, eps)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 

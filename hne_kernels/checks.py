@@ -136,10 +136,14 @@ def convolution(
     return geometry(x, branches, out_channels, kernel_size, stride, padding)
 
 
-def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation_name: str) -> None:
+def batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation_name: str, eps: float
+) -> None:
     """Check the arguments of a training batch norm over ``x`` [branches, batch, height, width, channels]."""
     rank("x", x, 5, CONV_INPUT)
     activation("activation", activation_name)
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     expected = (x.shape[0], x.shape[4])

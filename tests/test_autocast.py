@@ -20,7 +20,7 @@ def test_lowered_ops(case: Case, backend: Placement, rng: torch.Generator) -> No
     with torch.autocast(backend.device, torch.bfloat16):
         outcome = evaluate(case, inputs)
     assert all(result.dtype == torch.bfloat16 for result in outcome.results)
-    check(case, cast(inputs, torch.bfloat16, backend.device), outcome)
+    check(case, backend.backend, cast(inputs, torch.bfloat16, backend.device), outcome)
 
 
 @pytest.mark.parametrize(

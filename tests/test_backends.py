@@ -173,7 +173,7 @@ def test_any_number_of_threads(case: Any, threads: int, rng: torch.Generator) ->
             outcome = evaluate(case, inputs, grads)
     finally:
         torch.set_num_threads(before)
-    check(case, inputs, outcome, grads)
+    check(case, "cpp", inputs, outcome, grads)
 
 
 def test_two_python_threads_at_once(backend: Placement, rng: torch.Generator) -> None:
@@ -227,7 +227,7 @@ for dtype in (torch.float32, torch.bfloat16):
             g.to(dtype) for g in cotangents(case, cast(inputs, torch.float64), rng)]
         with K.use_backend("cpp"):
             outcome = evaluate(case, inputs, grads)
-        check(case, inputs, outcome, grads)
+        check(case, "cpp", inputs, outcome, grads)
 print("checked", len(CASES))
 """
 
@@ -239,7 +239,7 @@ def test_instruction_sets(level: str, rng: torch.Generator) -> None:
     if level not in _LEVELS:
         pytest.skip(f"this machine has {', '.join(_LEVELS)}")
     core = _CORE.format(folder=os.path.dirname(__file__), level=level, seed=rng.initial_seed())
-    result = _python(core, HNE_CPU_CAPABILITY=level, MALLOC_PERTURB_="128")
+    result = _python(core, HNE_CPU_CAPABILITY=level, MALLOC_PERTURB_="128", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"checked {len(CASES)}"
 

@@ -155,6 +155,9 @@ _wrong(
 _wrong(
     "branch_batch_norm",
     ValueError,
+    ("eps", 0.0, r"eps: expected a positive number, got 0.0"),
+    ("eps", -1e-5, r"eps: expected a positive number, got -1e-05"),
+    ("eps", float("nan"), r"eps: expected a positive number, got nan"),
     ("residual", lambda r: r[:, :1], r"residual: expected shape"),
     ("residual", lambda r: r.to("meta"), r"residual: expected to be on the device"),
 )

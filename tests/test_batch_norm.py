@@ -58,3 +58,11 @@ def test_one_process_needs_no_group(kind: type[HNE], rng: torch.Generator) -> No
     model = build(kind, networks.TREES["odd"], rng).train()
     x = images(rng)
     assert torch.equal(copy.deepcopy(model).sync_batch_norm_()(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+def test_an_empty_batch_leaves_the_running_statistics(kind: type[HNE], rng: torch.Generator) -> None:
+    model = build(kind, networks.TREES["odd"], rng).train()
+    before = {name: b.clone() for name, b in model.named_buffers() if name.endswith(("_mean", "_var"))}
+    assert model(images(rng, 0)).shape[1] == 0
+    torch.testing.assert_close({name: b for name, b in model.named_buffers() if name in before}, before)

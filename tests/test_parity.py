@@ -30,7 +30,7 @@ def test_results_and_gradients(case: Case, placement: Placement, rng: torch.Gene
         exact = cast(inputs, torch.float64)
         grads = [g.to(placement.device, placement.dtype) for g in cotangents(case, exact, rng)]
     actual = evaluate(case, inputs, grads)
-    check(case, inputs, actual, grads)
+    check(case, placement.backend, inputs, actual, grads)
     first = next(iter(tensors(inputs).values()))
     assert actual.results[0].dtype == first.dtype
     assert actual.results[0].is_contiguous() or placement.backend == "reference"
@@ -99,7 +99,7 @@ def test_memory_layouts(
             else layout(g.to(backend.device, backend.dtype))
             for g in cotangents(case, exact, rng)
         ]  # fmt: skip
-    check(case, inputs, evaluate(case, inputs, grads), grads)
+    check(case, backend.backend, inputs, evaluate(case, inputs, grads), grads)
     for name, tensor in tensors(inputs).items():
         assert torch.equal(tensor, before[name]), f"{name} was written to"
 

@@ -17,7 +17,7 @@ def grouped_conv2d(
 ) -> Tensor:
     """``F.conv2d`` on ``[B, branch * channel, H, W]``; ``weight`` is [branches, out, in / groups..., k, k]."""
     branches = weight.shape[0]
-    interleaved = replicated(x, replicate, branches).permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()
+    interleaved = replicated(x.permute(1, 0, 4, 2, 3), replicate, branches, dim=1).flatten(1, 2).contiguous()
     if interleaved.shape[2:] == (1, 1):  # its strides are ambiguous, and torch may take them for channels-last
         interleaved = interleaved.clone(memory_format=torch.contiguous_format)
     flat_bias = None if bias is None else bias.flatten()
@@ -25,6 +25,6 @@ def grouped_conv2d(
     return y.unflatten(1, (branches, -1)).permute(1, 0, 3, 4, 2)
 
 
-def replicated(x: Tensor, replicate: int, branches: int) -> Tensor:
-    """A copy of its parent's features for each of ``branches`` children."""
-    return x if replicate == 1 else x.repeat_interleave(replicate, dim=0)[:branches]
+def replicated(x: Tensor, replicate: int, branches: int, dim: int = 0) -> Tensor:
+    """A copy of its parent's features for each of ``branches`` children along ``dim``."""
+    return x if replicate == 1 else x.repeat_interleave(replicate, dim).narrow(dim, 0, branches)
