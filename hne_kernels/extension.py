@@ -6,6 +6,7 @@ to load them from, for example that of a build with sanitizers.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-_REBUILD = "Rebuild it: `pip install -e .` in a checkout, else `pip install --force-reinstall --no-deps hne-kernels`."
+_REBUILD = "Rebuild it: `pip install -e .` in a checkout, or install the wheel again."
 
 
 def _check_complete(library: Path) -> None:
@@ -69,6 +70,8 @@ def load_cuda_library(folder: Path) -> str | None:
         return "built, but torch sees no GPU"
     try:
         _check_complete(library)
+        # It may have been linked where torch had no such library, so it does not ask for it itself.
+        ctypes.CDLL("libtorch_cuda.so", ctypes.RTLD_GLOBAL)
         torch.ops.load_library(library)
     except (ImportError, OSError) as error:
         return f"built, but does not load: {error}"
