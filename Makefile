@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SANITIZERS ?= address,undefined
+RESULT ?= cpu
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -32,8 +33,8 @@ check: $(VENV)/.built ## run the test suite
 	$(BIN)/pytest -x -q
 
 .PHONY: bench
-bench: $(VENV)/.built ## compare the speed of fused and naive
-	$(BIN)/pytest --benchmark
+bench: $(VENV)/.built ## compare the speed of fused and naive: a table in benchmarks/results
+	$(BIN)/pytest --benchmark --benchmark-save-table benchmarks/results/$(RESULT)
 
 .PHONY: lint
 lint: $(VENV)/.installed ## check style and types

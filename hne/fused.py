@@ -17,6 +17,9 @@ class Fused:
     and wherever gradients are wanted.
     """
 
+    def parts(self, images: Tensor) -> Sequence[Tensor]:
+        return (images,)
+
     def enter(self, image: Tensor) -> Tensor:
         return image.permute(0, 2, 3, 1)[None]
 

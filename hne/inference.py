@@ -5,6 +5,7 @@ The folded tensors are derived once and kept with the layer until its parameters
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,20 @@ from .batch_norm import affine
 from .fused import Fused, linear_parameters
 from .layers import BottleneckLayer, ConvLayer, Layer, PoolLinearLayer, Unit, units
 
+PIXELS = 8 * 32 * 32  # of a part of the batch: eight images of CIFAR
+
 Weights = tuple[Any, ...]  # tensors (or None) of a layer, in the order in which its kernel takes them
 
 
 class Inference(Fused):
     """Features as in :class:`Fused`; no gradients, and batch norm by the running statistics."""
+
+    def parts(self, images: Tensor) -> Sequence[Tensor]:
+        # On a CPU, a few images at a time: the features of one layer are in the cache when the next one reads them, and
+        # their memory is used again. A traced program does not depend on the size of its batch.
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
+            return (images,)
+        return images.split(max(1, PIXELS // images.shape[2:].numel()))
 
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
         weights = folded(layer, branches)

@@ -31,6 +31,9 @@ class Execution(Protocol):
     of children that each branch of ``x`` has among them (the last one may have fewer). What ``x`` looks like is up to
     the execution."""
 
+    def parts(self, images: Tensor) -> Sequence[Tensor]:
+        """The batch, or the parts of it that go through the whole network one after the other."""
+
     def enter(self, image: Tensor) -> Tensor:
         """The features of one branch that are the image ``[batch, channels, height, width]``."""
 

@@ -201,7 +201,9 @@ class HNE(nn.Module, ABC):
             TypeError: ``x`` is of another dtype, or ``num_models`` not an int.
         """
         n = self.num_models if num_models is None else num_models
-        return self.run_head(self._features(x, n), slice(0, n), self.hierarchy.replication[-1])
+        replicate = self.hierarchy.replication[-1]
+        parts = [self.run_head(features, slice(0, n), replicate) for features in self._features(x, n)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def prefix_logits(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """Logits of nested ensembles: the mean over the first ``n`` leaves for each ``n`` of ``sizes`` (eq. 1 and 5).
@@ -218,9 +220,12 @@ class HNE(nn.Module, ABC):
         if not wanted or any(a >= b for a, b in itertools.pairwise((0, *wanted))):
             raise ValueError(f"sizes must rise from at least 1, got {wanted}")
         n = wanted[-1]
-        features = self._features(x, n)
         replicate = self.hierarchy.replication[-1]
-        return self.execution().prefix_logits(self.head, features, slice(0, n), replicate, wanted)
+        parts = [
+            self.execution().prefix_logits(self.head, features, slice(0, n), replicate, wanted)
+            for features in self._features(x, n)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Answers that get better: yields ``(n, y)`` for n = 1, 2, ... ``num_models``.
@@ -263,14 +268,15 @@ class HNE(nn.Module, ABC):
         :meth:`run_block`."""
         return self.execution().logits(self.head, x, leaves, replicate)
 
-    def _features(self, x: Tensor, num_models: int) -> Tensor:
-        """The last block's features that the first ``num_models`` leaves need."""
-        self._check_images(x)
+    def _features(self, images: Tensor, num_models: int) -> Iterator[Tensor]:
+        """The last block's features that the first ``num_models`` leaves need, for one part of the batch at a time."""
+        self._check_images(images)
         *needed, _ = self.hierarchy.needed(num_models)
-        x = self.enter(x)
-        for block, (branches, replicate) in enumerate(zip(needed, self.hierarchy.replication, strict=False)):
-            x = self.run_block(block, x, slice(0, branches), replicate)
-        return x
+        for part in self.execution().parts(images):
+            x = self.enter(part)
+            for block, (branches, replicate) in enumerate(zip(needed, self.hierarchy.replication, strict=False)):
+                x = self.run_block(block, x, slice(0, branches), replicate)
+            yield x
 
     def _check_images(self, x: Tensor) -> None:
         if x.dim() != 4:

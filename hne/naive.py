@@ -17,6 +17,9 @@ from .layers import ACTIVATIONS, Branched, Layer, Linear, Unit
 class Naive:
     """Features are ``[batch, branches * channels, height, width]``."""
 
+    def parts(self, images: Tensor) -> Sequence[Tensor]:
+        return (images,)
+
     def enter(self, image: Tensor) -> Tensor:
         return image
 

@@ -186,3 +186,16 @@ def test_folding_during_inference_leaves_training_possible(rng: torch.Generator)
         torch.testing.assert_close(model(x).clone(), expected.clone())
     model.train()(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_batch_in_parts_is_the_batch(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng, 5)
+    whole, nested = model(x), model.prefix_logits(x)
+    monkeypatch.setattr(hne.inference, "PIXELS", 2 * x.shape[2] * x.shape[3])
+    assert [len(part) for part in model.execution().parts(x)] == [2, 2, 1]
+    assert torch.equal(model(x), whole)
+    assert torch.equal(model.prefix_logits(x), nested)
+    monkeypatch.setattr(hne.inference, "PIXELS", 1)  # an image larger than a part goes by itself
+    assert torch.equal(model(x), whole)
