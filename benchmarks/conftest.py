@@ -12,8 +12,6 @@ from machine import describe, machine
 from pytest_benchmark.fixture import BenchmarkFixture
 from table import machine_line, save, summary, text
 
-from hne_kernels import retain_memory
-
 _ROWS = pytest.StashKey[list[Row]]()
 _QUICK = "Too few rounds to be figures: --benchmark-quick."
 
@@ -22,7 +20,6 @@ Versus = Callable[..., None]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
-    retain_memory()  # or page faults would be half of either side's time
 
 
 @pytest.fixture

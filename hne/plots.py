@@ -61,7 +61,7 @@ def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Pat
     axes.set_xlabel("cost per image (million multiply-adds)")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(title)
-    axes.margins(0.08, 0.16)
+    axes.margins(0.12, 0.16)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(evaluations) > 1:

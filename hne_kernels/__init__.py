@@ -14,7 +14,6 @@ from .extension import build_info
 from .fused_bottleneck import fused_bottleneck
 from .fused_conv2d import fused_conv2d
 from .hierarchical_distillation_loss import hierarchical_distillation_loss
-from .memory import retain_memory
 from .packing import pack_weight, unpack_weight
 from .prefix_logits import prefix_logits
 from .prefix_mean import prefix_mean
@@ -32,7 +31,6 @@ __all__ = [
     "pack_weight",
     "prefix_logits",
     "prefix_mean",
-    "retain_memory",
     "unavailable_backends",
     "unpack_weight",
     "use_backend",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hne_kernels import retain_memory, use_backend
+from hne_kernels import use_backend
 from hne_kernels.dispatch import BACKENDS
 
 from .. import checkpoint
@@ -95,8 +95,7 @@ def add_data(parser: argparse.ArgumentParser, *, default: str | None) -> None:
 
 @contextmanager
 def computing(args: argparse.Namespace) -> Iterator[None]:
-    """Apply the options of :func:`add_computing`, device apart, and undo them at the end, but for retained memory."""
-    retain_memory()
+    """Apply the options of :func:`add_computing`, device apart, and undo them at the end."""
     threads = torch.get_num_threads()
     with ExitStack() as stack:
         if args.backend is not None:
