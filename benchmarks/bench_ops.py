@@ -82,11 +82,13 @@ def _forward(versus: Any, function: Callable[..., Any], inputs: Inputs, **option
 
 def _backward(versus: Any, function: Callable[..., Any], inputs: Inputs, rng: torch.Generator, **options: Any) -> None:
     def side(tensors: Inputs, layout: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
-        leaves = {name: value.detach().requires_grad_() for name, value in tensors.items()}
-        result = function(**leaves)
+        # An image needs no gradient: that is how the stem is trained.
+        inputs = {name: t.detach().requires_grad_(name != "x" or t.shape[-1] > 3) for name, t in tensors.items()}
+        leaves = [value for value in inputs.values() if value.requires_grad]
+        result = function(**inputs)
         result = result if isinstance(result, Tensor) else result[0]
         grad = cotangent if result.dim() < 5 else layout(cotangent)
-        return lambda: torch.autograd.grad(result, list(leaves.values()), grad, retain_graph=True)
+        return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
 
     with torch.no_grad():
         result = function(**inputs)

@@ -68,15 +68,8 @@ def _backward(ctx: Any, grad_member: Tensor | None, grad_prefix: Tensor | None) 
         grad = through_prefix if grad is None else grad + through_prefix
     if grad is None:
         return None, None, None, None
-    # The heads are 1x1 convolutions of 1x1 maps.
-    grad_map, feature_map = grad[:, :, None, None], features[:, :, None, None]
-    grad_features = grad_weight = None
-    if need_features:
-        grad_features = torch.ops.hne.branch_conv2d_backward_input(
-            grad_map, weight[..., None, None], 1, 1, 1, 0, 1
-        ).flatten(2)
-    if need_weight:
-        grad_weight = torch.ops.hne.branch_conv2d_backward_weight(grad_map, feature_map, 1, 1, 0, 1).flatten(2)
+    grad_features = torch.bmm(grad, weight) if need_features else None
+    grad_weight = torch.bmm(grad.transpose(1, 2), features) if need_weight else None
     return grad_features, grad_weight, grad.sum(1) if need_bias else None, None
 
 

@@ -5,35 +5,52 @@
 
 namespace hne::HNE_ISA {
 
-// sums[0] += x - shift, sums[1] += (x - shift)^2. Few rows a call: what a call adds is summed in T.
+// f(width, c, first, last) over blocks of rows and lanes of channels: a block is a few contiguous KiB, so that memory
+// is read front to back although a channel's rows are far apart.
+template <typename T, typename F>
+HNE_INLINE void for_blocks(const NormRows<T>& r, const F& f) {
+  const int64_t rows = r.channels > 0 && r.channels < 1024 ? 1024 / r.channels : 1;
+  for (int64_t first = 0; first < r.count; first += rows) {
+    const int64_t last = first + rows < r.count ? first + rows : r.count;
+    for_lanes<T>(r.channels, [&](auto width, int64_t c) { f(width, c, first, last); });
+  }
+}
+
+// Adds to r.sums what f(width, c, m, sum, product) adds to a vector for every row m. Few rows a call: they are summed
+// in T.
+template <typename T, typename F>
+HNE_INLINE void sum_rows(const NormRows<T>& r, const F& f) {
+  T* const sums = r.partial;
+  T* const products = r.partial + r.channels;
+  for (int64_t c = 0; c < 2 * r.channels; ++c) r.partial[c] = T(0);
+  for_blocks<T>(r, [&](auto width, int64_t c, int64_t first, int64_t last) {
+    constexpr int W = decltype(width)::value;
+    Vec<T, W> sum = load<W>(sums + c), product = load<W>(products + c);
+    for (int64_t m = first; m < last; ++m) f(width, c, m, sum, product);
+    store<W>(sums + c, sum);
+    store<W>(products + c, product);
+  });
+  for (int64_t c = 0; c < 2 * r.channels; ++c) r.sums[c] += r.partial[c];
+}
+
+// sums[0] += x - shift, sums[1] += (x - shift)^2
 template <typename T>
 void norm_statistics(const NormRows<T>& r) {
-  for_lanes<T>(r.channels, [&](auto width, int64_t c) {
+  sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& square) {
     constexpr int W = decltype(width)::value;
-    const Vec<T, W> shift = load<W>(r.shift + c);
-    Vec<T, W> sum = {}, square = {};
-    for (int64_t m = 0; m < r.count; ++m) {
-      const Vec<T, W> x = load<W>(r.x + m * r.channels + c) - shift;
-      sum += x;
-      square += x * x;
-    }
-    T sums[W], squares[W];
-    store<W>(sums, sum);
-    store<W>(squares, square);
-    for (int i = 0; i < W; ++i) {
-      r.sums[c + i] += sums[i];
-      r.sums[r.channels + c + i] += squares[i];
-    }
+    const Vec<T, W> x = load<W>(r.x + m * r.channels + c) - load<W>(r.shift + c);
+    sum += x;
+    square += x * x;
   });
 }
 
 // out = clamp((x - mean) * scale + shift + residual)
 template <typename T>
 void norm_apply(const NormRows<T>& r) {
-  for_lanes<T>(r.channels, [&](auto width, int64_t c) {
+  for_blocks<T>(r, [&](auto width, int64_t c, int64_t first, int64_t last) {
     constexpr int W = decltype(width)::value;
     const Vec<T, W> mean = load<W>(r.mean + c), scale = load<W>(r.scale + c), shift = load<W>(r.shift + c);
-    for (int64_t m = 0; m < r.count; ++m) {
+    for (int64_t m = first; m < last; ++m) {
       const int64_t at = m * r.channels + c;
       Vec<T, W> v = (load<W>(r.x + at) - mean) * scale + shift;
       if (r.residual != nullptr) v += load<W>(r.residual + at);
@@ -53,41 +70,30 @@ HNE_INLINE Vec<T, W> through_activation(const NormRows<T>& r, int64_t at) {
   return y >= high ? zero : above;
 }
 
-// sums[0] += gradient, sums[1] += gradient * (x - mean); few rows a call, as norm_statistics
+// sums[0] += gradient, sums[1] += gradient * (x - mean); out_residual = gradient
 template <typename T>
 void norm_backward_sums(const NormRows<T>& r) {
-  for_lanes<T>(r.channels, [&](auto width, int64_t c) {
+  sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& product) {
     constexpr int W = decltype(width)::value;
-    const Vec<T, W> mean = load<W>(r.mean + c);
-    Vec<T, W> sum = {}, product = {};
-    for (int64_t m = 0; m < r.count; ++m) {
-      const int64_t at = m * r.channels + c;
-      const Vec<T, W> grad = through_activation<W>(r, at);
-      sum += grad;
-      product += grad * (load<W>(r.x + at) - mean);
-    }
-    T sums[W], products[W];
-    store<W>(sums, sum);
-    store<W>(products, product);
-    for (int i = 0; i < W; ++i) {
-      r.sums[c + i] += sums[i];
-      r.sums[r.channels + c + i] += products[i];
-    }
+    const int64_t at = m * r.channels + c;
+    const Vec<T, W> grad = through_activation<W>(r, at);
+    if (r.out_residual != nullptr) store<W>(r.out_residual + at, grad);
+    sum += grad;
+    product += grad * (load<W>(r.x + at) - load<W>(r.mean + c));
   });
 }
 
-// out = scale * (gradient - shift - (x - mean) * slope); out_residual = gradient
+// out = scale * (gradient - shift - (x - mean) * slope)
 template <typename T>
 void norm_backward_apply(const NormRows<T>& r) {
-  for_lanes<T>(r.channels, [&](auto width, int64_t c) {
+  for_blocks<T>(r, [&](auto width, int64_t c, int64_t first, int64_t last) {
     constexpr int W = decltype(width)::value;
     const Vec<T, W> mean = load<W>(r.mean + c), scale = load<W>(r.scale + c);
     const Vec<T, W> shift = load<W>(r.shift + c), slope = load<W>(r.slope + c);
-    for (int64_t m = 0; m < r.count; ++m) {
+    for (int64_t m = first; m < last; ++m) {
       const int64_t at = m * r.channels + c;
       const Vec<T, W> grad = through_activation<W>(r, at);
       store<W>(r.out + at, (grad - shift - (load<W>(r.x + at) - mean) * slope) * scale);
-      if (r.out_residual != nullptr) store<W>(r.out_residual + at, grad);
     }
   });
 }

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> branch_batch_norm(const Tensor& x_in, const T
         branch_sums<T>(branches, rows, channels, [&](int64_t branch, int64_t row, int64_t count, double* into) {
           NormRows<T> r{};
           r.x = data<T>(x) + row * channels, r.shift = data<T>(x) + branch * rows * channels;
-          r.sums = into, r.count = count, r.channels = channels;
+          r.sums = into, r.partial = scratch<T>(0, 2 * channels), r.count = count, r.channels = channels;
           kernels<T>().norm_statistics(r);
         });
     std::vector<T> scale(branches * channels);
@@ -133,7 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_batch_norm_backward(const Tens
     const std::vector<double> sums =
         branch_sums<T>(branches, rows, channels, [&](int64_t branch, int64_t row, int64_t count, double* into) {
           NormRows<T> r = rows_at(branch, row, count);
-          r.sums = into;
+          r.sums = into, r.partial = scratch<T>(0, 2 * channels);
+          r.out_residual = with_residual ? mutable_data<T>(grad_residual) + row * channels : nullptr;
           kernels<T>().norm_backward_sums(r);
         });
     std::vector<T> scale(branches * channels), shift(branches * channels), slope(branches * channels);
@@ -150,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_batch_norm_backward(const Tens
       NormRows<T> r = rows_at(branch, row, count);
       r.scale = scale.data() + branch * channels, r.shift = shift.data() + branch * channels;
       r.slope = slope.data() + branch * channels, r.out = mutable_data<T>(grad_x) + row * channels;
-      r.out_residual = with_residual ? mutable_data<T>(grad_residual) + row * channels : nullptr;
+      if (with_residual)
+        r.grad = data<T>(grad_residual) + row * channels, r.clamp = Clamp<T>{};  // as the first pass left it
       kernels<T>().norm_backward_apply(r);
     });
   });

@@ -8,6 +8,7 @@ namespace {
 
 // Rows of a task: a multiple of every tile height, small enough for its features to stay in the second cache.
 constexpr int64_t kRows = 120;
+constexpr int64_t kFewChannels = 8;  // below: an image rather than features
 
 }  // namespace
 
@@ -16,19 +17,30 @@ void convolve_packed(const Geometry& g, const T* x, const T* packed, const T* bi
   const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kRows);
   const int64_t tap_size = g.in_channels * kPanel, panel_stride = g.taps() * tap_size;
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
-  const std::vector<T> zeros(g.in_channels, T(0));
+  const int64_t line_size = g.kernel_size * g.in_channels;
+  const bool by_lines = g.in_channels < kFewChannels;
+  const std::vector<T> zeros(line_size, T(0));
   parallel_tasks(g.branches * chunks, [&](int64_t task) {
     const int64_t branch = task / chunks, first = task % chunks * kRows, count = std::min(kRows, total - first);
+    const T* branch_x = x + branch / g.replicate * g.batch * g.pixels() * g.in_channels;
+    const T* branch_weight = packed + branch * branch_size;
     const T** rows = scratch<const T*>(0, g.taps() * kRows);
     T** out_rows = scratch<T*>(1, kRows);
     Tap<T>* taps = scratch<Tap<T>>(2, g.taps());
-    gather_rows(g, x + branch / g.replicate * g.batch * g.pixels() * g.in_channels, zeros.data(), first, count, rows,
-                kRows);
     for (int64_t m = 0; m < count; ++m) out_rows[m] = out + (branch * total + first + m) * g.out_channels;
-    for (int64_t t = 0; t < g.taps(); ++t)
-      taps[t] = {rows + t * kRows, packed + branch * branch_size + t * tap_size, panel_stride, g.in_channels};
+    if (by_lines) {
+      gather_lines(g, branch_x, zeros.data(), first, count, scratch<T>(3, kRows * g.kernel_size * line_size), rows,
+                   kRows);
+      for (int64_t ky = 0; ky < g.kernel_size; ++ky)
+        taps[ky] = {rows + ky * kRows, branch_weight + ky * line_size * kPanel, panel_stride, line_size};
+    } else {
+      gather_rows(g, branch_x, zeros.data(), first, count, rows, kRows);
+      for (int64_t t = 0; t < g.taps(); ++t)
+        taps[t] = {rows + t * kRows, branch_weight + t * tap_size, panel_stride, g.in_channels};
+    }
     const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels : nullptr;
-    kernels<T>().gemm({taps, g.taps(), count, g.out_channels, out_rows, branch_bias, nullptr, clamp});
+    kernels<T>().gemm(
+        {taps, by_lines ? g.kernel_size : g.taps(), count, g.out_channels, out_rows, branch_bias, nullptr, clamp});
   });
 }
 
@@ -95,22 +107,21 @@ void convolve_input(const Geometry& g, const T* grad, const T* packed, T* out) {
           const int64_t tap = child * g.taps() + ky * g.kernel_size + kx;
           taps[used] = {rows + used * kRows, packed + parent * parent_size + tap * tap_size, panel_stride,
                         g.out_channels};
-          for (int64_t m = 0; m < count; ++m) {
-            const int64_t at = first + m, b = at / (height * width);
-            const int64_t iy = at / width % height * s + py, ix = at % width * s + px;
-            const int64_t dy = iy + g.padding - ky, dx = ix + g.padding - kx;  // multiples of s
-            const bool inside = dy >= 0 && dx >= 0 && dy / s < g.out_height && dx / s < g.out_width;
+          const int64_t down = (py + g.padding - ky) / s, right = (px + g.padding - kx) / s;  // no remainder
+          PixelWalk in(height, width, first);
+          for (int64_t m = 0; m < count; ++m, in.next()) {
+            const int64_t oy = in.y + down, ox = in.x + right;
+            const bool inside = oy >= 0 && ox >= 0 && oy < g.out_height && ox < g.out_width;
             rows[used * kRows + m] =
-                inside
-                    ? grad + ((branch * g.batch + b) * g.out_pixels() + dy / s * g.out_width + dx / s) * g.out_channels
-                    : zeros.data();
+                inside ? grad + ((branch * g.batch + in.b) * g.out_pixels() + oy * g.out_width + ox) * g.out_channels
+                       : zeros.data();
           }
         }
     }
-    for (int64_t m = 0; m < count; ++m) {
-      const int64_t at = first + m, b = at / (height * width);
-      const int64_t iy = at / width % height * s + py, ix = at % width * s + px;
-      out_rows[m] = out + ((parent * g.batch + b) * g.pixels() + iy * g.width + ix) * g.in_channels;
+    PixelWalk in(height, width, first);
+    for (int64_t m = 0; m < count; ++m, in.next()) {
+      const int64_t iy = in.y * s + py, ix = in.x * s + px;
+      out_rows[m] = out + ((parent * g.batch + in.b) * g.pixels() + iy * g.width + ix) * g.in_channels;
     }
     kernels<T>().gemm({taps, used, count, g.in_channels, out_rows, nullptr, nullptr, Clamp<T>{}});
   });
@@ -141,40 +152,66 @@ Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_
   return round_to(out, grad_in.scalar_type());
 }
 
-// A task sums one tap of a share of the rows into a matrix of its own; the shares are then added in order, so
-// the result does not depend on which thread did what.
+// The gradient of the weights as a matrix per tap, [out][in]; for an image one of all taps, [tap][in][out].
+struct WeightSums {
+  bool by_lines;
+  int64_t matrices, size;  // of a branch
+  explicit WeightSums(const Geometry& g)
+      : by_lines(g.in_channels < kFewChannels),
+        matrices(by_lines ? 1 : g.taps()),
+        size(g.out_channels * g.in_channels * (by_lines ? g.taps() : 1)) {}
+};
+
+// A task sums a share of the rows into a matrix of its own; the shares are then added in order, so the result
+// does not depend on which thread did what.
 template <typename T>
 void convolve_weight(const Geometry& g, const T* grad, const T* x, T* partial, int64_t shares, T* out) {
-  const int64_t total = g.batch * g.out_pixels(), matrix = g.out_channels * g.in_channels;
-  const std::vector<T> zeros(g.in_channels, T(0));
-  parallel_tasks(g.branches * g.taps() * shares, [&](int64_t task) {
-    const int64_t branch = task / (g.taps() * shares), tap = task / shares % g.taps(), share = task % shares;
-    T* sum = partial + task * matrix;
-    std::fill(sum, sum + matrix, T(0));
-    const T** left = scratch<const T*>(0, kRows);
-    const T** right = scratch<const T*>(1, kRows);
+  const WeightSums sums(g);
+  const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kRows);
+  const int64_t line_size = g.kernel_size * g.in_channels;
+  const std::vector<T> zeros(line_size, T(0));
+  parallel_tasks(g.branches * sums.matrices * shares, [&](int64_t task) {
+    const int64_t branch = task / (sums.matrices * shares), tap = task / shares % sums.matrices, share = task % shares;
+    T* sum = partial + task * sums.size;
+    std::fill(sum, sum + sums.size, T(0));
+    const T** grad_rows = scratch<const T*>(0, kRows);
+    const T** x_rows = scratch<const T*>(1, g.kernel_size * kRows);
+    T* edges = scratch<T>(3, sums.by_lines ? kRows * g.kernel_size * line_size : 0);
     const T* branch_grad = grad + branch * total * g.out_channels;
     const T* branch_x = x + branch / g.replicate * g.batch * g.pixels() * g.in_channels;
     const int64_t ky = tap / g.kernel_size, kx = tap % g.kernel_size;
-    const int64_t chunks = ceil_div(total, kRows);
     for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
       const int64_t first = chunk * kRows, count = std::min(kRows, total - first);
-      for (int64_t m = 0; m < count; ++m) {
-        const int64_t at = first + m, b = at / g.out_pixels();
-        const int64_t iy = at / g.out_width % g.out_height * g.stride + ky - g.padding;
-        const int64_t ix = at % g.out_width * g.stride + kx - g.padding;
-        const bool inside = iy >= 0 && iy < g.height && ix >= 0 && ix < g.width;
-        left[m] = branch_grad + at * g.out_channels;
-        right[m] = inside ? branch_x + (b * g.pixels() + iy * g.width + ix) * g.in_channels : zeros.data();
+      for (int64_t m = 0; m < count; ++m) grad_rows[m] = branch_grad + (first + m) * g.out_channels;
+      if (sums.by_lines) {
+        gather_lines(g, branch_x, zeros.data(), first, count, edges, x_rows, kRows);
+        for (int64_t line = 0; line < g.kernel_size; ++line)
+          kernels<T>().outer({x_rows + line * kRows, grad_rows, count, line_size, g.out_channels,
+                              sum + line * line_size * g.out_channels});
+        continue;
       }
-      kernels<T>().outer({left, right, count, g.out_channels, g.in_channels, sum});
+      PixelWalk at(g.out_height, g.out_width, first);
+      for (int64_t m = 0; m < count; ++m, at.next()) {
+        const int64_t iy = at.y * g.stride + ky - g.padding, ix = at.x * g.stride + kx - g.padding;
+        const bool inside = iy >= 0 && iy < g.height && ix >= 0 && ix < g.width;
+        x_rows[m] = inside ? branch_x + (at.b * g.pixels() + iy * g.width + ix) * g.in_channels : zeros.data();
+      }
+      kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sum});
     }
   });
-  parallel_tasks(g.branches * g.taps(), [&](int64_t task) {
-    T* sum = partial + task * shares * matrix;
-    for (int64_t share = 1; share < shares; ++share) kernels<T>().add_scaled(sum, sum + share * matrix, T(1), matrix);
-    T* weight = out + task / g.taps() * matrix * g.taps() + task % g.taps();
-    for (int64_t i = 0; i < matrix; ++i) weight[i * g.taps()] = sum[i];
+  if (partial == out) return;
+  parallel_tasks(g.branches * sums.matrices, [&](int64_t task) {
+    T* sum = partial + task * shares * sums.size;
+    for (int64_t share = 1; share < shares; ++share)
+      kernels<T>().add_scaled(sum, sum + share * sums.size, T(1), sums.size);
+    T* weight = out + task / sums.matrices * g.out_channels * g.kernel_size * line_size + task % sums.matrices;
+    if (!sums.by_lines) {
+      for (int64_t i = 0; i < sums.size; ++i) weight[i * g.taps()] = sum[i];
+      return;
+    }
+    for (int64_t tap = 0; tap < g.taps(); ++tap)
+      for (int64_t ci = 0; ci < g.in_channels; ++ci)
+        for (int64_t co = 0; co < g.out_channels; ++co) weight[(co * g.in_channels + ci) * g.taps() + tap] = *sum++;
   });
 }
 
@@ -190,11 +227,13 @@ Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, 
   Tensor out = torch::stable::new_empty(grad, {g.branches, g.out_channels, g.in_channels, kernel_size, kernel_size});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
-    const int64_t threads = torch::stable::get_num_threads(), matrices = g.branches * g.taps();
+    const WeightSums sums(g);
+    const int64_t threads = torch::stable::get_num_threads(), matrices = g.branches * sums.matrices;
     const int64_t chunks = ceil_div(g.batch * g.out_pixels(), kRows);
     const int64_t shares =
         std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
-    const Tensor partial = torch::stable::new_empty(grad, {matrices * shares, g.out_channels * g.in_channels});
+    const bool direct = sums.matrices == 1 && shares == 1 && !sums.by_lines;  // the one sum is the result
+    const Tensor partial = direct ? out : torch::stable::new_empty(grad, {matrices * shares * sums.size});
     convolve_weight(g, data<T>(grad), data<T>(x), mutable_data<T>(partial), shares, mutable_data<T>(out));
   });
   return round_to(out, grad_in.scalar_type());

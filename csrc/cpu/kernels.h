@@ -111,6 +111,7 @@ struct NormRows {
   T* out;
   T* out_residual;  // gradient of the residual, or null
   double* sums;     // [2][channels], added to
+  T* partial;       // [2][channels] of scratch memory
   int64_t count, channels;
   Clamp<T> clamp;
 };
