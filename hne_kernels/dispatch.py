@@ -21,7 +21,7 @@ from . import autocast, checks, extension, reference
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
 # Fastest first: what an automatic choice tries on each kind of device.
-_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+_PREFERENCE = {"cpu": ("cpp", "cuda", "reference"), "cuda": ("cuda", "triton", "reference")}
 _DTYPES = {
     "cpp": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -38,6 +38,8 @@ def _interpreted() -> bool:
 
 def _unusable(backend: str) -> str | None:
     """Why ``backend`` cannot be used in this process at all, or None."""
+    if backend == "cpp" and extension.CUDA_EMULATED:
+        return "HNE_CUDA_EMULATION has put the CUDA kernels in its place"
     if backend == "cuda":
         return extension.cuda_unavailable()
     if backend == "triton":
@@ -102,7 +104,7 @@ def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if backend == "reference":
         return None
     devices = ("cuda", "cpu") if backend == "triton" and _interpreted() else ("cuda",)
-    if backend == "cpp":
+    if backend == "cpp" or (backend == "cuda" and extension.CUDA_EMULATED):
         devices = ("cpu",)
     if device.type not in devices:
         return f"it serves tensors on {' and '.join(devices)}, got {device}"

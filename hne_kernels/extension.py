@@ -1,7 +1,8 @@
 """Loads what was compiled: `_C` (CPU, always) and `_C_cuda` (where built and where torch has CUDA).
 
 Importing this module registers the ops `torch.ops.hne.*`. `HNE_EXTENSION_DIR` names another folder
-to load them from, for example that of a build with sanitizers.
+to load them from, for example that of a build with sanitizers. `HNE_CUDA_EMULATION` names the CUDA
+kernels compiled for the host (tests/cuda_emulation): they then take the place of the C++ ones.
 """
 
 from __future__ import annotations
@@ -75,9 +76,17 @@ def load_cuda_library(folder: Path) -> str | None:
     return None
 
 
+def load_cuda_emulation(library: str | None) -> bool:
+    """Let the CUDA kernels compiled for the host serve tensors on the CPU, if there is such a library."""
+    if library:
+        torch.ops.load_library(library)
+    return bool(library)
+
+
 _FOLDER = Path(os.environ.get("HNE_EXTENSION_DIR") or Path(__file__).parent)
 _CPU_LIBRARY = load_cpu_library(_FOLDER)
-_CUDA_UNAVAILABLE = load_cuda_library(_FOLDER)
+CUDA_EMULATED = load_cuda_emulation(os.environ.get("HNE_CUDA_EMULATION"))
+_CUDA_UNAVAILABLE = None if CUDA_EMULATED else load_cuda_library(_FOLDER)
 
 
 def cpu_library() -> ModuleType:
