@@ -58,4 +58,30 @@ inline Geometry backward_geometry(const Tensor& grad, int64_t in_channels, int64
   return g;
 }
 
+// Checks the shapes of a bottleneck (hne_kernels/fused_bottleneck.py); the geometry is that of its depthwise
+// convolution, between the channels of x and of the output.
+inline Geometry bottleneck_geometry(const Tensor& x, const Tensor& expand, const Tensor& expand_bias,
+                                    const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& project,
+                                    const Tensor& project_bias, const std::optional<Tensor>& shortcut,
+                                    const std::optional<Tensor>& shortcut_bias, int64_t stride, int64_t replicate,
+                                    bool identity) {
+  STD_TORCH_CHECK(depthwise.dim() == 4 && project_bias.dim() == 2, "depthwise: expected 4 dimensions");
+  const int64_t k = depthwise.size(1), middle = depthwise.size(3);
+  const Geometry g = forward_geometry(x, project_bias.size(0), project_bias.size(1), k, stride, k / 2, replicate);
+  STD_TORCH_CHECK(k % 2 == 1, "depthwise: expected an odd kernel");
+  check_shape("expand", expand, {g.branches, ceil_div(middle, kPanel), 1, 1, g.in_channels, kPanel});
+  check_shape("expand_bias", expand_bias, {g.branches, middle});
+  check_shape("depthwise", depthwise, {g.branches, k, k, middle});
+  check_shape("depthwise_bias", depthwise_bias, {g.branches, middle});
+  check_shape("project", project, {g.branches, ceil_div(g.out_channels, kPanel), 1, 1, middle, kPanel});
+  STD_TORCH_CHECK(shortcut.has_value() == shortcut_bias.has_value(), "shortcut: expected with its bias");
+  STD_TORCH_CHECK(!identity || (stride == 1 && g.in_channels == g.out_channels && !shortcut.has_value()),
+                  "identity: expected equal shapes and no shortcut");
+  if (shortcut.has_value()) {
+    check_shape("shortcut", *shortcut, {g.branches, ceil_div(g.out_channels, kPanel), 1, 1, g.in_channels, kPanel});
+    check_shape("shortcut_bias", *shortcut_bias, {g.branches, g.out_channels});
+  }
+  return g;
+}
+
 }  // namespace hne

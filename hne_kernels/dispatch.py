@@ -7,8 +7,10 @@ against), ``cpp`` (CPU), ``cuda`` (C++) and ``triton``. Left alone, the fastest 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -108,9 +110,35 @@ def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         devices = ("cpu",)
     if device.type not in devices:
         return f"it serves tensors on {' and '.join(devices)}, got {device}"
+    if device.type == "cuda" and (reason := _gpu_too_old(device)) is not None:
+        return reason
     if dtype not in _DTYPES[backend]:
         return f"it serves {', '.join(str(d) for d in _DTYPES[backend])}, got {dtype}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _gpu_too_old(device: torch.device) -> str | None:
+    return extension.gpu_too_old(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"hne_kernels: {reason}; the reference implementation serves it, slowly", stacklevel=4)
+
+
+# What the CUDA library was last told (csrc/cuda/tf32.cu); it starts with exact products.
+_tf32_passed_on = False
+
+
+@torch.compiler.assume_constant_result
+def _pass_on_tf32() -> None:
+    """Let the CUDA kernels multiply float32 in tf32 where torch's own matrix products may."""
+    global _tf32_passed_on
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if allowed != _tf32_passed_on:
+        torch.ops.hne.allow_tf32(allowed)
+        _tf32_passed_on = allowed
 
 
 def select(tensor: Tensor) -> str:
@@ -130,6 +158,8 @@ def select(tensor: Tensor) -> str:
     for backend in _PREFERENCE.get(device.type, ()):
         if _rejects(backend, device, dtype) is None:
             return backend
+    if device.type == "cuda" and (reason := _gpu_too_old(device)) is not None:
+        _warn_once(reason)
     return "reference"
 
 
@@ -137,6 +167,8 @@ def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that computes ``op`` for ``tensor``: a registered op, or plain PyTorch."""
     backend = select(tensor)
     function = getattr(_MODULES[backend], op)
+    if backend == "cuda":
+        _pass_on_tf32()
     registered = backend in ("cpp", "cuda")  # those have autocast from the dispatcher
     if registered or checks.autocast_dtype(tensor.device.type) is None:
         return function

@@ -7,6 +7,7 @@ kernels compiled for the host (tests/cuda_emulation): they then take the place o
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+OLDEST_GPU = (8, 0)  # compute capability: the kernels copy with cp.async and multiply bfloat16
 _REBUILD = "Rebuild it: `pip install -e .` in a checkout, else `pip install --force-reinstall --no-deps hne-kernels`."
 
 
@@ -97,6 +99,18 @@ def cpu_library() -> ModuleType:
 def cuda_unavailable() -> str | None:
     """Why there are no CUDA ops; None if they are there."""
     return _CUDA_UNAVAILABLE
+
+
+@functools.cache
+def gpu_too_old(index: int) -> str | None:
+    """Why the GPU of this index cannot run the kernels, or None."""
+    if torch.cuda.get_device_capability(index) >= OLDEST_GPU:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"the kernels need compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}, "
+        f"{torch.cuda.get_device_name(index)} has {major}.{minor}"
+    )
 
 
 def build_info() -> dict[str, Any]:

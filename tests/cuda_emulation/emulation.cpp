@@ -284,7 +284,7 @@ uint32_t round_to_tf32(float value) {
   return std::isnan(value) ? 0x7fffffffu : bits & 0xffffe000u;
 }
 
-// Small where a test wants to see what happens without room.
+// Small where a test wants to see what becomes of a block that has no room.
 int64_t Device::shared_limit() const {
   const char* limit = std::getenv("HNE_EMULATED_SHARED_MEMORY");
   return limit != nullptr ? std::atoll(limit) : 227 * 1024;
