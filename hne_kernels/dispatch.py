@@ -22,8 +22,8 @@ from . import autocast, checks, extension, reference
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
-# Fastest first: what an automatic choice tries on each kind of device.
-_PREFERENCE = {"cpu": ("cpp", "cuda", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Fastest first: what an automatic choice tries on each kind of device before the reference.
+_PREFERENCE = {"cpu": ("cpp", "cuda"), "cuda": ("cuda", "triton")}
 _DTYPES = {
     "cpp": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),

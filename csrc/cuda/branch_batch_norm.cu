@@ -48,7 +48,7 @@ struct Gradient {
     const int64_t at = (branch * n.rows + row) * n.channels + channel;
     load<width>(g, grad + at);
     load<width>(deviation, x + at);
-    if (range.active()) {
+    if (range.low == 0) {  // there is an activation
       float output[width];
       load<width>(output, y + at);
 #pragma unroll

@@ -166,6 +166,7 @@ Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::opt
     check_shape("bias", *bias_in, {g.branches, g.out_channels});
     check_kind("bias", *bias_in, x_in);
   }
+  const Shape shape(g);
   const Device device(x_in);
   const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
   const std::optional<Tensor> bias = contiguous(bias_in);
@@ -173,7 +174,7 @@ Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::opt
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const Tensor filters = taps_first<T>(device, weight, g);
-    Forward<T, false> problem{.s = Shape(g),
+    Forward<T, false> problem{.s = shape,
                               .left_base = data<T>(x),
                               .right_base = data<T>(filters),
                               .bias = data<T>(bias),
@@ -191,13 +192,14 @@ Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_
   check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
+  const Shape shape(g);
   const Device device(grad_in);
   const Tensor grad = torch::stable::contiguous(grad_in), weight = torch::stable::contiguous(weight_in);
   Tensor out = torch::stable::new_empty(grad, {g.parents, g.batch, height, width, g.in_channels});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
     const Tensor filters = taps_first<T>(device, weight, g);
-    const InputGradient<T> problem{Shape(g), data<T>(grad), data<T>(filters), mutable_data<T>(out)};
+    const InputGradient<T> problem{shape, data<T>(grad), data<T>(filters), mutable_data<T>(out)};
     run_gemm<T>(device, problem,
                 whole_vectors<T>({g.in_channels, g.out_channels}, {data<T>(grad), data<T>(filters), data<T>(out)}));
   });
@@ -226,12 +228,13 @@ Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, 
   check_shape("x", x_in, {g.parents, g.batch, g.height, g.width, g.in_channels});
   check_kind("grad", grad_in, grad_in);
   check_kind("x", x_in, grad_in);
+  const Shape shape(g);
   const Device device(grad_in);
   const Tensor grad = torch::stable::contiguous(grad_in), x = torch::stable::contiguous(x_in);
   Tensor out = torch::stable::new_empty(grad, {g.branches, g.out_channels, g.in_channels, kernel_size, kernel_size});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
-    WeightGradient<T> problem{Shape(g), data<T>(grad), data<T>(x), nullptr, 1, 0};
+    WeightGradient<T> problem{shape, data<T>(grad), data<T>(x), nullptr, 1, 0};
     // Enough blocks for the largest GPU, each with enough pixels to be worth its partial sums. The number depends on
     // the shapes alone: the same sums on every GPU.
     const int64_t rows = problem.s.rows(), least = 512;

@@ -26,6 +26,7 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
     check_shape("bias", *bias_in, {g.branches, g.out_channels});
     check_kind("bias", *bias_in, x_in);
   }
+  const Shape shape(g);
   const Device device(x_in);
   const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
   const std::optional<Tensor> bias = contiguous(bias_in);
@@ -33,7 +34,7 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const Tensor filters = transposed<T>(device, weight, g.branches, g.in_channels, g.taps());
-    run_depthwise<T>(device, {Shape(g), data<T>(x), data<T>(filters), data<T>(bias), {}, mutable_data<T>(out)});
+    run_depthwise<T>(device, {shape, data<T>(x), data<T>(filters), data<T>(bias), {}, mutable_data<T>(out)});
   });
   return out;
 }
@@ -81,6 +82,7 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
   STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match weight");
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
+  const Shape shape(g);
   const Device device(grad_in);
   const Tensor grad = torch::stable::contiguous(grad_in), weight = torch::stable::contiguous(weight_in);
   Tensor out = torch::stable::new_empty(grad, {g.parents, g.batch, height, width, g.in_channels});
@@ -91,8 +93,8 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
                       [&](auto vector) {
                         constexpr int w = decltype(vector)::value;
                         const int64_t threads = g.parents * g.batch * g.pixels() * (g.in_channels / w);
-                        device.launch(depthwise_backward_input<T, w>, ceil_div(threads, kThreads), kThreads, 0,
-                                      Shape(g), data<T>(grad), data<T>(filters), mutable_data<T>(out));
+                        device.launch(depthwise_backward_input<T, w>, ceil_div(threads, kThreads), kThreads, 0, shape,
+                                      data<T>(grad), data<T>(filters), mutable_data<T>(out));
                       });
   });
   return out;
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
       const float g = float(from[int64_t(row) * s.in_channels]);
 #pragma unroll
       for (int tap = 0; tap < taps; ++tap) {
-        const int64_t pixel = s.source(row, first_tap + tap);
+        const int64_t pixel = taps == 9 ? s.source(row, tap / 3, tap % 3) : s.source(row, first_tap + tap);
         if (pixel >= 0) sums[tap] += g * float(parent[pixel * s.in_channels]);
       }
     }
@@ -161,6 +163,7 @@ Tensor branch_depthwise_conv2d_backward_weight(const Tensor& grad_in, const Tens
   STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match x");
   check_kind("grad", grad_in, grad_in);
   check_kind("x", x_in, grad_in);
+  const Shape shape(g);
   const Device device(grad_in);
   const Tensor grad = torch::stable::contiguous(grad_in), x = torch::stable::contiguous(x_in);
   Tensor out = torch::stable::new_empty(grad, {g.branches, g.in_channels, kernel_size, kernel_size});
@@ -173,7 +176,7 @@ Tensor branch_depthwise_conv2d_backward_weight(const Tensor& grad_in, const Tens
     const Tensor partial =
         torch::stable::new_empty(grad, {shares, g.branches, g.taps(), g.in_channels}, ScalarType::Float);
     device.launch(taps == 9 ? depthwise_backward_weight<T, 9> : depthwise_backward_weight<T, 1>, blocks * shares,
-                  kThreads, taps * kThreads * int64_t(sizeof(float)), Shape(g), data<T>(grad), data<T>(x),
+                  kThreads, taps * kThreads * int64_t(sizeof(float)), shape, data<T>(grad), data<T>(x),
                   mutable_data<float>(partial), int(shares));
     device.launch(add_shares<T>, ceil_div(g.branches * g.in_channels * g.taps(), kThreads), kThreads, 0,
                   data<float>(partial), mutable_data<T>(out), int(shares), g.branches, g.in_channels, g.taps());

@@ -127,8 +127,12 @@ class Device {
     if (shared_bytes > 48 * 1024)
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-    kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream_> > >(parameters...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    cudaLaunchConfig_t configuration{};
+    configuration.gridDim = dim3(static_cast<unsigned>(blocks));
+    configuration.blockDim = dim3(static_cast<unsigned>(threads));
+    configuration.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    configuration.stream = stream_;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&configuration, kernel, parameters...));
   }
 
  private:

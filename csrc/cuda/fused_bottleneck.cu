@@ -221,6 +221,7 @@ __global__ void __launch_bounds__(kThreads) bottleneck(const Bottleneck<typename
     }
   }
   copy_wait<0>();
+  block_sync();
 
   T* const staged = expand;
 #pragma unroll
@@ -352,6 +353,7 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tenso
   const auto prepare_optional = [&](const std::optional<Tensor>& t) {
     return t.has_value() ? std::optional<Tensor>(prepare(*t)) : std::nullopt;
   };
+  const Shape shape(g);
   const Device device(x_in);
   const Tensor x = prepare(x_in), expand = prepare(expand_in), expand_bias = prepare(expand_bias_in);
   const Tensor depthwise = prepare(depthwise_in), depthwise_bias = prepare(depthwise_bias_in);
@@ -361,7 +363,7 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tenso
   Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Bottleneck<T> b{Shape(g),
+    const Bottleneck<T> b{shape,
                           data<T>(x),
                           data<T>(expand),
                           data<T>(expand_bias),

@@ -17,13 +17,14 @@ Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& b
   check_kind("x", x_in, x_in);
   check_kind("weight", weight_in, x_in);
   check_kind("bias", bias_in, x_in);
+  const Shape shape(g);
   const Device device(x_in);
   const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
   const Tensor bias = torch::stable::contiguous(bias_in);
   Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Forward<T, true> problem{.s = Shape(g),
+    const Forward<T, true> problem{.s = shape,
                                    .left_base = data<T>(x),
                                    .right_base = data<T>(weight),
                                    .bias = data<T>(bias),

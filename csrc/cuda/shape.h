@@ -40,13 +40,14 @@ struct Shape {
   HNE_BOTH bool pointwise() const { return kernel_size == 1 && stride == 1 && padding == 0; }
 
   // The input pixel of a branch that a tap of output pixel `row` reads, or -1 in the padding.
-  HNE_DEVICE int64_t source(int row, int tap) const {
+  HNE_DEVICE int64_t source(int row, int ky, int kx) const {
     const int sample = row / out_pixels(), within = row - sample * out_pixels();
     const int oy = within / out_width, ox = within - oy * out_width;
-    const int iy = oy * stride - padding + tap / kernel_size, ix = ox * stride - padding + tap % kernel_size;
+    const int iy = oy * stride - padding + ky, ix = ox * stride - padding + kx;
     const bool inside = iy >= 0 && iy < height && ix >= 0 && ix < width;
     return inside ? int64_t(sample) * pixels() + iy * width + ix : -1;
   }
+  HNE_DEVICE int64_t source(int row, int tap) const { return source(row, tap / kernel_size, tap % kernel_size); }
 };
 
 }  // namespace hne
