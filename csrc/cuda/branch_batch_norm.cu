@@ -75,10 +75,10 @@ __global__ void __launch_bounds__(kThreads)
     channel_sums(const Norm n, const Terms terms, float* partial, const int across) {
   const int64_t vectors = n.channels / width, groups = (vectors + across - 1) / across;
   const int down = kThreads / across, lane = int(threadIdx.x) % across, row_lane = int(threadIdx.x) / across;
-  int64_t at = blockIdx.x;
-  const int64_t vector = at % groups * across + lane;
-  at /= groups;
-  const int64_t branch = at % n.branches, share = at / n.branches;
+  uint32_t at = blockIdx.x;
+  const int64_t vector = int64_t(at % uint32_t(groups)) * across + lane;
+  at /= uint32_t(groups);
+  const int64_t branch = at % uint32_t(n.branches), share = at / uint32_t(n.branches);
   float sums[2][width] = {};
   if (vector < vectors) {
     const int64_t end = n.rows * (share + 1) / n.shares;
@@ -148,9 +148,10 @@ template <typename T, int width>
 __global__ void __launch_bounds__(kThreads)
     normalise(const Norm n, const T* x, const T* residual, const float* mean, const float* scale, const float* bias,
               const Clamp<float> range, T* y) {
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
-  if (at >= n.branches * n.rows * n.channels) return;
-  const int64_t of = at / (n.rows * n.channels) * n.channels + at % n.channels;
+  const uint32_t vectors = uint32_t(n.channels / width), number = thread_number(), row = number / vectors;
+  const int64_t branch = row / uint32_t(n.rows), at = int64_t(number) * width;
+  if (branch >= n.branches) return;
+  const int64_t of = branch * n.channels + (number - row * vectors) * width;
   float values[width], added[width] = {};
   load<width>(values, x + at);
   if (residual != nullptr) load<width>(added, residual + at);
@@ -179,11 +180,12 @@ template <typename T, int width>
 __global__ void __launch_bounds__(kThreads)
     apply_gradient(const Norm n, const Gradient<T> gradient, const float* scale, const float* shift, const float* slope,
                    T* grad_x, T* grad_residual) {
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
-  if (at >= n.branches * n.rows * n.channels) return;
-  const int64_t channel = at % n.channels, row = at / n.channels, branch = row / n.rows;
+  const uint32_t vectors = uint32_t(n.channels / width), number = thread_number(), row = number / vectors;
+  const uint32_t branch = row / uint32_t(n.rows), channel = (number - row * vectors) * width;
+  const int64_t at = int64_t(number) * width;
+  if (branch >= n.branches) return;
   float g[width], out[width];
-  gradient.read(n, branch, row % n.rows, channel, g, out);
+  gradient.read(n, branch, row - branch * uint32_t(n.rows), channel, g, out);
 #pragma unroll
   for (int i = 0; i < width; ++i) {
     const int64_t of = branch * n.channels + channel + i;
@@ -229,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor> branch_batch_norm(const Tensor& x_in, const T
       device.launch(finish_moments<T>, ceil_div(n.branches * n.channels, kThreads), kThreads, 0, n, data<T>(x),
                     data<float>(partial), data<float>(weight), eps, mutable_data<float>(mean), mutable_data<float>(var),
                     mutable_data<float>(scale));
-      device.launch(normalise<T, w>, ceil_div(n.branches * n.rows * n.channels / w, kThreads), kThreads, 0, n,
+      device.launch(normalise<T, w>, blocks_of_threads(n.branches * n.rows * n.channels / w), kThreads, 0, n,
                     data<T>(x), data<T>(residual), data<float>(mean), data<float>(scale), data<float>(bias),
                     Clamp<float>::named(activation), mutable_data<T>(y));
     });
@@ -278,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_batch_norm_backward(const Tens
                     data<float>(weight), data<float>(var), eps, mutable_data<float>(grad_weight),
                     mutable_data<float>(grad_bias), mutable_data<float>(scale), mutable_data<float>(shift),
                     mutable_data<float>(slope));
-      device.launch(apply_gradient<T, w>, ceil_div(n.branches * n.rows * n.channels / w, kThreads), kThreads, 0, n,
+      device.launch(apply_gradient<T, w>, blocks_of_threads(n.branches * n.rows * n.channels / w), kThreads, 0, n,
                     gradient, data<float>(scale), data<float>(shift), data<float>(slope), mutable_data<T>(grad_x),
                     residual);
     });

@@ -28,15 +28,15 @@ struct InputGradient {
   T* out;
 
   HNE_BOTH int phase_size(int size, int phase) const { return size > phase ? (size - phase - 1) / s.stride + 1 : 0; }
-  HNE_BOTH int64_t row_tiles() const {  // of the largest phase
-    return (int64_t(s.batch) * phase_size(s.height, 0) * phase_size(s.width, 0) + kTileRows - 1) / kTileRows;
+  HNE_BOTH int row_tiles() const {  // of the largest phase
+    return (s.batch * phase_size(s.height, 0) * phase_size(s.width, 0) + kTileRows - 1) / kTileRows;
   }
-  HNE_BOTH int64_t column_tiles() const { return (s.in_channels + kTileColumns - 1) / kTileColumns; }
+  HNE_BOTH int column_tiles() const { return (s.in_channels + kTileColumns - 1) / kTileColumns; }
   HNE_BOTH int phases_y() const { return s.stride < s.height ? s.stride : s.height; }
   HNE_BOTH int phases_x() const { return s.stride < s.width ? s.stride : s.width; }
-  int64_t blocks() const { return row_tiles() * column_tiles() * phases_y() * phases_x() * s.parents; }
+  int64_t blocks() const { return int64_t(row_tiles()) * column_tiles() * phases_y() * phases_x() * s.parents; }
 
-  HNE_DEVICE Work tile(int64_t block) const {
+  HNE_DEVICE Work tile(int block) const {
     Work w;
     w.column = block % column_tiles() * kTileColumns;
     block /= column_tiles();
@@ -114,14 +114,14 @@ struct WeightGradient {
   Shape s;
   const T *left_base, *right_base;  // grad, x
   float* partial;
-  int64_t splits, split_rows;
+  int splits, split_rows;
 
   HNE_BOTH int columns() const { return s.taps() * s.in_channels; }
-  HNE_BOTH int64_t row_tiles() const { return (s.out_channels + kTileRows - 1) / kTileRows; }
-  HNE_BOTH int64_t column_tiles() const { return (columns() + kTileColumns - 1) / kTileColumns; }
-  int64_t blocks() const { return row_tiles() * column_tiles() * s.branches * splits; }
+  HNE_BOTH int row_tiles() const { return (s.out_channels + kTileRows - 1) / kTileRows; }
+  HNE_BOTH int column_tiles() const { return (columns() + kTileColumns - 1) / kTileColumns; }
+  int64_t blocks() const { return int64_t(row_tiles()) * column_tiles() * s.branches * splits; }
 
-  HNE_DEVICE Work tile(int64_t block) const {
+  HNE_DEVICE Work tile(int block) const {
     Work w;
     w.row = block % row_tiles() * kTileRows;
     block /= row_tiles();
@@ -129,7 +129,7 @@ struct WeightGradient {
     block /= column_tiles();
     w.split = int(block % splits), w.branch = int(block / splits);
     w.rows = s.out_channels, w.columns = columns();
-    w.begin = w.split * split_rows, w.end = w.begin + split_rows < s.rows() ? w.begin + split_rows : s.rows();
+    w.begin = int64_t(w.split) * split_rows, w.end = w.begin + split_rows < s.rows() ? w.begin + split_rows : s.rows();
     return w;
   }
 
@@ -240,8 +240,8 @@ Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, 
     const int64_t rows = problem.s.rows(), least = 512;
     const int64_t splits = std::clamp<int64_t>(512 / std::max<int64_t>(problem.blocks(), 1), 1,
                                                std::max<int64_t>(ceil_div(rows, least), 1));
-    problem.split_rows = ceil_div(ceil_div(rows, splits), 64) * 64;  // begins where a strip begins
-    problem.splits = splits;
+    problem.split_rows = int(ceil_div(ceil_div(rows, splits), 64) * 64);  // begins where a strip begins
+    problem.splits = int(splits);
     const Tensor partial = torch::stable::new_empty(
         grad, {splits, g.branches, g.out_channels, g.taps() * g.in_channels}, ScalarType::Float);
     problem.partial = mutable_data<float>(partial);

@@ -41,16 +41,13 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
 
 // A thread gathers what reaches 16 bytes of channels of one input pixel. weight: [branch][tap][channel].
 template <typename T, int width>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     depthwise_backward_input(const Shape s, const T* grad, const T* weight, T* out) {
   const int groups = s.in_channels / width;
-  const int64_t pixels = int64_t(s.parents) * s.in_rows();
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= pixels * groups) return;
-  const int channel = int(at % groups) * width;
-  const int64_t pixel = at / groups;
-  const int ix = int(pixel % s.width), iy = int(pixel / s.width % s.height);
-  const int sample = int(pixel / s.pixels() % s.batch), parent = int(pixel / s.in_rows());
+  const uint32_t at = thread_number(), pixel = at / groups, row = pixel / s.width, map = row / s.height;
+  const int channel = int(at - pixel * groups) * width, ix = int(pixel - row * s.width), iy = int(row - map * s.height);
+  const int parent = int(map / s.batch), sample = int(map % s.batch);
+  if (parent >= s.parents) return;
   float sums[width] = {};
   const int last = min(s.branches, (parent + 1) * s.replicate);
   for (int branch = parent * s.replicate; branch < last; ++branch) {
@@ -70,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  store<width>(out + pixel * s.in_channels + channel, sums);
+  store<width>(out + int64_t(pixel) * s.in_channels + channel, sums);
 }
 
 Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_in, int64_t height,
@@ -93,7 +90,7 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
                       [&](auto vector) {
                         constexpr int w = decltype(vector)::value;
                         const int64_t threads = g.parents * g.batch * g.pixels() * (g.in_channels / w);
-                        device.launch(depthwise_backward_input<T, w>, ceil_div(threads, kThreads), kThreads, 0, shape,
+                        device.launch(depthwise_backward_input<T, w>, blocks_of_threads(threads), kThreads, 0, shape,
                                       data<T>(grad), data<T>(filters), mutable_data<T>(out));
                       });
   });
@@ -109,12 +106,12 @@ __global__ void __launch_bounds__(kThreads)
     depthwise_backward_weight(const Shape s, const T* grad, const T* x, float* partial, const int shares) {
   const int lane = int(threadIdx.x) % 32, row_lane = int(threadIdx.x) / 32;
   const int groups = (s.in_channels + 31) / 32, tap_groups = s.taps() / taps;
-  int64_t at = blockIdx.x;
-  const int channel = int(at % groups) * 32 + lane;
+  int at = int(blockIdx.x);
+  const int channel = at % groups * 32 + lane;
   at /= groups;
-  const int first_tap = int(at % tap_groups) * taps;
+  const int first_tap = at % tap_groups * taps;
   at /= tap_groups;
-  const int branch = int(at % s.branches), share = int(at / s.branches);
+  const int branch = at % s.branches, share = at / s.branches;
   const int rows = s.rows(), begin = int(int64_t(rows) * share / shares),
             end = int(int64_t(rows) * (share + 1) / shares);
   float sums[taps] = {};

@@ -26,16 +26,16 @@ struct Forward {
   Clamp<float> range = {};
   T* out;
 
-  HNE_BOTH int64_t row_tiles() const { return (s.rows() + kTileRows - 1) / kTileRows; }
-  HNE_BOTH int64_t column_tiles() const { return (s.out_channels + kTileColumns - 1) / kTileColumns; }
-  int64_t blocks() const { return s.branches * row_tiles() * column_tiles(); }
+  HNE_BOTH int row_tiles() const { return (s.rows() + kTileRows - 1) / kTileRows; }
+  HNE_BOTH int column_tiles() const { return (s.out_channels + kTileColumns - 1) / kTileColumns; }
+  int64_t blocks() const { return int64_t(s.branches) * row_tiles() * column_tiles(); }
 
   // Neighbouring blocks read the same rows: the second finds them in the cache.
-  HNE_DEVICE Work tile(int64_t block) const {
+  HNE_DEVICE Work tile(int block) const {
     Work w;
     w.column = block % column_tiles() * kTileColumns;
     w.row = block / column_tiles() % row_tiles() * kTileRows;
-    w.branch = int(block / column_tiles() / row_tiles());
+    w.branch = block / column_tiles() / row_tiles();
     w.rows = s.rows(), w.columns = s.out_channels;
     w.begin = 0, w.end = s.taps() * s.in_channels;
     w.x = left_base + int64_t(w.branch / s.replicate) * s.in_rows() * s.in_channels;

@@ -17,19 +17,20 @@ struct Depthwise {
 
 // kernel and stride are 0 where only known at run time.
 template <typename T, int width, int kernel, int fixed_stride>
-__global__ void __launch_bounds__(kThreads) depthwise(const Depthwise<T> d) {
+__global__ void __launch_bounds__(kThreads, kernel > 0 ? 2 : 4) depthwise(const Depthwise<T> d) {
   constexpr int run = kernel > 0 ? 4 : 1;  // pixels of a thread
   const Shape& s = d.s;
   const int size = kernel > 0 ? kernel : s.kernel_size, stride = fixed_stride > 0 ? fixed_stride : s.stride;
   const int groups = s.in_channels / width, runs = (s.out_width + run - 1) / run;
-  int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= int64_t(s.branches) * s.batch * s.out_height * runs * groups) return;
+  uint32_t at = thread_number();
   const int channel = int(at % groups) * width;
   at /= groups;
   const int first = int(at % runs) * run;
   at /= runs;
-  const int oy = int(at % s.out_height), sample = int(at / s.out_height % s.batch);
-  const int branch = int(at / s.out_height / s.batch);
+  const int oy = int(at % s.out_height);
+  at /= s.out_height;
+  const int sample = int(at % s.batch), branch = int(at / s.batch);
+  if (branch >= s.branches) return;
 
   float sums[run][width];
 #pragma unroll
@@ -84,7 +85,7 @@ void run_depthwise(const Device& device, const Depthwise<T>& d) {
     const auto run = [&](auto kernel, int pixels) {
       const int64_t threads =
           int64_t(s.branches) * s.batch * s.out_height * ceil_div(s.out_width, pixels) * (s.in_channels / w);
-      device.launch(+kernel, ceil_div(threads, kThreads), kThreads, 0, d);
+      device.launch(+kernel, blocks_of_threads(threads), kThreads, 0, d);
     };
     if (s.kernel_size == 3 && s.stride == 1)
       run(depthwise<T, w, 3, 1>, 4);

@@ -75,6 +75,7 @@ HNE_DEVICE void copy_panels(T* to, int pitch, const T* packed, int depth, int ch
                             int first_column, int columns) {
   constexpr int width = 16 / int(sizeof(T));
   const int per_row = columns / width, present = (channels + int(kPanel) - 1) / int(kPanel) * int(kPanel);
+#pragma unroll 1
   for (int at = int(threadIdx.x); at < rows * per_row; at += kThreads) {
     const int row = at / per_row, column = at % per_row * width;
     const int k = first_row + row, n = first_column + column;
@@ -84,6 +85,7 @@ HNE_DEVICE void copy_panels(T* to, int pitch, const T* packed, int depth, int ch
   }
 }
 
+// Loops over parts of a tile are not unrolled: the registers are for the sums.
 // NT: fragments of 8 output channels that each of 4 x 2 warps holds; 64 * NT / 2 output channels at most.
 template <typename P, int NT, bool vectors>
 __global__ void __launch_bounds__(kThreads) bottleneck(const Bottleneck<typename P::Type> b) {
@@ -95,12 +97,12 @@ __global__ void __launch_bounds__(kThreads) bottleneck(const Bottleneck<typename
   T *const expand = memory + b.expand_at(), *const project = memory + b.project_at();
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
 
-  int64_t at = blockIdx.x;
-  const int tile_x = int(at % b.tiles_x()) * b.tile_width;
+  int at = int(blockIdx.x);
+  const int tile_x = at % b.tiles_x() * b.tile_width;
   at /= b.tiles_x();
-  const int tile_y = int(at % b.tiles_y()) * b.tile_height;
+  const int tile_y = at % b.tiles_y() * b.tile_height;
   at /= b.tiles_y();
-  const int sample = int(at % s.batch), branch = int(at / s.batch);
+  const int sample = at % s.batch, branch = at / s.batch;
   const int top = tile_y * s.stride - s.padding, left = tile_x * s.stride - s.padding;
   const int halo_width = b.halo_width(), halo = b.halo_height() * halo_width, halo_rows = b.halo_rows();
 
@@ -110,6 +112,7 @@ __global__ void __launch_bounds__(kThreads) bottleneck(const Bottleneck<typename
   };
   const T* const from = b.x + (int64_t(branch / s.replicate) * s.batch + sample) * s.pixels() * s.in_channels;
   const int per_pixel = b.depth() / width;
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < halo_rows * per_pixel; i += kThreads) {
     const int pixel = i / per_pixel, channel = i % per_pixel * width;
     const bool there = inside(pixel) && channel < s.in_channels;
@@ -140,6 +143,7 @@ __global__ void __launch_bounds__(kThreads) bottleneck(const Bottleneck<typename
 
     // The first product: 16 pixels times 16 channels of the chunk to a warp at a time.
     const int units = halo_rows / 16 * (chunk / 16);
+#pragma unroll 1
     for (int unit = warp; unit < units; unit += kThreads / kWarp) {
       const int pixel = unit / (chunk / 16) * 16, channel = unit % (chunk / 16) * 16;
       float part[1][2][4] = {};
@@ -163,12 +167,15 @@ __global__ void __launch_bounds__(kThreads) bottleneck(const Bottleneck<typename
     copy_commit();
 
     // The depthwise convolution: 16 bytes of channels of a pixel to a thread at a time.
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < kTilePixels * chunk / width; i += kThreads) {
       const int pixel = i / (chunk / width), channel = i % (chunk / width) * width;
       const int y = pixel / b.tile_width, column = pixel % b.tile_width;
       float values[width] = {};
       if (y < b.tile_height) {
+#pragma unroll 1
         for (int ky = 0; ky < s.kernel_size; ++ky)
+#pragma unroll 3
           for (int kx = 0; kx < s.kernel_size; ++kx) {
             const int source = (y * s.stride + ky) * halo_width + column * s.stride + kx;
             const T* filter =

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
   constexpr int MT = 2, NT = 4;  // fragments of a warp's 32 x 32 values
   constexpr int depth = Left::kDepth;
   T* const memory = static_cast<T*>(shared_memory());
-  const auto tile = problem.tile(blockIdx.x);
+  const auto tile = problem.tile(int(blockIdx.x));
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
   const bool works = tile.row + warp_row < tile.rows && tile.column + warp_column < tile.columns;
