@@ -9,7 +9,7 @@ from .branch_batch_norm import branch_batch_norm
 from .branch_conv2d import branch_conv2d
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
 from .checks import default_sizes
-from .dispatch import available_backends, unavailable_backends, use_backend
+from .dispatch import add_module, available_backends, unavailable_backends, use_backend
 from .extension import build_info
 from .fused_bottleneck import fused_bottleneck
 from .fused_conv2d import fused_conv2d
@@ -17,6 +17,11 @@ from .hierarchical_distillation_loss import hierarchical_distillation_loss
 from .packing import pack_weight, unpack_weight
 from .prefix_logits import prefix_logits
 from .prefix_mean import prefix_mean
+
+if "triton" in available_backends():
+    from . import triton as _triton  # last: its ops take their shapes and autograd from the modules above
+
+    add_module("triton", _triton)
 
 __all__ = [
     "available_backends",

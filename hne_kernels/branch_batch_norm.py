@@ -78,13 +78,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x, x if ctx.activation == "none" else y, weight, mean, var)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 6
-    grad_x, grad_weight, grad_bias, grad_residual = torch.ops.hne.branch_batch_norm_backward(
-        grad, *ctx.saved_tensors, ctx.residual, ctx.activation, ctx.eps
-    )
-    return grad_x, grad_weight, grad_bias, grad_residual if ctx.residual else None, None, None
+def differentiate(op: str) -> None:
+    """Register autograd of ``op``, and that ``op_backward`` has none."""
+    backward_op = getattr(torch.ops.hne, f"{op}_backward")
+
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 6
+        grad_x, grad_weight, grad_bias, grad_residual = backward_op(
+            grad, *ctx.saved_tensors, ctx.residual, ctx.activation, ctx.eps
+        )
+        return grad_x, grad_weight, grad_bias, grad_residual if ctx.residual else None, None, None
+
+    torch.library.register_autograd(f"hne::{op}", backward, setup_context=_setup_context)
+    torch.library.register_autograd(f"hne::{op}_backward", _double_backward)
 
 
 def _double_backward(ctx: Any, *_: Any) -> None:
@@ -94,5 +101,4 @@ def _double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-torch.library.register_autograd("hne::branch_batch_norm", _backward, setup_context=_setup_context)
-torch.library.register_autograd("hne::branch_batch_norm_backward", _double_backward)
+differentiate("branch_batch_norm")

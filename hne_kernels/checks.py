@@ -136,6 +136,27 @@ def convolution(
     return geometry(x, branches, out_channels, kernel_size, stride, padding)
 
 
+def convolution_gradient(
+    grad: Tensor,
+    branches: int,
+    out_channels: int,
+    height: int,
+    width: int,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    replicate: int,
+) -> None:
+    """Raise unless ``grad`` has the shape of the output of a convolution of ``height`` x ``width`` maps."""
+    rank("grad", grad, 5, CONV_INPUT)
+    for name, value in (("stride", stride), ("replicate", replicate), ("kernel_size", kernel_size)):
+        at_least(name, value, 1)
+    at_least("padding", padding, 0)
+    rows = (height + 2 * padding - kernel_size) // stride + 1
+    columns = (width + 2 * padding - kernel_size) // stride + 1
+    shape("grad", grad, (branches, grad.shape[1], rows, columns, out_channels), CONV_INPUT)
+
+
 def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation_name: str, eps: float
 ) -> None:

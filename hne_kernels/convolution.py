@@ -1,4 +1,4 @@
-"""What the two branch convolutions share: shape inference, autograd and autocast of three ops each.
+"""What the branch convolutions share: shape inference, autograd and autocast of three ops each.
 
 A convolution and its two gradients are the three contractions of one trilinear form
 ``sum(grad * conv(x, weight))``. So the derivative of each is made of the other two, and any order of
@@ -17,10 +17,6 @@ from . import autocast, checks
 
 def register(op: str, *, depthwise: bool) -> None:
     """Register fake, autograd and autocast of ``op``, ``op_backward_input`` and ``op_backward_weight``."""
-    ops = torch.ops.hne
-    forward = getattr(ops, op)
-    backward_input = getattr(ops, f"{op}_backward_input")
-    backward_weight = getattr(ops, f"{op}_backward_weight")
 
     @torch.library.register_fake(f"hne::{op}")
     def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, replicate: int) -> Tensor:
@@ -36,6 +32,16 @@ def register(op: str, *, depthwise: bool) -> None:
     def _(grad: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, replicate: int) -> Tensor:
         channels = (grad.shape[4],) if depthwise else (grad.shape[4], x.shape[4])
         return grad.new_empty(grad.shape[0], *channels, kernel_size, kernel_size)
+
+    differentiate(op)
+
+
+def differentiate(op: str) -> None:
+    """Register autograd and autocast of ``op``, ``op_backward_input`` and ``op_backward_weight``."""
+    ops = torch.ops.hne
+    forward = getattr(ops, op)
+    backward_input = getattr(ops, f"{op}_backward_input")
+    backward_weight = getattr(ops, f"{op}_backward_weight")
 
     def setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, *ctx.geometry = inputs

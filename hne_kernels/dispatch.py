@@ -52,8 +52,11 @@ def _unusable(backend: str) -> str | None:
 
 _UNUSABLE = {backend: _unusable(backend) for backend in BACKENDS}
 _MODULES: dict[str, Any] = {"reference": reference, "cpp": torch.ops.hne, "cuda": torch.ops.hne}
-if _UNUSABLE["triton"] is None:
-    _MODULES["triton"] = importlib.import_module("hne_kernels.triton")
+
+
+def add_module(backend: str, module: Any) -> None:
+    """Say where the implementations of ``backend`` are, for one that is built on the modules that use this one."""
+    _MODULES[backend] = module
 
 
 def available_backends() -> tuple[str, ...]:
@@ -135,7 +138,7 @@ def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that computes ``op`` for ``tensor``: a registered op, or plain PyTorch."""
     backend = select(tensor)
     function = getattr(_MODULES[backend], op)
-    registered = backend in ("cpp", "cuda")  # those have autocast from the dispatcher
+    registered = backend != "reference"  # the others have autocast from PyTorch's dispatcher
     if registered or checks.autocast_dtype(tensor.device.type) is None:
         return function
     return autocast.casting(op, function, tensor.device.type)

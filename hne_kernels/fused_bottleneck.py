@@ -53,13 +53,13 @@ def fused_bottleneck(
         RuntimeError: a gradient is asked for; this op is for inference.
     """
     weights = (expand, expand_bias, depthwise, depthwise_bias, project, project_bias, shortcut, shortcut_bias)
-    _check(x, *weights, stride, replicate, activation, identity, final_activation)
+    check(x, *weights, stride, replicate, activation, identity, final_activation)
     checks.no_gradient("fused_bottleneck", x, *weights)
     op = dispatch.implementation("fused_bottleneck", x)
     return op(x, *weights, stride, replicate, activation, identity, final_activation)
 
 
-def _check(
+def check(
     x: Tensor,
     expand: Tensor,
     expand_bias: Tensor,
@@ -145,7 +145,7 @@ def _(
     final_activation: str,
 ) -> Tensor:
     return x.new_empty(
-        _check(
+        check(
             x,
             expand,
             expand_bias,

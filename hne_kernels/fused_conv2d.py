@@ -35,13 +35,13 @@ def fused_conv2d(
         TypeError: a dtype does not fit.
         RuntimeError: a gradient is asked for; this op is for inference.
     """
-    _check(x, weight, bias, stride, padding, replicate, activation)
+    check(x, weight, bias, stride, padding, replicate, activation)
     checks.no_gradient("fused_conv2d", x, weight, bias)
     op = dispatch.implementation("fused_conv2d", x)
     return op(x, weight, bias, stride, padding, replicate, activation)
 
 
-def _check(
+def check(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, replicate: int, activation: str
 ) -> tuple[int, ...]:
     checks.rank("x", x, 5, checks.CONV_INPUT)
@@ -54,7 +54,7 @@ def _check(
 
 @torch.library.register_fake("hne::fused_conv2d")
 def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, replicate: int, activation: str) -> Tensor:
-    return x.new_empty(_check(x, weight, bias, stride, padding, replicate, activation))
+    return x.new_empty(check(x, weight, bias, stride, padding, replicate, activation))
 
 
 autocast.register("fused_conv2d")

@@ -34,13 +34,13 @@ def hierarchical_distillation_loss(
         TypeError: a dtype does not fit.
         RuntimeError: on double backward, which is not implemented.
     """
-    _check(logits, target, alpha, temperature)
+    check(logits, target, alpha, temperature)
     _check_range(target, logits.shape[2])
     op = dispatch.implementation("hierarchical_distillation_loss", logits)
     return op(logits, target, alpha, temperature)[0]
 
 
-def _check(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> None:
+def check(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> None:
     checks.rank("logits", logits, 3, "[models, batch, classes]")
     checks.same_kind("logits", logits)
     models, batch, classes = logits.shape
@@ -71,7 +71,7 @@ def _check_range(target: Tensor, classes: int) -> None:
 
 @torch.library.register_fake("hne::hierarchical_distillation_loss")
 def _(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> tuple[Tensor, Tensor]:
-    _check(logits, target, alpha, temperature)
+    check(logits, target, alpha, temperature)
     return logits.new_empty(()), logits.new_empty(logits.shape)
 
 
@@ -91,5 +91,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_grad: Tensor | None) -> t
     return None if grad_loss is None else grad * grad_loss, None, None, None
 
 
-torch.library.register_autograd("hne::hierarchical_distillation_loss", _backward, setup_context=_setup_context)
-autocast.register("hierarchical_distillation_loss", torch.float32)
+def differentiate(op: str) -> None:
+    """Register autograd and autocast of ``op``."""
+    torch.library.register_autograd(f"hne::{op}", _backward, setup_context=_setup_context)
+    autocast.register(op, torch.float32)
+
+
+differentiate("hierarchical_distillation_loss")

@@ -43,23 +43,25 @@ def _(grad: Tensor, sizes: Sequence[int], num_models: int) -> Tensor:
     return grad.new_empty(num_models, *grad.shape[1:])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, ctx.sizes = inputs
-    ctx.num_models = logits.shape[0]
+def differentiate(op: str) -> None:
+    """Register autograd of ``op`` and ``op_backward``: both are linear, and each is the other's adjoint."""
+    forward, backward = getattr(torch.ops.hne, op), getattr(torch.ops.hne, f"{op}_backward")
+
+    def setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        logits, ctx.sizes = inputs
+        ctx.num_models = logits.shape[0]
+
+    def differentiate_forward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return backward(grad, ctx.sizes, ctx.num_models), None
+
+    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.sizes, _ = inputs
+
+    def differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return forward(grad, ctx.sizes), None, None
+
+    torch.library.register_autograd(f"hne::{op}", differentiate_forward, setup_context=setup_forward)
+    torch.library.register_autograd(f"hne::{op}_backward", differentiate_backward, setup_context=setup_backward)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.hne.prefix_mean_backward(grad, ctx.sizes, ctx.num_models), None
-
-
-def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.sizes, _ = inputs
-
-
-def _double_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    # Both are linear, and each is the other's adjoint.
-    return torch.ops.hne.prefix_mean(grad, ctx.sizes), None, None
-
-
-torch.library.register_autograd("hne::prefix_mean", _backward, setup_context=_setup_context)
-torch.library.register_autograd("hne::prefix_mean_backward", _double_backward, setup_context=_setup_context_backward)
+differentiate("prefix_mean")

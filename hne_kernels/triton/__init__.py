@@ -1,0 +1,24 @@
+"""The ops as Triton kernels, for GPUs of compute capability 8.0 and newer.
+
+Registered as ``hne::triton_<op>``, so that torch.compile looks into them and torch.export keeps them.
+"""
+
+from .branch_batch_norm import branch_batch_norm
+from .branch_conv2d import branch_conv2d
+from .branch_depthwise_conv2d import branch_depthwise_conv2d
+from .fused_bottleneck import fused_bottleneck
+from .fused_conv2d import fused_conv2d
+from .hierarchical_distillation_loss import hierarchical_distillation_loss
+from .prefix_logits import prefix_logits
+from .prefix_mean import prefix_mean
+
+__all__ = [
+    "branch_batch_norm",
+    "branch_conv2d",
+    "branch_depthwise_conv2d",
+    "fused_bottleneck",
+    "fused_conv2d",
+    "hierarchical_distillation_loss",
+    "prefix_logits",
+    "prefix_mean",
+]

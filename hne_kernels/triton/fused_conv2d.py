@@ -1,0 +1,22 @@
+"""Convolution, folded batch norm and activation: the matrix product of branch_conv2d with an epilogue."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import autocast
+from ..fused_conv2d import check
+from .branch_conv2d import convolve
+from .launch import op
+
+
+@op
+def fused_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, replicate: int, activation: str
+) -> Tensor:
+    """See :func:`hne_kernels.fused_conv2d`."""
+    check(x, weight, bias, stride, padding, replicate, activation)
+    return convolve(x, weight, bias, stride, padding, replicate, packed=True, activation=activation)
+
+
+autocast.register("triton_fused_conv2d")

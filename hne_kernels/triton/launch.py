@@ -1,0 +1,82 @@
+"""How kernels reach the GPU: registered, traced by the compiler, tuned or fixed; or interpreted on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Sizes that no access is aligned by: a kernel is not compiled anew where one of them is 1 or a multiple of 16.
+SIZES = [
+    "parents", "branches", "replicate", "residual_replicate", "batch", "height", "width", "out_height", "out_width",
+    "rows", "parts",
+]  # fmt: skip
+_PROGRAMS_PER_PROCESSOR = 4  # enough that one waits for memory while another computes
+
+
+def op(function: Callable[..., Any]) -> Any:
+    """Register ``function`` as the op ``hne::triton_<its name>``, which the compiler can look into.
+
+    Its shape inference is ``function`` itself, without the launches.
+    """
+    name = f"triton_{function.__name__}"
+    if INTERPRETED:  # the compiler has no kernel to look at, only a result to wait for
+        torch.library.custom_op(f"hne::{name}", function, mutates_args=()).register_fake(function)
+    else:
+        torch.library.triton_op(f"hne::{name}", function, mutates_args=())
+    return getattr(torch.ops.hne, name)
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """How many programs share the tiles of a launch, each taking every so-manieth."""
+    if not torch.cuda.is_available():
+        return 3  # interpreted (or compiled alone): no GPU to fill, but the sharing is exercised
+    return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR
+
+
+def config(warps: int, stages: int = 1, **blocks: int) -> triton.Config:
+    """One way to compile a kernel."""
+    return triton.Config(blocks, num_warps=warps, num_stages=stages)
+
+
+class Kernel:
+    """A kernel and the configurations it is tuned over.
+
+    Args:
+        kernel: a function under ``triton.jit``.
+        configs: the fastest of them serves; the first where the choice must not vary: in the interpreter and under
+            ``torch.use_deterministic_algorithms(True)`` (another tile is another order of summation).
+        key: names of the arguments that a new choice is made for. Of sizes it has those of a layer (channels,
+            height), not the batch: the last, smaller batch of an epoch is not worth a tuning.
+    """
+
+    def __init__(self, kernel: Any, configs: list[triton.Config], key: list[str]) -> None:
+        self.kernel, self.configs = kernel, configs
+        self._tuned = triton.autotune(configs, key, cache_results=True)(kernel)
+        self._fixed = triton.autotune(configs[:1], [])(kernel)
+
+    def __call__(self, *args: Any, **constants: Any) -> None:
+        """Launch; the first argument is a tensor, and tells the device."""
+        first: Tensor = args[0]
+        if INTERPRETED:
+            if not (isinstance(first, FakeTensor) or first.is_meta):
+                self._fixed[(programs(first.device),)](*args, **constants)
+            return
+        fixed = torch.are_deterministic_algorithms_enabled()
+        kernel = torch.library.wrap_triton(self._fixed if fixed else self._tuned)
+        with _on(first.device):
+            kernel[(programs(first.device),)](*args, **constants)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whichever the tensors are on."""
+    return torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
