@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import zlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 from placements import PLACEMENTS, SEED, Placement
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, Triton's kernels run in its interpreter
 
 import hne_kernels as K
 

@@ -323,9 +323,16 @@ UNCHECKED = [
     UNCHECKED,
     ids=[f"{op}-{argument}-{i}" for i, (op, argument, _) in enumerate(UNCHECKED)],
 )
-def test_registered_ops_check_too(op: str, argument: str, value: Any, rng: torch.Generator) -> None:
-    _, inputs = _apply(op, argument, value, rng, Placement("cpp", "cpu", torch.float32))
-    registered = getattr(torch.ops.hne, op)
+def test_registered_ops_check_too(
+    op: str, argument: str, value: Any, backend: Placement, rng: torch.Generator
+) -> None:
+    _, inputs = _apply(op, argument, value, rng, backend)
+    registered = getattr(torch.ops.hne, f"triton_{op}" if backend.backend == "triton" else op, None)
+    if backend.backend == "reference" or registered is None:
+        pytest.skip(f"{op} is no registered op of {backend.backend}")
+    if (backend.backend, op, argument) == ("triton", LOSS, "target") and inputs["target"].shape == (3,):
+        assert registered(*inputs.values())[0].isnan()  # nobody waits for a GPU to tell what the target is
+        return
     names = [a.name for a in registered.default._schema.arguments]
     if op == "branch_batch_norm":
         inputs["eps"] = 1e-5

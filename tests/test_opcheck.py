@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, GEOMETRIES, Case, representative
+from placements import Placement
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import hne_kernels as K
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,10 +49,10 @@ def _look(value: Any) -> Any:
     return (value.shape, value.stride()) if isinstance(value, Tensor) else value
 
 
-def _record(case: Case, rng: torch.Generator) -> dict[str, list[Call]]:
-    inputs = case.inputs(rng, torch.float32)
+def _record(case: Case, place: Placement, rng: torch.Generator) -> dict[str, list[Call]]:
+    inputs = case.inputs(rng, torch.float32, place.device)
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
-    with _Recorder() as recorder, K.use_backend("cpp"):
+    with _Recorder() as recorder:
         results = [r for r in case({**inputs, **leaves}) if r.requires_grad]
         if results:
             scalar = sum(r.square().sum() for r in results)
@@ -63,9 +62,10 @@ def _record(case: Case, rng: torch.Generator) -> dict[str, list[Call]]:
     return recorder.calls
 
 
-def _registered() -> set[str]:
-    names = torch._C._dispatch_get_all_op_names()
-    return {name.removeprefix("hne::") for name in names if name.startswith("hne::")}
+def _registered(backend: str) -> set[str]:
+    names = {name.removeprefix("hne::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("hne::")}
+    triton = {name for name in names if name.startswith("triton_")}
+    return triton if backend == "triton" else names - triton
 
 
 def _samples() -> list[Case]:
@@ -86,36 +86,44 @@ def _copy(value: Any, grad: bool) -> Any:
     return value.detach().clone().requires_grad_(grad and value.is_floating_point())
 
 
+@pytest.fixture
+def registered(backend: Placement) -> Placement:
+    """The backends whose ops are registered with PyTorch."""
+    if backend.backend == "reference":
+        pytest.skip("plain PyTorch: nothing of ours is registered")
+    return backend
+
+
 @pytest.mark.parametrize("case", _samples(), ids=str)
-def test_opcheck(case: Case, rng: torch.Generator) -> None:
-    for name, calls in _record(case, rng).items():
+def test_opcheck(case: Case, registered: Placement, rng: torch.Generator) -> None:
+    for name, calls in _record(case, registered, rng).items():
         op = getattr(torch.ops.hne, name).default
         for args, kwargs in calls:
             plain = tuple(_copy(value, grad=False) for value in args)
             torch.library.opcheck(op, plain, kwargs)
-            if name in INFERENCE:
+            if name.removeprefix("triton_") in INFERENCE:
                 continue
             wanting = tuple(_copy(value, grad=True) for value in args)
             tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-            if name not in ONCE:
+            if name.removeprefix("triton_") not in ONCE:
                 tests.append("test_aot_dispatch_dynamic")
             torch.library.opcheck(op, wanting, kwargs, test_utils=tests)
 
 
-def test_every_registered_op_is_checked(rng: torch.Generator) -> None:
+def test_every_registered_op_is_checked(registered: Placement, rng: torch.Generator) -> None:
     recorded = set()
     for case in representative():
-        recorded |= _record(case, rng).keys()
-    assert recorded == _registered()
+        recorded |= _record(case, registered, rng).keys()
+    assert recorded == _registered(registered.backend)
 
 
-def test_fake_strides_are_the_real_ones(rng: torch.Generator) -> None:
+def test_fake_strides_are_the_real_ones(registered: Placement, rng: torch.Generator) -> None:
     """Also for inputs that are not contiguous: what the compiler plans with is what the kernel returns."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for case in representative():
-        inputs = case.inputs(rng, torch.float32)
-        with K.use_backend("cpp"), torch.no_grad():
+        inputs = case.inputs(rng, torch.float32, registered.device)
+        with torch.no_grad():
             for turn in (lambda t: t, lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1)):
                 turned = {n: turn(v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
                 real = case(turned)

@@ -10,8 +10,6 @@ memory: no atomic operation, so the same result every time.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -31,10 +29,11 @@ def _kernel(
     batch, height, width, out_height, out_width, in_channels, out_channels,
     weight_branch, weight_panel, weight_out, weight_in, weight_y, weight_x,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out = activation(convolution of source + bias + residual)``; transposed, a sum over the children."""
+    in_channels, out_channels = tl.multiple_of(in_channels, UNIT), tl.multiple_of(out_channels, UNIT)
     rows = tl.cast(batch, tl.int64) * out_height * out_width
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M).to(tl.int32), tl.cdiv(out_channels, BLOCK_N)
     columns = tiles_n if TRANSPOSED else replicate * tiles_n
@@ -85,10 +84,12 @@ def _kernel(
 def _weight_kernel(
     grad, source, partial,
     branches, replicate, batch, height, width, out_height, out_width, in_channels, out_channels, parts,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, PRECISION: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``partial[part, branch, out, in, tap]``: the gradient of the weight from one part of the pixels."""
+    in_channels, out_channels = tl.multiple_of(in_channels, UNIT), tl.multiple_of(out_channels, UNIT)
     rows = tl.cast(batch, tl.int64) * out_height * out_width
     length = tl.cdiv(tl.cdiv(rows, parts), BLOCK_K) * BLOCK_K
     tiles_m, tiles_n = tl.cdiv(out_channels, BLOCK_M), tl.cdiv(in_channels, BLOCK_N)
@@ -124,26 +125,30 @@ def _weight_kernel(
 
 
 # Layers have 16 to 256 channels a branch and thousands of pixels: tall tiles. Three stages hide the memory's
-# latency; float32 without tensor cores keeps its operands in registers, hence the smaller tiles.
+# latency; float32 without tensor cores keeps its operands in registers, hence the smaller tiles of more threads.
 _KEY = ["height", "in_channels", "out_channels", "KERNEL", "STRIDE"]
 _TILES = [
     config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
     config(4, 3, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
-    config(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32),
 ]
-_SMALL_TILES = [
-    config(4, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16),
-    config(4, 2, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16),
-]
-_convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
-_convolve_float32 = Kernel(_kernel, _SMALL_TILES, [*_KEY, "TRANSPOSED"])
-_weigh = Kernel(_weight_kernel, _TILES, _KEY)
-_weigh_float32 = Kernel(_weight_kernel, _SMALL_TILES, _KEY)
+_convolve = Kernel(
+    _kernel, [*_TILES, config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)], [*_KEY, "TRANSPOSED"]
+)
+_convolve_float32 = Kernel(_kernel, [config(8, 2, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16)], [])
+_weigh = Kernel(_weight_kernel, [*_TILES, config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
+_weigh_float32 = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
+
+
+def _unit(*channels: int) -> int:
+    """8 where it divides all channel counts, so that 16 bytes of half precision are read at once; Triton by itself
+    looks for 16, and an inverted residual has 24, 72 or 120."""
+    return 8 if all(count % 8 == 0 for count in channels) else 1
 
 
 def _precision(tensor: Tensor) -> str:
     """How float32 is multiplied: rounded to tf32 for the tensor cores only where torch allows that."""
-    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"  # also where allow_tf32 was set
+    return "tf32" if tensor.dtype == torch.float32 and allowed else "ieee"
 
 
 def _needs_float32_units(tensor: Tensor) -> bool:
@@ -192,7 +197,7 @@ def _launch(
         parents, branches, replicate, residual_replicate, *source.shape[1:4], *out.shape[2:4],
         source.shape[4], out.shape[4], *strides,
         KERNEL=kernel_size, STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
-        ACTIVATION=activation, PRECISION=_precision(source),
+        UNIT=_unit(source.shape[4], out.shape[4]), ACTIVATION=activation, PRECISION=_precision(source),
     )  # fmt: skip
     return out
 
@@ -236,11 +241,10 @@ def branch_conv2d_backward_weight(
     parts = -(-programs(x.device) // tiles)
     partial = x.new_empty((parts, *shape), dtype=torch.float32)
     kernel = _weigh_float32 if _needs_float32_units(x) else _weigh
-    constants: dict[str, Any] = {"KERNEL": kernel_size, "STRIDE": stride, "PADDING": padding}
     kernel(
         grad.contiguous(), x.contiguous(), partial,
         grad.shape[0], replicate, *x.shape[1:4], *grad.shape[2:4], x.shape[4], grad.shape[4], parts,
-        **constants, PRECISION=_precision(x),
+        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, UNIT=_unit(x.shape[4], grad.shape[4]), PRECISION=_precision(x),
     )  # fmt: skip
     return partial.sum(0).to(x.dtype)
 

@@ -41,8 +41,7 @@ def _kernel(
             read = (first + member if TRANSPOSED else branch // replicate) * batch + image
             filters = weight + (first + member) * weight_branch + c * weight_channel
             for tap in tl.static_range(KERNEL * KERNEL):
-                tap_y: tl.constexpr = tap // KERNEL
-                tap_x: tl.constexpr = tap % KERNEL
+                tap_y, tap_x = tap // KERNEL, tap % KERNEL
                 from_y, from_x, inside = window(y, x, tap_y, tap_x, height, width, STRIDE, PADDING, TRANSPOSED)
                 pixel = (read * height + from_y) * width + from_x
                 value = tl.load(
@@ -98,11 +97,7 @@ def _weight_kernel(
 
 # Maps have 16 to 64 channels in a bottleneck, up to 432 in an inverted residual.
 _KEY = ["height", "channels", "KERNEL", "STRIDE"]
-_TILES = [
-    config(4, BLOCK_M=32, BLOCK_C=32),
-    config(4, BLOCK_M=64, BLOCK_C=16),
-    config(4, BLOCK_M=16, BLOCK_C=128),
-]
+_TILES = [config(4, BLOCK_M=32, BLOCK_C=32), config(4, BLOCK_M=16, BLOCK_C=64)]
 _convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
 _weigh = Kernel(_weight_kernel, _TILES, _KEY)
 _PARTIAL_CHANNELS = 32  # channels of a tile, for the number of parts

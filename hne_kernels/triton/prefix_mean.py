@@ -39,7 +39,7 @@ def _backward_kernel(
         sums = tl.zeros((BLOCK,), tl.float32)
         load = grad + (ENSEMBLES - 1) * tl.cast(elements, tl.int64) + offset
         for back in tl.static_range(MEMBERS):
-            n: tl.constexpr = MEMBERS - 1 - back
+            n = MEMBERS - 1 - back
             if (ENDS >> n) & 1:
                 sums += tl.load(load, mask=offset < elements, other=0.0).to(tl.float32) / (n + 1)
                 load -= elements

@@ -1,0 +1,227 @@
+"""`python -m hne_kernels.triton.compile_table`: compile all kernels without a GPU, and print what each one takes.
+
+Every op is called with tensors that have a shape and no memory, in every dtype; each launch compiles its kernel in
+every configuration for the GPUs asked for, instead of running it. A kernel that keeps values in local memory
+(spills), or asks for more shared memory than a block may have, is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+
+from ..packing import pack_weight
+from . import launch
+
+# Shared memory that a block may ask for, in bytes (CUDA C++ Programming Guide, table of compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_OPS = torch.ops.hne
+
+
+# --- calls -------------------------------------------------------------------------------------------------
+
+
+def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Every op as the two architectures use it; 24 channels stand for the counts that 16 does not divide."""
+
+    def new(*shape: int) -> Tensor:
+        return _tensor(*shape, dtype=dtype)
+
+    def pointwise(branches: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        return pack_weight(new(branches, outputs, inputs, 1, 1)), new(branches, outputs)
+
+    # The stem, and a branching 1x1 with its gradients.
+    x, grad, weight = new(1, 8, 16, 16, 3), new(1, 8, 16, 16, 16), new(1, 16, 3, 3, 3)
+    yield _OPS.triton_branch_conv2d, (x, weight, None, 1, 1, 1)
+    yield _OPS.triton_branch_conv2d_backward_weight, (grad, x, 3, 1, 1, 1)
+    x, grad, weight = new(4, 8, 16, 16, 128), new(8, 8, 16, 16, 64), new(8, 64, 128, 1, 1)
+    yield _OPS.triton_branch_conv2d, (x, weight, None, 1, 0, 2)
+    yield _OPS.triton_branch_conv2d_backward_input, (grad, weight, 16, 16, 1, 0, 2)
+    yield _OPS.triton_branch_conv2d_backward_weight, (grad, x, 1, 1, 0, 2)
+    x, weight = new(4, 8, 16, 16, 64), new(4, 64, 3, 3)
+    yield _OPS.triton_branch_depthwise_conv2d, (x, weight, None, 1, 1, 1)
+    yield _OPS.triton_branch_depthwise_conv2d_backward_input, (x, weight, 16, 16, 1, 1, 1)
+    yield _OPS.triton_branch_depthwise_conv2d_backward_weight, (x, x, 3, 1, 1, 1)
+    # A branching bottleneck (Table 2) and a plain inverted residual (Table 3).
+    filters, bias = new(8, 3, 3, 64), new(8, 64)
+    bottleneck = (*pointwise(8, 64, 128), filters, bias, *pointwise(8, 256, 64), *pointwise(8, 256, 128))
+    yield _OPS.triton_fused_bottleneck, (new(4, 8, 16, 16, 128), *bottleneck, 2, 2, "relu", False, "relu")
+    filters, bias = new(2, 3, 3, 144), new(2, 144)
+    residual = (*pointwise(2, 144, 24), filters, bias, *pointwise(2, 24, 144), None, None)
+    yield _OPS.triton_fused_bottleneck, (new(2, 8, 28, 28, 24), *residual, 1, 1, "relu6", True, "none")
+
+    x = new(4, 8, 16, 16, 64)
+    gain = _tensor(4, 64, dtype=torch.float32)
+    for activation, added in (("relu", x), ("relu6", None)):
+        yield _OPS.triton_branch_batch_norm, (x, gain, gain, added, activation, 1e-5)
+        yield (
+            _OPS.triton_branch_batch_norm_backward,
+            (x, x, x, gain, gain, gain, added is not None, activation, 1e-5),
+        )
+    for models, classes in ((16, 100), (8, 1000)):
+        logits, target = new(models, 8, classes), _tensor(8, dtype=torch.int64)
+        sizes = [1 << p for p in range(models.bit_length())]
+        yield _OPS.triton_prefix_mean, (logits, sizes)
+        yield _OPS.triton_prefix_mean_backward, (logits[: len(sizes)], sizes, models)
+        yield _OPS.triton_hierarchical_distillation_loss, (logits, target, 0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a kernel is compiled for: types and alignments of its arguments, and its constants."""
+
+    kernel: Any
+    config: triton.Config
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    dtype: str
+    target: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.__module__.rpartition('.')[2]}{self.kernel.__name__}"
+
+    @property
+    def options(self) -> str:
+        """The constants and the configuration, readable."""
+        constants = " ".join(f"{name.lower()}={value}" for name, value in self.constants.items() if name != "ENDS")
+        blocks = "x".join(str(size) for size in self.config.kwargs.values())
+        return f"{constants} tile={blocks} warps={self.config.num_warps} stages={self.config.num_stages}".strip()
+
+
+def launches(targets: tuple[int, ...]) -> list[Launch]:
+    """All kernels in all configurations, dtypes and uses, each once."""
+    found: dict[str, Launch] = {}
+
+    def record(kernel: launch.Kernel, *arguments: Any, **constants: Any) -> None:
+        mocked = tuple(MockTensor(a.dtype, a.shape) if isinstance(a, Tensor) else a for a in arguments)
+        types = [str(a.dtype) if isinstance(a, MockTensor) else _specialised(a) for a in mocked]
+        for target in targets:
+            for config in kernel.configs:
+                new = Launch(kernel.kernel, config, mocked, constants, label, target)
+                found.setdefault(f"{new.name} {new.options} {types} {target}", new)
+
+    with mock.patch.object(launch.Kernel, "__call__", record):
+        for dtype in DTYPES:
+            label = str(dtype).removeprefix("torch.")
+            for op, arguments in _calls(dtype):
+                op(*arguments)
+        label, before = "tf32", torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        for op, arguments in _calls(torch.float32):
+            op(*arguments)
+        torch.backends.cuda.matmul.fp32_precision = before
+    return list(found.values())
+
+
+def _specialised(value: Any) -> str:
+    """What Triton distinguishes in a number: its type, one, multiples of 16."""
+    return "1" if value == 1 else f"{type(value).__name__}{isinstance(value, int) and value % 16 == 0}"
+
+
+# --- compilation -------------------------------------------------------------------------------------------
+
+
+class _Driver:
+    """The part of Triton's driver that compiling needs, for a GPU that is not here."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.target, 32)
+
+    def get_current_device(self) -> int:
+        return self.target  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes of a multiprocessor."""
+
+    registers: int  # a thread
+    spilled: int  # bytes a thread, in local memory
+    shared: int  # bytes a block
+
+
+def usage(job: Launch) -> Usage:
+    """Compile down to machine code and look at it."""
+    triton.runtime.driver.set_active(_Driver(job.target))
+    compiled = job.kernel.warmup(*job.arguments, grid=(1,), **job.constants, **job.config.all_kwargs())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
+    return Usage(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared)
+
+
+def failure(job: Launch, used: Usage) -> str | None:
+    """Why a kernel is not fit for use, or None."""
+    if used.spilled:
+        return "spills"
+    if used.shared > SHARED_LIMIT[job.target]:
+        return f"more than {SHARED_LIMIT[job.target]} bytes of shared memory"
+    return None
+
+
+_jobs: list[Launch] = []  # in the parent; its forked workers have them too, as kernels cannot be pickled
+
+
+def _usage_of(index: int) -> Usage:
+    return usage(_jobs[index])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile all Triton kernels without a GPU.")
+    parser.add_argument("--target", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: all")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    if launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    _jobs[:] = launches(tuple(options.target or SHARED_LIMIT))
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        used = list(pool.map(_usage_of, range(len(_jobs))))
+    width = max(len(job.name) for job in _jobs)
+    print(f"{'kernel':<{width}}  sm  {'dtype':<8}  registers  spilled   shared  constants and configuration")
+    failures = 0
+    for job, row in sorted(zip(_jobs, used, strict=True), key=lambda pair: (pair[0].name, pair[0].target)):
+        why = failure(job, row)
+        failures += why is not None
+        print(
+            f"{job.name:<{width}}  {job.target}  {job.dtype:<8}  {row.registers:>9}  {row.spilled:>7}  {row.shared:>7}  "
+            f"{job.options}{f'  FAILED: {why}' if why else ''}"
+        )
+    print(f"{len(_jobs)} kernels, {failures} failed")
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
