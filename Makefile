@@ -78,7 +78,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(BUILD_FILES)
-	$(BIN)/pip install -e '.[test,dev]'
+	$(BIN)/pip install -e '.[test,dev,triton]'
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)

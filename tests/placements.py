@@ -20,6 +20,11 @@ class Placement:
     device: str
     dtype: torch.dtype
 
+    @property
+    def interpreted(self) -> bool:
+        """Each tile of a kernel costs milliseconds: tests choose what they show with."""
+        return self.backend == "triton" and self.device == "cpu"
+
     def __str__(self) -> str:
         return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
 

@@ -323,9 +323,7 @@ UNCHECKED = [
     UNCHECKED,
     ids=[f"{op}-{argument}-{i}" for i, (op, argument, _) in enumerate(UNCHECKED)],
 )
-def test_registered_ops_check_too(
-    op: str, argument: str, value: Any, backend: Placement, rng: torch.Generator
-) -> None:
+def test_registered_ops_check_too(op: str, argument: str, value: Any, backend: Placement, rng: torch.Generator) -> None:
     _, inputs = _apply(op, argument, value, rng, backend)
     registered = getattr(torch.ops.hne, f"triton_{op}" if backend.backend == "triton" else op, None)
     if backend.backend == "reference" or registered is None:

@@ -59,6 +59,17 @@ def test_one_graph_forwards_and_backwards(case: Case, dynamic: bool, rng: torch.
     _same(evaluate(compiled, inputs, grads), evaluate(case, inputs, grads))
 
 
+@pytest.mark.skipif("triton" not in K.available_backends(), reason="the triton backend is not usable here")
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case.op)
+def test_triton_ops_are_one_graph(case: Case, rng: torch.Generator) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs, grads = _arguments(case, rng)
+    inputs, grads = cast(inputs, torch.float32, device), [grad.to(device) for grad in grads]
+    with K.use_backend("triton"):
+        compiled = _Compiled(case, backend="aot_eager", dynamic=True)
+        _same(evaluate(compiled, inputs, grads), evaluate(case, inputs, grads))
+
+
 @pytest.mark.parametrize("case", [c for c in representative() if "x" in c.make(torch.Generator())], ids=lambda c: c.op)
 def test_other_sizes_need_no_other_graph(case: Case, rng: torch.Generator) -> None:
     graphs = []

@@ -96,6 +96,8 @@ def registered(backend: Placement) -> Placement:
 
 @pytest.mark.parametrize("case", _samples(), ids=str)
 def test_opcheck(case: Case, registered: Placement, rng: torch.Generator) -> None:
+    if registered.interpreted and case.name not in {c.name for c in representative()}:
+        pytest.skip("the interpreter takes minutes: of each op, the general case")
     for name, calls in _record(case, registered, rng).items():
         op = getattr(torch.ops.hne, name).default
         for args, kwargs in calls:

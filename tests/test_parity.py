@@ -24,6 +24,8 @@ from torch import Tensor
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients(case: Case, placement: Placement, rng: torch.Generator) -> None:
+    if placement.interpreted and placement.dtype != torch.float32 and CASES.index(case) % 4:
+        pytest.skip("the interpreter takes minutes: in half precision, every fourth case")
     inputs = case.inputs(rng, placement.dtype, placement.device)
     grads = []
     if case.differentiable:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from cases import (
     Bottleneck,
@@ -27,6 +28,15 @@ from placements import SEED, Placement
 from torch import Tensor
 
 import hne_kernels as K
+
+
+@pytest.fixture
+def backend(backend: Placement) -> Placement:
+    """Hundreds of shapes, in every backend that has the time."""
+    if backend.interpreted:
+        pytest.skip("the interpreter takes minutes")
+    return backend
+
 
 ACTIVATIONS = st.sampled_from(["none", "relu", "relu6"])
 CHANNELS = st.one_of(st.integers(1, 40), st.sampled_from([48, 64, 65, 100]))

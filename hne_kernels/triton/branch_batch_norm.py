@@ -66,21 +66,23 @@ def _unite_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and biased variance from those of the parts."""
-    for tile in range(tl.program_id(0), tl.cdiv(channels, BLOCK_C) * branches, tl.num_programs(0)):
+    tiles_c = tl.cdiv(channels, BLOCK_C)
+    for tile in range(tl.program_id(0), tiles_c * branches, tl.num_programs(0)):
         total, total_square = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
         before = tl.zeros((), tl.int64)
         for part in range(parts):
-            piece = tile + part * branches * tl.cdiv(channels, BLOCK_C)
-            branch, c, number, start, end = _part(piece, tl.cast(rows, tl.int64), channels, branches, parts, BLOCK_M, BLOCK_C)
-            entry = (number * branches + branch) * channels + c
+            _, c, number, start, end = _part(
+                tile + part * branches * tiles_c, tl.cast(rows, tl.int64), channels, branches, parts, BLOCK_M, BLOCK_C
+            )
+            entry = (number * branches + tile // tiles_c) * channels + c
             apart = tl.load(part_mean + entry, mask=c < channels, other=0.0) - total
             share = (end - start).to(tl.float32) / tl.maximum(end, 1).to(tl.float32)
             total += apart * share
             total_square += tl.load(part_square + entry, mask=c < channels, other=0.0)
             total_square += apart * apart * share * before.to(tl.float32)
             before = end
-        c = tile % tl.cdiv(channels, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-        entry = (tile // tl.cdiv(channels, BLOCK_C)).to(tl.int64) * channels + c
+        c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        entry = (tile // tiles_c).to(tl.int64) * channels + c
         biased = total_square / tl.maximum(rows, 1).to(tl.float32)
         tl.store(mean + entry, total.to(mean.dtype.element_ty), mask=c < channels)
         tl.store(var + entry, biased.to(var.dtype.element_ty), mask=c < channels)

@@ -131,9 +131,7 @@ _TILES = [
     config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
     config(4, 3, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
 ]
-_convolve = Kernel(
-    _kernel, [*_TILES, config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)], [*_KEY, "TRANSPOSED"]
-)
+_convolve = Kernel(_kernel, [*_TILES, config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)], [*_KEY, "TRANSPOSED"])
 _convolve_float32 = Kernel(_kernel, [config(8, 2, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16)], [])
 _weigh = Kernel(_weight_kernel, [*_TILES, config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
 _weigh_float32 = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
@@ -244,7 +242,8 @@ def branch_conv2d_backward_weight(
     kernel(
         grad.contiguous(), x.contiguous(), partial,
         grad.shape[0], replicate, *x.shape[1:4], *grad.shape[2:4], x.shape[4], grad.shape[4], parts,
-        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, UNIT=_unit(x.shape[4], grad.shape[4]), PRECISION=_precision(x),
+        KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
+        UNIT=_unit(x.shape[4], grad.shape[4]), PRECISION=_precision(x),
     )  # fmt: skip
     return partial.sum(0).to(x.dtype)
 

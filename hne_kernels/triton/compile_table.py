@@ -215,10 +215,9 @@ def main() -> int:
     for job, row in sorted(zip(_jobs, used, strict=True), key=lambda pair: (pair[0].name, pair[0].target)):
         why = failure(job, row)
         failures += why is not None
-        print(
-            f"{job.name:<{width}}  {job.target}  {job.dtype:<8}  {row.registers:>9}  {row.spilled:>7}  {row.shared:>7}  "
-            f"{job.options}{f'  FAILED: {why}' if why else ''}"
-        )
+        numbers = f"{row.registers:>9}  {row.spilled:>7}  {row.shared:>7}"
+        note = f"  FAILED: {why}" if why else ""
+        print(f"{job.name:<{width}}  {job.target}  {job.dtype:<8}  {numbers}  {job.options}{note}")
     print(f"{len(_jobs)} kernels, {failures} failed")
     return min(failures, 1)
 

@@ -1,7 +1,7 @@
 """The objective and its gradient, one program a sample.
 
-A sample's logits (16 leaves x 100 classes: 6 KB) are read twice, once for the maxima and sums of all the softmaxes, once
-for the gradient; the second time they come from the cache. So each logit crosses the memory bus once, and each
+A sample's logits (16 leaves x 100 classes: 6 KB) are read twice, once for the maxima and sums of all the softmaxes,
+once for the gradient; the second time they come from the cache. So each logit crosses the memory bus once, and each
 gradient once.
 """
 
@@ -75,9 +75,7 @@ def _kernel(
                 taught = _log_softmax(values, models, temperature, ensemble == STUDENTS, prefix_highest, prefix_total)
                 teacher = tl.exp(taught)
                 for p in tl.static_range(STUDENTS):
-                    answer = _log_softmax(
-                        values, 1 << p, temperature, ensemble == p, prefix_highest, prefix_total
-                    )
+                    answer = _log_softmax(values, 1 << p, temperature, ensemble == p, prefix_highest, prefix_total)
                     distilled -= tl.sum(tl.where(here, teacher * answer, 0.0), 0)
                     # T^2 from the objective, 1 / T and 1 / size from the student's logits.
                     pull = (alpha * temperature / (1 << p)) * (tl.exp(answer) - teacher)

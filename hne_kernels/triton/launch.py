@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ SIZES = [
     "parents", "branches", "replicate", "residual_replicate", "batch", "height", "width", "out_height", "out_width",
     "rows", "parts",
 ]  # fmt: skip
+_INTERPRETER = threading.Lock()  # it replaces parts of triton.language while a kernel runs
 _PROGRAMS_PER_PROCESSOR = 4  # enough that one waits for memory while another computes
 
 
@@ -69,7 +71,8 @@ class Kernel:
         first: Tensor = args[0]
         if INTERPRETED:
             if not (isinstance(first, FakeTensor) or first.is_meta):
-                self._fixed[(programs(first.device),)](*args, **constants)
+                with _INTERPRETER:
+                    self._fixed[(programs(first.device),)](*args, **constants)
             return
         fixed = torch.are_deterministic_algorithms_enabled()
         kernel = torch.library.wrap_triton(self._fixed if fixed else self._tuned)
