@@ -125,16 +125,17 @@ def _weight_kernel(
 
 
 # Layers have 16 to 256 channels a branch and thousands of pixels: tall tiles. Three stages hide the memory's
-# latency; float32 without tensor cores keeps its operands in registers, hence the smaller tiles of more threads.
+# latency. Smaller tiles of more threads where a thread holds more than its part of the result: float32 without tensor
+# cores keeps its operands in registers, and channels that nothing divides (an image has 3) are read one by one.
 _KEY = ["height", "in_channels", "out_channels", "KERNEL", "STRIDE"]
 _TILES = [
     config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
     config(4, 3, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
 ]
 _convolve = Kernel(_kernel, [*_TILES, config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)], [*_KEY, "TRANSPOSED"])
-_convolve_float32 = Kernel(_kernel, [config(8, 2, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16)], [])
-_weigh = Kernel(_weight_kernel, [*_TILES, config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
-_weigh_float32 = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
+_convolve_small = Kernel(_kernel, [config(8, 2, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16)], [])
+_weigh = Kernel(_weight_kernel, [*_TILES, config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
+_weigh_small = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
 
 
 def _unit(*channels: int) -> int:
@@ -149,8 +150,8 @@ def _precision(tensor: Tensor) -> str:
     return "tf32" if tensor.dtype == torch.float32 and allowed else "ieee"
 
 
-def _needs_float32_units(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and _precision(tensor) == "ieee"
+def _small(precision: str, unit: int, tensor: Tensor) -> bool:
+    return unit == 1 or (tensor.dtype == torch.float32 and precision == "ieee")
 
 
 def convolve(
@@ -188,14 +189,15 @@ def _launch(
     parents: int, branches: int, replicate: int, residual: Tensor | None, residual_replicate: int,
     kernel_size: int, stride: int, padding: int, transposed: bool, activation: str,
 ) -> Tensor:  # fmt: skip
-    kernel = _convolve_float32 if _needs_float32_units(source) else _convolve
+    precision, unit = _precision(source), _unit(source.shape[4], out.shape[4])
+    kernel = _convolve_small if _small(precision, unit, source) else _convolve
     kernel(
         source.contiguous(), weight, None if bias is None else bias.contiguous(),
         None if residual is None else residual.contiguous(), out,
         parents, branches, replicate, residual_replicate, *source.shape[1:4], *out.shape[2:4],
         source.shape[4], out.shape[4], *strides,
         KERNEL=kernel_size, STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
-        UNIT=_unit(source.shape[4], out.shape[4]), ACTIVATION=activation, PRECISION=_precision(source),
+        UNIT=unit, ACTIVATION=activation, PRECISION=precision,
     )  # fmt: skip
     return out
 
@@ -238,12 +240,12 @@ def branch_conv2d_backward_weight(
     tiles = shape[0] * -(-shape[1] // 64) * -(-shape[2] // 64) * kernel_size**2
     parts = -(-programs(x.device) // tiles)
     partial = x.new_empty((parts, *shape), dtype=torch.float32)
-    kernel = _weigh_float32 if _needs_float32_units(x) else _weigh
+    precision, unit = _precision(x), _unit(x.shape[4], grad.shape[4])
+    kernel = _weigh_small if _small(precision, unit, x) else _weigh
     kernel(
         grad.contiguous(), x.contiguous(), partial,
         grad.shape[0], replicate, *x.shape[1:4], *grad.shape[2:4], x.shape[4], grad.shape[4], parts,
-        KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
-        UNIT=_unit(x.shape[4], grad.shape[4]), PRECISION=_precision(x),
+        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, UNIT=unit, PRECISION=precision,
     )  # fmt: skip
     return partial.sum(0).to(x.dtype)
 

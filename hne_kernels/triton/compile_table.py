@@ -144,7 +144,7 @@ def _specialised(value: Any) -> str:
 # --- compilation -------------------------------------------------------------------------------------------
 
 
-class _Driver:
+class Driver:
     """The part of Triton's driver that compiling needs, for a GPU that is not here."""
 
     def __init__(self, target: int) -> None:
@@ -171,7 +171,7 @@ class Usage:
 
 def usage(job: Launch) -> Usage:
     """Compile down to machine code and look at it."""
-    triton.runtime.driver.set_active(_Driver(job.target))
+    triton.runtime.driver.set_active(Driver(job.target))
     compiled = job.kernel.warmup(*job.arguments, grid=(1,), **job.constants, **job.config.all_kwargs())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
