@@ -511,9 +511,8 @@ def check(case: Case, backend: str, inputs: Inputs, actual: Outcome, grads: Sequ
     for (name, got), (_, right), (_, size) in zip(actual.items(), want.items(), sizes.items(), strict=True):
         assert got.shape == right.shape, f"{case}: shape of {name}"
         error = (got.to("cpu", torch.float64) - right).abs()
-        allowed = tolerance(case, backend, got.dtype, size).expand_as(right)
         error[(right.abs() > torch.finfo(got.dtype).max) & (got.cpu() == right.sign() * torch.inf)] = 0
-        allowed = tolerance(case, got.dtype, size).expand_as(right)
+        allowed = tolerance(case, backend, got.dtype, size).expand_as(right)
         wrong = ~(error <= allowed)  # NaN is wrong too
         assert not wrong.any(), (
             f"{case}: {name} is wrong in {int(wrong.sum())} of {wrong.numel()} elements; the first at "

@@ -203,7 +203,7 @@ def branch_batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`hne_kernels.branch_batch_norm`."""
-    checks.batch_norm(x, weight, bias, residual, activation)
+    checks.batch_norm(x, weight, bias, residual, activation, eps)
     x, parts = x.contiguous(), _parts(x)
     branches, batch, height, width, channels = x.shape
     size = (batch * height * width, branches, channels)
@@ -232,7 +232,7 @@ def branch_batch_norm_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias and residual (empty where there is none) of :func:`branch_batch_norm`."""
-    checks.batch_norm(x, weight, weight, None, activation)
+    checks.batch_norm(x, weight, weight, None, activation, eps)
     for name, tensor in (("grad", grad), ("y", y)):
         checks.shape(name, tensor, tuple(x.shape), "as x")
     for name, tensor in (("mean", mean), ("var", var)):
