@@ -5,7 +5,7 @@ SANITIZERS ?= address,undefined
 RESULT ?= cpu
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := setup.py pyproject.toml $(wildcard build_backend/*.py)
 SANITIZED := build/sanitized
 
@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/.built ## train a small ensemble on handwritten digits: a table, and a plot in runs/demo
@@ -35,6 +35,10 @@ check: $(VENV)/.built ## run the test suite
 .PHONY: bench
 bench: $(VENV)/.built ## compare the speed of fused and naive: a table in benchmarks/results
 	$(BIN)/pytest --benchmark --benchmark-save-table benchmarks/results/$(RESULT)
+
+.PHONY: gpu-check
+gpu-check: ## on a machine with a GPU: build for it, test, look for races, compare speed; no network
+	$(PYTHON) benchmarks/gpu_check.py
 
 .PHONY: lint
 lint: $(VENV)/.installed ## check style and types

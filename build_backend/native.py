@@ -56,9 +56,12 @@ def cpp_flags(environ: Mapping[str, str]) -> list[str]:
     return flags
 
 
-def nvcc_flags() -> list[str]:
+def nvcc_flags(environ: Mapping[str, str]) -> list[str]:
     """Flags of every CUDA file; torch's build helper adds the targets."""
-    return ["-O3", "-DUSE_CUDA", "--compiler-options", "-fvisibility=hidden,-Wall"]
+    flags = ["-O3", "-DUSE_CUDA", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"]
+    if environ.get("HNE_WERROR") == "1":
+        flags += ["--Werror", "all-warnings", "--compiler-options", "-Werror"]
+    return flags
 
 
 def target_define() -> str:
@@ -263,7 +266,7 @@ def build_command(root: Path) -> type[build_ext]:
             common = [target_define(), *system]
             extension.extra_compile_args = {
                 "cxx": [*cpp_flags(os.environ), *common],
-                "nvcc": [*nvcc_flags(), *common],
+                "nvcc": [*nvcc_flags(os.environ), *common],
             }
             extension.include_dirs = [str(root / "csrc"), self.build_temp]
             extension.library_dirs = cpp_extension.library_paths()

@@ -7,8 +7,10 @@ against), ``cpp`` (CPU), ``cuda`` (C++) and ``triton``. Left alone, the fastest 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +22,8 @@ from . import autocast, checks, extension, reference
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
-# Fastest first: what an automatic choice tries on each kind of device.
-_PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Fastest first: what an automatic choice tries on each kind of device before the reference.
+_PREFERENCE = {"cpu": ("cpp", "cuda"), "cuda": ("cuda", "triton")}
 _DTYPES = {
     "cpp": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -38,6 +40,8 @@ def _interpreted() -> bool:
 
 def _unusable(backend: str) -> str | None:
     """Why ``backend`` cannot be used in this process at all, or None."""
+    if backend == "cpp" and extension.CUDA_EMULATED:
+        return "HNE_CUDA_EMULATION has put the CUDA kernels in its place"
     if backend == "cuda":
         return extension.cuda_unavailable()
     if backend == "triton":
@@ -105,13 +109,39 @@ def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if backend == "reference":
         return None
     devices = ("cuda", "cpu") if backend == "triton" and _interpreted() else ("cuda",)
-    if backend == "cpp":
+    if backend == "cpp" or (backend == "cuda" and extension.CUDA_EMULATED):
         devices = ("cpu",)
     if device.type not in devices:
         return f"it serves tensors on {' and '.join(devices)}, got {device}"
+    if device.type == "cuda" and (reason := _gpu_too_old(device)) is not None:
+        return reason
     if dtype not in _DTYPES[backend]:
         return f"it serves {', '.join(str(d) for d in _DTYPES[backend])}, got {dtype}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _gpu_too_old(device: torch.device) -> str | None:
+    return extension.gpu_too_old(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"hne_kernels: {reason}; the reference implementation serves it, slowly", stacklevel=4)
+
+
+# What the CUDA library was last told (csrc/cuda/tf32.cu); it starts with exact products.
+_tf32_passed_on = False
+
+
+@torch.compiler.assume_constant_result
+def _pass_on_tf32() -> None:
+    """Let the CUDA kernels multiply float32 in tf32 where torch's own matrix products may."""
+    global _tf32_passed_on
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if allowed != _tf32_passed_on:
+        torch.ops.hne.allow_tf32(allowed)
+        _tf32_passed_on = allowed
 
 
 def select(tensor: Tensor) -> str:
@@ -131,6 +161,8 @@ def select(tensor: Tensor) -> str:
     for backend in _PREFERENCE.get(device.type, ()):
         if _rejects(backend, device, dtype) is None:
             return backend
+    if device.type == "cuda" and (reason := _gpu_too_old(device)) is not None:
+        _warn_once(reason)
     return "reference"
 
 
@@ -138,6 +170,8 @@ def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that computes ``op`` for ``tensor``: a registered op, or plain PyTorch."""
     backend = select(tensor)
     function = getattr(_MODULES[backend], op)
+    if backend == "cuda":
+        _pass_on_tf32()
     registered = backend != "reference"  # the others have autocast from PyTorch's dispatcher
     if registered or checks.autocast_dtype(tensor.device.type) is None:
         return function

@@ -1,12 +1,14 @@
 """Loads what was compiled: `_C` (CPU, always) and `_C_cuda` (where built and where torch has CUDA).
 
 Importing this module registers the ops `torch.ops.hne.*`. `HNE_EXTENSION_DIR` names another folder
-to load them from, for example that of a build with sanitizers.
+to load them from, for example that of a build with sanitizers. `HNE_CUDA_EMULATION` names the CUDA
+kernels compiled for the host (tests/cuda_emulation): they then take the place of the C++ ones.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import struct
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 
+OLDEST_GPU = (8, 0)  # compute capability: the kernels copy with cp.async and multiply bfloat16
 _REBUILD = "Rebuild it: `pip install -e .` in a checkout, or install the wheel again."
 
 
@@ -78,9 +81,17 @@ def load_cuda_library(folder: Path) -> str | None:
     return None
 
 
+def load_cuda_emulation(library: str | None) -> bool:
+    """Let the CUDA kernels compiled for the host serve tensors on the CPU, if there is such a library."""
+    if library:
+        torch.ops.load_library(library)
+    return bool(library)
+
+
 _FOLDER = Path(os.environ.get("HNE_EXTENSION_DIR") or Path(__file__).parent)
 _CPU_LIBRARY = load_cpu_library(_FOLDER)
-_CUDA_UNAVAILABLE = load_cuda_library(_FOLDER)
+CUDA_EMULATED = load_cuda_emulation(os.environ.get("HNE_CUDA_EMULATION"))
+_CUDA_UNAVAILABLE = None if CUDA_EMULATED else load_cuda_library(_FOLDER)
 
 
 def cpu_library() -> ModuleType:
@@ -91,6 +102,18 @@ def cpu_library() -> ModuleType:
 def cuda_unavailable() -> str | None:
     """Why there are no CUDA ops; None if they are there."""
     return _CUDA_UNAVAILABLE
+
+
+@functools.cache
+def gpu_too_old(index: int) -> str | None:
+    """Why the GPU of this index cannot run the kernels, or None."""
+    if torch.cuda.get_device_capability(index) >= OLDEST_GPU:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"the kernels need compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}, "
+        f"{torch.cuda.get_device_name(index)} has {major}.{minor}"
+    )
 
 
 def build_info() -> dict[str, Any]:

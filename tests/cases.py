@@ -150,6 +150,9 @@ GEOMETRIES = [
     Geometry(2, 1, 2, 33, 31, 17, 24, 3, 2, 1),
     Geometry(2, 2, 2, 6, 5, 5, 3, 3, 1, 1, missing=1),
     Geometry(3, 4, 1, 7, 7, 3, 17, 1, 2, 0, missing=3),
+    # Channels that fill vectors, several tiles of a matrix kernel, windows that step.
+    Geometry(2, 2, 1, 9, 7, 16, 24, 3, 2, 1),
+    Geometry(1, 2, 3, 7, 9, 72, 136, 1, 1, 0),
 ]
 
 
@@ -234,6 +237,7 @@ BOTTLENECKS = [
     Bottleneck(1, 1, 2, 17, 19, 24, 144, 40, 3, 2, "nothing", "relu6", "none"),
     Bottleneck(2, 2, 2, 16, 16, 64, 32, 128, 3, 2, "shortcut", "relu", "relu"),
     Bottleneck(2, 2, 1, 5, 6, 8, 4, 16, 3, 1, "shortcut", "relu", "relu", missing=1),
+    Bottleneck(1, 1, 1, 9, 10, 16, 40, 200, 3, 1, "shortcut", "relu", "relu"),
     # Expanded maps beyond a cache, so that they are computed a few rows at a time; a row beyond it, too.
     Bottleneck(1, 2, 1, 33, 33, 9, 96, 20, 3, 2, "shortcut", "relu", "relu"),
     Bottleneck(1, 1, 1, 40, 30, 16, 128, 16, 5, 1, "identity", "relu6", "none"),

@@ -29,11 +29,11 @@ class Placement:
         return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}"
 
 
-_GPU = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton's interpreter may serve
+_GPU = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton's interpreter or the CUDA emulation may serve
 _PLACES = {
     "reference": ("cpu", (torch.float32, torch.float64, torch.bfloat16)),
     "cpp": ("cpu", (torch.float32, torch.float64, torch.bfloat16)),
-    "cuda": ("cuda", (torch.float32, torch.float16, torch.bfloat16)),
+    "cuda": (_GPU, (torch.float32, torch.float16, torch.bfloat16)),
     "triton": (_GPU, (torch.float32, torch.float16, torch.bfloat16)),
 }
 PLACEMENTS = [Placement(backend, device, dtype) for backend, (device, dtypes) in _PLACES.items() for dtype in dtypes]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from placements import PLACEMENTS, Placement
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hne_kernels as K
-from hne_kernels import extension
+from hne_kernels import dispatch, extension
 
 NAMES = ("reference", "cpp", "cuda", "triton")
 
@@ -114,6 +115,22 @@ def test_automatic_choice_falls_back(rng: torch.Generator) -> None:
     logits = torch.randn(3, 2, 4, generator=rng).half()
     want = torch.stack([logits[:1].mean(0), logits[:2].mean(0), logits.mean(0)])
     torch.testing.assert_close(K.prefix_mean(logits), want)
+
+
+def test_an_old_gpu_is_served_by_the_reference_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_chosen", None)
+    for backend in ("cuda", "triton"):
+        monkeypatch.setitem(dispatch._UNUSABLE, backend, None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Turing")
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda:7"), dtype=torch.float32)
+    extension.gpu_too_old.cache_clear()
+    with pytest.warns(UserWarning, match=r"need compute capability 8\.0, Turing has 7\.5") as warned:
+        assert [dispatch.select(on_gpu) for _ in range(3)] == ["reference"] * 3
+    assert len(warned) == 1
+    with K.use_backend("cuda"), pytest.raises(RuntimeError, match=r"Turing has 7\.5"):
+        dispatch.select(on_gpu)
+    extension.gpu_too_old.cache_clear()
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -217,7 +234,7 @@ import sys, torch
 sys.path.insert(0, {folder!r})
 from cases import CASES, cast, check, cotangents, evaluate
 import hne_kernels as K
-from hne_kernels import extension
+from hne_kernels import dispatch, extension
 assert extension.cpu_library().cpu_capability() == {level!r}
 rng = torch.Generator().manual_seed({seed})
 for dtype in (torch.float32, torch.bfloat16):

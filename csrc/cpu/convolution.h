@@ -1,62 +1,10 @@
-// Shapes and row pointers that the dense and the depthwise convolutions share.
+// Row pointers that the dense and the depthwise convolutions share.
 #pragma once
 
+#include "geometry.h"
 #include "op.h"
 
 namespace hne {
-
-// Sizes of a convolution, named as in hne_kernels: x [parents, batch, height, width, in_channels] to
-// [branches, batch, out_height, out_width, out_channels]; branch g reads parent g / replicate, and the last
-// parent may have fewer children (a leading slice of the tree).
-struct Geometry {
-  int64_t parents, branches, batch, height, width, in_channels;
-  int64_t out_height, out_width, out_channels;
-  int64_t kernel_size, stride, padding, replicate;
-
-  int64_t taps() const { return kernel_size * kernel_size; }
-  int64_t pixels() const { return height * width; }
-  int64_t out_pixels() const { return out_height * out_width; }
-
-  void check() const {
-    STD_TORCH_CHECK(stride >= 1 && padding >= 0 && replicate >= 1 && kernel_size >= 1,
-                    "stride, padding, replicate or kernel size out of range");
-    STD_TORCH_CHECK(parents == ceil_div(branches, replicate), "weight: branches do not match x and replicate");
-    STD_TORCH_CHECK(height + 2 * padding >= kernel_size && width + 2 * padding >= kernel_size,
-                    "x: smaller than the kernel");
-  }
-  static int64_t out_size(int64_t size, int64_t kernel_size, int64_t stride, int64_t padding) {
-    return (size + 2 * padding - kernel_size) / stride + 1;
-  }
-};
-
-inline Geometry forward_geometry(const Tensor& x, int64_t branches, int64_t out_channels, int64_t kernel_size,
-                                 int64_t stride, int64_t padding, int64_t replicate) {
-  STD_TORCH_CHECK(x.dim() == 5, "x: expected 5 dimensions");
-  Geometry g{};
-  g.parents = x.size(0), g.batch = x.size(1), g.height = x.size(2), g.width = x.size(3), g.in_channels = x.size(4);
-  g.branches = branches, g.out_channels = out_channels;
-  g.kernel_size = kernel_size, g.stride = stride, g.padding = padding, g.replicate = replicate;
-  g.check();
-  g.out_height = Geometry::out_size(g.height, kernel_size, stride, padding);
-  g.out_width = Geometry::out_size(g.width, kernel_size, stride, padding);
-  return g;
-}
-
-inline Geometry backward_geometry(const Tensor& grad, int64_t in_channels, int64_t height, int64_t width,
-                                  int64_t kernel_size, int64_t stride, int64_t padding, int64_t replicate) {
-  STD_TORCH_CHECK(grad.dim() == 5, "grad: expected 5 dimensions");
-  STD_TORCH_CHECK(replicate >= 1, "replicate: expected at least 1");
-  Geometry g{};
-  g.branches = grad.size(0), g.batch = grad.size(1), g.out_height = grad.size(2), g.out_width = grad.size(3);
-  g.out_channels = grad.size(4), g.in_channels = in_channels, g.height = height, g.width = width;
-  g.kernel_size = kernel_size, g.stride = stride, g.padding = padding, g.replicate = replicate;
-  g.parents = ceil_div(g.branches, replicate);
-  g.check();
-  STD_TORCH_CHECK(g.out_height == Geometry::out_size(height, kernel_size, stride, padding) &&
-                      g.out_width == Geometry::out_size(width, kernel_size, stride, padding),
-                  "grad: does not have the size of the convolution's output");
-  return g;
-}
 
 // The pixels of a batch of maps one after the other, from the one numbered `first`: no divisions on the way.
 struct PixelWalk {

@@ -96,23 +96,9 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tenso
                         const Tensor& project_bias_in, const std::optional<Tensor>& shortcut_in,
                         const std::optional<Tensor>& shortcut_bias_in, int64_t stride, int64_t replicate,
                         const std::string& activation, bool identity, const std::string& final_activation) {
-  STD_TORCH_CHECK(depthwise_in.dim() == 4 && project_bias_in.dim() == 2, "depthwise: expected 4 dimensions");
-  const int64_t k = depthwise_in.size(1), middle = depthwise_in.size(3);
-  const Geometry g =
-      forward_geometry(x_in, project_bias_in.size(0), project_bias_in.size(1), k, stride, k / 2, replicate);
-  STD_TORCH_CHECK(k % 2 == 1, "depthwise: expected an odd kernel");
-  check_shape("expand", expand_in, {g.branches, ceil_div(middle, kPanel), 1, 1, g.in_channels, kPanel});
-  check_shape("expand_bias", expand_bias_in, {g.branches, middle});
-  check_shape("depthwise", depthwise_in, {g.branches, k, k, middle});
-  check_shape("depthwise_bias", depthwise_bias_in, {g.branches, middle});
-  check_shape("project", project_in, {g.branches, ceil_div(g.out_channels, kPanel), 1, 1, middle, kPanel});
-  STD_TORCH_CHECK(shortcut_in.has_value() == shortcut_bias_in.has_value(), "shortcut: expected with its bias");
-  STD_TORCH_CHECK(!identity || (stride == 1 && g.in_channels == g.out_channels && !shortcut_in.has_value()),
-                  "identity: expected equal shapes and no shortcut");
-  if (shortcut_in.has_value()) {
-    check_shape("shortcut", *shortcut_in, {g.branches, ceil_div(g.out_channels, kPanel), 1, 1, g.in_channels, kPanel});
-    check_shape("shortcut_bias", *shortcut_bias_in, {g.branches, g.out_channels});
-  }
+  const Geometry g = bottleneck_geometry(x_in, expand_in, expand_bias_in, depthwise_in, depthwise_bias_in, project_in,
+                                         project_bias_in, shortcut_in, shortcut_bias_in, stride, replicate, identity);
+  const int64_t middle = depthwise_in.size(3);
   const auto prepare = [&](const Tensor& t) {
     check_kind("weights", t, x_in);
     return torch::stable::contiguous(widen(t));

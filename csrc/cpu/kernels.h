@@ -3,33 +3,12 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
-#include <stdexcept>
-#include <string>
 
 #include "capability.h"
+#include "clamp.h"
+#include "panel.h"
 
 namespace hne {
-
-// Output channels that a packed weight keeps side by side (hne_kernels/packing.py).
-constexpr int64_t kPanel = 16;
-
-// Every activation is a clamp: none (-inf, inf), relu (0, inf), relu6 (0, 6).
-template <typename T>
-struct Clamp {
-  T low = -std::numeric_limits<T>::infinity();
-  T high = std::numeric_limits<T>::infinity();
-  bool active() const { return low == T(0); }
-
-  static Clamp named(const std::string& activation) {
-    Clamp clamp;
-    if (activation != "none" && activation != "relu" && activation != "relu6")
-      throw std::invalid_argument("activation: expected none, relu or relu6, got " + activation);
-    if (activation != "none") clamp.low = T(0);
-    if (activation == "relu6") clamp.high = T(6);
-    return clamp;
-  }
-};
 
 // One term of a convolution: rows[m] . weight, where weight is [panel][depth][kPanel] and panels lie
 // panel_stride apart. A 1x1 convolution has one tap, a kxk convolution k*k, and a bottleneck's last

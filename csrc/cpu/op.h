@@ -1,34 +1,15 @@
 // What every op needs: argument checks, dtype dispatch, scratch memory, parallel loops.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <optional>
 #include <string>
-#include <vector>
 
 #include "kernels.h"
+#include "tensor.h"
 
 namespace hne {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Guards the memory; the friendly messages are those of hne_kernels/checks.py, which runs first.
-inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
-  const auto sizes = t.sizes();
-  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": unexpected shape");
-}
 
 inline void check_kind(const char* name, const Tensor& t, const Tensor& like) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
@@ -48,26 +29,6 @@ inline bool narrow_type(const Tensor& t) { return t.scalar_type() == ScalarType:
 inline Tensor widen(const Tensor& t) { return narrow_type(t) ? torch::stable::to(t, ScalarType::Float) : t; }
 inline std::optional<Tensor> widen(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(widen(*t)) : std::nullopt;
-}
-inline Tensor round_to(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
-
-inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
-template <typename T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <typename T>
-const T* data(const std::optional<Tensor>& t) {
-  return t.has_value() ? data<T>(*t) : nullptr;
-}
-template <typename T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 // Memory that a thread keeps between tasks; each use has a slot of its own, uninitialised.

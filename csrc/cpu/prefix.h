@@ -1,17 +1,9 @@
-// Checks that the ops over nested ensembles share.
+// Means over nested ensembles.
 #pragma once
 
 #include "op.h"
 
 namespace hne {
-
-inline void check_prefix_sizes(const std::vector<int64_t>& sizes, int64_t models) {
-  int64_t previous = 0;
-  for (const int64_t size : sizes) {
-    STD_TORCH_CHECK(size > previous && size <= models, "sizes: expected to rise from 1 to the number of models");
-    previous = size;
-  }
-}
 
 // Running sums over the members of `count` values: means[p] = sum of the first sizes[p] members / sizes[p].
 template <typename T>

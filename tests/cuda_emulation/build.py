@@ -1,0 +1,70 @@
+"""Compiles csrc/cuda for the host: the same kernels, each thread of a block a fiber (emulation.h)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+import native  # noqa: E402
+
+
+def compiler() -> str | None:
+    """The command of a C++ compiler, or None."""
+    command = os.environ.get("CXX", "g++")
+    return command if shutil.which(command.split()[0]) else None
+
+
+def build(folder: Path, flags: tuple[str, ...]) -> Path:
+    """Compile into ``folder`` and return the library; what is up to date stays.
+
+    Raises:
+        RuntimeError: with what the compiler says.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
+    command = [
+        *(compiler() or "g++").split(),
+        *("-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-clobbered", "-Werror"),
+        *("-ffp-contract=off", f"-I{ROOT / 'csrc'}", f"-I{HERE}", native.target_define(), *includes, *flags),
+    ]
+    headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *HERE.glob("*.h"), Path(__file__)]
+    newest = max(path.stat().st_mtime for path in headers)
+
+    def run(arguments: list[str]) -> None:
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(arguments)}\n{result.stderr}")
+
+    def compile_one(source: Path) -> Path:
+        output = folder / f"{source.name}.o"
+        if not output.exists() or output.stat().st_mtime < max(newest, source.stat().st_mtime):
+            run([*command, "-x", "c++", "-c", str(source), "-o", str(output)])
+        return output
+
+    sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), HERE / "emulation.cpp"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "libcuda_emulation.so"
+    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in objects):
+        search = [f"-L{path}" for path in cpp_extension.library_paths()]
+        run([*command, "-shared", *map(str, objects), "-o", str(library), *search, "-ltorch_cpu", "-lpthread"])
+    return library
+
+
+def main() -> None:
+    """``python build.py FOLDER [FLAG...]`` prints the path of the library."""
+    print(build(Path(sys.argv[1]), tuple(sys.argv[2:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+#include "cuda/device.h"
+
+namespace hne {
+
+thread_local Index threadIdx, blockIdx;
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 64 * 1024;
+
+[[noreturn]] void stop(const char* what) {
+  std::fprintf(stderr, "CUDA emulation: %s\n", what);
+  std::abort();
+}
+
+enum class State { ready, at_barrier, with_warp, done };
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool valid;
+};
+
+struct Fiber {
+  ucontext_t context;
+  State state = State::done;
+  Act act = nullptr;
+  void* operands = nullptr;
+  std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last one is still open
+};
+
+struct Block {
+  ucontext_t scheduler;
+  std::vector<Fiber> fibers;
+  std::unique_ptr<char[]> stacks;
+  std::unique_ptr<unsigned char[]> shared;
+  const std::function<void()>* kernel = nullptr;
+  Fiber* current = nullptr;
+
+  void start(int threads, int64_t shared_bytes, const std::function<void()>& function) {
+    fibers.resize(threads);
+    stacks.reset(new char[threads * kStack]);
+    shared.reset(new unsigned char[shared_bytes]);
+    kernel = &function;
+  }
+
+  void run(int thread) {
+    current = &fibers[thread];
+    threadIdx.x = thread;
+    swapcontext(&scheduler, &current->context);
+  }
+
+  void wait(State state) {
+    current->state = state;
+    swapcontext(&current->context, &scheduler);
+  }
+
+  // Runs a warp until each of its lanes is at a barrier or done. Every second time from the last lane
+  // to the first: what depends on the order of threads comes out differently.
+  void run_warp(int first, bool backwards) {
+    for (;;) {
+      int ready = 0, together = 0;
+      for (int i = 0; i < kWarp; ++i) {
+        const int thread = first + (backwards ? kWarp - 1 - i : i);
+        if (fibers[thread].state == State::ready) run(thread), ++ready;
+      }
+      for (int i = 0; i < kWarp; ++i) together += fibers[first + i].state == State::with_warp;
+      if (together == 0 && ready == 0) return;
+      if (together == 0) continue;
+      void* operands[kWarp];
+      for (int i = 0; i < kWarp; ++i) {
+        Fiber& fiber = fibers[first + i];
+        if (fiber.state != State::with_warp || fiber.act != fibers[first].act)
+          stop("the lanes of a warp are not at the same instruction");
+        operands[i] = fiber.operands;
+        fiber.state = State::ready;
+      }
+      fibers[first].act(operands);
+    }
+  }
+
+  void run_all();
+};
+
+thread_local Block* block = nullptr;
+
+void fiber_main() {
+  (*block->kernel)();
+  for (const auto& group : block->current->groups)
+    if (!group.empty()) stop("a thread ended without waiting for its copies");
+  block->wait(State::done);
+}
+
+void Block::run_all() {
+  const int threads = static_cast<int>(fibers.size());
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stacks.get() + i * kStack;
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+    fiber.state = State::ready;
+    fiber.groups.assign(1, {});
+  }
+  for (bool backwards = false;; backwards = !backwards) {
+    for (int w = 0; w < threads / kWarp; ++w) run_warp((backwards ? threads / kWarp - 1 - w : w) * kWarp, backwards);
+    int done = 0;
+    for (const Fiber& fiber : fibers) done += fiber.state == State::done;
+    if (done == threads) return;
+    if (done > 0) stop("some threads ended, others wait at a barrier");
+    for (Fiber& fiber : fibers) fiber.state = State::ready;
+  }
+}
+
+template <typename T>
+T value_of(uint32_t word, int index) {
+  const uint16_t bits = static_cast<uint16_t>(word >> (16 * index));
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+struct Multiply {
+  float* sum;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+// m16n8k16: lane (g, t) holds a[row g + 8 * (i % 2)][k = 2t, 2t + 1 (+ 8 for i > 1)], b[k = 2t, 2t + 1 (+ 8 for the
+// second word)][column g], and of the result rows g and g + 8, columns 2t and 2t + 1.
+template <typename T>
+void multiply_16_bit(void* const (&operands)[32]) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& m = *static_cast<const Multiply*>(operands[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i)
+      for (int half_word = 0; half_word < 2; ++half_word)
+        a[g + 8 * (i % 2)][2 * t + half_word + 8 * (i / 2)] = float(value_of<T>(m.a[i], half_word));
+    for (int i = 0; i < 2; ++i)
+      for (int half_word = 0; half_word < 2; ++half_word)
+        b[2 * t + half_word + 8 * i][g] = float(value_of<T>(m.b[i], half_word));
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& m = *static_cast<const Multiply*>(operands[lane]);
+    for (int i = 0; i < 4; ++i) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += a[lane / 4 + 8 * (i / 2)][k] * b[k][lane % 4 * 2 + i % 2];
+      m.sum[i] += sum;
+    }
+  }
+}
+
+// m16n8k8: lane (g, t) holds a[row g + 8 * (i % 2)][k = t + 4 * (i / 2)] and b[k = t, t + 4][column g].
+void multiply_tf32(void* const (&operands)[32]) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& m = *static_cast<const Multiply*>(operands[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) std::memcpy(&a[g + 8 * (i % 2)][t + 4 * (i / 2)], &m.a[i], 4);
+    for (int i = 0; i < 2; ++i) std::memcpy(&b[t + 4 * i][g], &m.b[i], 4);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& m = *static_cast<const Multiply*>(operands[lane]);
+    for (int i = 0; i < 4; ++i) {
+      float sum = 0;
+      for (int k = 0; k < 8; ++k) sum += a[lane / 4 + 8 * (i / 2)][k] * b[k][lane % 4 * 2 + i % 2];
+      m.sum[i] += sum;
+    }
+  }
+}
+
+struct Load {
+  uint32_t* into;
+  const void* row;
+};
+
+template <bool transposed>
+void load_all(void* const (&operands)[32]) {
+  uint16_t values[32][8];  // 4 matrices of 8 rows
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const void* row = static_cast<const Load*>(operands[lane])->row;
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) stop("a row of a matrix is not aligned to 16 bytes");
+    std::memcpy(values[lane], row, 16);
+  }
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const int g = lane / 4, t = lane % 4;
+      const uint32_t low = transposed ? values[8 * i + 2 * t][g] : values[8 * i + g][2 * t];
+      const uint32_t high = transposed ? values[8 * i + 2 * t + 1][g] : values[8 * i + g][2 * t + 1];
+      static_cast<const Load*>(operands[lane])->into[i] = low | high << 16;
+    }
+}
+
+struct Shuffle {
+  float value;
+  int mask;
+  float result;
+};
+
+}  // namespace
+
+void* shared_memory() { return block->shared.get(); }
+void block_sync() { block->wait(State::at_barrier); }
+
+void together(Act act, void* operands) {
+  block->current->act = act;
+  block->current->operands = operands;
+  block->wait(State::with_warp);
+}
+
+void warp_sync() {
+  together([](void* const(&)[32]) {}, nullptr);
+}
+
+void copy16(void* shared, const void* from, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) stop("a copy to shared memory is not aligned to 16 bytes");
+  if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    stop("a copy from device memory is not aligned to 16 bytes");
+  std::memset(shared, 0xff, 16);  // on its way: not to be read
+  block->current->groups.back().push_back({shared, from, valid});
+}
+void copy_commit() { block->current->groups.emplace_back(); }
+void copy_wait_for(int pending) {
+  auto& groups = block->current->groups;
+  while (static_cast<int>(groups.size()) - 1 > pending) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.valid)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+float shuffle_xor(float value, int mask) {
+  Shuffle mine{value, mask, 0};
+  together(
+      [](void* const(&operands)[32]) {
+        for (int lane = 0; lane < kWarp; ++lane) {
+          auto& shuffle = *static_cast<Shuffle*>(operands[lane]);
+          shuffle.result = static_cast<const Shuffle*>(operands[lane ^ shuffle.mask])->value;
+        }
+      },
+      &mine);
+  return mine.result;
+}
+
+void load_matrices(uint32_t (&m)[4], const void* row) {
+  Load mine{m, row};
+  together(load_all<false>, &mine);
+}
+void load_matrices_transposed(uint32_t (&m)[4], const void* row) {
+  Load mine{m, row};
+  together(load_all<true>, &mine);
+}
+
+void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, half) {
+  Multiply mine{sum, a, {b0, b1}};
+  together(multiply_16_bit<half>, &mine);
+}
+void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16) {
+  Multiply mine{sum, a, {b0, b1}};
+  together(multiply_16_bit<bfloat16>, &mine);
+}
+void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
+  Multiply mine{sum, a, {b0, b1}};
+  together(multiply_tf32, &mine);
+}
+
+uint32_t round_to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (std::isfinite(value)) bits += 0x1000;  // half of the last place that stays; ties away from zero
+  return std::isnan(value) ? 0x7fffffffu : bits & 0xffffe000u;
+}
+
+// Small where a test wants to see what becomes of a block that has no room.
+int64_t Device::shared_limit() const {
+  const char* limit = std::getenv("HNE_EMULATED_SHARED_MEMORY");
+  return limit != nullptr ? std::atoll(limit) : 227 * 1024;
+}
+
+void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads % kWarp != 0) stop("a block has a part of a warp");
+  if (blocks == 0) return;
+  Block memory;
+  memory.start(threads, shared_bytes, kernel);
+  block = &memory;
+  for (int64_t i = 0; i < blocks; ++i) {
+    std::memset(memory.shared.get(), 0xff, shared_bytes);
+    blockIdx.x = static_cast<unsigned>(i);
+    memory.run_all();
+  }
+  block = nullptr;
+}
+
+}  // namespace hne

@@ -1,0 +1,68 @@
+// The GPU that csrc/cuda/device.h speaks of, in one thread of the host: the threads of a block are fibers, blocks run
+// one after the other. Shared memory is a heap block of exactly the size asked for, full of NaN, so that
+// AddressSanitizer sees an access beyond it and a read of what nobody wrote shows. A barrier that not all threads reach
+// ends the process.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+
+#define HNE_DISPATCH_KEY CPU
+#define HNE_DEVICE inline
+#define HNE_BOTH inline
+#define __global__ static
+#define __launch_bounds__(...)
+
+namespace hne {
+
+using std::max;
+using std::min;
+
+struct Index {
+  unsigned x;
+};
+extern thread_local Index threadIdx, blockIdx;
+
+void* shared_memory();
+void block_sync();
+void warp_sync();
+void copy16(void* shared, const void* from, bool valid);
+void copy_commit();
+void copy_wait_for(int pending);
+template <int pending>
+void copy_wait() {
+  copy_wait_for(pending);
+}
+
+// All 32 lanes of a warp arrive with their operands; `act` then sees those of every lane.
+using Act = void (*)(void* const (&operands)[32]);
+void together(Act act, void* operands);
+
+float shuffle_xor(float value, int mask);
+void load_matrices(uint32_t (&m)[4], const void* row);
+void load_matrices_transposed(uint32_t (&m)[4], const void* row);
+void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, half);
+void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16);
+void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float);
+uint32_t round_to_tf32(float value);
+
+void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+
+inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+
+class Device {
+ public:
+  explicit Device(const Tensor&) {}
+
+  int64_t shared_limit() const;
+
+  template <typename... Parameters>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+              const std::type_identity_t<Parameters>&... parameters) const {
+    run_blocks(blocks, threads, shared_bytes, [&] { kernel(parameters...); });
+  }
+};
+
+}  // namespace hne

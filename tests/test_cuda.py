@@ -1,0 +1,132 @@
+"""The CUDA kernels without a GPU: they compile for every target, and compute the right thing on an emulated one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "cuda_emulation"))
+pytest.importorskip("setuptools")
+
+import cuda_resources  # noqa: E402
+import native  # noqa: E402
+
+import build as emulation  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+_SANITIZED = ("-fsanitize=address", "-fno-omit-frame-pointer")
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The kernels for the host, with AddressSanitizer."""
+    if emulation.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return emulation.build(ROOT / "build" / "cuda_emulation", _SANITIZED)
+
+
+def _run(library: Path, *arguments: str, **environ: str) -> str:
+    """Run Python with the emulated kernels; Python itself is not instrumented, so the runtime is loaded ahead."""
+    compiler = (emulation.compiler() or "g++").split()[0]
+    preload = [
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "HNE_CUDA_EMULATION": str(library),
+            "LD_PRELOAD": " ".join(preload),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "OMP_WAIT_POLICY": "passive",
+            **environ,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
+    return result.stdout
+
+
+def test_parity_in_emulation(library: Path) -> None:
+    """Every op, forward and backward, in every dtype, against the float64 reference."""
+    said = _run(library, "-m", "pytest", "-q", "-k", "cuda", "tests/test_parity.py", "tests/test_not_finite.py")
+    assert " passed" in said
+    assert "skipped" not in said.splitlines()[-1]
+
+
+_BOTTLENECKS = """
+import sys, torch
+sys.path.insert(0, "tests")
+from cases import CASES, check, evaluate
+import hne_kernels as K
+rng = torch.Generator().manual_seed(int(sys.argv[2]))
+for case in CASES:
+    if case.op in sys.argv[1].split():
+        for dtype in (torch.float32, torch.float16):
+            with K.use_backend("cuda"):
+                inputs = case.inputs(rng, dtype)
+                outcome = evaluate(case, inputs)
+            check(case, "cuda", inputs, outcome)
+            print("checked", case)
+"""
+
+
+def test_without_room_in_shared_memory(library: Path) -> None:
+    """A bottleneck is then composed of its parts, and the loss keeps its sums in device memory."""
+    ops = "fused_bottleneck hierarchical_distillation_loss"
+    said = _run(library, "-c", _BOTTLENECKS, ops, "7", HNE_EMULATED_SHARED_MEMORY="1000")
+    assert "checked fused_bottleneck" in said
+    assert "checked hierarchical_distillation_loss" in said
+
+
+_TF32 = """
+import torch, hne_kernels as K
+rng = torch.Generator().manual_seed(7)
+for channels in (24, 5):
+    x = torch.randn(2, 3, 5, 6, channels, generator=rng)
+    weight = torch.randn(4, 16, channels, 3, 3, generator=rng)
+    with K.use_backend("reference"):
+        want = K.branch_conv2d(x.double(), weight.double(), padding=1, replicate=2)
+    for precision, low, high in (("ieee", 0, 1e-6), ("tf32", 1e-5, 1e-3), ("ieee", 0, 1e-6)):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        with K.use_backend("cuda"):
+            got = K.branch_conv2d(x, weight, padding=1, replicate=2)
+        error = ((got - want).norm() / want.norm()).item()
+        assert low <= error < high, (channels, precision, error)
+print("checked")
+"""
+
+
+def test_float32_is_exact_unless_torch_allows_tf32(library: Path) -> None:
+    assert "checked" in _run(library, "-c", _TF32)
+
+
+def test_a_vast_number_of_pixels_is_an_error(library: Path) -> None:
+    code = """
+import torch, hne_kernels as K
+x, weight = torch.ones(1, 2**20, 1, 1, 1), torch.ones(1, 1, 1, 1)
+try:
+    K.branch_depthwise_conv2d(x, weight, padding=2**10)  # of 2^42 pixels
+except RuntimeError as error:
+    print(error)
+"""
+    assert "2^31" in _run(library, "-c", code)
+
+
+def test_compiles_for_every_target_without_spills(tmp_path: Path) -> None:
+    if native.cuda_toolkit({"PATH": os.environ.get("PATH", "")}) is None:
+        pytest.skip("no nvcc")
+    usages = cuda_resources.compile_all(tmp_path)
+    print("\n" + cuda_resources.table(usages))
+    assert {usage.target for usage in usages} == {"sm_80", "sm_90a"}
+    assert not [usage for usage in usages if usage.spilled or usage.stack]
