@@ -3,6 +3,8 @@
 // `replicate` r lets output branch g read input branch g / r. A backward is an op like any other.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 STABLE_TORCH_LIBRARY(hne, m) {
   m.def("branch_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, int replicate) -> Tensor");
   m.def(
@@ -21,6 +23,26 @@ STABLE_TORCH_LIBRARY(hne, m) {
   m.def(
       "branch_depthwise_conv2d_backward_weight(Tensor grad, Tensor x, int kernel_size, "
       "int stride, int padding, int replicate) -> Tensor");
+
+  for (const std::string op : {"branch_conv2d_stats", "branch_depthwise_conv2d_stats"}) {
+    const std::string normalization = "Tensor? mean, Tensor? scale, Tensor? shift, str activation, ";
+    const std::string above = "Tensor grad, Tensor grad_mean, Tensor grad_var, Tensor y, Tensor y_mean, ";
+    const std::string geometry = "int stride, int padding, int replicate";
+    m.def((op + "(Tensor x, Tensor weight, " + normalization + geometry + ") -> (Tensor y, Tensor mean, Tensor var)")
+              .c_str());
+    m.def((op + "_backward_input(" + above + "Tensor weight, Tensor x, " + normalization + geometry +
+           ") -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)")
+              .c_str());
+    m.def((op + "_backward_weight(" + above + "Tensor x, " + normalization + "int kernel_size, " + geometry +
+           ") -> Tensor")
+              .c_str());
+  }
+  m.def(
+      "branch_normalize(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor? residual, str activation) -> "
+      "Tensor");
+  m.def(
+      "branch_normalize_backward(Tensor grad, Tensor x, Tensor y, Tensor mean, Tensor scale, str activation) "
+      "-> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_residual)");
 
   m.def(
       "branch_batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, str activation, float eps) "

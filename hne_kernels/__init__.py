@@ -7,7 +7,10 @@ leading slice of features and weights, and the replication of a branching layer 
 from . import extension as _extension  # noqa: F401  (loads the compiled ops; must come first)
 from .branch_batch_norm import branch_batch_norm
 from .branch_conv2d import branch_conv2d
+from .branch_conv2d_stats import branch_conv2d_stats
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
+from .branch_depthwise_conv2d_stats import branch_depthwise_conv2d_stats
+from .branch_normalize import branch_normalize
 from .checks import default_sizes
 from .dispatch import add_module, available_backends, unavailable_backends, use_backend
 from .extension import build_info
@@ -27,7 +30,10 @@ __all__ = [
     "available_backends",
     "branch_batch_norm",
     "branch_conv2d",
+    "branch_conv2d_stats",
     "branch_depthwise_conv2d",
+    "branch_depthwise_conv2d_stats",
+    "branch_normalize",
     "build_info",
     "default_sizes",
     "fused_bottleneck",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("hne", "IMPL")
 _DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
-_RULES: dict[str, torch.dtype | None] = {}
+_RULES: dict[str, tuple[torch.dtype | None, int | None]] = {}  # dtype, and how many arguments it is for
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -18,21 +18,26 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if eligible else value
 
 
-def register(op: str, dtype: torch.dtype | None = None) -> None:
+def _cast_first(args: tuple[Any, ...], count: int | None, dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(_cast(value, dtype) for value in args[:count]) + (() if count is None else args[count:])
+
+
+def register(op: str, dtype: torch.dtype | None = None, tensors: int | None = None) -> None:
     """Under autocast, cast the floating-point tensors of ``op`` to ``dtype``.
 
     Args:
         op: name of the op in ``torch.ops.hne``.
         dtype: None for the dtype that autocast was asked for (convolutions), or torch.float32 (losses).
+        tensors: how many of the first arguments; None for all.
     """
-    _RULES[op] = dtype
+    _RULES[op] = dtype, tensors
     for key, device in _DEVICES.items():
 
         def kernel(*args: Any, key: str = key, device: str = device) -> Any:
             target = dtype or torch.get_autocast_dtype(device)
             excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return getattr(torch.ops.hne, op)(*(_cast(value, target) for value in args))
+                return getattr(torch.ops.hne, op)(*_cast_first(args, tensors, target))
 
         _LIBRARY.impl(op, kernel, key)
 
@@ -42,8 +47,8 @@ def casting(op: str, function: Callable[..., Any], device_type: str) -> Callable
 
     def call(*args: Any) -> Any:
         if op in _RULES:
-            target = _RULES[op] or torch.get_autocast_dtype(device_type)
-            args = tuple(_cast(value, target) for value in args)
+            dtype, tensors = _RULES[op]
+            args = _cast_first(args, tensors, dtype or torch.get_autocast_dtype(device_type))
         with torch.autocast(device_type, enabled=False):
             return function(*args)
 

@@ -5,7 +5,9 @@ Differentiable by autograd, for any device and dtype that PyTorch's own operator
 
 from .branch_batch_norm import branch_batch_norm
 from .branch_conv2d import branch_conv2d
+from .branch_conv2d_stats import branch_conv2d_stats, branch_depthwise_conv2d_stats
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
+from .branch_normalize import branch_normalize
 from .fused_bottleneck import fused_bottleneck
 from .fused_conv2d import fused_conv2d
 from .hierarchical_distillation_loss import hierarchical_distillation_loss
@@ -15,7 +17,10 @@ from .prefix_mean import prefix_mean
 __all__ = [
     "branch_batch_norm",
     "branch_conv2d",
+    "branch_conv2d_stats",
     "branch_depthwise_conv2d",
+    "branch_depthwise_conv2d_stats",
+    "branch_normalize",
     "fused_bottleneck",
     "fused_conv2d",
     "hierarchical_distillation_loss",
