@@ -18,6 +18,8 @@ from torch import Tensor
 import hne_kernels as K
 
 Inputs = dict[str, Any]
+UNITS = ("branch_conv2d_stats", "branch_depthwise_conv2d_stats")
+VECTORS = ("mean", "scale", "shift")
 KINK = 0.05  # gradients are not compared this close to where an activation bends
 
 
@@ -39,9 +41,16 @@ class Case:
     def inputs(self, rng: torch.Generator, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
         """Fresh arguments; a batch norm keeps its parameters in float32 or better."""
         made = cast(self.make(rng), dtype, device)
-        if self.op == "branch_batch_norm" and dtype.itemsize < 4:
-            made |= {name: made[name].float() for name in ("weight", "bias")}
+        if dtype.itemsize < 4:
+            made |= {name: made[name].float() for name in self.statistics if name in made}
         return made
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Inputs that are kept in float32 or better."""
+        if self.op == "branch_batch_norm":
+            return ("weight", "bias")
+        return VECTORS if self.op in (*UNITS, "branch_normalize") else ()
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         result = getattr(K, self.op)(**inputs)
@@ -178,6 +187,86 @@ def convolution(op: str, geometry: Geometry, bias: bool) -> Case:
         ("x", "weight", "bias") if bias else ("x", "weight"),
         max(forward, backward, g.positions),
     )
+
+
+def _away_from_kinks(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x`` moved to where the normalised values are not near 0 or 6, where an activation bends."""
+    mean, scale, shift = (vector[:, None, None, None] for vector in (mean, scale, shift))
+    normal_x = (x - mean) * scale + shift
+    for kink in (0, 6):
+        near = (normal_x - kink).abs() < 2 * KINK
+        normal_x = torch.where(near, kink + 3 * KINK, normal_x)
+    return (normal_x - shift) / scale + mean
+
+
+def unit(op: str, geometry: Geometry, activation: str | None, offset: float = 0.0) -> Case:
+    """A training unit; without an activation, one that does not normalise. ``offset`` moves the mean of all maps."""
+    depthwise = op == "branch_depthwise_conv2d_stats"
+    g = geometry
+    channels = (g.ci,) if depthwise else (g.co, g.ci)
+
+    def make(rng: torch.Generator) -> Inputs:
+        x = normal(rng, g.G, g.B, g.H, g.W, g.ci) + offset
+        inputs: Inputs = {"x": x, "weight": normal(rng, g.branches, *channels, g.k, g.k), **g.options()}
+        if activation is not None:
+            scale = normal(rng, g.G, g.ci).sign() * (0.5 + normal(rng, g.G, g.ci).abs())
+            inputs |= {"mean": normal(rng, g.G, g.ci) + offset, "scale": scale, "shift": normal(rng, g.G, g.ci)}
+            inputs |= {"x": _away_from_kinks(x, *(inputs[name] for name in VECTORS)), "activation": activation}
+        return inputs
+
+    forward = g.k**2 * (1 if depthwise else g.ci) + 1
+    backward = g.k**2 * g.r * (1 if depthwise else g.co)
+    vectors = VECTORS if activation is not None else ()
+    # Rounded on the way to a gradient: what is read, what is written, the gradient of that, the result.
+    return Case(
+        op,
+        f"{g}-{activation or 'as-it-is'}" + (f"-offset{offset:g}" if offset else ""),
+        make,
+        ("x", "weight", *vectors),
+        forward + backward + g.positions + g.B * g.H * g.W + 16,
+        roundings=4,
+        naive_roundings=6,
+    )
+
+
+UNIT_OPTIONS = ("relu", None, "relu6", "none")
+
+
+def normalize(shape: Sequence[int], activation: str, residual: bool, offset: float = 0.0) -> Case:
+    def make(rng: torch.Generator) -> Inputs:
+        branches, channels = shape[0], shape[-1]
+        return {
+            "x": normal(rng, *shape) + offset,
+            "mean": normal(rng, branches, channels) + offset,
+            "scale": normal(rng, branches, channels) * 2,
+            "shift": normal(rng, branches, channels) * 2,
+            "residual": normal(rng, *shape) * 2 if residual else None,
+            "activation": activation,
+        }
+
+    name = "x".join(map(str, shape)) + f"-{activation}{'-residual' if residual else ''}"
+    return Case(
+        "branch_normalize",
+        f"{name}-offset{offset:g}" if offset else name,
+        make,
+        ("x", *VECTORS, "residual") if residual else ("x", *VECTORS),
+        shape[1] * shape[2] * shape[3] + 4,
+        naive_roundings=2,
+    )
+
+
+NORMALIZES = [
+    normalize((1, 1, 1, 1, 1), "none", False),
+    normalize((1, 2, 1, 1, 3), "none", True),
+    normalize((2, 3, 5, 4, 17), "relu", False),
+    normalize((3, 1, 7, 7, 33), "relu", True),
+    normalize((5, 2, 4, 3, 5), "relu6", False),
+    normalize((2, 2, 8, 8, 16), "relu6", True),
+    normalize((2, 0, 4, 4, 8), "relu", True),
+    normalize((1, 4, 9, 7, 64), "relu", True),
+    # The gradient of the scale is a sum of deviations, not a difference of sums.
+    normalize((2, 2, 6, 5, 17), "none", False, offset=300.0),
+]
 
 
 def fused_convolution(geometry: Geometry, activation: str) -> Case:
@@ -369,6 +458,11 @@ CASES = [
     *(fused_convolution(g, ("none", "relu", "relu6")[i % 3]) for i, g in enumerate(GEOMETRIES)),
     *(bottleneck(b) for b in BOTTLENECKS),
     *BATCH_NORMS,
+    *(unit("branch_conv2d_stats", g, UNIT_OPTIONS[i % 4]) for i, g in enumerate(GEOMETRIES)),
+    *(unit("branch_depthwise_conv2d_stats", g, UNIT_OPTIONS[(i + 1) % 4]) for i, g in enumerate(GEOMETRIES)),
+    # Where a mean of squares minus a squared mean would cancel.
+    *(unit(op, Geometry(2, 2, 2, 6, 5, 17, 17, 1, 1, 0), None, offset=300.0) for op in UNITS),
+    *NORMALIZES,
     prefix_mean(1, 1, 1, None),
     prefix_mean(2, 3, 5, None),
     prefix_mean(3, 1, 17, None),
@@ -401,6 +495,11 @@ def representative(*, differentiable: bool = False) -> list[Case]:
         "branch_conv2d": convolution("branch_conv2d", Geometry(2, 2, 2, 5, 4, 3, 2, 3, 2, 1), True),
         "branch_depthwise_conv2d": convolution("branch_depthwise_conv2d", Geometry(2, 2, 2, 5, 4, 3, 3, 3, 2, 1), True),
         "branch_batch_norm": batch_norm((2, 2, 3, 2, 3), "relu", True),
+        "branch_conv2d_stats": unit("branch_conv2d_stats", Geometry(2, 2, 2, 5, 4, 3, 2, 3, 2, 1), "relu"),
+        "branch_depthwise_conv2d_stats": unit(
+            "branch_depthwise_conv2d_stats", Geometry(2, 2, 2, 5, 4, 3, 3, 3, 2, 1), "relu6"
+        ),
+        "branch_normalize": normalize((2, 2, 3, 2, 3), "relu", True),
         "fused_conv2d": fused_convolution(Geometry(2, 2, 2, 5, 4, 3, 18, 3, 2, 1), "relu"),
         "fused_bottleneck": bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
         "prefix_mean": prefix_mean(5, 2, 3, (1, 2, 4)),
@@ -419,7 +518,7 @@ def cotangents(case: Case, inputs: Inputs, rng: torch.Generator) -> list[Tensor]
         results = case(inputs)
         count = 1 if case.op == "branch_batch_norm" else len(results)
         grads = [normal(rng, *result.shape) for result in results[:count]]
-        if inputs.get("activation", "none") != "none" and case.differentiable:
+        if inputs.get("activation", "none") != "none" and case.differentiable and case.op not in UNITS:
             bent = case({**inputs, "activation": "none"})[0]
             grads[0] *= (bent.abs() > KINK) & ((bent - 6).abs() > KINK)
     return grads
@@ -444,6 +543,7 @@ def expected(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outcom
 
 def magnitude(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outcome:
     """For each element, the size of what was added up to get it."""
+    rounding = next(torch.finfo(value.dtype).eps for value in tensors(inputs).values() if value.is_floating_point())
     inputs = cast(inputs, torch.float64)
     grads = [grad.to("cpu", torch.float64).abs() for grad in grads]
     if case.op == "branch_batch_norm":
@@ -451,10 +551,37 @@ def magnitude(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outco
     if case.op == "hierarchical_distillation_loss":
         return _loss_magnitude(inputs, grads)
     absolute = {name: value.abs() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    if "mean" in absolute and absolute["mean"] is not None:
+        absolute["mean"] *= -1  # x - mean is then the sum of their sizes
     for option in ("activation", "final_activation"):
         if option in absolute:
             absolute[option] = "none"
-    return expected(case, absolute, grads)
+    if case.op in UNITS:
+        outcome = _unit_magnitude(case, inputs, absolute, rounding, grads)
+    else:
+        outcome = expected(case, absolute, grads)
+    outcome.gradients = {name: gradient.abs() for name, gradient in outcome.gradients.items()}
+    return outcome
+
+
+def _unit_magnitude(case: Case, inputs: Inputs, absolute: Inputs, rounding: float, grads: Sequence[Tensor]) -> Outcome:
+    """Sizes of what a training unit adds up; the map that it writes is rounded by ``rounding``."""
+    over = (1, 2, 3)
+    y, mean, _ = expected(case, inputs).results
+    size, mean_size, _ = expected(case, absolute).results
+    values = max(y.shape[1:4].numel(), 1)
+    both = size + mean_size[:, None, None, None]
+    apart = (y - mean[:, None, None, None]).abs()
+    # A deviation y - mean carries the rounding of both, once more for its other factor.
+    spread = (both * (2 * apart + rounding * both)).sum(over) / values
+    if not grads:
+        return Outcome((size, mean_size, spread))
+    grad, grad_mean, grad_var = grads
+    total = grad + (grad_mean[:, None, None, None] + grad_var[:, None, None, None] * 2 * both) / values
+    none = torch.zeros_like(mean_size)
+    outcome = expected(case, absolute, (total, none, none))
+    outcome.results = (size, mean_size, spread)
+    return outcome
 
 
 def _batch_norm_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
@@ -516,7 +643,9 @@ def check(case: Case, backend: str, inputs: Inputs, actual: Outcome, grads: Sequ
         assert got.shape == right.shape, f"{case}: shape of {name}"
         error = (got.to("cpu", torch.float64) - right).abs()
         error[(right.abs() > torch.finfo(got.dtype).max) & (got.cpu() == right.sign() * torch.inf)] = 0
-        allowed = tolerance(case, backend, got.dtype, size).expand_as(right)
+        # The statistics of a unit are those of a map that is stored in a smaller dtype.
+        dtype = inputs["x"].dtype if case.op in UNITS else got.dtype
+        allowed = tolerance(case, backend, dtype, size).expand_as(right)
         wrong = ~(error <= allowed)  # NaN is wrong too
         assert not wrong.any(), (
             f"{case}: {name} is wrong in {int(wrong.sum())} of {wrong.numel()} elements; the first at "
