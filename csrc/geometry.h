@@ -16,6 +16,7 @@ struct Geometry {
   int64_t taps() const { return kernel_size * kernel_size; }
   int64_t pixels() const { return height * width; }
   int64_t out_pixels() const { return out_height * out_width; }
+  bool pointwise() const { return kernel_size == 1 && stride == 1 && padding == 0; }
 
   void check() const {
     STD_TORCH_CHECK(stride >= 1 && padding >= 0 && replicate >= 1 && kernel_size >= 1,

@@ -71,10 +71,10 @@ def differentiate(op: str) -> None:
     """Register autograd of ``op``, whose gradient is the op ``op_backward``."""
     backward_op = getattr(torch.ops.hne, f"{op}_backward")
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, mean, scale, _, _, ctx.activation = inputs
         # The sign of y tells where the activation was flat; without one y need not be kept.
-        ctx.save_for_backward(x, x if ctx.activation == "none" else y, mean, scale)
+        ctx.save_for_backward(x, x if ctx.activation == "none" else output, mean, scale)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, y, mean, scale = ctx.saved_tensors

@@ -6,98 +6,86 @@
 namespace hne {
 namespace {
 
-// Rows of a task: a multiple of every tile height, small enough for its features to stay in the second cache.
-constexpr int64_t kRows = 120;
 constexpr int64_t kFewChannels = 8;  // below: an image rather than features
 
 }  // namespace
 
 template <typename T>
-void convolve_packed(const Geometry& g, const T* x, const T* packed, const T* bias, Clamp<T> clamp, T* out) {
-  const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kRows);
+void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const T* bias, Clamp<T> clamp, T* out,
+                     const Written& written) {
+  const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kBlockRows);
   const int64_t tap_size = g.in_channels * kPanel, panel_stride = g.taps() * tap_size;
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
   const int64_t line_size = g.kernel_size * g.in_channels;
-  const bool by_lines = g.in_channels < kFewChannels;
+  const bool by_lines = g.in_channels < kFewChannels && !x.computed();
   const std::vector<T> zeros(line_size, T(0));
   parallel_tasks(g.branches * chunks, [&](int64_t task) {
-    const int64_t branch = task / chunks, first = task % chunks * kRows, count = std::min(kRows, total - first);
-    const T* branch_x = x + branch / g.replicate * g.batch * g.pixels() * g.in_channels;
+    const int64_t branch = task / chunks, first = task % chunks * kBlockRows;
+    const int64_t count = std::min(kBlockRows, total - first), parent = branch / g.replicate;
+    const T* branch_x = x.x + parent * g.batch * g.pixels() * g.in_channels;
     const T* branch_weight = packed + branch * branch_size;
-    const T** rows = scratch<const T*>(0, g.taps() * kRows);
-    T** out_rows = scratch<T*>(1, kRows);
+    const T** rows = scratch<const T*>(0, g.taps() * kBlockRows);
+    T** out_rows = scratch<T*>(1, kBlockRows);
     Tap<T>* taps = scratch<Tap<T>>(2, g.taps());
     for (int64_t m = 0; m < count; ++m) out_rows[m] = out + (branch * total + first + m) * g.out_channels;
     if (by_lines) {
-      gather_lines(g, branch_x, zeros.data(), first, count, scratch<T>(3, kRows * g.kernel_size * line_size), rows,
-                   kRows);
+      gather_lines(g, branch_x, zeros.data(), first, count, scratch<T>(3, kBlockRows * g.kernel_size * line_size), rows,
+                   kBlockRows);
       for (int64_t ky = 0; ky < g.kernel_size; ++ky)
-        taps[ky] = {rows + ky * kRows, branch_weight + ky * line_size * kPanel, panel_stride, line_size};
+        taps[ky] = {rows + ky * kBlockRows, branch_weight + ky * line_size * kPanel, panel_stride, line_size};
     } else {
-      gather_rows(g, branch_x, zeros.data(), first, count, rows, kRows);
+      if (g.pointwise()) {
+        const T* block = x.read(parent, first, count, scratch<T>(4, kBlockRows * g.in_channels));
+        for (int64_t m = 0; m < count; ++m) rows[m] = block + m * g.in_channels;
+      } else {
+        gather_rows(g, branch_x, zeros.data(), first, count, rows, kBlockRows);
+      }
       for (int64_t t = 0; t < g.taps(); ++t)
-        taps[t] = {rows + t * kRows, branch_weight + t * tap_size, panel_stride, g.in_channels};
+        taps[t] = {rows + t * kBlockRows, branch_weight + t * tap_size, panel_stride, g.in_channels};
     }
     const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels : nullptr;
     kernels<T>().gemm(
         {taps, by_lines ? g.kernel_size : g.taps(), count, g.out_channels, out_rows, branch_bias, nullptr, clamp});
+    if (written) written(branch, first, count);
   });
 }
 
-template void convolve_packed(const Geometry&, const float*, const float*, const float*, Clamp<float>, float*);
-template void convolve_packed(const Geometry&, const double*, const double*, const double*, Clamp<double>, double*);
+template <typename T>
+void convolve(const Geometry& g, const Map<T>& x, const Tensor& weight, const T* bias, T* out, const Written& written) {
+  const int64_t panel_stride = g.taps() * g.in_channels * kPanel;
+  const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
+  const Tensor packed = torch::stable::new_empty(weight, {g.branches * branch_size});
+  parallel_tasks(g.branches, [&](int64_t branch) {
+    pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.out_channels, g.in_channels, g.taps(),
+         g.in_channels * g.taps(), g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
+  });
+  Tensor hold = weight;  // a window of several pixels would compute each of them again and again
+  const Map<T> source = g.pointwise() ? x : in_memory(x, g.parents, hold);
+  convolve_packed(g, source, data<T>(packed), bias, Clamp<T>{}, out, written);
+}
 
 namespace {
-
-Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, int64_t stride,
-                     int64_t padding, int64_t replicate) {
-  STD_TORCH_CHECK(weight_in.dim() == 5, "weight: expected 5 dimensions");
-  const Geometry g =
-      forward_geometry(x_in, weight_in.size(0), weight_in.size(1), weight_in.size(3), stride, padding, replicate);
-  check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
-  check_kind("x", x_in, x_in);
-  check_kind("weight", weight_in, x_in);
-  if (bias_in.has_value()) {
-    check_shape("bias", *bias_in, {g.branches, g.out_channels});
-    check_kind("bias", *bias_in, x_in);
-  }
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
-  const std::optional<Tensor> bias = contiguous(widen(bias_in));
-  Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
-  dispatch(x, [&](auto type) {
-    using T = decltype(type);
-    const int64_t panel_stride = g.taps() * g.in_channels * kPanel;
-    const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
-    const Tensor packed = torch::stable::new_empty(weight, {g.branches * branch_size});
-    parallel_tasks(g.branches, [&](int64_t branch) {
-      pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.out_channels, g.in_channels,
-           g.taps(), g.in_channels * g.taps(), g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
-    });
-    convolve_packed(g, data<T>(x), data<T>(packed), data<T>(bias), Clamp<T>{}, mutable_data<T>(out));
-  });
-  return round_to(out, x_in.scalar_type());
-}
 
 // Input pixels of one phase (iy % stride, ix % stride) meet the same taps of the kernel; every phase is a
 // product of its own, over the taps of all children of the parent.
 template <typename T>
-void convolve_input(const Geometry& g, const T* grad, const T* packed, T* out) {
+void convolve_input_packed(const Geometry& g, const Map<T>& grad, const T* packed, T* out, const Written& written) {
   const int64_t s = g.stride, tap_size = g.out_channels * kPanel;
   const int64_t panel_stride = g.replicate * g.taps() * tap_size;
   const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
   const std::vector<T> zeros(g.out_channels, T(0));
   const int64_t phase_height = ceil_div(g.height, s), phase_width = ceil_div(g.width, s);
-  const int64_t chunks = ceil_div(g.batch * phase_height * phase_width, kRows);
+  const int64_t chunks = ceil_div(g.batch * phase_height * phase_width, kBlockRows);
   parallel_tasks(g.parents * s * s * chunks, [&](int64_t task) {
     const int64_t parent = task / (s * s * chunks), phase = task / chunks % (s * s), chunk = task % chunks;
     const int64_t py = phase / s, px = phase % s;
     const int64_t height = ceil_div(g.height - py, s), width = ceil_div(g.width - px, s);  // of this phase
     if (height <= 0 || width <= 0) return;
-    const int64_t first = chunk * kRows, count = std::min(kRows, g.batch * height * width - first);
+    const int64_t first = chunk * kBlockRows, count = std::min(kBlockRows, g.batch * height * width - first);
     if (count <= 0) return;
     const int64_t children = std::min(g.replicate, g.branches - parent * g.replicate);
-    const T** rows = scratch<const T*>(0, g.replicate * g.taps() * kRows);
-    T** out_rows = scratch<T*>(1, kRows);
+    const T** rows = scratch<const T*>(0, g.replicate * g.taps() * kBlockRows);
+    T** out_rows = scratch<T*>(1, kBlockRows);
     Tap<T>* taps = scratch<Tap<T>>(2, g.replicate * g.taps());
     int64_t used = 0;
     for (int64_t child = 0; child < children; ++child) {
@@ -105,15 +93,22 @@ void convolve_input(const Geometry& g, const T* grad, const T* packed, T* out) {
       for (int64_t ky = (py + g.padding) % s; ky < g.kernel_size; ky += s)
         for (int64_t kx = (px + g.padding) % s; kx < g.kernel_size; kx += s, ++used) {
           const int64_t tap = child * g.taps() + ky * g.kernel_size + kx;
-          taps[used] = {rows + used * kRows, packed + parent * parent_size + tap * tap_size, panel_stride,
+          taps[used] = {rows + used * kBlockRows, packed + parent * parent_size + tap * tap_size, panel_stride,
                         g.out_channels};
+          if (grad.computed()) {
+            const T* block = grad.read(
+                branch, first, count,
+                scratch<T>(4, g.replicate * kBlockRows * g.out_channels) + child * kBlockRows * g.out_channels);
+            for (int64_t m = 0; m < count; ++m) rows[used * kBlockRows + m] = block + m * g.out_channels;
+            continue;
+          }
           const int64_t down = (py + g.padding - ky) / s, right = (px + g.padding - kx) / s;  // no remainder
           PixelWalk in(height, width, first);
           for (int64_t m = 0; m < count; ++m, in.next()) {
             const int64_t oy = in.y + down, ox = in.x + right;
             const bool inside = oy >= 0 && ox >= 0 && oy < g.out_height && ox < g.out_width;
-            rows[used * kRows + m] =
-                inside ? grad + ((branch * g.batch + in.b) * g.out_pixels() + oy * g.out_width + ox) * g.out_channels
+            rows[used * kBlockRows + m] =
+                inside ? grad.x + ((branch * g.batch + in.b) * g.out_pixels() + oy * g.out_width + ox) * g.out_channels
                        : zeros.data();
           }
         }
@@ -124,40 +119,41 @@ void convolve_input(const Geometry& g, const T* grad, const T* packed, T* out) {
       out_rows[m] = out + ((parent * g.batch + in.b) * g.pixels() + iy * g.width + ix) * g.in_channels;
     }
     kernels<T>().gemm({taps, used, count, g.in_channels, out_rows, nullptr, nullptr, Clamp<T>{}});
+    if (written && s == 1) written(parent, first, count);
+  });
+  if (!written || s == 1) return;
+  const int64_t blocks = ceil_div(g.batch * g.pixels(), kBlockRows);  // the phases lie between each other
+  parallel_tasks(g.parents * blocks, [&](int64_t task) {
+    const int64_t first = task % blocks * kBlockRows;
+    written(task / blocks, first, std::min(kBlockRows, g.batch * g.pixels() - first));
   });
 }
 
-Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_in, int64_t height, int64_t width,
-                                    int64_t stride, int64_t padding, int64_t replicate) {
-  STD_TORCH_CHECK(weight_in.dim() == 5, "weight: expected 5 dimensions");
-  const Geometry g =
-      backward_geometry(grad_in, weight_in.size(2), height, width, weight_in.size(3), stride, padding, replicate);
-  check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
-  check_kind("grad", grad_in, grad_in);
-  check_kind("weight", weight_in, grad_in);
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = torch::stable::contiguous(widen(weight_in));
-  Tensor out = torch::stable::new_empty(grad, {g.parents, g.batch, height, width, g.in_channels});
-  dispatch(grad, [&](auto type) {
-    using T = decltype(type);
-    const int64_t child_size = g.taps() * g.out_channels * kPanel, panel_stride = g.replicate * child_size;
-    const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
-    const Tensor packed = torch::stable::new_empty(weight, {g.parents * parent_size});
-    parallel_tasks(g.branches, [&](int64_t branch) {
-      pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.in_channels, g.out_channels,
-           g.taps(), g.taps(), g.in_channels * g.taps(), panel_stride,
-           mutable_data<T>(packed) + branch / g.replicate * parent_size + branch % g.replicate * child_size);
-    });
-    convolve_input(g, data<T>(grad), data<T>(packed), mutable_data<T>(out));
+}  // namespace
+
+template <typename T>
+void convolve_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
+  const int64_t child_size = g.taps() * g.out_channels * kPanel, panel_stride = g.replicate * child_size;
+  const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
+  const Tensor packed = torch::stable::new_empty(weight, {g.parents * parent_size});
+  parallel_tasks(g.branches, [&](int64_t branch) {
+    pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.in_channels, g.out_channels, g.taps(),
+         g.taps(), g.in_channels * g.taps(), panel_stride,
+         mutable_data<T>(packed) + branch / g.replicate * parent_size + branch % g.replicate * child_size);
   });
-  return round_to(out, grad_in.scalar_type());
+  Tensor hold = weight;
+  const Map<T> source = g.pointwise() ? grad : in_memory(grad, g.branches, hold);
+  convolve_input_packed(g, source, data<T>(packed), out, written);
 }
+
+namespace {
 
 // The gradient of the weights as a matrix per tap, [out][in]; for an image one of all taps, [tap][in][out].
 struct WeightSums {
   bool by_lines;
   int64_t matrices, size;  // of a branch
-  explicit WeightSums(const Geometry& g)
-      : by_lines(g.in_channels < kFewChannels),
+  WeightSums(const Geometry& g, bool x_computed)
+      : by_lines(g.in_channels < kFewChannels && !x_computed),
         matrices(by_lines ? 1 : g.taps()),
         size(g.out_channels * g.in_channels * (by_lines ? g.taps() : 1)) {}
 };
@@ -165,28 +161,36 @@ struct WeightSums {
 // A task sums a share of the rows into a matrix of its own; the shares are then added in order, so the result
 // does not depend on which thread did what.
 template <typename T>
-void convolve_weight(const Geometry& g, const T* grad, const T* x, T* partial, int64_t shares, T* out) {
-  const WeightSums sums(g);
-  const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kRows);
+void convolve_weight_shares(const Geometry& g, const Map<T>& grad, const Map<T>& x, T* partial, int64_t shares,
+                            T* out) {
+  const WeightSums sums(g, x.computed());
+  const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kBlockRows);
   const int64_t line_size = g.kernel_size * g.in_channels;
   const std::vector<T> zeros(line_size, T(0));
   parallel_tasks(g.branches * sums.matrices * shares, [&](int64_t task) {
     const int64_t branch = task / (sums.matrices * shares), tap = task / shares % sums.matrices, share = task % shares;
     T* sum = partial + task * sums.size;
     std::fill(sum, sum + sums.size, T(0));
-    const T** grad_rows = scratch<const T*>(0, kRows);
-    const T** x_rows = scratch<const T*>(1, g.kernel_size * kRows);
-    T* edges = scratch<T>(3, sums.by_lines ? kRows * g.kernel_size * line_size : 0);
-    const T* branch_grad = grad + branch * total * g.out_channels;
-    const T* branch_x = x + branch / g.replicate * g.batch * g.pixels() * g.in_channels;
+    const T** grad_rows = scratch<const T*>(0, kBlockRows);
+    const T** x_rows = scratch<const T*>(1, g.kernel_size * kBlockRows);
+    T* edges = scratch<T>(3, sums.by_lines ? kBlockRows * g.kernel_size * line_size : 0);
+    const int64_t parent = branch / g.replicate;
+    const T* branch_x = x.x + parent * g.batch * g.pixels() * g.in_channels;
     const int64_t ky = tap / g.kernel_size, kx = tap % g.kernel_size;
     for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
-      const int64_t first = chunk * kRows, count = std::min(kRows, total - first);
-      for (int64_t m = 0; m < count; ++m) grad_rows[m] = branch_grad + (first + m) * g.out_channels;
+      const int64_t first = chunk * kBlockRows, count = std::min(kBlockRows, total - first);
+      const T* block = grad.read(branch, first, count, scratch<T>(4, kBlockRows * g.out_channels));
+      for (int64_t m = 0; m < count; ++m) grad_rows[m] = block + m * g.out_channels;
+      if (x.computed()) {
+        block = x.read(parent, first, count, scratch<T>(5, kBlockRows * g.in_channels));
+        for (int64_t m = 0; m < count; ++m) x_rows[m] = block + m * g.in_channels;
+        kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sum});
+        continue;
+      }
       if (sums.by_lines) {
-        gather_lines(g, branch_x, zeros.data(), first, count, edges, x_rows, kRows);
+        gather_lines(g, branch_x, zeros.data(), first, count, edges, x_rows, kBlockRows);
         for (int64_t line = 0; line < g.kernel_size; ++line)
-          kernels<T>().outer({x_rows + line * kRows, grad_rows, count, line_size, g.out_channels,
+          kernels<T>().outer({x_rows + line * kBlockRows, grad_rows, count, line_size, g.out_channels,
                               sum + line * line_size * g.out_channels});
         continue;
       }
@@ -215,6 +219,72 @@ void convolve_weight(const Geometry& g, const T* grad, const T* x, T* partial, i
   });
 }
 
+}  // namespace
+
+template <typename T>
+void convolve_weight(const Geometry& g, const Map<T>& grad_in, const Map<T>& x_in, const Tensor& out) {
+  Tensor hold_grad = out, hold_x = out;
+  const Map<T> x = g.pointwise() ? x_in : in_memory(x_in, g.parents, hold_x);
+  const WeightSums sums(g, x.computed());
+  const Map<T> grad = sums.matrices == 1 ? grad_in : in_memory(grad_in, g.branches, hold_grad);
+  const int64_t threads = torch::stable::get_num_threads(), matrices = g.branches * sums.matrices;
+  const int64_t chunks = ceil_div(g.batch * g.out_pixels(), kBlockRows);
+  const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
+  const bool direct = sums.matrices == 1 && shares == 1 && !sums.by_lines;  // the one sum is the result
+  const Tensor partial = direct ? out : torch::stable::new_empty(out, {matrices * shares * sums.size});
+  convolve_weight_shares(g, grad, x, mutable_data<T>(partial), shares, mutable_data<T>(out));
+}
+
+#define HNE_INSTANTIATE(T)                                                                                         \
+  template void convolve_packed(const Geometry&, const Map<T>&, const T*, const T*, Clamp<T>, T*, const Written&); \
+  template void convolve(const Geometry&, const Map<T>&, const Tensor&, const T*, T*, const Written&);             \
+  template void convolve_input(const Geometry&, const Map<T>&, const Tensor&, T*, const Written&);                 \
+  template void convolve_weight(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&);
+HNE_INSTANTIATE(float)
+HNE_INSTANTIATE(double)
+#undef HNE_INSTANTIATE
+
+namespace {
+
+Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in, int64_t stride,
+                     int64_t padding, int64_t replicate) {
+  STD_TORCH_CHECK(weight_in.dim() == 5, "weight: expected 5 dimensions");
+  const Geometry g =
+      forward_geometry(x_in, weight_in.size(0), weight_in.size(1), weight_in.size(3), stride, padding, replicate);
+  check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
+  check_kind("x", x_in, x_in);
+  check_kind("weight", weight_in, x_in);
+  if (bias_in.has_value()) {
+    check_shape("bias", *bias_in, {g.branches, g.out_channels});
+    check_kind("bias", *bias_in, x_in);
+  }
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const std::optional<Tensor> bias = contiguous(widen(bias_in));
+  Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    convolve<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, weight, data<T>(bias), mutable_data<T>(out));
+  });
+  return round_to(out, x_in.scalar_type());
+}
+
+Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_in, int64_t height, int64_t width,
+                                    int64_t stride, int64_t padding, int64_t replicate) {
+  STD_TORCH_CHECK(weight_in.dim() == 5, "weight: expected 5 dimensions");
+  const Geometry g =
+      backward_geometry(grad_in, weight_in.size(2), height, width, weight_in.size(3), stride, padding, replicate);
+  check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
+  check_kind("grad", grad_in, grad_in);
+  check_kind("weight", weight_in, grad_in);
+  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = torch::stable::contiguous(widen(weight_in));
+  Tensor out = torch::stable::new_empty(grad, {g.parents, g.batch, height, width, g.in_channels});
+  dispatch(grad, [&](auto type) {
+    using T = decltype(type);
+    convolve_input<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels}, weight, mutable_data<T>(out));
+  });
+  return round_to(out, grad_in.scalar_type());
+}
+
 Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, int64_t kernel_size, int64_t stride,
                                      int64_t padding, int64_t replicate) {
   STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
@@ -227,14 +297,8 @@ Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, 
   Tensor out = torch::stable::new_empty(grad, {g.branches, g.out_channels, g.in_channels, kernel_size, kernel_size});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
-    const WeightSums sums(g);
-    const int64_t threads = torch::stable::get_num_threads(), matrices = g.branches * sums.matrices;
-    const int64_t chunks = ceil_div(g.batch * g.out_pixels(), kRows);
-    const int64_t shares =
-        std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
-    const bool direct = sums.matrices == 1 && shares == 1 && !sums.by_lines;  // the one sum is the result
-    const Tensor partial = direct ? out : torch::stable::new_empty(grad, {matrices * shares * sums.size});
-    convolve_weight(g, data<T>(grad), data<T>(x), mutable_data<T>(partial), shares, mutable_data<T>(out));
+    convolve_weight<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels},
+                       {data<T>(x), g.batch * g.pixels(), g.in_channels}, out);
   });
   return round_to(out, grad_in.scalar_type());
 }

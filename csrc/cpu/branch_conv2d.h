@@ -1,7 +1,8 @@
-// Packed weights and the convolution with them: what branch_conv2d, fused_conv2d and prefix_logits share.
+// The dense convolution, its two gradients, and packed weights: what the ops made of them share.
 #pragma once
 
 #include "convolution.h"
+#include "map.h"
 
 namespace hne {
 
@@ -21,8 +22,27 @@ void pack(const T* weight, int64_t channels, int64_t depth, int64_t taps, int64_
     }
 }
 
-// out = clamp(conv(x, packed) + bias): packed is [branch][panel][tap][in_channels][kPanel], bias may be null.
+// Rows of a task, written together: a multiple of every tile height, small enough for its features to stay in the
+// second cache.
+constexpr int64_t kBlockRows = 120;
+
+// out = clamp(conv(x, packed) + bias): packed is [branch][panel][tap][in_channels][kPanel], bias may be null. Where x
+// is computed, the kernel is a single pixel that steps to every pixel.
 template <typename T>
-void convolve_packed(const Geometry& g, const T* x, const T* packed, const T* bias, Clamp<T> clamp, T* out);
+void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const T* bias, Clamp<T> clamp, T* out,
+                     const Written& written = {});
+
+// out = conv(x, weight) + bias
+template <typename T>
+void convolve(const Geometry& g, const Map<T>& x, const Tensor& weight, const T* bias, T* out,
+              const Written& written = {});
+
+// The gradient of x, from that of the output.
+template <typename T>
+void convolve_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written = {});
+
+// The gradient of the weight; `out` is [branch][out_channels][in_channels][k][k].
+template <typename T>
+void convolve_weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out);
 
 }  // namespace hne

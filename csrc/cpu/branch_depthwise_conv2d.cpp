@@ -1,5 +1,5 @@
 // Depthwise branch convolution and its two gradients, a row of pixels at a time.
-#include "convolution.h"
+#include "branch_depthwise_conv2d.h"
 
 namespace hne {
 namespace {
@@ -17,6 +17,133 @@ Tensor channels_last(const Tensor& weight, int64_t taps, bool flip) {
         to[(branch * taps + tap) * channels + c] = from[(branch * channels + c) * taps + (flip ? taps - 1 - tap : tap)];
   return out;
 }
+
+// Rows of pixels of a sample, in memory or computed once each: the last kernel_size of them are kept.
+template <typename T>
+class Rows {
+ public:
+  Rows(const Map<T>& map, int64_t branch, int64_t first, int64_t width, int64_t kept, int slot)
+      : map_(map), branch_(branch), first_(first), width_(width), kept_(kept) {
+    if (!map.computed()) return;
+    memory_ = scratch<T>(slot, kept * width * map.channels);
+    held_.assign(kept, -1);
+  }
+
+  const T* operator[](int64_t row) {
+    T* memory = memory_ + row % kept_ * width_ * map_.channels;
+    if (map_.computed() && std::exchange(held_[row % kept_], row) == row) return memory;
+    return map_.read(branch_, first_ + row * width_, width_, memory);
+  }
+
+ private:
+  const Map<T>& map_;
+  int64_t branch_, first_, width_, kept_;
+  T* memory_ = nullptr;
+  std::vector<int64_t> held_;
+};
+
+}  // namespace
+
+template <typename T>
+void filter(const Geometry& g, const Map<T>& x, const Tensor& weight, const T* bias, T* out, const Written& written) {
+  const Tensor filters = channels_last<T>(weight, g.taps(), false);
+  const int64_t channels = g.in_channels;
+  const std::vector<T> zeros(g.width * channels, T(0));
+  parallel_tasks(g.branches * g.batch, [&](int64_t task) {
+    const int64_t branch = task / g.batch, b = task % g.batch;
+    Rows<T> sample(x, branch / g.replicate, b * g.pixels(), g.width, g.kernel_size, 4);
+    T* out_sample = out + task * g.out_pixels() * channels;
+    const T** rows = scratch<const T*>(0, g.kernel_size);
+    for (int64_t oy = 0; oy < g.out_height; ++oy) {
+      for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
+        const int64_t iy = oy * g.stride + ky - g.padding;
+        rows[ky] = iy >= 0 && iy < g.height ? sample[iy] : zeros.data();
+      }
+      const T* branch_bias = bias != nullptr ? bias + branch * channels : nullptr;
+      kernels<T>().depthwise_row({rows, data<T>(filters) + branch * g.taps() * channels, branch_bias,
+                                  out_sample + oy * g.out_width * channels, g.width, g.out_width, channels,
+                                  g.kernel_size, g.stride, g.padding, false, Clamp<T>{}});
+    }
+    if (written) written(branch, b * g.out_pixels(), g.out_pixels());
+  });
+}
+
+template <typename T>
+void filter_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
+  // With stride 1 it is the convolution of the gradient with the flipped filter, padded to the full overlap.
+  const bool correlate = g.stride == 1 && g.padding < g.kernel_size;
+  const Tensor filters = channels_last<T>(weight, g.taps(), correlate);
+  const int64_t channels = g.in_channels, k = g.kernel_size, size = g.pixels() * channels;
+  const std::vector<T> zeros(g.out_width * channels, T(0));
+  parallel_tasks(g.parents * g.batch, [&](int64_t task) {
+    const int64_t parent = task / g.batch, b = task % g.batch;
+    const T** rows = scratch<const T*>(0, k);
+    T* out_sample = out + task * size;
+    if (!correlate) std::fill(out_sample, out_sample + size, T(0));
+    const int64_t last = std::min(g.branches, (parent + 1) * g.replicate);
+    for (int64_t branch = parent * g.replicate; branch < last; ++branch) {
+      Rows<T> sample(grad, branch, b * g.out_pixels(), g.out_width, k, 4);
+      const T* filter = data<T>(filters) + branch * g.taps() * channels;
+      for (int64_t iy = 0; iy < g.height; ++iy) {
+        T* out_row = out_sample + iy * g.width * channels;
+        for (int64_t ky = 0; ky < k; ++ky) {
+          const int64_t dy = iy + g.padding - (correlate ? k - 1 - ky : ky);
+          const bool inside = dy >= 0 && dy % g.stride == 0 && dy / g.stride < g.out_height;
+          rows[ky] = inside ? sample[dy / g.stride] : correlate ? zeros.data() : nullptr;
+        }
+        if (correlate)
+          kernels<T>().depthwise_row({rows, filter, nullptr, out_row, g.out_width, g.width, channels, k, 1,
+                                      k - 1 - g.padding, branch > parent * g.replicate, Clamp<T>{}});
+        else
+          kernels<T>().depthwise_input_row(
+              {rows, filter, out_row, g.width, g.out_width, channels, k, g.stride, g.padding});
+      }
+    }
+    if (written) written(parent, b * g.pixels(), g.pixels());
+  });
+}
+
+template <typename T>
+void filter_weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out) {
+  const int64_t channels = g.in_channels, size = g.taps() * channels;
+  // Sums per sample, added over the batch in order: the same for any number of threads.
+  const Tensor partial = torch::stable::new_empty(out, {g.branches * g.batch, size});
+  parallel_tasks(g.branches * g.batch, [&](int64_t task) {
+    const int64_t branch = task / g.batch, b = task % g.batch;
+    Rows<T> sample(x, branch / g.replicate, b * g.pixels(), g.width, g.kernel_size, 4);
+    Rows<T> grad_sample(grad, branch, b * g.out_pixels(), g.out_width, 1, 5);
+    T* sum = mutable_data<T>(partial) + task * size;
+    std::fill(sum, sum + size, T(0));
+    const T** rows = scratch<const T*>(0, g.kernel_size);
+    for (int64_t oy = 0; oy < g.out_height; ++oy) {
+      for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
+        const int64_t iy = oy * g.stride + ky - g.padding;
+        rows[ky] = iy >= 0 && iy < g.height ? sample[iy] : nullptr;
+      }
+      kernels<T>().depthwise_weight_row(
+          {grad_sample[oy], rows, sum, g.width, g.out_width, channels, g.kernel_size, g.stride, g.padding});
+    }
+  });
+  parallel_tasks(g.branches, [&](int64_t branch) {
+    T* sum = scratch<T>(0, size);
+    std::fill(sum, sum + size, T(0));
+    for (int64_t b = 0; b < g.batch; ++b)
+      kernels<T>().add_scaled(sum, data<T>(partial) + (branch * g.batch + b) * size, T(1), size);
+    T* weight = mutable_data<T>(out) + branch * size;
+    for (int64_t tap = 0; tap < g.taps(); ++tap)
+      for (int64_t c = 0; c < channels; ++c) weight[c * g.taps() + tap] = sum[tap * channels + c];
+  });
+}
+
+#define HNE_INSTANTIATE(T)                                                                           \
+  template void filter(const Geometry&, const Map<T>&, const Tensor&, const T*, T*, const Written&); \
+  template void filter_input(const Geometry&, const Map<T>&, const Tensor&, T*, const Written&);     \
+  template void filter_weight(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&);
+HNE_INSTANTIATE(float)
+HNE_INSTANTIATE(double)
+#undef HNE_INSTANTIATE
+
+namespace {
 
 Geometry check_forward(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t replicate) {
   STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions");
@@ -39,25 +166,7 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
   Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Tensor filters = channels_last<T>(weight, g.taps(), false);
-    const int64_t channels = g.in_channels, row_size = g.width * channels;
-    const std::vector<T> zeros(row_size, T(0));
-    parallel_tasks(g.branches * g.batch, [&](int64_t task) {
-      const int64_t branch = task / g.batch, b = task % g.batch;
-      const T* sample = data<T>(x) + (branch / g.replicate * g.batch + b) * g.height * row_size;
-      T* out_sample = mutable_data<T>(out) + task * g.out_pixels() * channels;
-      const T** rows = scratch<const T*>(0, g.kernel_size);
-      for (int64_t oy = 0; oy < g.out_height; ++oy) {
-        for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
-          const int64_t iy = oy * g.stride + ky - g.padding;
-          rows[ky] = iy >= 0 && iy < g.height ? sample + iy * row_size : zeros.data();
-        }
-        const T* branch_bias = bias.has_value() ? data<T>(bias) + branch * channels : nullptr;
-        kernels<T>().depthwise_row({rows, data<T>(filters) + branch * g.taps() * channels, branch_bias,
-                                    out_sample + oy * g.out_width * channels, g.width, g.out_width, channels,
-                                    g.kernel_size, g.stride, g.padding, false, Clamp<T>{}});
-      }
-    });
+    filter<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, weight, data<T>(bias), mutable_data<T>(out));
   });
   return round_to(out, x_in.scalar_type());
 }
@@ -75,35 +184,7 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
   Tensor out = torch::stable::new_empty(grad, {g.parents, g.batch, height, width, g.in_channels});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
-    // With stride 1 it is the convolution of the gradient with the flipped filter, padded to the full overlap.
-    const bool correlate = stride == 1 && padding < g.kernel_size;
-    const Tensor filters = channels_last<T>(weight, g.taps(), correlate);
-    const int64_t channels = g.in_channels, row_size = g.out_width * channels, k = g.kernel_size;
-    const std::vector<T> zeros(row_size, T(0));
-    parallel_tasks(g.parents * g.batch, [&](int64_t task) {
-      const int64_t parent = task / g.batch, b = task % g.batch;
-      const T** rows = scratch<const T*>(0, k);
-      T* out_sample = mutable_data<T>(out) + task * height * width * channels;
-      if (!correlate) std::fill(out_sample, out_sample + height * width * channels, T(0));
-      const int64_t last = std::min(g.branches, (parent + 1) * g.replicate);
-      for (int64_t branch = parent * g.replicate; branch < last; ++branch) {
-        const T* sample = data<T>(grad) + (branch * g.batch + b) * g.out_height * row_size;
-        const T* filter = data<T>(filters) + branch * g.taps() * channels;
-        for (int64_t iy = 0; iy < height; ++iy) {
-          T* out_row = out_sample + iy * width * channels;
-          for (int64_t ky = 0; ky < k; ++ky) {
-            const int64_t dy = iy + g.padding - (correlate ? k - 1 - ky : ky);
-            const bool inside = dy >= 0 && dy % stride == 0 && dy / stride < g.out_height;
-            rows[ky] = inside ? sample + dy / stride * row_size : correlate ? zeros.data() : nullptr;
-          }
-          if (correlate)
-            kernels<T>().depthwise_row({rows, filter, nullptr, out_row, g.out_width, width, channels, k, 1,
-                                        k - 1 - padding, branch > parent * g.replicate, Clamp<T>{}});
-          else
-            kernels<T>().depthwise_input_row({rows, filter, out_row, width, g.out_width, channels, k, stride, padding});
-        }
-      }
-    });
+    filter_input<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels}, weight, mutable_data<T>(out));
   });
   return round_to(out, grad_in.scalar_type());
 }
@@ -121,34 +202,8 @@ Tensor branch_depthwise_conv2d_backward_weight(const Tensor& grad_in, const Tens
   Tensor out = torch::stable::new_empty(grad, {g.branches, g.in_channels, kernel_size, kernel_size});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
-    const int64_t channels = g.in_channels, row_size = g.width * channels, filter = g.taps() * channels;
-    // Sums per sample, added over the batch in order: the same for any number of threads.
-    const Tensor partial = torch::stable::new_empty(grad, {g.branches * g.batch, filter});
-    parallel_tasks(g.branches * g.batch, [&](int64_t task) {
-      const int64_t branch = task / g.batch, b = task % g.batch;
-      const T* sample = data<T>(x) + (branch / g.replicate * g.batch + b) * g.height * row_size;
-      const T* grad_sample = data<T>(grad) + task * g.out_pixels() * channels;
-      T* sum = mutable_data<T>(partial) + task * filter;
-      std::fill(sum, sum + filter, T(0));
-      const T** rows = scratch<const T*>(0, g.kernel_size);
-      for (int64_t oy = 0; oy < g.out_height; ++oy) {
-        for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
-          const int64_t iy = oy * stride + ky - padding;
-          rows[ky] = iy >= 0 && iy < g.height ? sample + iy * row_size : nullptr;
-        }
-        kernels<T>().depthwise_weight_row({grad_sample + oy * g.out_width * channels, rows, sum, g.width, g.out_width,
-                                           channels, g.kernel_size, stride, padding});
-      }
-    });
-    parallel_tasks(g.branches, [&](int64_t branch) {
-      T* sum = scratch<T>(0, filter);
-      std::fill(sum, sum + filter, T(0));
-      for (int64_t b = 0; b < g.batch; ++b)
-        kernels<T>().add_scaled(sum, data<T>(partial) + (branch * g.batch + b) * filter, T(1), filter);
-      T* weight = mutable_data<T>(out) + branch * filter;
-      for (int64_t tap = 0; tap < g.taps(); ++tap)
-        for (int64_t c = 0; c < channels; ++c) weight[c * g.taps() + tap] = sum[tap * channels + c];
-    });
+    filter_weight<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels},
+                     {data<T>(x), g.batch * g.pixels(), g.in_channels}, out);
   });
   return round_to(out, grad_in.scalar_type());
 }

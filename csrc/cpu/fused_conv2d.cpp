@@ -19,7 +19,8 @@ Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& b
   Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    convolve_packed(g, data<T>(x), data<T>(weight), data<T>(bias), Clamp<T>::named(activation), mutable_data<T>(out));
+    convolve_packed<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, data<T>(weight), data<T>(bias),
+                       Clamp<T>::named(activation), mutable_data<T>(out));
   });
   return round_to(out, x_in.scalar_type());
 }

@@ -76,23 +76,23 @@ struct DepthwiseWeightRow {
   int64_t width, out_width, channels, kernel_size, stride, padding;
 };
 
-// Batch norm over `count` rows of `channels`; statistics are kept in double.
+// Normalisation of `count` rows of `channels`: value = (x - mean) * scale + shift (+ add).
 template <typename T>
 struct NormRows {
   const T* x;
-  const T* y;  // output of the forward pass, to know where the activation was flat
-  const T* grad;
-  const T* residual;  // or null
-  const T* mean;      // [channels]
-  const T* scale;     // [channels] weight / sqrt(var + eps)
-  const T* shift;     // [channels] forward: bias; backward: mean of the gradient
-  const T* slope;     // [channels] backward: mean of gradient * (x - mean), over var + eps
+  const T* mean;  // [channels], like the next two
+  const T* scale;
+  const T* shift;
+  const T* add;    // or null
+  Clamp<T> clamp;  // the activation
   T* out;
-  T* out_residual;  // gradient of the residual, or null
-  double* sums;     // [2][channels], added to
-  T* partial;       // [2][channels] of scratch memory
+  // The way back:
+  const T* grad;  // of the output
+  const T* y;     // the output, to know where the activation was flat; null: it is computed again
+  T* out_masked;  // gradient behind the activation, or null
+  double* sums;   // [2][channels], added to
+  T* partial;     // [2][channels] of scratch memory
   int64_t count, channels;
-  Clamp<T> clamp;
 };
 
 // Ensembles of one sample: prefix means over the members and the distillation loss.
@@ -113,10 +113,9 @@ struct Kernels {
   void (*depthwise_row)(const DepthwiseRow<T>&);
   void (*depthwise_input_row)(const DepthwiseInputRow<T>&);
   void (*depthwise_weight_row)(const DepthwiseWeightRow<T>&);
-  void (*norm_statistics)(const NormRows<T>&);
-  void (*norm_apply)(const NormRows<T>&);
-  void (*norm_backward_sums)(const NormRows<T>&);
-  void (*norm_backward_apply)(const NormRows<T>&);
+  void (*normalize)(const NormRows<T>&);
+  void (*normalize_backward)(const NormRows<T>&);
+  void (*moments)(const NormRows<T>&);
   void (*add_scaled)(T* out, const T* x, T scale, int64_t count);    // out += scale * x
   void (*store_scaled)(T* out, const T* x, T scale, int64_t count);  // out = scale * x
   double (*distill_sample)(const DistillSample<T>&);                 // the sample's loss

@@ -1,8 +1,8 @@
 // The kernels of one instruction set, gathered in its table. Included by portable.cpp, avx2.cpp, avx512.cpp.
-#include "../batch_norm.h"
 #include "../depthwise.h"
 #include "../distillation.h"
 #include "../gemm.h"
+#include "../normalize.h"
 
 namespace hne::HNE_ISA {
 
@@ -14,10 +14,9 @@ const Kernels<T>& table() {
       depthwise_row<T>,
       depthwise_input_row<T>,
       depthwise_weight_row<T>,
-      norm_statistics<T>,
-      norm_apply<T>,
-      norm_backward_sums<T>,
-      norm_backward_apply<T>,
+      normalize<T>,
+      normalize_backward<T>,
+      moments<T>,
       add_scaled<T>,
       store_scaled<T>,
       distill_sample<T>,

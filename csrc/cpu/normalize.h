@@ -1,4 +1,4 @@
-// Batch norm, residual sum and activation over rows of channels: one read of each operand per pass.
+// Normalisation, sum and activation over rows of channels, and what their gradient sums: one read of each operand.
 #pragma once
 
 #include "simd.h"
@@ -35,7 +35,7 @@ HNE_INLINE void sum_rows(const NormRows<T>& r, const F& f) {
 
 // sums[0] += x - shift, sums[1] += (x - shift)^2
 template <typename T>
-void norm_statistics(const NormRows<T>& r) {
+void moments(const NormRows<T>& r) {
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& square) {
     constexpr int W = decltype(width)::value;
     const Vec<T, W> x = load<W>(r.x + m * r.channels + c) - load<W>(r.shift + c);
@@ -44,57 +44,40 @@ void norm_statistics(const NormRows<T>& r) {
   });
 }
 
-// out = clamp((x - mean) * scale + shift + residual)
+// out = clamp((x - mean) * scale + shift + add)
 template <typename T>
-void norm_apply(const NormRows<T>& r) {
+void normalize(const NormRows<T>& r) {
   for_blocks<T>(r, [&](auto width, int64_t c, int64_t first, int64_t last) {
     constexpr int W = decltype(width)::value;
     const Vec<T, W> mean = load<W>(r.mean + c), scale = load<W>(r.scale + c), shift = load<W>(r.shift + c);
     for (int64_t m = first; m < last; ++m) {
       const int64_t at = m * r.channels + c;
       Vec<T, W> v = (load<W>(r.x + at) - mean) * scale + shift;
-      if (r.residual != nullptr) v += load<W>(r.residual + at);
+      if (r.add != nullptr) v += load<W>(r.add + at);
       store<W>(r.out + at, clamp(v, r.clamp));
     }
   });
 }
 
-// The gradient behind the activation: zero where y lies at an end of the clamp.
-template <int W, typename T>
-HNE_INLINE Vec<T, W> through_activation(const NormRows<T>& r, int64_t at) {
-  const Vec<T, W> grad = load<W>(r.grad + at);
-  if (!r.clamp.active()) return grad;
-  const Vec<T, W> y = load<W>(r.y + at), zero = {};
-  const Vec<T, W> low = splat<W>(r.clamp.low), high = splat<W>(r.clamp.high);
-  const Vec<T, W> above = y <= low ? zero : grad;
-  return y >= high ? zero : above;
-}
-
-// sums[0] += gradient, sums[1] += gradient * (x - mean); out_residual = gradient
+// masked = grad, zero where the activation was flat: at an end of the clamp
+// out = masked * scale, sums[0] += masked, sums[1] += masked * (x - mean)
 template <typename T>
-void norm_backward_sums(const NormRows<T>& r) {
+void normalize_backward(const NormRows<T>& r) {
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& product) {
     constexpr int W = decltype(width)::value;
     const int64_t at = m * r.channels + c;
-    const Vec<T, W> grad = through_activation<W>(r, at);
-    if (r.out_residual != nullptr) store<W>(r.out_residual + at, grad);
-    sum += grad;
-    product += grad * (load<W>(r.x + at) - load<W>(r.mean + c));
-  });
-}
-
-// out = scale * (gradient - shift - (x - mean) * slope)
-template <typename T>
-void norm_backward_apply(const NormRows<T>& r) {
-  for_blocks<T>(r, [&](auto width, int64_t c, int64_t first, int64_t last) {
-    constexpr int W = decltype(width)::value;
-    const Vec<T, W> mean = load<W>(r.mean + c), scale = load<W>(r.scale + c);
-    const Vec<T, W> shift = load<W>(r.shift + c), slope = load<W>(r.slope + c);
-    for (int64_t m = first; m < last; ++m) {
-      const int64_t at = m * r.channels + c;
-      const Vec<T, W> grad = through_activation<W>(r, at);
-      store<W>(r.out + at, (grad - shift - (load<W>(r.x + at) - mean) * slope) * scale);
+    const Vec<T, W> apart = load<W>(r.x + at) - load<W>(r.mean + c), scale = load<W>(r.scale + c);
+    Vec<T, W> masked = load<W>(r.grad + at);
+    if (r.clamp.active()) {
+      const Vec<T, W> y = r.y != nullptr ? load<W>(r.y + at) : apart * scale + load<W>(r.shift + c);
+      const Vec<T, W> zero = {}, low = splat<W>(r.clamp.low), high = splat<W>(r.clamp.high);
+      masked = y <= low ? zero : masked;
+      masked = y >= high ? zero : masked;
     }
+    if (r.out_masked != nullptr) store<W>(r.out_masked + at, masked);
+    store<W>(r.out + at, masked * scale);
+    sum += masked;
+    product += masked * apart;
   });
 }
 

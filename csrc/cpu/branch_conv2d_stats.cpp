@@ -1,0 +1,42 @@
+// Branch convolution of a map that is normalised as it is read, with the statistics of what is written.
+#include "branch_conv2d.h"
+#include "unit.h"
+
+namespace hne {
+namespace {
+
+struct Dense {
+  static Geometry geometry(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t replicate) {
+    STD_TORCH_CHECK(weight.dim() == 5, "weight: expected 5 dimensions");
+    const Geometry g = forward_geometry(x, weight.size(0), weight.size(1), weight.size(3), stride, padding, replicate);
+    check_shape("weight", weight, weight_shape(g));
+    return g;
+  }
+  static std::vector<int64_t> weight_shape(const Geometry& g) {
+    return {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size};
+  }
+  static int64_t block_rows(int64_t) { return kBlockRows; }
+
+  template <typename T>
+  static void forward(const Geometry& g, const Map<T>& x, const Tensor& weight, T* out, const Written& written) {
+    convolve<T>(g, x, weight, nullptr, out, written);
+  }
+  template <typename T>
+  static void input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
+    convolve_input(g, grad, weight, out, written);
+  }
+  template <typename T>
+  static void weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out) {
+    convolve_weight(g, grad, x, out);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
+  m.impl("branch_conv2d_stats", TORCH_BOX(&Unit<Dense>::forward));
+  m.impl("branch_conv2d_stats_backward_input", TORCH_BOX(&Unit<Dense>::backward_input));
+  m.impl("branch_conv2d_stats_backward_weight", TORCH_BOX(&Unit<Dense>::backward_weight));
+}
+
+}  // namespace hne

@@ -1,0 +1,43 @@
+// Depthwise branch convolution of a map that is normalised as it is read, with the statistics of what is written.
+#include "branch_depthwise_conv2d.h"
+#include "unit.h"
+
+namespace hne {
+namespace {
+
+struct Depthwise {
+  static Geometry geometry(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t replicate) {
+    STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions");
+    const Geometry g = forward_geometry(x, weight.size(0), weight.size(1), weight.size(2), stride, padding, replicate);
+    STD_TORCH_CHECK(g.out_channels == g.in_channels, "weight: channels do not match x");
+    check_shape("weight", weight, weight_shape(g));
+    return g;
+  }
+  static std::vector<int64_t> weight_shape(const Geometry& g) {
+    return {g.branches, g.in_channels, g.kernel_size, g.kernel_size};
+  }
+  static int64_t block_rows(int64_t pixels) { return std::max<int64_t>(pixels, 1); }  // a sample
+
+  template <typename T>
+  static void forward(const Geometry& g, const Map<T>& x, const Tensor& weight, T* out, const Written& written) {
+    filter<T>(g, x, weight, nullptr, out, written);
+  }
+  template <typename T>
+  static void input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
+    filter_input(g, grad, weight, out, written);
+  }
+  template <typename T>
+  static void weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out) {
+    filter_weight(g, grad, x, out);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
+  m.impl("branch_depthwise_conv2d_stats", TORCH_BOX(&Unit<Depthwise>::forward));
+  m.impl("branch_depthwise_conv2d_stats_backward_input", TORCH_BOX(&Unit<Depthwise>::backward_input));
+  m.impl("branch_depthwise_conv2d_stats_backward_weight", TORCH_BOX(&Unit<Depthwise>::backward_weight));
+}
+
+}  // namespace hne
