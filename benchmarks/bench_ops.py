@@ -7,6 +7,7 @@ counted against it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 import hne_kernels as K
+from hne.fused import Fused
+from hne.layers import Bottleneck
+from hne.naive import Naive
 
 BATCH = 32
 MODELS, CHANNELS, CLASSES = 16, 256, 100
@@ -37,14 +41,6 @@ DEPTHWISE = {
     "block 2": (4, 16, 32, 1),
     "block 3, first": (8, 16, 64, 2),
     "block 4": (16, 8, 64, 1),
-}
-# layer: branches, size of the map, channels, whether it ends a bottleneck (sum and ReLU)
-BATCH_NORMS = {
-    "stem": (1, 32, 16, False),
-    "block 1, end": (2, 32, 64, True),
-    "block 2, end": (4, 16, 128, True),
-    "block 4, middle": (16, 8, 64, False),
-    "block 4, end": (16, 8, 256, True),
 }
 # layer: branches in, children each, size of the map, channels in, middle and out, stride
 BOTTLENECKS = {
@@ -144,23 +140,39 @@ def bench_branch_depthwise_conv2d(layer: str, way: str, versus: Any, rng: torch.
     _both_ways(versus, way, "branch_depthwise_conv2d", function, tensors, rng, shape=shape)
 
 
-@pytest.mark.parametrize("layer", BATCH_NORMS)
-@ways
-def bench_branch_batch_norm(layer: str, way: str, versus: Any, rng: torch.Generator) -> None:
-    branches, size, channels, ends = BATCH_NORMS[layer]
-    tensors = {
-        "x": _normal(rng, branches, BATCH, size, size, channels),
-        "weight": _normal(rng, branches, channels),
-        "bias": _normal(rng, branches, channels),
-    }
-    if ends:
-        tensors["residual"] = _normal(rng, branches, BATCH, size, size, channels)
-    shape = f"{layer}: {branches} x {BATCH} x {size}x{size} x {channels}{', sum' if ends else ''}, relu"
+@pytest.mark.parametrize("layer", BOTTLENECKS)
+def bench_training_unit(layer: str, versus: Any, rng: torch.Generator) -> None:
+    """A bottleneck forwards and backwards: convolutions that normalise what they read, against batch norm."""
+    parents, r, size, channels, middle, outputs, stride = BOTTLENECKS[layer]
+    branches = slice(0, parents * r)
+    description = Bottleneck(outputs, middle, stride=stride)
+    x = _normal(rng, parents, BATCH, size, size, channels)
+    cotangent = _normal(rng, parents * r, BATCH, size // stride, size // stride, outputs)
+    state = None
 
-    def function(**given: Tensor) -> Tensor:
-        return K.branch_batch_norm(**given, activation="relu")[0]
+    def side(execution: Any, x: Tensor, cotangent: Tensor) -> Callable[[], Any]:
+        nonlocal state
+        module = description.build(channels, parents * r, r).train()
+        state = state or copy.deepcopy(module.state_dict())
+        module.load_state_dict(state)
+        leaves = [x.detach().requires_grad_(), *module.parameters()]
 
-    _both_ways(versus, way, "branch_batch_norm", function, tensors, rng, shape=shape)
+        def step() -> Any:
+            grad_x, *rest = torch.autograd.grad(execution.layer(module, leaves[0], branches, r), leaves, cotangent)
+            return grad_x if grad_x.dim() == 5 else grad_x.unflatten(1, (parents, -1)).permute(1, 0, 3, 4, 2), *rest
+
+        return step
+
+    def interleaved(x: Tensor) -> Tensor:
+        return x.permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()
+
+    versus(
+        side(Fused(), x, cotangent),
+        side(Naive(), interleaved(x), interleaved(cotangent)),
+        name="training unit",
+        images=BATCH,
+        shape=f"{layer}: {parents}>{parents * r} x {BATCH} x {size}x{size} x {channels}>{middle}>{outputs}, /{stride}",
+    )
 
 
 @pytest.mark.parametrize("layer", ["stem", "block 0, 1x1"])

@@ -45,14 +45,6 @@ STABLE_TORCH_LIBRARY(hne, m) {
       "-> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_residual)");
 
   m.def(
-      "branch_batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, str activation, float eps) "
-      "-> (Tensor y, Tensor mean, Tensor var)");
-  m.def(
-      "branch_batch_norm_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, Tensor mean, Tensor var, "
-      "bool residual, str activation, float eps) "
-      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
-
-  m.def(
       "fused_conv2d(Tensor x, Tensor weight, Tensor bias, int stride, int padding, int replicate, "
       "str activation) -> Tensor");
   m.def(

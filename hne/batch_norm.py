@@ -36,16 +36,36 @@ def update_running(unit: Unit, branches: slice, mean: Tensor, var: Tensor, count
             unit.part(running, branches).lerp_(batch.to(running.dtype), weight)
 
 
-def affine(unit: Unit) -> tuple[Tensor, Tensor]:
-    """Batch norm by the running statistics as ``x * scale + shift``, ``[branches * channels]`` each.
+def of_batch(unit: Unit, branches: slice, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The statistics to normalise by, in training; the running ones are updated.
 
-    In float32 at least, whatever the parameters' dtype.
+    Args:
+        mean, var: Of this process's part of the batch, ``[branches, channels]``, the variance biased.
+        count: Values that each of them is taken over.
+
+    Raises:
+        ValueError: There is only one value per channel.
     """
+    total: int | Tensor = count
+    if is_synchronised(unit):
+        mean, var, total = _of_all_processes(mean, var, count)
+    elif count == 1:
+        raise ValueError("batch norm: expected more than 1 value per channel when training, got 1")
+    update_running(unit, branches, mean.detach(), var.detach(), total)
+    return mean, var
+
+
+def running(unit: Unit, branches: slice) -> tuple[Tensor, Tensor]:
+    """The running mean and variance ``[branches, channels]``, in float32 at least."""
     bn = unit.bn
-    dtype = torch.promote_types(bn.weight.dtype, torch.float32)
-    mean, var = (_present(running).to(dtype) for running in (bn.running_mean, bn.running_var))
-    scale = bn.weight.to(dtype) * (var + bn.eps).rsqrt()
-    return scale, bn.bias.to(dtype) - mean * scale
+    mean, var = (unit.part(_present(t), branches) for t in (bn.running_mean, bn.running_var))
+    return _wide(mean), _wide(var)
+
+
+def scale_and_shift(unit: Unit, branches: slice, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch norm is ``(x - mean) * scale + shift``, each ``[branches, channels]``, in float32 at least."""
+    weight, bias = (_wide(unit.part(t, branches)) for t in (unit.bn.weight, unit.bn.bias))
+    return weight * (var + unit.bn.eps).rsqrt(), bias
 
 
 def is_synchronised(unit: Unit) -> bool:
@@ -58,25 +78,17 @@ def is_synchronised(unit: Unit) -> bool:
     )
 
 
-def global_batch_norm(unit: Unit, x: Tensor, branches: slice) -> Tensor:
-    """Normalise ``x`` ``[branches, batch, height, width, channels]`` by the statistics of the
-    batches of all processes, and update the running ones.
+def _of_all_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count over the batches of all processes.
 
     Two sums are exchanged, the second one of squared distances from the common mean: a variance
     that does not cancel.
     """
-    wide = x.to(torch.promote_types(x.dtype, unit.bn.weight.dtype))
-    total = wide.sum((1, 2, 3))
-    values = total.new_full((1,), x.shape[1:4].numel())
-    sums = _AllReduce.apply(torch.cat([total.flatten(), values]))
-    count = sums[-1].detach()
-    mean = sums[:-1].view_as(total) / count
-    centred = wide - _over_map(mean)
-    var = _AllReduce.apply(centred.square().sum((1, 2, 3))) / count
-    update_running(unit, branches, mean, var, count)
-    weight, bias = (unit.part(p, branches) for p in (unit.bn.weight, unit.bn.bias))
-    y = centred * _over_map((var + unit.bn.eps).rsqrt() * weight) + _over_map(bias)
-    return y.to(x.dtype)
+    sums = _AllReduce.apply(torch.cat([(mean * count).flatten(), mean.new_full((1,), count)]))
+    total = sums[-1].detach()
+    common = sums[:-1].view_as(mean) / total
+    squares = _AllReduce.apply((var + (mean - common).square()) * count)
+    return common, squares / total, total
 
 
 class _AllReduce(torch.autograd.Function):
@@ -93,9 +105,8 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(grad)
 
 
-def _over_map(statistics: Tensor) -> Tensor:
-    """``[branches, channels]`` to where it broadcasts over batch, height and width."""
-    return statistics[:, None, None, None]
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _present(buffer: Tensor | None) -> Tensor:

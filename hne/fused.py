@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 import hne_kernels as K
 
 from . import batch_norm
-from .layers import ACTIVATIONS, Layer, Linear, Unit
+from .layers import ACTIVATIONS, Features, Layer, Linear, Unit
+
+
+class Normalized(NamedTuple):
+    """``activation((x - mean) * scale + shift)``: what a unit of a layer hands to the next, who normalises as it reads.
+
+    Vectors are ``[branches, channels]``.
+    """
+
+    x: Tensor
+    mean: Tensor
+    scale: Tensor
+    shift: Tensor
+    activation: str
 
 
 class Fused:
-    """Features are ``[branches, batch, height, width, channels]``. Differentiable: for training,
-    and wherever gradients are wanted.
+    """Features are ``[branches, batch, height, width, channels]``; inside a layer they may be :class:`Normalized`.
+    Differentiable: for training, and wherever gradients are wanted.
     """
 
     def parts(self, images: Tensor) -> Sequence[Tensor]:
@@ -24,38 +38,29 @@ class Fused:
         return image.permute(0, 2, 3, 1)[None]
 
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
-        y: Tensor = layer(self, x, branches, replicate)
-        return y
+        return written(layer(self, x, branches, replicate))
 
     def unit(
         self,
         unit: Unit,
-        x: Tensor,
+        x: Features,
         branches: slice,
         replicate: int = 1,
         activation: str = "none",
-        residual: Tensor | None = None,
-    ) -> Tensor:
+        residual: Features | None = None,
+    ) -> Features:
         weight = unit.part(unit.conv.weight, branches)
-        if unit.depthwise:
-            y = K.branch_depthwise_conv2d(
-                x, weight.squeeze(2), stride=unit.stride, padding=unit.padding, replicate=replicate
-            )
+        weight = weight.squeeze(2) if unit.depthwise else weight
+        geometry: dict[str, Any] = {"stride": unit.stride, "padding": unit.padding, "replicate": replicate}
+        if unit.bn.training:
+            convolve = K.branch_depthwise_conv2d_stats if unit.depthwise else K.branch_conv2d_stats
+            y, mean, var = convolve(weight=weight, **_read(x), **geometry)
+            mean, var = batch_norm.of_batch(unit, branches, mean, var, y.shape[1:4].numel())
         else:
-            y = K.branch_conv2d(x, weight, stride=unit.stride, padding=unit.padding, replicate=replicate)
-        if not unit.bn.training:
-            scale, shift = (unit.part(t, branches)[:, None, None, None] for t in batch_norm.affine(unit))
-            y = (y * scale + shift).to(y.dtype)
-        elif batch_norm.is_synchronised(unit):
-            y = batch_norm.global_batch_norm(unit, y, branches)
-        else:
-            weight, bias = (unit.part(p, branches) for p in (unit.bn.weight, unit.bn.bias))
-            y, mean, var = K.branch_batch_norm(
-                y, weight, bias, residual=residual, activation=activation, eps=unit.bn.eps
-            )
-            batch_norm.update_running(unit, branches, mean, var, y.shape[1:4].numel())
-            return y
-        return ACTIVATIONS[activation](y if residual is None else y + residual)
+            y = (K.branch_depthwise_conv2d if unit.depthwise else K.branch_conv2d)(written(x), weight, **geometry)
+            mean, var = batch_norm.running(unit, branches)
+        normalized = Normalized(y, mean, *batch_norm.scale_and_shift(unit, branches, var), activation)
+        return normalized if residual is None else written(normalized, written(residual))
 
     def linear(
         self, linear: Linear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
@@ -78,6 +83,18 @@ class Fused:
         features = self.replicate(self.pool(x).flatten(2), leaves, replicate, head.in_channels)
         weight, bias = linear_parameters(head, leaves)
         return K.prefix_logits(features, weight[..., 0, 0], bias, sizes)[1]
+
+
+def written(x: Tensor | Normalized, residual: Tensor | None = None) -> Tensor:
+    """The features as a tensor; ``residual`` is added before the activation."""
+    if isinstance(x, Tensor):
+        return x
+    return K.branch_normalize(x.x, x.mean, x.scale, x.shift, residual=residual, activation=x.activation)
+
+
+def _read(x: Tensor | Normalized) -> dict[str, Any]:
+    """Features as the arguments of a convolution that normalises what it reads."""
+    return {"x": x} if isinstance(x, Tensor) else x._asdict()
 
 
 def linear_parameters(linear: Linear, branches: slice) -> tuple[Tensor, Tensor]:

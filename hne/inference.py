@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hne_kernels as K
 
-from .batch_norm import affine
+from . import batch_norm
 from .fused import Fused, linear_parameters
 from .layers import BottleneckLayer, ConvLayer, Layer, PoolLinearLayer, Unit, units
 
@@ -85,8 +85,9 @@ def _fold(unit: Unit) -> tuple[Tensor, Tensor]:
     """Weight ``[branches, channels, inputs, k, k]`` and bias ``[branches, channels]`` of both, batch norm folded in."""
     everything = slice(0, unit.branches)
     weight = unit.part(unit.conv.weight, everything)
-    scale, shift = (unit.part(t, everything) for t in affine(unit))
-    return (weight * scale[..., None, None, None]).to(weight.dtype), shift.to(weight.dtype)
+    mean, var = batch_norm.running(unit, everything)
+    scale, shift = batch_norm.scale_and_shift(unit, everything, var)
+    return (weight * scale[..., None, None, None]).to(weight.dtype), (shift - mean * scale).to(weight.dtype)
 
 
 def _fold_dense(unit: Unit) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 Size = tuple[int, int]
+Features = Any  # what passes between the units of a layer; what it is, is up to the execution
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -43,12 +44,12 @@ class Execution(Protocol):
     def unit(
         self,
         unit: Unit,
-        x: Tensor,
+        x: Features,
         branches: slice,
         replicate: int = 1,
         activation: str = "none",
-        residual: Tensor | None = None,
-    ) -> Tensor:
+        residual: Features | None = None,
+    ) -> Features:
         """``activation(batch_norm(conv(x)) + residual)``."""
 
     def linear(
@@ -167,7 +168,7 @@ class Layer(nn.Module, ABC):
         self.folded: Any = None
 
     @abstractmethod
-    def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Tensor:
+    def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Features:
         """Compute the wanted ``branches``; ``replicate`` as in :class:`Execution`."""
 
     @abstractmethod
@@ -201,7 +202,7 @@ class ConvLayer(Layer):
         self.description: Conv = description
         self.unit = Unit(branches, in_channels, description.channels, description.kernel_size, description.stride)
 
-    def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Tensor:
+    def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Features:
         return run.unit(self.unit, x, branches, replicate, self.description.activation)
 
     def macs(self, size: Size) -> int:
@@ -224,7 +225,7 @@ class BottleneckLayer(Layer):
         self.shortcut = Unit(branches, in_channels, d.channels, 1, d.stride) if projected else None
         self.identity = same_shape and not projected
 
-    def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Tensor:
+    def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Features:
         d = self.description
         residual = None
         if self.shortcut is not None:

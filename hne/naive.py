@@ -76,9 +76,15 @@ def _parts(module: Branched, branches: slice, *tensors: Tensor | None) -> list[T
 def _batch_norm(unit: Unit, x: Tensor, branches: slice) -> Tensor:
     bn = unit.bn
     if bn.training and batch_norm.is_synchronised(unit):
-        y = x.unflatten(1, (-1, unit.channels)).permute(1, 0, 3, 4, 2)
-        y = batch_norm.global_batch_norm(unit, y, branches)
-        return y.permute(1, 0, 4, 2, 3).flatten(1, 2)
+        y = x.unflatten(1, (-1, unit.channels)).transpose(0, 1)  # [branches, batch, channels, height, width]
+        rows = y.transpose(2, 1).flatten(2)
+        mean, var = rows.mean(2), rows.var(2, correction=0)
+        if rows.shape[2] == 0:  # this process has none of the batch
+            mean = var = rows.sum(2)
+        mean, var = batch_norm.of_batch(unit, branches, mean, var, rows.shape[2])
+        scale, shift = batch_norm.scale_and_shift(unit, branches, var)
+        mean, scale, shift = (vector[:, None, :, None, None] for vector in (mean, scale, shift))
+        return ((y - mean) * scale + shift).to(y.dtype).transpose(0, 1).flatten(1, 2)
     mean, var, weight, bias = _parts(unit, branches, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     momentum = batch_norm.count_batch(unit) if bn.training else 0.0
     return F.batch_norm(x, mean, var, weight, bias, bn.training, momentum, bn.eps)

@@ -5,7 +5,6 @@ leading slice of features and weights, and the replication of a branching layer 
 """
 
 from . import extension as _extension  # noqa: F401  (loads the compiled ops; must come first)
-from .branch_batch_norm import branch_batch_norm
 from .branch_conv2d import branch_conv2d
 from .branch_conv2d_stats import branch_conv2d_stats
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
@@ -28,7 +27,6 @@ if "triton" in available_backends():
 
 __all__ = [
     "available_backends",
-    "branch_batch_norm",
     "branch_conv2d",
     "branch_conv2d_stats",
     "branch_depthwise_conv2d",

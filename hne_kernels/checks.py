@@ -157,32 +157,6 @@ def convolution_gradient(
     shape("grad", grad, (branches, grad.shape[1], rows, columns, out_channels), CONV_INPUT)
 
 
-def batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation_name: str, eps: float
-) -> None:
-    """Check the arguments of a training batch norm over ``x`` [branches, batch, height, width, channels]."""
-    rank("x", x, 5, CONV_INPUT)
-    activation("activation", activation_name)
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
-    expected = (x.shape[0], x.shape[4])
-    shape("weight", weight, expected, "[branches, channels]")
-    shape("bias", bias, expected, "[branches, channels]")
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if weight.dtype not in (x.dtype, statistics):
-        raise TypeError(f"weight: expected {statistics} (the statistics of a {x.dtype} x), got {weight.dtype}")
-    if weight.device != x.device:
-        raise ValueError(f"weight: expected to be on the device of x, {x.device}, got {weight.device}")
-    same_kind("weight", weight, bias=bias)
-    if residual is not None:
-        shape("residual", residual, tuple(x.shape), "as x")
-        same_kind("x", x, residual=residual)
-    if x.shape[1] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(f"x: expected more than 1 value per channel when training, got shape {tuple(x.shape)}")
-
-
 def packed(name: str, weight: Tensor, bias_name: str, bias: Tensor, channels: int) -> int:
     """Check a packed weight (any square kernel) and its bias; return the number of output channels."""
     layout = f"[out_branches, panels, k, k, in_channels, {PANEL}] (packed by pack_weight)"

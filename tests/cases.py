@@ -39,7 +39,7 @@ class Case:
         return f"{self.op}-{self.name}"
 
     def inputs(self, rng: torch.Generator, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
-        """Fresh arguments; a batch norm keeps its parameters in float32 or better."""
+        """Fresh arguments; the statistics of a map are kept in float32 or better."""
         made = cast(self.make(rng), dtype, device)
         if dtype.itemsize < 4:
             made |= {name: made[name].float() for name in self.statistics if name in made}
@@ -48,8 +48,6 @@ class Case:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Inputs that are kept in float32 or better."""
-        if self.op == "branch_batch_norm":
-            return ("weight", "bias")
         return VECTORS if self.op in (*UNITS, "branch_normalize") else ()
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -365,41 +363,6 @@ def bottleneck(b: Bottleneck) -> Case:
     return Case("fused_bottleneck", str(b), make, (), terms, roundings=2, naive_roundings=6)
 
 
-def batch_norm(shape: Sequence[int], activation: str, residual: bool, offset: float = 0.0) -> Case:
-    def make(rng: torch.Generator) -> Inputs:
-        branches, channels = shape[0], shape[-1]
-        return {
-            "x": normal(rng, *shape) + offset,
-            "weight": normal(rng, branches, channels) * 2,
-            "bias": normal(rng, branches, channels) * 2,
-            "residual": normal(rng, *shape) * 2 if residual else None,
-            "activation": activation,
-        }
-
-    name = "x".join(map(str, shape)) + f"-{activation}{'-residual' if residual else ''}"
-    return Case(
-        "branch_batch_norm",
-        f"{name}-offset{offset:g}" if offset else name,
-        make,
-        ("x", "weight", "bias", "residual") if residual else ("x", "weight", "bias"),
-        shape[1] * shape[2] * shape[3] + 16,
-    )
-
-
-BATCH_NORMS = [
-    batch_norm((1, 1, 1, 2, 1), "none", False),
-    batch_norm((1, 2, 1, 1, 3), "none", True),
-    batch_norm((2, 3, 5, 4, 17), "relu", False),
-    batch_norm((3, 1, 7, 7, 33), "relu", True),
-    batch_norm((5, 2, 4, 3, 5), "relu6", False),
-    batch_norm((2, 2, 8, 8, 16), "relu6", True),
-    batch_norm((1, 4, 9, 7, 64), "relu", True),
-    batch_norm((2, 5, 11, 11, 9), "relu", True),
-    # Where a mean of squares minus a squared mean would cancel.
-    batch_norm((2, 2, 6, 5, 17), "none", False, offset=300.0),
-]
-
-
 def prefix_mean(models: int, batch: int, classes: int, sizes: tuple[int, ...] | None) -> Case:
     def make(rng: torch.Generator) -> Inputs:
         return {"logits": normal(rng, models, batch, classes), "sizes": sizes}
@@ -457,7 +420,6 @@ CASES = [
     *(convolution("branch_depthwise_conv2d", g, not i % 2) for i, g in enumerate(GEOMETRIES)),
     *(fused_convolution(g, ("none", "relu", "relu6")[i % 3]) for i, g in enumerate(GEOMETRIES)),
     *(bottleneck(b) for b in BOTTLENECKS),
-    *BATCH_NORMS,
     *(unit("branch_conv2d_stats", g, UNIT_OPTIONS[i % 4]) for i, g in enumerate(GEOMETRIES)),
     *(unit("branch_depthwise_conv2d_stats", g, UNIT_OPTIONS[(i + 1) % 4]) for i, g in enumerate(GEOMETRIES)),
     # Where a mean of squares minus a squared mean would cancel.
@@ -494,7 +456,6 @@ def representative(*, differentiable: bool = False) -> list[Case]:
     chosen = {
         "branch_conv2d": convolution("branch_conv2d", Geometry(2, 2, 2, 5, 4, 3, 2, 3, 2, 1), True),
         "branch_depthwise_conv2d": convolution("branch_depthwise_conv2d", Geometry(2, 2, 2, 5, 4, 3, 3, 3, 2, 1), True),
-        "branch_batch_norm": batch_norm((2, 2, 3, 2, 3), "relu", True),
         "branch_conv2d_stats": unit("branch_conv2d_stats", Geometry(2, 2, 2, 5, 4, 3, 2, 3, 2, 1), "relu"),
         "branch_depthwise_conv2d_stats": unit(
             "branch_depthwise_conv2d_stats", Geometry(2, 2, 2, 5, 4, 3, 3, 3, 2, 1), "relu6"
@@ -516,8 +477,7 @@ def cotangents(case: Case, inputs: Inputs, rng: torch.Generator) -> list[Tensor]
     """A float64 gradient for every differentiable result, zero where an activation bends."""
     with torch.no_grad(), K.use_backend("reference"):
         results = case(inputs)
-        count = 1 if case.op == "branch_batch_norm" else len(results)
-        grads = [normal(rng, *result.shape) for result in results[:count]]
+        grads = [normal(rng, *result.shape) for result in results]
         if inputs.get("activation", "none") != "none" and case.differentiable and case.op not in UNITS:
             bent = case({**inputs, "activation": "none"})[0]
             grads[0] *= (bent.abs() > KINK) & ((bent - 6).abs() > KINK)
@@ -546,8 +506,6 @@ def magnitude(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outco
     rounding = next(torch.finfo(value.dtype).eps for value in tensors(inputs).values() if value.is_floating_point())
     inputs = cast(inputs, torch.float64)
     grads = [grad.to("cpu", torch.float64).abs() for grad in grads]
-    if case.op == "branch_batch_norm":
-        return _batch_norm_magnitude(inputs, grads)
     if case.op == "hierarchical_distillation_loss":
         return _loss_magnitude(inputs, grads)
     absolute = {name: value.abs() if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -581,34 +539,6 @@ def _unit_magnitude(case: Case, inputs: Inputs, absolute: Inputs, rounding: floa
     none = torch.zeros_like(mean_size)
     outcome = expected(case, absolute, (total, none, none))
     outcome.results = (size, mean_size, spread)
-    return outcome
-
-
-def _batch_norm_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
-    over = (1, 2, 3)
-    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
-    residual = inputs["residual"]
-    size = x.abs().mean(over, keepdim=True)
-    var = x.var(over, correction=0, keepdim=True)
-    scale = (var + 1e-5).rsqrt()
-    normal_size = (x.abs() + size) * scale
-    gain = weight.abs()[:, None, None, None]
-    y = normal_size * gain + bias.abs()[:, None, None, None]
-    if residual is not None:
-        y = y + residual.abs()
-    # A deviation x - mean carries the rounding of both, once more for its other factor.
-    spread = ((x.abs() + size) * (x - x.mean(over, keepdim=True)).abs()).mean(over)
-    outcome = Outcome((y, size.flatten(1), 2 * spread))
-    if grads:
-        grad = grads[0]
-        through = normal_size * (grad * normal_size).mean(over, keepdim=True)
-        outcome.gradients = {
-            "x": gain * scale * (grad + grad.mean(over, keepdim=True) + through),
-            "weight": (grad * normal_size).sum(over),
-            "bias": grad.sum(over),
-        }
-        if residual is not None:
-            outcome.gradients["residual"] = grad
     return outcome
 
 

@@ -31,7 +31,9 @@ def _wrong(ops: str | tuple[str, ...], error: type[Exception], *rows: tuple[str,
         WRONG.extend((op, argument, value, error, text) for argument, value, text in rows)
 
 
-MAPS = (*CONVOLUTIONS, "fused_bottleneck", "branch_batch_norm")
+UNITS = ("branch_conv2d_stats", "branch_depthwise_conv2d_stats")
+NORMALIZING = (*UNITS, "branch_normalize")
+MAPS = (*CONVOLUTIONS, *UNITS, "fused_bottleneck", "branch_normalize")
 _wrong(
     MAPS,
     ValueError,
@@ -56,7 +58,6 @@ for _op, _weight, _bias in (
     ("fused_bottleneck", "project", "project_bias"),
     ("fused_bottleneck", "shortcut", "shortcut_bias"),
     ("fused_bottleneck", "depthwise", "depthwise_bias"),
-    ("branch_batch_norm", "weight", "bias"),
     ("prefix_logits", "weight", "bias"),
 ):
     for _name in (_weight, _bias):
@@ -80,15 +81,15 @@ for _op, _weight, _bias in (
     )
 
 # Channels.
-for _op in ("branch_conv2d", "branch_depthwise_conv2d", "branch_batch_norm", "prefix_logits"):
+for _op in ("branch_conv2d", "branch_depthwise_conv2d", "prefix_logits"):
     _wrong(_op, ValueError, ("bias", lambda b: _wider(b, -1), r"\bbias: expected shape .*got"))
 _wrong(
-    "branch_conv2d",
+    ("branch_conv2d", "branch_conv2d_stats"),
     ValueError,
     ("weight", lambda w: _wider(w, 2), r"weight: expected 3 input channels as x has, got 4"),
 )
 _wrong(
-    "branch_depthwise_conv2d",
+    ("branch_depthwise_conv2d", "branch_depthwise_conv2d_stats"),
     ValueError,
     ("weight", lambda w: _wider(w, 1), r"weight: expected 3 input channels as x has, got 4"),
 )
@@ -97,18 +98,18 @@ _wrong("fused_conv2d", ValueError, ("bias", lambda b: b.repeat(1, 2), r"weight: 
 
 # Windows.
 _wrong(
-    ("branch_conv2d", "branch_depthwise_conv2d"),
+    ("branch_conv2d", "branch_depthwise_conv2d", *UNITS),
     ValueError,
     ("weight", lambda w: w[..., :0, :0], r"weight: expected a square kernel of at least 1x1"),
 )
 _wrong(
-    CONVOLUTIONS,
+    (*CONVOLUTIONS, *UNITS),
     ValueError,
     ("x", lambda x: x[:, :, :0], r"x: expected at least 1 rows and columns for a 3x3 kernel with padding 1, got 0x4"),
 )
 
 # Numbers and names.
-for _op in (*CONVOLUTIONS, "fused_bottleneck"):
+for _op in (*CONVOLUTIONS, *UNITS, "fused_bottleneck"):
     for _name, _least in (("stride", 1), ("padding", 0), ("replicate", 1)):
         if (_op, _name) == ("fused_bottleneck", "padding"):
             continue
@@ -129,7 +130,7 @@ for _op in (*CONVOLUTIONS, "fused_bottleneck"):
         ("x", lambda x: _wider(x, 0), r"(weight|expand): expected .*6.* got 4"),
     )
 _wrong(
-    ("fused_conv2d", "fused_bottleneck", "branch_batch_norm"),
+    ("fused_conv2d", "fused_bottleneck", *NORMALIZING),
     ValueError,
     ("activation", "gelu", r"activation: expected one of none, relu, relu6, got 'gelu'"),
 )
@@ -152,16 +153,35 @@ _wrong(
     ("identity", True, r"identity: expected False where a shortcut convolution is given"),
 )
 
+# Normalisation.
+for _name in ("mean", "scale", "shift"):
+    _wrong(
+        NORMALIZING,
+        ValueError,
+        (_name, lambda v: v[0], rf"{_name}: expected 2 dimensions .*got 1"),
+        (_name, lambda v: _wider(v, 0), rf"{_name}: expected shape .*got"),
+        (_name, lambda v: _wider(v, 1), rf"{_name}: expected shape .*got"),
+        (_name, lambda v: v.to("meta"), rf"{_name}: expected to be on the device of x"),
+    )
+    _wrong(NORMALIZING, TypeError, (_name, lambda v: v.double(), rf"{_name}: expected torch.float32 \(the statistics"))
+    _wrong(UNITS, ValueError, (_name, None, r"expected with mean, scale and shift all given or none, got"))
+for _op in UNITS:
+    _wrong(
+        _op,
+        ValueError,
+        ("weight", lambda w: w[0], r"weight: expected .*got"),
+        ("weight", lambda w: w.to("meta"), r"weight: expected to be on the device .*got meta"),
+        ("weight", lambda w: _wider(w, 0), r"weight: expected .*got"),
+        ("weight", lambda w: _wider(w, -1), r"weight: expected .*got"),
+    )
+    _wrong(_op, TypeError, ("weight", lambda w: w.double(), r"weight: expected .*torch.float32.* got torch.float64"))
 _wrong(
-    "branch_batch_norm",
+    "branch_normalize",
     ValueError,
-    ("eps", 0.0, r"eps: expected a positive number, got 0.0"),
-    ("eps", -1e-5, r"eps: expected a positive number, got -1e-05"),
-    ("eps", float("nan"), r"eps: expected a positive number, got nan"),
     ("residual", lambda r: r[:, :1], r"residual: expected shape"),
     ("residual", lambda r: r.to("meta"), r"residual: expected to be on the device"),
 )
-_wrong("branch_batch_norm", TypeError, ("residual", lambda r: r.double(), r"residual: expected the dtype of x"))
+_wrong("branch_normalize", TypeError, ("residual", lambda r: r.double(), r"residual: expected the dtype of x"))
 
 # Ensembles.
 for _op, _first in (("prefix_mean", "logits"), ("prefix_logits", "features")):
@@ -245,11 +265,11 @@ def test_samples_are_right_without_the_wrong_argument(backend: Placement, rng: t
         case(case.inputs(rng, backend.dtype, backend.device))
 
 
-def test_batch_norm_of_one_value(backend: Placement, rng: torch.Generator) -> None:
-    """Its variance would be zero whatever the value is."""
-    one = torch.ones(2, 3, device=backend.device)
-    with pytest.raises(ValueError, match=r"x: expected more than 1 value per channel when training"):
-        K.branch_batch_norm(torch.ones(2, 1, 1, 1, 3, device=backend.device), one, one)
+@pytest.mark.parametrize("op", UNITS)
+def test_activation_without_a_normalisation(op: str, backend: Placement, rng: torch.Generator) -> None:
+    inputs = SAMPLES[op].inputs(rng, backend.dtype, backend.device)
+    with pytest.raises(ValueError, match=r"activation: expected none where x is not normalised .*got 'relu"):
+        SAMPLES[op]({**inputs, "mean": None, "scale": None, "shift": None})
 
 
 def test_no_models(backend: Placement) -> None:
@@ -304,9 +324,17 @@ UNCHECKED = [
     ("fused_bottleneck", "depthwise", lambda w: w[..., :2]),
     ("fused_bottleneck", "project_bias", lambda b: b[:1]),
     ("fused_bottleneck", "shortcut", lambda w: w[:, :1]),
-    ("branch_batch_norm", "weight", lambda w: w[:, :1]),
-    ("branch_batch_norm", "bias", lambda w: w[:1]),
-    ("branch_batch_norm", "residual", lambda r: r[:, :1]),
+    *((op, name, lambda v: v[:, :1]) for op in NORMALIZING for name in ("mean", "scale", "shift")),
+    *((op, name, lambda v: v[:1]) for op in NORMALIZING for name in ("mean", "scale", "shift")),
+    *((op, name, lambda v: v.double()) for op in NORMALIZING for name in ("mean", "scale", "shift")),
+    *((op, "weight", lambda w: w[:2]) for op in UNITS),
+    *((op, "weight", lambda w: w.double()) for op in UNITS),
+    *((op, "shift", None) for op in UNITS),
+    *((op, "stride", 0) for op in UNITS),
+    *((op, "activation", "gelu") for op in NORMALIZING),
+    ("branch_conv2d_stats", "weight", lambda w: w[:, :, :2]),
+    ("branch_depthwise_conv2d_stats", "weight", lambda w: w[:, :2]),
+    ("branch_normalize", "residual", lambda r: r[:, :1]),
     ("prefix_mean", "sizes", [1, 6]),
     ("prefix_mean", "sizes", [0]),
     ("prefix_logits", "sizes", [6]),
@@ -332,8 +360,6 @@ def test_registered_ops_check_too(op: str, argument: str, value: Any, backend: P
         assert registered(*inputs.values())[0].isnan()  # nobody waits for a GPU to tell what the target is
         return
     names = [a.name for a in registered.default._schema.arguments]
-    if op == "branch_batch_norm":
-        inputs["eps"] = 1e-5
     if op == "prefix_logits":
         inputs["sizes"] = inputs["sizes"] or [1, 2, 4, 5]
     with pytest.raises((RuntimeError, ValueError, TypeError)):

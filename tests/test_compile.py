@@ -83,7 +83,7 @@ def test_other_sizes_need_no_other_graph(case: Case, rng: torch.Generator) -> No
         for batch, height, width in ((7, 9, 8), (11, 12, 14), (8, 6, 6)):
             inputs = case.inputs(rng)
             inputs["x"] = torch.randn(2, batch, height, width, 3, generator=rng)
-            if case.op == "branch_batch_norm":
+            if case.op == "branch_normalize":
                 inputs["residual"] = torch.randn(2, batch, height, width, 3, generator=rng)
             _same(evaluate(compiled, inputs), evaluate(case, inputs))
     assert len(graphs) == 1
@@ -107,15 +107,17 @@ class _EveryOp(nn.Module):
 
         self.stem = parameter(1, 6, 3, 3, 3)
         self.depthwise, self.bias = parameter(2, 6, 3, 3), parameter(2, 6)
+        self.filter, self.mix = parameter(2, 6, 3, 3), parameter(2, 6, 6, 1, 1)
         self.gain, self.shift = parameter(2, 6), parameter(2, 6)
         self.branch = parameter(4, 5, 6, 1, 1)
         self.head, self.head_bias = parameter(4, 7, 5), parameter(4, 7)
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         x = K.branch_conv2d(x, self.stem, padding=1)
-        y = K.branch_depthwise_conv2d(x, self.depthwise, self.bias, padding=1, replicate=2)
-        residual = x.repeat_interleave(2, 0)
-        y, _, _ = K.branch_batch_norm(y, self.gain, self.shift, residual=residual, activation="relu")
+        x = K.branch_depthwise_conv2d(x, self.depthwise, self.bias, padding=1, replicate=2)
+        y, mean, var = K.branch_depthwise_conv2d_stats(x, self.filter, padding=1)
+        y, mean, var = K.branch_conv2d_stats(y, self.mix, mean, self.gain * var.rsqrt(), self.shift, activation="relu")
+        y = K.branch_normalize(y, mean, self.gain * var.rsqrt(), self.shift, residual=x, activation="relu")
         y = K.branch_conv2d(y, self.branch, stride=2, replicate=2)
         member, prefix = K.prefix_logits(y.mean((2, 3)), self.head, self.head_bias)
         loss = K.hierarchical_distillation_loss(member, target)
@@ -145,8 +147,8 @@ def test_export_keeps_our_ops(rng: torch.Generator, tmp_path: Path) -> None:
     program = torch.export.export(model, (x, target), dynamic_shapes={"x": {1: batch}, "target": {0: batch}})
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {f"hne.{op}.default" for op in (
-        "branch_conv2d", "branch_depthwise_conv2d", "branch_batch_norm", "prefix_logits",
-        "prefix_mean", "hierarchical_distillation_loss",
+        "branch_conv2d", "branch_depthwise_conv2d", "branch_conv2d_stats", "branch_depthwise_conv2d_stats",
+        "branch_normalize", "prefix_logits", "prefix_mean", "hierarchical_distillation_loss",
     )} <= called  # fmt: skip
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2").module()

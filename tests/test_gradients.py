@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BATCH_NORMS, CASES, Case, Inputs, representative
+from cases import CASES, Case, Inputs, representative
 from placements import Placement
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -16,7 +16,12 @@ import hne_kernels as K
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOSS = "hierarchical_distillation_loss"
-ONCE = ("branch_batch_norm", LOSS)  # ops that are differentiable once
+ONCE = (
+    "branch_conv2d_stats",
+    "branch_depthwise_conv2d_stats",
+    "branch_normalize",
+    LOSS,
+)  # ops that are differentiable once
 
 
 def _tiny(op: str) -> list[Case]:
@@ -35,8 +40,7 @@ def _leaves(case: Case, inputs: Inputs) -> tuple[Any, list[Tensor]]:
     names = case.differentiable
 
     def function(*leaves: Tensor) -> tuple[Tensor, ...]:
-        results = case({**inputs, **dict(zip(names, leaves, strict=True))})
-        return results[:1] if case.op == "branch_batch_norm" else results
+        return case({**inputs, **dict(zip(names, leaves, strict=True))})
 
     return function, [inputs[name].detach().requires_grad_() for name in names]
 
@@ -57,15 +61,10 @@ def test_whole_jacobian(case: Case, double: Placement, rng: torch.Generator) -> 
     assert gradcheck(function, leaves)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c for c in BATCH_NORMS if c.terms <= 180 and "offset" not in c.name]
-    + [c for c in representative() if c.op == "branch_batch_norm"],
-    ids=str,
-)
-def test_batch_norm_gradient(case: Case, double: Placement, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("case", [c for op in ONCE if op != LOSS for c in _tiny(op)], ids=str)
+def test_gradients_of_a_training_unit(case: Case, double: Placement, rng: torch.Generator) -> None:
     function, leaves = _leaves(case, case.inputs(rng, torch.float64, double.device))
-    assert gradcheck(function, leaves, fast_mode=case.terms > 40)
+    assert gradcheck(function, leaves, fast_mode=case.terms > 100)
 
 
 @pytest.mark.parametrize("models", [1, 2, 3, 5, 16])
@@ -96,15 +95,6 @@ def test_double_backward_is_right_or_refused(case: Case, double: Placement, rng:
     first = torch.autograd.grad(result, leaves, create_graph=True)
     with pytest.raises(RuntimeError, match=rf"{case.op}: double backward .*use the reference backend"):
         torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-
-
-def test_statistics_carry_no_gradient(backend: Placement, rng: torch.Generator) -> None:
-    (case,) = (c for c in representative() if c.op == "branch_batch_norm")
-    inputs = case.inputs(rng, backend.dtype, backend.device)
-    y, mean, var = case({**inputs, "x": inputs["x"].requires_grad_()})
-    assert y.requires_grad
-    assert not mean.requires_grad
-    assert not var.requires_grad
 
 
 @pytest.mark.parametrize("case", [c for c in representative() if c.op.startswith("fused")], ids=lambda c: c.op)

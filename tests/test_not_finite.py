@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, evaluate, representative
+from cases import UNITS, Case, evaluate, representative
 from placements import Placement
 
 import hne_kernels as K
 
-ACTIVATED = [case for case in representative() if case.op in ("fused_conv2d", "fused_bottleneck", "branch_batch_norm")]
+ACTIVATED = [
+    case for case in representative() if case.op in ("fused_conv2d", "fused_bottleneck", *UNITS, "branch_normalize")
+]
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, GEOMETRIES, Case, representative
+from cases import CASES, GEOMETRIES, UNITS, Case, representative
 from placements import Placement
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 INFERENCE = {"fused_conv2d", "fused_bottleneck"}
 # Differentiable once: opcheck would sum every result and go backwards through it, which these refuse.
-ONCE = {"branch_batch_norm_backward", "hierarchical_distillation_loss"}
+UNITS_BACKWARD = {f"{op}_backward_{what}" for op in UNITS for what in ("input", "weight")}
+ONCE = {*UNITS_BACKWARD, "branch_normalize_backward", "hierarchical_distillation_loss"}
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -57,7 +58,7 @@ def _record(case: Case, place: Placement, rng: torch.Generator) -> dict[str, lis
         if results:
             scalar = sum(r.square().sum() for r in results)
             first = torch.autograd.grad(scalar, list(leaves.values()), create_graph=True)
-            if case.op not in ("branch_batch_norm", "hierarchical_distillation_loss"):
+            if case.op not in (*UNITS, "branch_normalize", "hierarchical_distillation_loss"):
                 torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values()))
     return recorder.calls
 
@@ -75,7 +76,8 @@ def _samples() -> list[Case]:
         chosen += [c for c in CASES if c.op == op and c.name.startswith((str(GEOMETRIES[0]), "G5r2B0"))]
     for op in ("prefix_mean", "prefix_logits", "hierarchical_distillation_loss"):
         chosen += [c for c in CASES if c.op == op][:1]
-    chosen += [c for c in CASES if c.op == "branch_batch_norm" and "residual" not in c.name][:1]
+    chosen += [c for c in CASES if c.op == "branch_normalize" and "residual" not in c.name][:1]
+    chosen += [c for op in UNITS for c in CASES if c.op == op and "as-it-is" in c.name][:1]
     chosen += [c for c in CASES if c.op == "fused_bottleneck" and "identity" in c.name][:1]
     return chosen
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import BATCH_NORMS, BOTTLENECKS, CASES, Case
+from cases import BOTTLENECKS, CASES, Case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,28 +91,38 @@ def test_fused_bottleneck(case: Case, rng: torch.Generator) -> None:
         torch.testing.assert_close(got[g], _bend(y, inputs["final_activation"]))
 
 
-@pytest.mark.parametrize("case", BATCH_NORMS, ids=lambda case: case.name)
-def test_branch_batch_norm(case: Case, rng: torch.Generator) -> None:
-    inputs = case.inputs(rng, torch.float64)
-    y, mean, var = case(inputs)
-    for g, x in enumerate(inputs["x"]):
-        rows = x.flatten(0, 2)
-        want = F.batch_norm(rows, None, None, inputs["weight"][g], inputs["bias"][g], True)
-        want = want.view_as(x)
-        if inputs["residual"] is not None:
-            want = want + inputs["residual"][g]
-        torch.testing.assert_close(y[g], _bend(want, inputs["activation"]))
-        torch.testing.assert_close(mean[g], rows.mean(0))
-        torch.testing.assert_close(var[g], rows.var(0, correction=0))
+@pytest.mark.parametrize("op", ["branch_conv2d_stats", "branch_depthwise_conv2d_stats"])
+def test_a_chain_of_units_is_a_network_with_batch_norm(op: str, rng: torch.Generator) -> None:
+    """Values and gradients of torch's own convolution and batch norm, by units that never store a normalised map."""
+    depthwise = "depthwise" in op
+    inputs = (3, 4) if depthwise else (3, 4, 4)
+    x = torch.randn(3, 2, 5, 4, 4, generator=rng, dtype=torch.float64)
+    first, second, gain, offset = (
+        torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_()
+        for shape in ((*inputs, 3, 3), (*inputs, 3, 3), (3, 4), (3, 4))
+    )
+    parameters = (first, second, gain, offset)
+    unit = getattr(K, op)
+    y, mean, var = unit(x, first, padding=1)
+    y, mean, var = unit(y, second, mean, gain * (var + 1e-5).rsqrt(), offset, activation="relu", padding=1)
+    got = K.branch_normalize(y, mean, gain * (var + 1e-5).rsqrt(), offset, residual=x, activation="relu")
 
+    def convolve(y: Tensor, filters: Tensor, g: int) -> Tensor:
+        y = F.conv2d(y, filters[:, None] if depthwise else filters, padding=1, groups=4 if depthwise else 1)
+        return F.batch_norm(y, None, None, gain[g], offset[g], True)
 
-def test_eps_of_batch_norm(rng: torch.Generator) -> None:
-    """A constant channel is divided by sqrt(eps)."""
-    x = torch.zeros(1, 2, 1, 1, 1, dtype=torch.float64)
-    x[0, 0], x[0, 1] = 1e-3, -1e-3
-    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    y, _, var = K.branch_batch_norm(x, one, zero, eps=0.25)
-    torch.testing.assert_close(y.flatten()[0].item(), 1e-3 / math.sqrt(var.item() + 0.25))
+    def branch(g: int) -> Tensor:
+        image = x[g].permute(0, 3, 1, 2)
+        y = convolve(F.relu(convolve(image, first[g], g)), second[g], g)
+        return F.relu(y + image).permute(0, 2, 3, 1)
+
+    want = torch.stack([branch(g) for g in range(3)])
+    torch.testing.assert_close(got, want)
+    grad = torch.randn(want.shape, generator=rng, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad(got, parameters, grad), torch.autograd.grad(want, parameters, grad), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @_of("prefix_mean")

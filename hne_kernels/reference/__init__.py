@@ -3,7 +3,6 @@
 Differentiable by autograd, for any device and dtype that PyTorch's own operators serve.
 """
 
-from .branch_batch_norm import branch_batch_norm
 from .branch_conv2d import branch_conv2d
 from .branch_conv2d_stats import branch_conv2d_stats, branch_depthwise_conv2d_stats
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
@@ -15,7 +14,6 @@ from .prefix_logits import prefix_logits
 from .prefix_mean import prefix_mean
 
 __all__ = [
-    "branch_batch_norm",
     "branch_conv2d",
     "branch_conv2d_stats",
     "branch_depthwise_conv2d",

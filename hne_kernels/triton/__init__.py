@@ -3,7 +3,6 @@
 Registered as ``hne::triton_<op>``, so that torch.compile looks into them and torch.export keeps them.
 """
 
-from .branch_batch_norm import branch_batch_norm
 from .branch_conv2d import branch_conv2d
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
 from .fused_bottleneck import fused_bottleneck
@@ -13,7 +12,6 @@ from .prefix_logits import prefix_logits
 from .prefix_mean import prefix_mean
 
 __all__ = [
-    "branch_batch_norm",
     "branch_conv2d",
     "branch_depthwise_conv2d",
     "fused_bottleneck",
