@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := setup.py pyproject.toml $(wildcard build_backend/*.py)
 SANITIZED := build/sanitized
+# A process for each core; pytest-benchmark, which would warn that it cannot measure so, stays away.
+PARALLEL := -x -q -n auto --dist loadgroup -p no:benchmark
 
 # The first is for what pip installs, and with older versions of pip for what it builds with as well.
 export PIP_CONSTRAINT := constraints.txt
@@ -30,7 +32,7 @@ test: lint check sanitize ## everything CI runs: lint, check, sanitize
 
 .PHONY: check
 check: $(VENV)/.built ## run the test suite
-	$(BIN)/pytest -x -q
+	$(BIN)/pytest $(PARALLEL)
 
 .PHONY: bench
 bench: $(VENV)/.built ## compare the speed of fused and naive: a table in benchmarks/results
@@ -65,7 +67,7 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the parity tests with addres
 	for level in $$levels; do \
 		echo "sanitizers, $$level instructions"; \
 		HNE_CPU_CAPABILITY=$$level LD_PRELOAD="$$preload" \
-			$(BIN)/pytest -x -q -k cpp tests/test_parity.py tests/test_properties.py || exit 1; \
+			$(BIN)/pytest $(PARALLEL) -k cpp tests/test_parity.py tests/test_properties.py || exit 1; \
 	done
 
 # Waiting threads give way: on a busy machine they would keep the working ones from their processor.
