@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hne.cli import main
+from hne.checkpoint import load_model
+from hne.cli import export, main
 from hne.data import load_dataset
 from hne.training import CHECKPOINT
 
@@ -278,12 +279,39 @@ def test_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         f"torch.save(y, {str(tmp_path / 'logits')!r})\n"
     )
     subprocess.run([sys.executable, "-c", alone], check=True, cwd=tmp_path)
-    from hne.checkpoint import load_model
-
     model, _ = load_model(run / CHECKPOINT)
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / "logits"), model(images, 3).mean(0), rtol=1e-3, atol=1e-3)
 
 
+def test_export_onnx(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: torch.Generator) -> None:
+    """Any batch size, by an engine that knows nothing of PyTorch."""
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+    pytest.importorskip("onnxscript")
+    output = tmp_path / "program.onnx"
+    assert main(["export", str(run), "--num-models", "3", "--format", "onnx", "--output", str(output)]) == 0
+    assert "3 of 8 models" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [output]
+    model, _ = load_model(run / CHECKPOINT)
+    images = torch.randn(5, 1, 8, 8, generator=rng)
+    (logits,) = evaluator(str(output)).run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        want = model(images, 3).mean(0)
+    torch.testing.assert_close(torch.from_numpy(logits), want, rtol=1e-4, atol=1e-4)
+
+
+def test_export_onnx_needs_packages(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    output = tmp_path / "program.onnx"
+    told = error_of(capsys, "export", str(run), "--format", "onnx", "--output", str(output))
+    assert "pip install onnx onnxscript" in told
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "num_models must lie between 1 and 8, got 9" in error_of(capsys, "export", str(run), "--num-models", "9")
+    assert "--kernels: expected with --format pt2" in error_of(
+        capsys, "export", str(run), "--kernels", "--format", "onnx"
+    )
