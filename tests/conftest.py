@@ -16,6 +16,12 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 
 import hne_kernels as K
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    # Sizes of tests are small, and a third of the interpreter's time is looking whether each sum still has 32 bits.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
 # Both are called in a run of the benchmarks, too: pytest looks into tests/ at its start.
 
 

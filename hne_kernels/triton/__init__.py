@@ -4,7 +4,10 @@ Registered as ``hne::triton_<op>``, so that torch.compile looks into them and to
 """
 
 from .branch_conv2d import branch_conv2d
+from .branch_conv2d_stats import branch_conv2d_stats
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
+from .branch_depthwise_conv2d_stats import branch_depthwise_conv2d_stats
+from .branch_normalize import branch_normalize
 from .fused_bottleneck import fused_bottleneck
 from .fused_conv2d import fused_conv2d
 from .hierarchical_distillation_loss import hierarchical_distillation_loss
@@ -13,7 +16,10 @@ from .prefix_mean import prefix_mean
 
 __all__ = [
     "branch_conv2d",
+    "branch_conv2d_stats",
     "branch_depthwise_conv2d",
+    "branch_depthwise_conv2d_stats",
+    "branch_normalize",
     "fused_bottleneck",
     "fused_conv2d",
     "hierarchical_distillation_loss",

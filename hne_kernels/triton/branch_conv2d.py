@@ -10,14 +10,18 @@ memory: no atomic operation, so the same result every time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import checks, convolution
-from .device import activate, dot, split_row, window
-from .launch import SIZES, Kernel, config, op, programs
+from .device import activate, denormalize, dot, normalize, per_channel, split_row, total_gradient, window
+from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
+from .statistics import deviations, leave
+from .training import PLAIN, Training
 
 _PANEL = tl.constexpr(checks.PANEL)
 
@@ -25,17 +29,25 @@ _PANEL = tl.constexpr(checks.PANEL)
 @triton.jit(do_not_specialize=SIZES)
 def _kernel(
     source, weight, bias, residual, out,
+    output, output_mean, grad_mean, grad_var, input, mean, scale, shift, first_part, second_part,
     parents, branches, replicate, residual_replicate,
     batch, height, width, out_height, out_width, in_channels, out_channels,
     weight_branch, weight_panel, weight_out, weight_in, weight_y, weight_x,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TRANSPOSED: tl.constexpr,
-    UNIT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, ACTIVATION: tl.constexpr, NORMAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``out = activation(convolution of source + bias + residual)``; transposed, a sum over the children."""
+    """``out = activation(convolution of source + bias + residual)``; transposed, a sum over the children.
+
+    In training (:mod:`.branch_conv2d_stats`), forwards: with ``mean``, the source is normalised as it is read, with
+    activation NORMAL; the parts are statistics of what is written. Transposed: with ``output``, the source is its
+    gradient, and those of its statistics are added as it is read; with ``mean``, what is written is the gradient of
+    ``input`` before it was normalised, and the parts are the gradients of shift and scale.
+    """
     in_channels, out_channels = tl.multiple_of(in_channels, UNIT), tl.multiple_of(out_channels, UNIT)
-    rows = tl.cast(batch, tl.int64) * out_height * out_width
-    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M).to(tl.int32), tl.cdiv(out_channels, BLOCK_N)
+    rows = batch * out_height * out_width
+    values = (tl.cast(batch, tl.float32) * height) * width
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_channels, BLOCK_N)
     columns = tiles_n if TRANSPOSED else replicate * tiles_n
     chunks = tl.cdiv(in_channels, BLOCK_K)
     for tile in range(tl.program_id(0), parents * tiles_m * columns, tl.num_programs(0)):
@@ -44,25 +56,43 @@ def _kernel(
         members = tl.minimum(replicate if TRANSPOSED else 1, branches - first)
         branch = parent if TRANSPOSED else first
         if members > 0:  # the last parent may have fewer children
-            row = (tile // columns % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            tile_m = tile // columns % tiles_m
+            row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
             n = (column % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
             image, y, x = split_row(row, out_height, out_width)
             weight_column = n // _PANEL * weight_panel + n % _PANEL * weight_out
             sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for step in range(members * KERNEL * KERNEL * chunks):
                 tap = step // chunks % (KERNEL * KERNEL)
-                member = step // chunks // (KERNEL * KERNEL)
+                member = first + step // chunks // (KERNEL * KERNEL)
                 tap_y, tap_x = tap // KERNEL, tap % KERNEL
                 from_y, from_x, inside = window(y, x, tap_y, tap_x, height, width, STRIDE, PADDING, TRANSPOSED)
-                read = (first + member if TRANSPOSED else parent).to(tl.int64) * batch + image
-                pixel = (read * height + from_y) * width + from_x
+                reads = member if TRANSPOSED else parent
+                pixel = ((reads.to(tl.int64) * batch + image) * height + from_y) * width + from_x
                 k = step % chunks * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
-                a = tl.load(
-                    source + pixel[:, None] * in_channels + k[None, :],
-                    mask=(inside & (row < rows))[:, None] & (k < in_channels)[None, :],
-                    other=0.0,
-                )
-                filters = weight + (first + member).to(tl.int64) * weight_branch + tap_y * weight_y + tap_x * weight_x
+                at = pixel[:, None] * in_channels + k[None, :]
+                here = (inside & (row < rows))[:, None] & (k < in_channels)[None, :]
+                a = tl.load(source + at, mask=here, other=0.0)
+                if output is not None:
+                    a = total_gradient(
+                        a,
+                        tl.load(output + at, mask=here, other=0.0),
+                        per_channel(output_mean, reads, k, in_channels),
+                        per_channel(grad_mean, reads, k, in_channels),
+                        per_channel(grad_var, reads, k, in_channels),
+                        values,
+                    )
+                    a = tl.where(here, a, 0.0).to(source.dtype.element_ty)
+                if mean is not None and not TRANSPOSED:
+                    a = normalize(
+                        a,
+                        per_channel(mean, reads, k, in_channels),
+                        per_channel(scale, reads, k, in_channels),
+                        per_channel(shift, reads, k, in_channels),
+                    )
+                    a = tl.where(here, activate(a, NORMAL), 0.0).to(source.dtype.element_ty)
+                filters = weight + member.to(tl.int64) * weight_branch
+                filters += tap_y.to(tl.int64) * weight_y + tap_x.to(tl.int64) * weight_x
                 b = tl.load(
                     filters + k[:, None] * weight_in + weight_column[None, :],
                     mask=(k < in_channels)[:, None] & (n < out_channels)[None, :],
@@ -70,56 +100,92 @@ def _kernel(
                 )
                 sums = dot(a, b, sums, PRECISION)
             if bias is not None:
-                sums += tl.load(bias + branch * out_channels + n, mask=n < out_channels, other=0.0).to(tl.float32)[None]
+                sums += per_channel(bias, branch, n, out_channels)
             mask = (row < rows)[:, None] & (n < out_channels)[None, :]
-            within = row[:, None] * out_channels + n[None, :]
+            within = row.to(tl.int64)[:, None] * out_channels + n[None, :]
             if residual is not None:
-                shared = (branch // residual_replicate) * rows * out_channels
+                shared = (branch // residual_replicate).to(tl.int64) * rows * out_channels
                 sums += tl.load(residual + shared + within, mask=mask, other=0.0).to(tl.float32)
             sums = activate(sums, ACTIVATION)
-            tl.store(out + branch * rows * out_channels + within, sums.to(out.dtype.element_ty), mask=mask)
+            at = branch.to(tl.int64) * rows * out_channels + within
+            if mean is not None and TRANSPOSED:
+                sums, by_shift, by_scale = denormalize(
+                    sums,
+                    tl.load(input + at, mask=mask, other=0.0),
+                    per_channel(mean, branch, n, out_channels),
+                    per_channel(scale, branch, n, out_channels),
+                    per_channel(shift, branch, n, out_channels),
+                    NORMAL,
+                )
+                leave(
+                    first_part, second_part, tl.sum(by_shift, 0), tl.sum(by_scale, 0),
+                    tile_m, rows, branch, parents, n, out_channels, False, BLOCK_M,
+                )  # fmt: skip
+            written = sums.to(out.dtype.element_ty)
+            tl.store(out + at, written, mask=mask)
+            if first_part is not None and not TRANSPOSED:
+                average, square = deviations(written.to(tl.float32), tile_m * BLOCK_M, rows, BLOCK_M)
+                leave(
+                    first_part, second_part, average, square,
+                    tile_m, rows, branch, branches, n, out_channels, True, BLOCK_M,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _weight_kernel(
-    grad, source, partial,
+    grad, source, partial, output, output_mean, grad_mean, grad_var, mean, scale, shift,
     branches, replicate, batch, height, width, out_height, out_width, in_channels, out_channels, parts,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, NORMAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``partial[part, branch, out, in, tap]``: the gradient of the weight from one part of the pixels."""
+    """``partial[part, branch, out, in, tap]``: the gradient of the weight from one part of the pixels.
+
+    In training, with ``output``: the gradients of its statistics are added to ``grad``; with ``mean``: the source is
+    normalised. Both as they are read.
+    """
     in_channels, out_channels = tl.multiple_of(in_channels, UNIT), tl.multiple_of(out_channels, UNIT)
-    rows = tl.cast(batch, tl.int64) * out_height * out_width
+    rows = batch * out_height * out_width
     length = tl.cdiv(tl.cdiv(rows, parts), BLOCK_K) * BLOCK_K
     tiles_m, tiles_n = tl.cdiv(out_channels, BLOCK_M), tl.cdiv(in_channels, BLOCK_N)
     taps: tl.constexpr = KERNEL * KERNEL
     for tile in range(tl.program_id(0), parts * branches * tiles_m * tiles_n * taps, tl.num_programs(0)):
         tap = tile % taps  # side by side: they read nearly the same pixels
-        m = tile // taps % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tile // taps // tiles_m % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        branch = tile // taps // tiles_m // tiles_n % branches
-        part = tile // taps // tiles_m // tiles_n // branches
-        start = part * length
-        end = tl.minimum(start + length, rows)
+        m = tile // taps % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        n = tile // taps // tiles_m % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        branch = (tile // taps // tiles_m // tiles_n % branches).to(tl.int64)
+        part = (tile // taps // tiles_m // tiles_n // branches).to(tl.int64)
+        start = tl.minimum(part * length, rows).to(tl.int32)
+        end = tl.minimum(start + tl.cast(length, tl.int64), rows).to(tl.int32)
+        parent = branch // replicate
+        if output is not None:
+            above_mean = per_channel(output_mean, branch, m, out_channels)
+            above_grad_mean = per_channel(grad_mean, branch, m, out_channels)
+            above_grad_var = per_channel(grad_var, branch, m, out_channels)
+        if mean is not None:
+            centre = per_channel(mean, parent, n, in_channels)
+            factor = per_channel(scale, parent, n, in_channels)
+            offset = per_channel(shift, parent, n, in_channels)
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(tl.cdiv(tl.maximum(end - start, 0), BLOCK_K).to(tl.int32)):
+        for step in range(tl.cdiv(end - start, BLOCK_K)):
             row = start + step * BLOCK_K + tl.arange(0, BLOCK_K)
             image, y, x = split_row(row, out_height, out_width)
             y, x, inside = window(y, x, tap // KERNEL, tap % KERNEL, height, width, STRIDE, PADDING, False)
-            a = tl.load(
-                grad + (branch * rows + row)[:, None] * out_channels + m[None, :],
-                mask=(row < end)[:, None] & (m < out_channels)[None, :],
-                other=0.0,
-            )
-            pixel = (((branch // replicate).to(tl.int64) * batch + image) * height + y) * width + x
-            b = tl.load(
-                source + pixel[:, None] * in_channels + n[None, :],
-                mask=(inside & (row < end))[:, None] & (n < in_channels)[None, :],
-                other=0.0,
-            )
+            at = (branch * rows + row)[:, None] * out_channels + m[None, :]
+            here = (row < end)[:, None] & (m < out_channels)[None, :]
+            a = tl.load(grad + at, mask=here, other=0.0)
+            if output is not None:
+                written = tl.load(output + at, mask=here, other=0.0)
+                a = total_gradient(a, written, above_mean, above_grad_mean, above_grad_var, tl.cast(rows, tl.float32))
+                a = tl.where(here, a, 0.0).to(grad.dtype.element_ty)
+            pixel = ((parent * batch + image) * height + y) * width + x
+            here = (inside & (row < end))[:, None] & (n < in_channels)[None, :]
+            b = tl.load(source + pixel[:, None] * in_channels + n[None, :], mask=here, other=0.0)
+            if mean is not None:
+                b = activate(normalize(b, centre, factor, offset), NORMAL)
+                b = tl.where(here, b, 0.0).to(source.dtype.element_ty)
             sums = dot(tl.trans(a), b, sums, PRECISION)
-        plane = (part * branches + branch).to(tl.int64) * out_channels
+        plane = (part * branches + branch) * out_channels
         entry = ((plane + m)[:, None] * in_channels + n[None, :]) * taps + tap
         tl.store(partial + entry, sums, mask=(m < out_channels)[:, None] & (n < in_channels)[None, :])
 
@@ -127,14 +193,14 @@ def _weight_kernel(
 # Layers have 16 to 256 channels a branch and thousands of pixels: tall tiles. Three stages hide the memory's
 # latency. Smaller tiles of more threads where a thread holds more than its part of the result: float32 without tensor
 # cores keeps its operands in registers, and channels that nothing divides (an image has 3) are read one by one.
-_KEY = ["height", "in_channels", "out_channels", "KERNEL", "STRIDE"]
+_KEY = ["height", "in_channels", "out_channels", "KERNEL", "STRIDE", "NORMAL"]
 _TILES = [
     config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
     config(4, 3, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
 ]
 _convolve = Kernel(_kernel, [*_TILES, config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)], [*_KEY, "TRANSPOSED"])
 _convolve_small = Kernel(_kernel, [config(8, 2, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16)], [])
-_weigh = Kernel(_weight_kernel, [*_TILES, config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
+_weigh = Kernel(_weight_kernel, [_TILES[0], config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
 _weigh_small = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
 
 
@@ -173,33 +239,65 @@ def convolve(
         packed: ``weight`` is as :func:`hne_kernels.pack_weight` lays it out, and ``bias`` is given.
         residual: ``[G'', B, H', W', C_out]``, of which branch ``g // residual_replicate`` is added to branch g.
     """
-    s = weight.stride()
-    kernel_size = weight.shape[2] if packed else weight.shape[4]
-    out_channels = bias.shape[1] if packed and bias is not None else weight.shape[1]
-    strides = (s[0], s[1], s[5], s[4], s[2], s[3]) if packed else (s[0], checks.PANEL * s[1], *s[1:])
+    if packed and bias is not None:
+        s, kernel_size, out_channels = weight.stride(), weight.shape[2], bias.shape[1]
+        layout = (s[0], s[1], s[5], s[4], s[2], s[3])
+    else:
+        layout, kernel_size, out_channels = strides(weight), weight.shape[4], weight.shape[1]
     shape = checks.geometry(x, weight.shape[0], out_channels, kernel_size, stride, padding)
-    return _launch(
-        x, weight, strides, bias, x.new_empty(shape), x.shape[0], weight.shape[0], replicate,
-        residual, residual_replicate, kernel_size, stride, padding, False, activation,
+    check_pixels("x", shape)
+    out = x.new_empty(shape)
+    launch(
+        x, weight, layout, out, x.shape[0], weight.shape[0], replicate, kernel_size, stride, padding,
+        bias=bias, residual=residual, residual_replicate=residual_replicate, activation=activation,
     )  # fmt: skip
+    return out
 
 
-def _launch(
-    source: Tensor, weight: Tensor, strides: tuple[int, ...], bias: Tensor | None, out: Tensor,
-    parents: int, branches: int, replicate: int, residual: Tensor | None, residual_replicate: int,
-    kernel_size: int, stride: int, padding: int, transposed: bool, activation: str,
-) -> Tensor:  # fmt: skip
+def launch(
+    source: Tensor, weight: Tensor, layout: Sequence[int], out: Tensor, parents: int, branches: int, replicate: int,
+    kernel_size: int, stride: int, padding: int, *, transposed: bool = False,
+    bias: Tensor | None = None, residual: Tensor | None = None, residual_replicate: int = 1,
+    activation: str = "none", training: Training = PLAIN,
+) -> None:  # fmt: skip
+    """Write the convolution of ``source``, transposed or not, to ``out``."""
     precision, unit = _precision(source), _unit(source.shape[4], out.shape[4])
     kernel = _convolve_small if _small(precision, unit, source) else _convolve
     kernel(
-        source.contiguous(), weight, None if bias is None else bias.contiguous(),
-        None if residual is None else residual.contiguous(), out,
+        source.contiguous(), weight, contiguous(bias), contiguous(residual), out,
+        *training.above, training.input, *training.normalization, *training.parts,
         parents, branches, replicate, residual_replicate, *source.shape[1:4], *out.shape[2:4],
-        source.shape[4], out.shape[4], *strides,
+        source.shape[4], out.shape[4], *layout,
         KERNEL=kernel_size, STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
-        UNIT=unit, ACTIVATION=activation, PRECISION=precision,
+        UNIT=unit, ACTIVATION=activation, NORMAL=training.activation, PRECISION=precision,
     )  # fmt: skip
-    return out
+
+
+def strides(weight: Tensor, *, transposed: bool = False) -> tuple[int, ...]:
+    """Strides of ``weight`` [branch, out, in, y, x] for :func:`launch`; transposed, out and in are swapped."""
+    branch, out, into, *window = weight.stride()
+    if transposed:
+        out, into = into, out
+    return branch, checks.PANEL * out, out, into, *window
+
+
+def weigh(
+    grad: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, replicate: int,
+    training: Training = PLAIN,
+) -> Tensor:  # fmt: skip
+    """The gradient of the weight, from that of the output."""
+    check_pixels("grad", grad.shape)
+    shape = (grad.shape[0], grad.shape[4], x.shape[4], kernel_size, kernel_size)
+    parts = split(shape[0] * -(-shape[1] // 64) * -(-shape[2] // 64) * kernel_size**2, x.device)
+    partial = x.new_empty((parts, *shape), dtype=torch.float32)
+    precision, unit = _precision(x), _unit(x.shape[4], grad.shape[4])
+    kernel = _weigh_small if _small(precision, unit, x) else _weigh
+    kernel(
+        grad.contiguous(), x.contiguous(), partial, *training.above, *training.normalization,
+        grad.shape[0], replicate, *x.shape[1:4], *grad.shape[2:4], x.shape[4], grad.shape[4], parts,
+        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, UNIT=unit, NORMAL=training.activation, PRECISION=precision,
+    )  # fmt: skip
+    return partial.sum(0).to(x.dtype)
 
 
 @op
@@ -218,12 +316,14 @@ def branch_conv2d_backward_input(
     checks.same_kind("grad", grad, weight=weight)
     checks.convolution_gradient(grad, branches, out_channels, height, width, kernel_size, stride, padding, replicate)
     parents = -(-branches // replicate)
-    s = weight.stride()
-    return _launch(
-        grad, weight, (s[0], checks.PANEL * s[2], s[2], s[1], *s[3:]), None,
-        grad.new_empty(parents, grad.shape[1], height, width, in_channels),
-        parents, branches, replicate, None, 1, kernel_size, stride, padding, True, "none",
+    shape = (parents, grad.shape[1], height, width, in_channels)
+    check_pixels("x", shape)
+    out = grad.new_empty(shape)
+    launch(
+        grad, weight, strides(weight, transposed=True), out, parents, branches, replicate, kernel_size, stride, padding,
+        transposed=True,
     )  # fmt: skip
+    return out
 
 
 @op
@@ -236,18 +336,7 @@ def branch_conv2d_backward_weight(
     checks.convolution_gradient(
         grad, grad.shape[0], grad.shape[4], x.shape[2], x.shape[3], kernel_size, stride, padding, replicate
     )
-    shape = (grad.shape[0], grad.shape[4], x.shape[4], kernel_size, kernel_size)
-    tiles = shape[0] * -(-shape[1] // 64) * -(-shape[2] // 64) * kernel_size**2
-    parts = -(-programs(x.device) // tiles)
-    partial = x.new_empty((parts, *shape), dtype=torch.float32)
-    precision, unit = _precision(x), _unit(x.shape[4], grad.shape[4])
-    kernel = _weigh_small if _small(precision, unit, x) else _weigh
-    kernel(
-        grad.contiguous(), x.contiguous(), partial,
-        grad.shape[0], replicate, *x.shape[1:4], *grad.shape[2:4], x.shape[4], grad.shape[4], parts,
-        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, UNIT=unit, PRECISION=precision,
-    )  # fmt: skip
-    return partial.sum(0).to(x.dtype)
+    return weigh(grad, x, kernel_size, stride, padding, replicate)
 
 
 convolution.differentiate("triton_branch_conv2d")

@@ -13,63 +13,98 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks, convolution
-from .device import activate, split_row, window
-from .launch import SIZES, Kernel, config, op, programs
+from .device import activate, denormalize, normalize, per_channel, split_row, total_gradient, window
+from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
+from .statistics import GROUP, deviations, leave
+from .training import PLAIN, Training
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _kernel(
     source, weight, bias, out,
+    output, output_mean, grad_mean, grad_var, input, mean, scale, shift, first_part, second_part,
     parents, branches, replicate, batch, height, width, out_height, out_width, channels,
     weight_branch, weight_channel, weight_y, weight_x,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORMAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``out = activation(convolution of source + bias)``; transposed, a sum over the children of a branch."""
-    rows = tl.cast(batch, tl.int64) * out_height * out_width
-    tiles_m, tiles_c = tl.cdiv(rows, BLOCK_M).to(tl.int32), tl.cdiv(channels, BLOCK_C)
+    """``out = activation(convolution of source + bias)``; transposed, a sum over the children of a branch.
+
+    In training as in :mod:`.branch_conv2d`.
+    """
+    rows = batch * out_height * out_width
+    values = (tl.cast(batch, tl.float32) * height) * width
+    tiles_m, tiles_c = tl.cdiv(rows, BLOCK_M), tl.cdiv(channels, BLOCK_C)
     outputs = parents if TRANSPOSED else branches
     for tile in range(tl.program_id(0), outputs * tiles_m * tiles_c, tl.num_programs(0)):
         branch = (tile // tiles_c // tiles_m).to(tl.int64)
-        row = (tile // tiles_c % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tile_m = tile // tiles_c % tiles_m
+        row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
         image, y, x = split_row(row, out_height, out_width)
         first = branch * replicate if TRANSPOSED else branch
         members = tl.minimum(replicate if TRANSPOSED else 1, branches - first).to(tl.int32)
+        if mean is not None:
+            normal = branch if TRANSPOSED else branch // replicate
+            centre, factor = per_channel(mean, normal, c, channels), per_channel(scale, normal, c, channels)
+            offset = per_channel(shift, normal, c, channels)
         sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for member in range(members):
-            read = (first + member if TRANSPOSED else branch // replicate) * batch + image
+            reads = first + member if TRANSPOSED else branch // replicate
             filters = weight + (first + member) * weight_branch + c * weight_channel
+            if output is not None:
+                above_mean = per_channel(output_mean, reads, c, channels)
+                above_grad_mean = per_channel(grad_mean, reads, c, channels)
+                above_grad_var = per_channel(grad_var, reads, c, channels)
             for tap in tl.static_range(KERNEL * KERNEL):
                 tap_y, tap_x = tap // KERNEL, tap % KERNEL
                 from_y, from_x, inside = window(y, x, tap_y, tap_x, height, width, STRIDE, PADDING, TRANSPOSED)
-                pixel = (read * height + from_y) * width + from_x
-                value = tl.load(
-                    source + pixel[:, None] * channels + c[None, :],
-                    mask=(inside & (row < rows))[:, None] & (c < channels)[None, :],
-                    other=0.0,
-                )
-                factor = tl.load(filters + tap_y * weight_y + tap_x * weight_x, mask=c < channels, other=0.0)
-                sums += value.to(tl.float32) * factor.to(tl.float32)[None, :]
+                pixel = ((reads * batch + image) * height + from_y) * width + from_x
+                at = pixel[:, None] * channels + c[None, :]
+                here = (inside & (row < rows))[:, None] & (c < channels)[None, :]
+                value = tl.load(source + at, mask=here, other=0.0).to(tl.float32)
+                if output is not None:
+                    written = tl.load(output + at, mask=here, other=0.0)
+                    value = total_gradient(value, written, above_mean, above_grad_mean, above_grad_var, values)
+                    value = tl.where(here, value, 0.0)
+                if mean is not None and not TRANSPOSED:
+                    value = tl.where(here, activate(normalize(value, centre, factor, offset), NORMAL), 0.0)
+                taps = filters + tap_y * tl.cast(weight_y, tl.int64) + tap_x * tl.cast(weight_x, tl.int64)
+                sums += value * tl.load(taps, mask=c < channels, other=0.0).to(tl.float32)[None, :]
         if bias is not None:
-            sums += tl.load(bias + branch * channels + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+            sums += per_channel(bias, branch, c, channels)
         sums = activate(sums, ACTIVATION)
-        tl.store(
-            out + (branch * rows + row)[:, None] * channels + c[None, :],
-            sums.to(out.dtype.element_ty),
-            mask=(row < rows)[:, None] & (c < channels)[None, :],
-        )
+        at = (branch * rows + row)[:, None] * channels + c[None, :]
+        mask = (row < rows)[:, None] & (c < channels)[None, :]
+        if mean is not None and TRANSPOSED:
+            original = tl.load(input + at, mask=mask, other=0.0)
+            sums, by_shift, by_scale = denormalize(sums, original, centre, factor, offset, NORMAL)
+            leave(
+                first_part, second_part, tl.sum(by_shift, 0), tl.sum(by_scale, 0),
+                tile_m, rows, branch, parents, c, channels, False, BLOCK_M,
+            )  # fmt: skip
+        written = sums.to(out.dtype.element_ty)
+        tl.store(out + at, written, mask=mask)
+        if first_part is not None and not TRANSPOSED:
+            average, square = deviations(written.to(tl.float32), tile_m * BLOCK_M, rows, BLOCK_M)
+            leave(
+                first_part, second_part, average, square,
+                tile_m, rows, branch, branches, c, channels, True, BLOCK_M,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _weight_kernel(
-    grad, source, partial,
+    grad, source, partial, output, output_mean, grad_mean, grad_var, mean, scale, shift,
     branches, replicate, batch, height, width, out_height, out_width, channels, parts,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, NORMAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``partial[part, branch, channel, tap]``: the gradient of the weight from one part of the pixels."""
-    rows = tl.cast(batch, tl.int64) * out_height * out_width
+    """``partial[part, branch, channel, tap]``: the gradient of the weight from one part of the pixels.
+
+    In training as in :mod:`.branch_conv2d`.
+    """
+    rows = batch * out_height * out_width
     length = tl.cdiv(tl.cdiv(rows, parts), BLOCK_M) * BLOCK_M
     tiles_c = tl.cdiv(channels, BLOCK_C)
     taps: tl.constexpr = KERNEL * KERNEL
@@ -78,27 +113,44 @@ def _weight_kernel(
         c = tile // taps % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
         branch = (tile // taps // tiles_c % branches).to(tl.int64)
         part = (tile // taps // tiles_c // branches).to(tl.int64)
-        start = part * length
-        end = tl.minimum(start + length, rows)
+        start = tl.minimum(part * length, rows).to(tl.int32)
+        end = tl.minimum(start + tl.cast(length, tl.int64), rows).to(tl.int32)
+        parent = branch // replicate
+        if output is not None:
+            above_mean = per_channel(output_mean, branch, c, channels)
+            above_grad_mean = per_channel(grad_mean, branch, c, channels)
+            above_grad_var = per_channel(grad_var, branch, c, channels)
+        if mean is not None:
+            centre, factor = per_channel(mean, parent, c, channels), per_channel(scale, parent, c, channels)
+            offset = per_channel(shift, parent, c, channels)
         sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        for step in range(tl.cdiv(tl.maximum(end - start, 0), BLOCK_M).to(tl.int32)):
+        for step in range(tl.cdiv(end - start, BLOCK_M)):
             row = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
             image, y, x = split_row(row, out_height, out_width)
             y, x, inside = window(y, x, tap // KERNEL, tap % KERNEL, height, width, STRIDE, PADDING, False)
-            inside &= row < end
-            mask = inside[:, None] & (c < channels)[None, :]
-            pixel = ((branch // replicate * batch + image) * height + y) * width + x
-            above = tl.load(grad + (branch * rows + row)[:, None] * channels + c[None, :], mask=mask, other=0.0)
-            value = tl.load(source + pixel[:, None] * channels + c[None, :], mask=mask, other=0.0)
-            sums += above.to(tl.float32) * value.to(tl.float32)
+            mask = (inside & (row < end))[:, None] & (c < channels)[None, :]
+            at = (branch * rows + row)[:, None] * channels + c[None, :]
+            above = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+            if output is not None:
+                written = tl.load(output + at, mask=mask, other=0.0)
+                above = total_gradient(
+                    above, written, above_mean, above_grad_mean, above_grad_var, tl.cast(rows, tl.float32)
+                )
+            pixel = ((parent * batch + image) * height + y) * width + x
+            value = tl.load(source + pixel[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+            if mean is not None:
+                value = activate(normalize(value, centre, factor, offset), NORMAL)
+            sums += tl.where(mask, above * value, 0.0)
         entry = ((part * branches + branch) * channels + c) * taps + tap
         tl.store(partial + entry, tl.sum(sums, 0), mask=c < channels)
 
 
 # Maps have 16 to 64 channels in a bottleneck, up to 432 in an inverted residual.
-_KEY = ["height", "channels", "KERNEL", "STRIDE"]
+_KEY = ["height", "channels", "KERNEL", "STRIDE", "NORMAL"]
 _TILES = [config(4, BLOCK_M=32, BLOCK_C=32), config(4, BLOCK_M=16, BLOCK_C=64)]
+_TALL = [config(8, BLOCK_M=GROUP, BLOCK_C=32), config(4, BLOCK_M=GROUP, BLOCK_C=16)]  # leave statistics
 _convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
+_convolve_tall = Kernel(_kernel, _TALL, [*_KEY, "TRANSPOSED"])
 _weigh = Kernel(_weight_kernel, _TILES, _KEY)
 _PARTIAL_CHANNELS = 32  # channels of a tile, for the number of parts
 
@@ -115,20 +167,42 @@ def convolve(
 ) -> Tensor:
     """``activation(depthwise convolution + bias)`` in one kernel; any strides of ``weight`` [G', C, k, k]."""
     branches, channels, _, kernel_size = weight.shape
-    out = x.new_empty(checks.geometry(x, branches, channels, kernel_size, stride, padding))
-    return _launch(x, weight, bias, out, x.shape[0], replicate, stride, padding, False, activation)
-
-
-def _launch(
-    source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor,
-    parents: int, replicate: int, stride: int, padding: int, transposed: bool, activation: str,
-) -> Tensor:  # fmt: skip
-    _convolve(
-        source.contiguous(), weight, None if bias is None else bias.contiguous(), out,
-        parents, weight.shape[0], replicate, *source.shape[1:4], *out.shape[2:5], *weight.stride(),
-        KERNEL=weight.shape[3], STRIDE=stride, PADDING=padding, TRANSPOSED=transposed, ACTIVATION=activation,
-    )  # fmt: skip
+    shape = checks.geometry(x, branches, channels, kernel_size, stride, padding)
+    check_pixels("x", shape)
+    out = x.new_empty(shape)
+    launch(x, weight, out, x.shape[0], replicate, stride, padding, bias=bias, activation=activation)
     return out
+
+
+def launch(
+    source: Tensor, weight: Tensor, out: Tensor, parents: int, replicate: int, stride: int, padding: int, *,
+    transposed: bool = False, bias: Tensor | None = None, activation: str = "none", training: Training = PLAIN,
+) -> None:  # fmt: skip
+    """Write the convolution of ``source``, transposed or not, to ``out``."""
+    kernel = _convolve if training.parts[0] is None else _convolve_tall
+    kernel(
+        source.contiguous(), weight, contiguous(bias), out,
+        *training.above, training.input, *training.normalization, *training.parts,
+        parents, weight.shape[0], replicate, *source.shape[1:4], *out.shape[2:5], *weight.stride(),
+        KERNEL=weight.shape[3], STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
+        ACTIVATION=activation, NORMAL=training.activation,
+    )  # fmt: skip
+
+
+def weigh(
+    grad: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, replicate: int, training: Training = PLAIN
+) -> Tensor:
+    """The gradient of the weight, from that of the output."""
+    check_pixels("grad", grad.shape)
+    branches, channels = grad.shape[0], x.shape[4]
+    parts = split(branches * -(-channels // _PARTIAL_CHANNELS) * kernel_size**2, x.device)
+    partial = x.new_empty((parts, branches, channels, kernel_size, kernel_size), dtype=torch.float32)
+    _weigh(
+        grad.contiguous(), x.contiguous(), partial, *training.above, *training.normalization,
+        branches, replicate, *x.shape[1:4], *grad.shape[2:5], parts,
+        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, NORMAL=training.activation,
+    )  # fmt: skip
+    return partial.sum(0).to(x.dtype)
 
 
 @op
@@ -149,8 +223,11 @@ def branch_depthwise_conv2d_backward_input(
     checks.same_kind("grad", grad, weight=weight)
     checks.convolution_gradient(grad, branches, channels, height, width, kernel_size, stride, padding, replicate)
     parents = -(-branches // replicate)
-    out = grad.new_empty(parents, grad.shape[1], height, width, channels)
-    return _launch(grad, weight, None, out, parents, replicate, stride, padding, True, "none")
+    shape = (parents, grad.shape[1], height, width, channels)
+    check_pixels("x", shape)
+    out = grad.new_empty(shape)
+    launch(grad, weight, out, parents, replicate, stride, padding, transposed=True)
+    return out
 
 
 @op
@@ -164,15 +241,7 @@ def branch_depthwise_conv2d_backward_weight(
     checks.convolution_gradient(
         grad, branches, channels, x.shape[2], x.shape[3], kernel_size, stride, padding, replicate
     )
-    tiles = branches * -(-channels // _PARTIAL_CHANNELS) * kernel_size**2
-    parts = -(-programs(x.device) // tiles)
-    partial = x.new_empty((parts, branches, channels, kernel_size, kernel_size), dtype=torch.float32)
-    _weigh(
-        grad.contiguous(), x.contiguous(), partial,
-        branches, replicate, *x.shape[1:4], *grad.shape[2:5], parts,
-        KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
-    )  # fmt: skip
-    return partial.sum(0).to(x.dtype)
+    return weigh(grad, x, kernel_size, stride, padding, replicate)
 
 
 convolution.differentiate("triton_branch_depthwise_conv2d")

@@ -43,6 +43,22 @@ def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _unit(
+    name: str, new: Callable[..., Tensor], weight: Tensor, source: tuple[int, int, int], activation: str | None,
+    geometry: tuple[int, int, int],
+) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:  # fmt: skip
+    """A training unit and its gradients; ``source`` has branches, height and channels."""
+    branches, size, channels = source
+    x = new(branches, 8, size, size, channels)
+    y = new(weight.shape[0], 8, size, size, weight.shape[1])
+    above, vector = (_tensor(t.shape[0], t.shape[4], dtype=torch.float32) for t in (y, x))
+    normal = (*(None if activation is None else vector for _ in range(3)), activation or "none")
+    grads = (y, above, above, y, above)
+    yield getattr(_OPS, f"triton_{name}"), (x, weight, *normal, *geometry)
+    yield getattr(_OPS, f"triton_{name}_backward_input"), (*grads, weight, x, *normal, *geometry)
+    yield getattr(_OPS, f"triton_{name}_backward_weight"), (*grads, x, *normal, weight.shape[-1], *geometry)
+
+
 def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
     """Every op as the two architectures use it; 24 channels stand for the counts that 16 does not divide."""
 
@@ -64,16 +80,22 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
     yield _OPS.triton_branch_depthwise_conv2d, (x, weight, None, 1, 1, 1)
     yield _OPS.triton_branch_depthwise_conv2d_backward_input, (x, weight, 16, 16, 1, 1, 1)
     yield _OPS.triton_branch_depthwise_conv2d_backward_weight, (x, x, 3, 1, 1, 1)
-    # A branching bottleneck (Table 2) and a plain inverted residual (Table 3).
-    filters, bias = new(8, 3, 3, 64), new(8, 64)
-    bottleneck = (*pointwise(8, 64, 128), filters, bias, *pointwise(8, 256, 64), *pointwise(8, 256, 128))
-    yield _OPS.triton_fused_bottleneck, (new(4, 8, 16, 16, 128), *bottleneck, 2, 2, "relu", False, "relu")
+    # The end of a branching bottleneck's shortcut, and a plain inverted residual (Table 3).
+    yield _OPS.triton_fused_conv2d, (new(4, 8, 16, 16, 128), *pointwise(8, 256, 128), 2, 0, 2, "relu")
     filters, bias = new(2, 3, 3, 144), new(2, 144)
     residual = (*pointwise(2, 144, 24), filters, bias, *pointwise(2, 24, 144), None, None)
     yield _OPS.triton_fused_bottleneck, (new(2, 8, 28, 28, 24), *residual, 1, 1, "relu6", True, "none")
 
+    # Training: a stem that reads the image as it is, a branching 1x1 and a 3x3 that normalise what they read.
+    yield from _unit("branch_conv2d_stats", new, new(1, 16, 3, 3, 3), (1, 16, 3), None, (1, 1, 1))
+    yield from _unit("branch_conv2d_stats", new, new(8, 64, 128, 1, 1), (4, 16, 128), "relu", (1, 0, 2))
+    yield from _unit("branch_conv2d_stats", new, new(2, 144, 24, 1, 1), (2, 16, 24), "none", (1, 0, 1))
+    yield from _unit("branch_depthwise_conv2d_stats", new, new(4, 64, 3, 3), (4, 16, 64), "relu6", (1, 1, 1))
     x = new(4, 8, 16, 16, 64)
     gain = _tensor(4, 64, dtype=torch.float32)
+    for activation, added in (("relu", x), ("none", None)):
+        yield _OPS.triton_branch_normalize, (x, gain, gain, gain, added, activation)
+        yield _OPS.triton_branch_normalize_backward, (x, x, x, gain, gain, activation)
     for activation, added in (("relu", x), ("relu6", None)):
         yield _OPS.triton_branch_batch_norm, (x, gain, gain, added, activation, 1e-5)
         yield (

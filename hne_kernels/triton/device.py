@@ -1,4 +1,4 @@
-"""What kernels have in common on the device: activations, matrix products, the geometry of windows."""
+"""What kernels have in common on the device: activations, normalisation, matrix products, the geometry of windows."""
 
 from __future__ import annotations
 
@@ -21,6 +21,42 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def before_activation(grad, value, ACTIVATION: tl.constexpr):
+    """The gradient before an activation, zero where that is flat: ``value`` is what goes in, or what comes out."""
+    if ACTIVATION != "none":
+        flat = value <= 0
+        if ACTIVATION == "relu6":
+            flat = flat | (value >= 6)
+        grad = tl.where(flat, 0.0, grad)
+    return grad
+
+
+@triton.jit
+def per_channel(vectors, branch, c, channels):
+    """The values of channels ``c`` of a branch, float32, as a row; zero beyond the last channel."""
+    return tl.load(vectors + branch * channels + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def normalize(x, mean, scale, shift):
+    """``(x - mean) * scale + shift``, in float32."""
+    return (x.to(tl.float32) - mean) * scale + shift
+
+
+@triton.jit
+def denormalize(grad, x, mean, scale, shift, ACTIVATION: tl.constexpr):
+    """Back through ``activation(normalize(x))``: the gradient of x, and what adds up to those of shift and scale."""
+    by_shift = before_activation(grad, normalize(x, mean, scale, shift), ACTIVATION)
+    return by_shift * scale, by_shift, by_shift * (x.to(tl.float32) - mean)
+
+
+@triton.jit
+def total_gradient(grad, y, mean, grad_mean, grad_var, count):
+    """The gradient of a map ``y`` of ``count`` values a channel: directly, through its mean, through its variance."""
+    return grad.to(tl.float32) + grad_mean / count + grad_var * (2.0 / count) * (y.to(tl.float32) - mean)
+
+
+@triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """``accumulator + a @ b``, summed in float32."""
     if _INTERPRETED:  # numpy has no bfloat16; the products are exact in float32
@@ -30,9 +66,12 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def split_row(row, height, width):
-    """Image, y and x of a pixel that is numbered through a batch of maps; the number has 64 bits."""
-    position = (row % (height * width)).to(tl.int32)
-    return row // (height * width), position // width, position % width
+    """Image, y and x of a pixel that is numbered through a batch of maps.
+
+    In 32 bits, as division is slow in 64 (:func:`.launch.check_pixels` sees to it); the image then has 64.
+    """
+    position = row % (height * width)
+    return (row // (height * width)).to(tl.int64), position // width, position % width
 
 
 @triton.jit

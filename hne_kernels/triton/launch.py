@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ SIZES = [
     "parents", "branches", "replicate", "residual_replicate", "batch", "height", "width", "out_height", "out_width",
     "rows", "parts",
 ]  # fmt: skip
+_PIXELS = 2**31 - 2**14  # of a branch, so that a number for each and for those of a last, incomplete tile has 32 bits
 _INTERPRETER = threading.Lock()  # it replaces parts of triton.language while a kernel runs
 _PROGRAMS_PER_PROCESSOR = 4  # enough that one waits for memory while another computes
 
@@ -43,6 +44,23 @@ def programs(device: torch.device) -> int:
     if not torch.cuda.is_available():
         return 3  # interpreted (or compiled alone): no GPU to fill, but the sharing is exercised
     return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR
+
+
+def split(tiles: int, device: torch.device) -> int:
+    """In how many parts to cut a sum over pixels, each the work of ``tiles`` programs, so that the GPU is busy."""
+    return -(-programs(device) // max(tiles, 1))
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """``tensor.contiguous()`` of one that may be absent."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def check_pixels(name: str, shape: Sequence[int]) -> None:
+    """Raise if a branch of features ``[G, B, H, W, C]`` has more pixels than the kernels can number."""
+    pixels = shape[1] * shape[2] * shape[3]
+    if isinstance(pixels, int) and pixels > _PIXELS:  # a traced size is unknown, and would get an upper bound
+        raise ValueError(f"{name}: expected at most 2^31 - 2^14 pixels a branch, got {pixels} in shape {tuple(shape)}")
 
 
 def config(warps: int, stages: int = 1, **blocks: int) -> triton.Config:

@@ -1,0 +1,131 @@
+"""Normalisation by given statistics, sum and activation in one pass; its gradients in another.
+
+Memory is all that counts: the map (and the residual) in, the map out, and the same backwards with the gradients of
+scale and shift summed on the way, in parts and in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import checks
+from ..branch_normalize import check, differentiate
+from ..stats_convolution import check_normalization
+from .device import activate, before_activation, normalize, per_channel
+from .launch import SIZES, Kernel, config, contiguous, op, split
+
+
+@triton.jit
+def part_of_rows(tile, rows, channels, branches, parts, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which branch, channels and rows (64 bits) a tile has, when the rows are cut into parts."""
+    tiles_c = tl.cdiv(channels, BLOCK_C)
+    c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    branch = (tile // tiles_c % branches).to(tl.int64)
+    part = (tile // tiles_c // branches).to(tl.int64)
+    length = tl.cdiv(tl.cdiv(rows, parts), BLOCK_M) * BLOCK_M
+    start = tl.minimum(part * length, rows)
+    return branch, c, part, start, tl.minimum(start + length, rows)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _kernel(
+    x, mean, scale, shift, residual, out, rows, branches, channels,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``out = activation((x - mean) * scale + shift + residual)``."""
+    rows = tl.cast(rows, tl.int64)
+    tiles_m, tiles_c = tl.cdiv(rows, BLOCK_M), tl.cdiv(channels, BLOCK_C)
+    for tile in range(tl.program_id(0), (branches * tiles_m * tiles_c).to(tl.int32), tl.num_programs(0)):
+        branch = tile // tiles_c // tiles_m
+        row = tile // tiles_c % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = (row < rows)[:, None] & (c < channels)[None, :]
+        at = (branch * rows + row)[:, None] * channels + c[None, :]
+        y = normalize(
+            tl.load(x + at, mask=mask, other=0.0),
+            per_channel(mean, branch, c, channels),
+            per_channel(scale, branch, c, channels),
+            per_channel(shift, branch, c, channels),
+        )
+        if residual is not None:
+            y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _backward_kernel(
+    grad, x, y, mean, scale, grad_x, grad_residual, part_scale, part_shift, rows, branches, channels, parts,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gradients of x and of the residual, and those of scale and shift from each part of the rows."""
+    for tile in range(tl.program_id(0), tl.cdiv(channels, BLOCK_C) * branches * parts, tl.num_programs(0)):
+        branch, c, part, start, end = part_of_rows(
+            tile, tl.cast(rows, tl.int64), channels, branches, parts, BLOCK_M, BLOCK_C
+        )
+        centre, factor = per_channel(mean, branch, c, channels), per_channel(scale, branch, c, channels)
+        along, total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32), tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for step in range(tl.cdiv(end - start, BLOCK_M).to(tl.int32)):
+            row = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
+            mask = (row < end)[:, None] & (c < channels)[None, :]
+            at = (branch * rows + row)[:, None] * channels + c[None, :]
+            above = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+            if ACTIVATION != "none":
+                above = before_activation(above, tl.load(y + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+                tl.store(grad_residual + at, above.to(grad_residual.dtype.element_ty), mask=mask)
+            tl.store(grad_x + at, (above * factor).to(grad_x.dtype.element_ty), mask=mask)
+            along += above * (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - centre)
+            total += above
+        entry = (part * branches + branch) * channels + c
+        tl.store(part_scale + entry, tl.sum(along, 0), mask=c < channels)
+        tl.store(part_shift + entry, tl.sum(total, 0), mask=c < channels)
+
+
+# 16-byte accesses over a run of channels.
+_CONFIGS = [config(4, BLOCK_M=32, BLOCK_C=64), config(4, BLOCK_M=128, BLOCK_C=16)]
+_KEY = ["channels"]
+_normalize = Kernel(_kernel, _CONFIGS, _KEY)
+_backward = Kernel(_backward_kernel, _CONFIGS, _KEY)
+
+
+@op
+def branch_normalize(
+    x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: str
+) -> Tensor:
+    """See :func:`hne_kernels.branch_normalize`."""
+    check(x, mean, scale, shift, residual, activation)
+    branches, batch, height, width, channels = x.shape
+    y = x.new_empty(x.shape)
+    _normalize(
+        x.contiguous(), mean.contiguous(), scale.contiguous(), shift.contiguous(), contiguous(residual), y,
+        batch * height * width, branches, channels, ACTIVATION=activation,
+    )  # fmt: skip
+    return y
+
+
+@op
+def branch_normalize_backward(
+    grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, scale: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, scale, shift and residual (empty for ``none``: grad itself) of :func:`branch_normalize`."""
+    checks.rank("x", x, 5, checks.CONV_INPUT)
+    checks.activation("activation", activation)
+    checks.same_kind("x", x, grad=grad, y=y)
+    for name, tensor in (("grad", grad), ("y", y)):
+        checks.shape(name, tensor, tuple(x.shape), "as x")
+    check_normalization(x, mean, scale, scale)
+    branches, batch, height, width, channels = x.shape
+    parts = split(branches * -(-channels // 64), x.device)
+    part_scale, part_shift = (x.new_empty((parts, branches, channels), dtype=torch.float32) for _ in range(2))
+    grad_x, grad_residual = x.new_empty(x.shape), x.new_empty(0 if activation == "none" else x.shape)
+    _backward(
+        grad.contiguous(), x.contiguous(), y.contiguous(), mean.contiguous(), scale.contiguous(),
+        grad_x, grad_residual, part_scale, part_shift, batch * height * width, branches, channels, parts,
+        ACTIVATION=activation,
+    )  # fmt: skip
+    return grad_x, part_scale.sum(0), part_shift.sum(0), grad_residual
+
+
+differentiate("triton_branch_normalize")
