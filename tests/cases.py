@@ -433,6 +433,9 @@ CASES = [
     prefix_mean(16, 2, 100, (3,)),
     prefix_mean(3, 30, 100, None),
     prefix_mean(7, 0, 3, None),
+    # More members than a machine word has bits.
+    prefix_mean(100, 2, 3, None),
+    prefix_mean(70, 1, 5, (32, 33, 65)),
     prefix_logits(1, 1, 1, 1, None, False),
     prefix_logits(2, 3, 17, 5, None, True),
     prefix_logits(3, 1, 33, 17, (2, 3), False),
@@ -447,6 +450,7 @@ CASES = [
     loss(5, 2, 33, 1.0, 4.0),
     loss(16, 8, 100, 0.5, 2.0),
     loss(16, 3, 10, 0.0, 2.0, scale=30.0),
+    loss(40, 2, 70, 0.5, 2.0),
     loss(16, 3, 10, 0.5, 2.0, scale=1e4),
 ]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
+from ..checks import default_sizes
 from ..packing import pack_weight
 from . import launch
 
@@ -96,15 +97,9 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
     for activation, added in (("relu", x), ("none", None)):
         yield _OPS.triton_branch_normalize, (x, gain, gain, gain, added, activation)
         yield _OPS.triton_branch_normalize_backward, (x, x, x, gain, gain, activation)
-    for activation, added in (("relu", x), ("relu6", None)):
-        yield _OPS.triton_branch_batch_norm, (x, gain, gain, added, activation, 1e-5)
-        yield (
-            _OPS.triton_branch_batch_norm_backward,
-            (x, x, x, gain, gain, gain, added is not None, activation, 1e-5),
-        )
-    for models, classes in ((16, 100), (8, 1000)):
+    for models, classes in ((16, 100), (8, 1000), (100, 100)):
         logits, target = new(models, 8, classes), _tensor(8, dtype=torch.int64)
-        sizes = [1 << p for p in range(models.bit_length())]
+        sizes = default_sizes(models)
         yield _OPS.triton_prefix_mean, (logits, sizes)
         yield _OPS.triton_prefix_mean_backward, (logits[: len(sizes)], sizes, models)
         yield _OPS.triton_hierarchical_distillation_loss, (logits, target, 0.5, 2.0)

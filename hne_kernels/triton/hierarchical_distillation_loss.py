@@ -100,24 +100,34 @@ def _log_softmax(values, size, temperature, which, highest, total):
 
 
 # What a block of classes costs in registers: [models, BLOCK] values, their softmax and gradient.
-_NARROW = Kernel(_kernel, [config(4, BLOCK=128)], [])
-_WIDE = Kernel(_kernel, [config(8, BLOCK=512)], [])
+_KERNELS = {block: Kernel(_kernel, [config(4, BLOCK=block)], []) for block in (16, 32, 64, 128)}
+_KERNELS[512] = Kernel(_kernel, [config(8, BLOCK=512)], [])
+
+
+def _block(models: int, classes: int) -> int:
+    """Classes that are looked at together; ``models`` is a power of two."""
+    if models > 16:
+        return max(2048 // models, 16)
+    return 128 if classes <= 128 else 512
 
 
 @op
 def hierarchical_distillation_loss(
     logits: Tensor, target: Tensor, alpha: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`hne_kernels.hierarchical_distillation_loss`; the loss and its gradient."""
+    """See :func:`hne_kernels.hierarchical_distillation_loss`; the loss and its gradient.
+
+    A class index out of range gives a loss of NaN, as an error would have to wait for the GPU; nothing is read by it.
+    """
     check(logits, target, alpha, temperature)
     models, batch, classes = logits.shape
     losses = logits.new_empty(batch, dtype=torch.float32)
     grad = logits.new_empty(logits.shape)
     students = (models - 1).bit_length()  # the powers of two below the number of models
-    kernel = _NARROW if classes <= 128 else _WIDE
-    kernel(
+    padded = max(1 << students, 1)
+    _KERNELS[_block(padded, classes)](
         logits.contiguous(), target.contiguous(), losses, grad, models, batch, classes, alpha, temperature,
-        STUDENTS=students, MODELS=max(1 << students, 1),
+        STUDENTS=students, MODELS=padded,
     )  # fmt: skip
     return losses.mean().to(logits.dtype), grad
 

@@ -68,8 +68,22 @@ def config(warps: int, stages: int = 1, **blocks: int) -> triton.Config:
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
+def _measure(call: Callable[[], None], quantiles: Sequence[float]) -> Any:
+    """Time a configuration; a graph that is being captured would be spoilt by that."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a Triton kernel has to be tuned, which a CUDA graph cannot capture: "
+            "make the same call once before the capture"
+        )
+    return triton.testing.do_bench(call, quantiles=quantiles)
+
+
 class Kernel:
     """A kernel and the configurations it is tuned over.
+
+    Tuning launches the kernel many times, so a kernel must not change what it reads. The choice is kept on disk, beside
+    Triton's compiled kernels. It happens in the first call of a layer's size, which therefore has to come before a CUDA
+    graph is captured (as the warm-up that PyTorch asks for does); no later launch waits for the GPU.
 
     Args:
         kernel: a function under ``triton.jit``.
@@ -81,7 +95,7 @@ class Kernel:
 
     def __init__(self, kernel: Any, configs: list[triton.Config], key: list[str]) -> None:
         self.kernel, self.configs = kernel, configs
-        self._tuned = triton.autotune(configs, key, cache_results=True)(kernel)
+        self._tuned = triton.autotune(configs, key, cache_results=True, do_bench=_measure)(kernel)
         self._fixed = triton.autotune(configs[:1], [])(kernel)
 
     def __call__(self, *args: Any, **constants: Any) -> None:
@@ -94,10 +108,6 @@ class Kernel:
             return
         fixed = torch.are_deterministic_algorithms_enabled()
         kernel = torch.library.wrap_triton(self._fixed if fixed else self._tuned)
-        with _on(first.device):
+        # Triton launches on the current device (and its current stream), whichever the tensors are on.
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
             kernel[(programs(first.device),)](*args, **constants)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, whichever the tensors are on."""
-    return torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
