@@ -2,16 +2,23 @@
 #pragma once
 
 #include "gemm.h"
+#include "normalization.h"
 #include "shape.h"
 
 namespace hne {
 
 // `packed`: weight [branch][panel][tap][in_channel][16] (hne_kernels/packing.py), else [branch][tap][out][in].
+// Packed weights are for inference: neither normalisation nor statistics.
 template <typename T, bool packed>
 struct Forward {
   using Type = T;
   using Out = T;
   static constexpr bool kLeftAcross = false, kRightAcross = packed;
+
+  template <int width>
+  struct NoSums {};
+  template <int width>
+  using Sums = std::conditional_t<packed, NoSums<width>, Moments<width>>;
 
   struct Work : Tile {
     int branch;
@@ -19,11 +26,13 @@ struct Forward {
   };
 
   Shape s;
-  const T *left_base, *right_base;  // x, weight
-  const T* bias = nullptr;          // [branch][out_channels] or null
-  const T* add = nullptr;           // features added before the activation, or null,
-  int add_replicate = 1;            // branch g / add_replicate of them
-  Clamp<float> range = {};
+  const T *left_base, *right_base;    // x, weight
+  const T* bias = nullptr;            // [branch][out_channels] or null
+  const T* add = nullptr;             // features added before the activation, or null,
+  int add_replicate = 1;              // branch g / add_replicate of them
+  Clamp<float> range = {};            // of the result
+  Normalization normalization = {};   // of x
+  Partials partials = {};             // of the statistics of the result
   T* out;
 
   HNE_BOTH int row_tiles() const { return (s.rows() + kTileRows - 1) / kTileRows; }
@@ -51,6 +60,13 @@ struct Forward {
     const int64_t pixel = s.source(int(row), tap);
     return pixel >= 0 ? w.x + pixel * s.in_channels + channel : nullptr;
   }
+  HNE_BOTH const T* left_beside() const { return nullptr; }
+  HNE_DEVICE bool left_made() const { return !packed && normalization.present(); }
+  template <int width>
+  HNE_DEVICE void make_left(const Work& w, int64_t, int64_t k, float (&values)[width], const float (&)[width]) const {
+    const int channel = s.pointwise() ? int(k) : int(k) % s.in_channels;
+    normalization.apply(normalization.at<width>(w.branch / s.replicate, channel), values);
+  }
 
   HNE_DEVICE const T* right(const Work& w, int64_t column, int64_t k) const {
     if (column >= w.columns) return nullptr;
@@ -58,9 +74,12 @@ struct Forward {
     const int tap = int(k) / s.in_channels, channel = int(k) - tap * s.in_channels;
     return w.weight + (int64_t(tap) * s.out_channels + column) * s.in_channels + channel;
   }
-
+  HNE_DEVICE bool right_made() const { return false; }
   template <int width>
-  HNE_DEVICE void finish(const Work& w, int64_t row, int64_t column, float (&values)[width]) const {
+  HNE_DEVICE void make_right(const Work&, int64_t, int64_t, float (&)[width]) const {}
+
+  template <int width, typename S>
+  HNE_DEVICE void finish(const Work& w, int64_t row, int64_t column, float (&values)[width], S& sums) const {
     if (bias != nullptr) {
       float b[width];
       load<width>(b, bias + int64_t(w.branch) * s.out_channels + column);
@@ -76,11 +95,28 @@ struct Forward {
 #pragma unroll
     for (int i = 0; i < width; ++i) values[i] = clamp(values[i], range);
     store<width>(out + (w.branch * w.rows + row) * s.out_channels + column, values);
+    if constexpr (!packed) {
+      if (partials.values != nullptr) sums.add(values);
+    }
+  }
+
+  template <typename S>
+  HNE_DEVICE void leave(const Work& w, const S& sums, float* scratch, int across) const {
+    if constexpr (!packed) {
+      if (partials.values == nullptr) return;
+      const int64_t rows = w.rows - w.row < kTileRows ? w.rows - w.row : kTileRows;
+      sums.put(partials, {w.branch, int(w.row / kTileRows), int(w.column)}, scratch, across, int(rows));
+    }
   }
 
   bool vectors() const {
-    return whole_vectors<T>({s.in_channels, s.out_channels}, {left_base, right_base, bias, add, out});
+    return whole_vectors<T>({s.in_channels, s.out_channels}, {left_base, right_base, bias, add, out, normalization.mean,
+                                                              normalization.scale, normalization.shift});
   }
 };
+
+// Compiled once: with filters as they are in branch_conv2d.cu, packed in fused_conv2d.cu.
+template <typename T, bool packed>
+void run_forward(const Device& device, const Forward<T, packed>& problem);
 
 }  // namespace hne

@@ -15,9 +15,8 @@ namespace hne {
 using bfloat16 = torch::headeronly::BFloat16;
 using half = torch::headeronly::Half;
 
-struct alignas(16) Bytes16 {
-  uint32_t words[4];
-};
+// Bytes of shared memory that a block may have on the least of the GPUs served, of compute capability 8.0.
+constexpr int kLeastShared = 163 * 1024;
 
 }  // namespace hne
 

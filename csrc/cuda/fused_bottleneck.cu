@@ -88,7 +88,7 @@ HNE_DEVICE void copy_panels(T* to, int pitch, const T* packed, int depth, int ch
 // Loops over parts of a tile are not unrolled: the registers are for the sums.
 // NT: fragments of 8 output channels that each of 4 x 2 warps holds; 64 * NT / 2 output channels at most.
 template <typename P, int NT, bool vectors>
-__global__ void __launch_bounds__(kThreads) bottleneck(const Bottleneck<typename P::Type> b) {
+__global__ void __launch_bounds__(kThreads, NT > 2 ? 1 : 2) bottleneck(const Bottleneck<typename P::Type> b) {
   using T = typename P::Type;
   constexpr int width = P::kVector, MT = 2;
   const Shape& s = b.s;
@@ -312,11 +312,15 @@ void run_composed(const Device& device, const Geometry& g, const Bottleneck<T>& 
                                .bias = b.expand_bias,
                                .range = b.range,
                                .out = mutable_data<T>(expanded)};
-  run_gemm<T>(device, first, first.vectors());
+  run_forward(device, first);
 
   filter.replicate = 1, filter.parents = g.branches, filter.in_channels = filter.out_channels = b.middle;
-  run_depthwise<T>(
-      device, {Shape(filter), data<T>(expanded), b.depthwise, b.depthwise_bias, b.range, mutable_data<T>(filtered)});
+  run_depthwise(device, Depthwise<T>{.s = Shape(filter),
+                                     .x = data<T>(expanded),
+                                     .weight = b.depthwise,
+                                     .bias = b.depthwise_bias,
+                                     .range = b.range,
+                                     .out = mutable_data<T>(filtered)});
 
   shortcut.kernel_size = 1, shortcut.padding = 0;
   Tensor added = filtered;
@@ -327,7 +331,7 @@ void run_composed(const Device& device, const Geometry& g, const Bottleneck<T>& 
                                 .right_base = b.shortcut,
                                 .bias = b.shortcut_bias,
                                 .out = mutable_data<T>(added)};
-    run_gemm<T>(device, side, side.vectors());
+    run_forward(device, side);
   }
 
   project = filter;
@@ -343,7 +347,7 @@ void run_composed(const Device& device, const Geometry& g, const Bottleneck<T>& 
                               .add_replicate = b.shortcut != nullptr ? 1 : int(g.replicate),
                               .range = b.final_range,
                               .out = b.out};
-  run_gemm<T>(device, last, last.vectors());
+  run_forward(device, last);
 }
 
 Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tensor& expand_bias_in,

@@ -5,6 +5,15 @@
 #include "convolution.h"
 
 namespace hne {
+
+template <typename T, bool packed>
+void run_forward(const Device& device, const Forward<T, packed>& problem) {
+  run_gemm<T>(device, problem, problem.vectors());
+}
+template void run_forward(const Device&, const Forward<float, true>&);
+template void run_forward(const Device&, const Forward<half, true>&);
+template void run_forward(const Device&, const Forward<bfloat16, true>&);
+
 namespace {
 
 Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in, int64_t stride, int64_t padding,
@@ -30,7 +39,7 @@ Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& b
                                    .bias = data<T>(bias),
                                    .range = Clamp<float>::named(activation),
                                    .out = mutable_data<T>(out)};
-    run_gemm<T>(device, problem, problem.vectors());
+    run_forward(device, problem);
   });
   return out;
 }

@@ -10,11 +10,16 @@
 //   left_base, right_base          an address in each operand, for copies of nothing
 //   blocks(), tile(block)          the work of a block: a Tile, or a struct derived from it
 //   left(tile, row, k)             where a value lies; null is zero. The same for right(tile, column, k).
-//   finish(tile, row, column, v)   takes finished values: `width` consecutive columns
+//   left_made(), right_made()      whether the operand is not what lies there but made of it, by
+//   make_left(tile, row, k, v, b)  which changes values v that are consecutive in memory; the same for make_right.
+//   left_beside()                  a second tensor like the left operand, whose values are b, or null
+//   Sums<width>                    what a thread gathers of its finished values, for statistics
+//   finish(tile, row, column, v, sums)   takes finished values: `width` consecutive columns
+//   leave(tile, sums, scratch, across)   takes the sums of all threads (channel_sums.h)
 #pragma once
 
+#include "channel_sums.h"
 #include "matrix.h"
-#include "op.h"
 
 namespace hne {
 
@@ -26,6 +31,17 @@ struct Tile {
   int64_t begin, end;     // of the depth
 };
 
+// Where an operand's strip comes from; `row` counts from the tile's first.
+template <typename T, typename At, typename Make>
+struct Source {
+  const T *base, *beside;
+  bool made;
+  At at;      // (row, k): the address, or null
+  Make make;  // (row, k, values, values beside)
+};
+template <typename T, typename At, typename Make>
+Source(const T*, const T*, bool, At, Make) -> Source<T, At, Make>;
+
 // One operand's strip in shared memory: `rows` of the product times kDepth.
 template <typename T, int rows, bool across>
 struct Strip {
@@ -34,26 +50,54 @@ struct Strip {
   static constexpr int kPitch = across ? rows + kColumnPadding : kDepth + kRowPadding<T>;
   static constexpr int kSize = across ? kDepth * kPitch : rows * kPitch;
 
-  // source(row, k) points to 16 bytes, or to one value if not `vectors`.
-  template <bool vectors, typename Source>
-  static HNE_DEVICE void fill(T* strip, const T* base, int64_t depth_end, int64_t k, const Source& source) {
+  // f(row, depth, place in the strip) for the runs of 16 bytes that are this thread's.
+  template <typename F>
+  static HNE_DEVICE void each(const F& f) {
     constexpr int inner = (across ? rows : kDepth) / kVector;
     for (int at = int(threadIdx.x); at < rows * kDepth / kVector; at += kThreads) {
       const int outer_index = at / inner, inner_index = at % inner * kVector;
-      const int row = across ? inner_index : outer_index, depth = across ? outer_index : inner_index;
-      T* to = strip + outer_index * kPitch + inner_index;
+      f(across ? inner_index : outer_index, across ? outer_index : inner_index, outer_index * kPitch + inner_index);
+    }
+  }
+
+  // With `vectors`, starts copies of 16 bytes, of what lies beside too; else the operand is there after a barrier.
+  template <bool vectors, typename From>
+  static HNE_DEVICE void fill(T* strip, T* beside, const From& source, int64_t depth_end, int64_t k) {
+    each([&](int row, int depth, int place) {
       if constexpr (vectors) {
-        const T* from = k + depth < depth_end ? source(row, k + depth) : nullptr;
-        copy16(to, from != nullptr ? from : base, from != nullptr);
+        const T* from = k + depth < depth_end ? source.at(row, k + depth) : nullptr;
+        copy16(strip + place, from != nullptr ? from : source.base, from != nullptr);
+        if (source.beside != nullptr)
+          copy16(beside + place, from != nullptr ? source.beside + (from - source.base) : source.base, from != nullptr);
       } else {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
+          const int at_row = row + (across ? i : 0);
           const int64_t at_depth = k + depth + (across ? 0 : i);
-          const T* from = at_depth < depth_end ? source(row + (across ? i : 0), at_depth) : nullptr;
-          to[i] = from != nullptr ? *from : T(0.0f);
+          const T* from = at_depth < depth_end ? source.at(at_row, at_depth) : nullptr;
+          float value[1] = {}, other[1] = {};
+          if (from != nullptr) {
+            value[0] = float(*from);
+            if (source.beside != nullptr) other[0] = float(source.beside[from - source.base]);
+            if (source.made) source.make(at_row, at_depth, value, other);
+          }
+          strip[place + i] = T(value[0]);
         }
       }
-    }
+    });
+  }
+
+  // Makes the operand of what this thread's copies have brought; padding stays zero.
+  template <typename From>
+  static HNE_DEVICE void make(T* strip, const T* beside, const From& source, int64_t depth_end, int64_t k) {
+    each([&](int row, int depth, int place) {
+      if (k + depth >= depth_end || source.at(row, k + depth) == nullptr) return;
+      float values[kVector], others[kVector] = {};
+      load<kVector>(values, strip + place);
+      if (source.beside != nullptr) load<kVector>(others, beside + place);
+      source.make(row, k + depth, values, others);
+      store<kVector>(strip + place, values);
+    });
   }
 
   static HNE_DEVICE auto operand(const T* strip, int first_row) {
@@ -69,9 +113,17 @@ struct GemmMemory {
   using T = typename Problem::Type;
   using Left = Strip<T, kTileRows, Problem::kLeftAcross>;
   using Right = Strip<T, kTileColumns, Problem::kRightAcross>;
-  static constexpr int kStage = Left::kSize + Right::kSize;
   static constexpr int kSumPitch = kTileColumns + 4;
-  static constexpr int kBytes = std::max(kStages * kStage * int(sizeof(T)), kTileRows * kSumPitch * int(sizeof(float)));
+  static constexpr int kSums = kTileRows * kSumPitch;  // values; then scratch for sums over rows
+  static constexpr int kScratch = kThreads * (16 / int(sizeof(typename Problem::Out)));
+
+  // A stage has the strips of both operands, and one of what lies beside the left one. In values.
+  HNE_BOTH static int stage(bool beside) { return (beside ? 2 : 1) * Left::kSize + Right::kSize; }
+  static int64_t bytes(bool beside) {
+    return std::max<int64_t>(kStages * stage(beside) * int64_t(sizeof(T)),
+                             (kSums + kScratch) * int64_t(sizeof(float)));
+  }
+  static_assert(kStages * (2 * Left::kSize + Right::kSize) * int(sizeof(T)) <= kLeastShared);
 };
 
 template <typename P, typename Problem, bool vectors>
@@ -88,31 +140,44 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
   const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
   const bool works = tile.row + warp_row < tile.rows && tile.column + warp_column < tile.columns;
 
-  const auto fill = [&](int stage, int64_t k) {
-    T* strip = memory + stage * Memory::kStage;
-    Left::template fill<vectors>(strip, problem.left_base, tile.end, k,
-                                 [&](int row, int64_t at) { return problem.left(tile, tile.row + row, at); });
-    Right::template fill<vectors>(strip + Left::kSize, problem.right_base, tile.end, k,
-                                  [&](int row, int64_t at) { return problem.right(tile, tile.column + row, at); });
+  const Source left{problem.left_base, problem.left_beside(), problem.left_made(),
+                    [&](int row, int64_t k) { return problem.left(tile, tile.row + row, k); },
+                    [&](int row, int64_t k, auto& values, const auto& others) {
+                      problem.make_left(tile, tile.row + row, k, values, others);
+                    }};
+  const Source right{problem.right_base, static_cast<const T*>(nullptr), problem.right_made(),
+                     [&](int row, int64_t k) { return problem.right(tile, tile.column + row, k); },
+                     [&](int row, int64_t k, auto& values, const auto&) {
+                       problem.make_right(tile, tile.column + row, k, values);
+                     }};
+  const int stage_size = Memory::stage(left.beside != nullptr);
+  const auto fill = [&](int64_t step) {
+    T* strip = memory + int(step % kStages) * stage_size;
+    const int64_t k = tile.begin + step * depth;
+    Left::template fill<vectors>(strip, strip + Left::kSize + Right::kSize, left, tile.end, k);
+    Right::template fill<vectors>(strip + Left::kSize, static_cast<T*>(nullptr), right, tile.end, k);
   };
 
   float sums[MT][NT][4] = {};
   const int64_t steps = (tile.end - tile.begin + depth - 1) / depth;
   for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < steps) fill(stage, tile.begin + stage * depth);
+    if (stage < steps) fill(stage);
     copy_commit();
   }
   for (int64_t step = 0; step < steps; ++step) {
+    T* const strip = memory + int(step % kStages) * stage_size;
     copy_wait<kStages - 2>();
+    if constexpr (vectors) {  // a thread sees its own copies, the others' behind the barrier
+      const int64_t k = tile.begin + step * depth;
+      if (left.made) Left::make(strip, strip + Left::kSize + Right::kSize, left, tile.end, k);
+      if (right.made) Right::make(strip + Left::kSize, static_cast<const T*>(nullptr), right, tile.end, k);
+    }
     block_sync();
-    const int64_t ahead = step + kStages - 1;
-    if (ahead < steps) fill(int(ahead % kStages), tile.begin + ahead * depth);
+    if (step + kStages - 1 < steps) fill(step + kStages - 1);
     copy_commit();
-    if (works) {
-      const T* strip = memory + int(step % kStages) * Memory::kStage;
+    if (works)
       multiply<P, MT, NT>(sums, Left::operand(strip, warp_row), Right::operand(strip + Left::kSize, warp_column),
                           depth);
-    }
   }
   copy_wait<0>();
   block_sync();
@@ -129,20 +194,23 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
             sums[i][j][e];
   block_sync();
   constexpr int width = vectors ? 16 / int(sizeof(typename Problem::Out)) : 1;
-  constexpr int per_row = kTileColumns / width;
-  for (int at = int(threadIdx.x); at < kTileRows * per_row; at += kThreads) {
-    const int row = at / per_row, column = at % per_row * width;
-    if (tile.row + row >= tile.rows || tile.column + column >= tile.columns) continue;
+  constexpr int across = kTileColumns / width;
+  const int column = int(threadIdx.x) % across * width;
+  typename Problem::template Sums<width> of_rows;
+  for (int row = int(threadIdx.x) / across; row < kTileRows; row += kThreads / across) {
+    if (tile.row + row >= tile.rows || tile.column + column >= tile.columns) break;
     float values[width];
 #pragma unroll
     for (int i = 0; i < width; ++i) values[i] = staged[row * Memory::kSumPitch + column + i];
-    problem.finish(tile, tile.row + row, tile.column + column, values);
+    problem.finish(tile, tile.row + row, tile.column + column, values, of_rows);
   }
+  problem.leave(tile, of_rows, staged + Memory::kSums, across);
 }
 
 template <typename P, bool vectors, typename Problem>
 void run_gemm(const Device& device, const Problem& problem) {
-  device.launch(gemm<P, Problem, vectors>, problem.blocks(), kThreads, GemmMemory<Problem>::kBytes, problem);
+  device.launch(gemm<P, Problem, vectors>, problem.blocks(), kThreads, 
+                GemmMemory<Problem>::bytes(problem.left_beside() != nullptr), problem);
 }
 
 // `vectors`: every run of 16 bytes of an operand or of the result begins at a multiple of 16 bytes.

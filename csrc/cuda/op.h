@@ -1,6 +1,7 @@
 // What every CUDA op needs: argument checks, dtype dispatch, vectors of 16 bytes.
 #pragma once
 
+#include <cmath>
 #include <string>
 
 #include "clamp.h"
@@ -56,25 +57,40 @@ struct alignas(sizeof(T) * width) Vector {
   T values[width];
 };
 
+// `width` values, in accesses of at most 16 bytes.
 template <int width, typename T>
 HNE_DEVICE void load(float (&values)[width], const T* from) {
-  const auto v = *reinterpret_cast<const Vector<T, width>*>(from);
+  constexpr int piece = std::min(width, 16 / int(sizeof(T)));
 #pragma unroll
-  for (int i = 0; i < width; ++i) values[i] = float(v.values[i]);
+  for (int at = 0; at < width; at += piece) {
+    const auto v = *reinterpret_cast<const Vector<T, piece>*>(from + at);
+#pragma unroll
+    for (int i = 0; i < piece; ++i) values[at + i] = float(v.values[i]);
+  }
 }
 
 template <int width, typename T>
 HNE_DEVICE void store(T* to, const float (&values)[width]) {
-  Vector<T, width> v;
+  constexpr int piece = std::min(width, 16 / int(sizeof(T)));
 #pragma unroll
-  for (int i = 0; i < width; ++i) v.values[i] = T(values[i]);
-  *reinterpret_cast<Vector<T, width>*>(to) = v;
+  for (int at = 0; at < width; at += piece) {
+    Vector<T, piece> v;
+#pragma unroll
+    for (int i = 0; i < piece; ++i) v.values[i] = T(values[at + i]);
+    *reinterpret_cast<Vector<T, piece>*>(to + at) = v;
+  }
 }
 
 // NaN stays NaN: both comparisons are then false.
 HNE_DEVICE float clamp(float v, const Clamp<float>& range) {
   v = v < range.low ? range.low : v;
   return v > range.high ? range.high : v;
+}
+
+// The gradient behind an activation of `value`: none where that is flat. A NaN lets it pass, as in torch.
+HNE_DEVICE float behind_activation(float gradient, float value, const Clamp<float>& range) {
+  const bool flat = value <= range.low || (value >= range.high && range.high < INFINITY);
+  return range.low == 0 && flat ? 0.0f : gradient;
 }
 
 constexpr int kThreads = 256;  // of a block, where nothing speaks for another number

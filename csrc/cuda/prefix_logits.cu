@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
                                     .right_base = data<T>(weight),
                                     .bias = data<T>(bias),
                                     .out = mutable_data<T>(member)};
-    run_gemm<T>(device, problem, problem.vectors());
+    run_forward(device, problem);
     run_prefix_means<T>(device, member, prefix, checked);
   });
   return {member, prefix};

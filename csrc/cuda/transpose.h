@@ -1,6 +1,7 @@
 // Filters laid out for reading: the last two dimensions of [count][rows][columns] exchanged.
 #pragma once
 
+#include "geometry.h"
 #include "op.h"
 
 namespace hne {
@@ -22,6 +23,12 @@ Tensor transposed(const Device& device, const Tensor& weight, int64_t count, int
   device.launch(transpose<T>, ceil_div(count * rows * columns, kThreads), kThreads, 0, data<T>(weight),
                 mutable_data<T>(out), count, rows, columns);
   return out;
+}
+
+// [branch][out][in][tap] to [branch][tap][out][in]
+template <typename T>
+Tensor taps_first(const Device& device, const Tensor& weight, const Geometry& g) {
+  return transposed<T>(device, weight, g.branches, g.out_channels * g.in_channels, g.taps());
 }
 
 }  // namespace hne
