@@ -1,4 +1,8 @@
-"""What the compiled CUDA kernels take of a GPU: registers, spills and static shared memory of each, per target.
+"""What the compiled CUDA kernels take of a GPU: registers, spills and shared memory of each, per target.
+
+Shared memory is what the compiler knows of. What a launch adds is limited where it is decided: by a static_assert
+(gemm.h), by what the device says it has (fused_bottleneck.cu, hierarchical_distillation_loss.cu), and for all by the
+emulation, which has what the least GPU has.
 
 ``python tests/cuda_resources.py`` prints the table.
 """
@@ -33,12 +37,13 @@ class Usage:
     registers: int
     spilled: int  # bytes
     stack: int  # bytes
+    shared: int  # bytes, static
 
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<target>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers",
+    r"Used (?P<registers>\d+) registers(?:, used \d+ barriers)?(?:, (?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
 
@@ -89,6 +94,7 @@ def compile_all(folder: Path) -> list[Usage]:
                 int(entry["registers"]),
                 int(entry["stores"]) + int(entry["loads"]),
                 int(entry["stack"]),
+                int(entry["shared"] or 0),
             )
             for entry, name in zip(found, names, strict=True)
         ]
@@ -104,8 +110,10 @@ def compile_all(folder: Path) -> list[Usage]:
 
 def table(usages: list[Usage]) -> str:
     """One line a kernel and target."""
-    lines = [f"{'target':7} {'registers':>9} {'spilled':>7} {'stack':>5}  kernel"]
-    lines += [f"{u.target:7} {u.registers:9} {u.spilled:7} {u.stack:5}  {u.source}: {u.kernel}" for u in usages]
+    lines = [f"{'target':7} {'registers':>9} {'spilled':>7} {'stack':>5} {'shared':>6}  kernel"]
+    lines += [
+        f"{u.target:7} {u.registers:9} {u.spilled:7} {u.stack:5} {u.shared:6}  {u.source}: {u.kernel}" for u in usages
+    ]
     return "\n".join(lines)
 
 

@@ -20,12 +20,15 @@ import build as emulation  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-_SANITIZED = ("-fsanitize=address", "-fno-omit-frame-pointer")
+_SANITIZED = (
+    "-fsanitize=address,alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow",
+    *("-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+)
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The kernels for the host, with AddressSanitizer."""
+    """The kernels for the host, with sanitizers: one sees accesses of 16 bytes that are not aligned."""
     if emulation.compiler() is None:
         pytest.skip("no C++ compiler")
     return emulation.build(ROOT / "build" / "cuda_emulation", _SANITIZED)
@@ -64,29 +67,52 @@ def test_parity_in_emulation(library: Path) -> None:
     assert "skipped" not in said.splitlines()[-1]
 
 
-_BOTTLENECKS = """
-import sys, torch
+_CASES = """
+import re, sys, torch
 sys.path.insert(0, "tests")
 from cases import CASES, check, evaluate
 import hne_kernels as K
-rng = torch.Generator().manual_seed(int(sys.argv[2]))
+from cases import cast, cotangents
+rng = torch.Generator().manual_seed(7)
+
+def shifted(value):
+    # Not at a multiple of 16 bytes.
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    longer = value.new_full((value.numel() + 1,), float("nan"))
+    return longer[1:].view(value.shape).copy_(value)
+
 for case in CASES:
-    if case.op in sys.argv[1].split():
+    if re.search(sys.argv[1], str(case)):
         for dtype in (torch.float32, torch.float16):
+            inputs = case.inputs(rng, dtype)
+            grads = [g.to(dtype) for g in cotangents(case, cast(inputs, torch.float64), rng)]
+            if "shifted" in sys.argv:
+                inputs, grads = {name: shifted(value) for name, value in inputs.items()}, [*map(shifted, grads)]
             with K.use_backend("cuda"):
-                inputs = case.inputs(rng, dtype)
-                outcome = evaluate(case, inputs)
-            check(case, "cuda", inputs, outcome)
+                outcome = evaluate(case, inputs, grads if case.differentiable else ())
+            check(case, "cuda", inputs, outcome, grads if case.differentiable else ())
             print("checked", case)
 """
 
 
 def test_without_room_in_shared_memory(library: Path) -> None:
     """A bottleneck is then composed of its parts, and the loss keeps its sums in device memory."""
-    ops = "fused_bottleneck hierarchical_distillation_loss"
-    said = _run(library, "-c", _BOTTLENECKS, ops, "7", HNE_EMULATED_SHARED_MEMORY="1000")
+    ops = "^(fused_bottleneck|hierarchical_distillation_loss)"
+    said = _run(library, "-c", _CASES, ops, HNE_EMULATED_SHARED_MEMORY="1000")
     assert "checked fused_bottleneck" in said
     assert "checked hierarchical_distillation_loss" in said
+
+
+def test_tensors_that_begin_anywhere(library: Path) -> None:
+    """Channels that fill vectors of 16 bytes, at addresses that do not."""
+    ops = "conv2d(_stats)?-.*-16to|bottleneck-.*-16to16|normalize-1x4x9x7x64|prefix_(mean|logits)-N16"
+    said = _run(library, "-c", _CASES, ops, "shifted")
+    for op in (
+        *("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d", "fused_bottleneck", "branch_normalize"),
+        *("branch_conv2d_stats", "branch_depthwise_conv2d_stats", "prefix_mean", "prefix_logits"),
+    ):
+        assert f"checked {op}-" in said
 
 
 _TF32 = """
@@ -121,6 +147,20 @@ except RuntimeError as error:
     print(error)
 """
     assert "2^31" in _run(library, "-c", code)
+
+
+def test_a_vast_number_of_children_is_as_many_as_there_are(library: Path) -> None:
+    code = """
+import torch, hne_kernels as K
+x, weight, dense = torch.randn(1, 2, 5, 5, 3), torch.randn(2, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+for replicate in (2**31, 2**62):
+    torch.testing.assert_close(K.branch_depthwise_conv2d(x, weight, replicate=replicate),
+                               K.branch_depthwise_conv2d(x, weight, replicate=2), rtol=0, atol=0)
+    torch.testing.assert_close(K.branch_conv2d(x, dense, replicate=replicate),
+                               K.branch_conv2d(x, dense, replicate=2), rtol=0, atol=0)
+print("checked")
+"""
+    assert "checked" in _run(library, "-c", code)
 
 
 def test_compiles_for_every_target_without_spills(tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ struct InputGradient {
   Shape s;
   const T *left_base, *right_base;  // grad, weight
   T* out;
-  const T* y = nullptr;            // the convolution's result, for its statistics' gradient
-  OutputGradient gradient = {};    // to be made of grad and y
-  const T* x = nullptr;            // what was normalised
+  const T* y = nullptr;          // the convolution's result, for its statistics' gradient
+  OutputGradient gradient = {};  // to be made of grad and y
+  const T* x = nullptr;          // what was normalised
   Normalization normalization = {};
-  Partials partials = {};          // of the gradients of scale and shift
+  Partials partials = {};  // of the gradients of scale and shift
 
   HNE_BOTH int phase_size(int size, int phase) const { return size > phase ? (size - phase - 1) / s.stride + 1 : 0; }
   HNE_BOTH int row_tiles() const {  // of the largest phase

@@ -24,8 +24,8 @@ struct WeightGradient {
 
   Shape s;
   const T *left_base, *right_base;  // grad, x
-  const T* y = nullptr;          // the convolution's result, for its statistics' gradient
-  OutputGradient gradient = {};  // to be made of grad and y
+  const T* y = nullptr;             // the convolution's result, for its statistics' gradient
+  OutputGradient gradient = {};     // to be made of grad and y
   Normalization normalization = {};
   float* partial = nullptr;
   int splits = 1, split_rows = 0;
@@ -105,8 +105,8 @@ Tensor run(const Device& device, const Geometry& g, WeightGradient<T> problem, c
   // Enough blocks for the largest GPU, each with enough pixels to be worth its partial sums. The number depends on
   // the shapes alone: the same sums on every GPU.
   const int64_t rows = problem.s.rows(), least = 512;
-  const int64_t splits = std::clamp<int64_t>(512 / std::max<int64_t>(problem.blocks(), 1), 1,
-                                             std::max<int64_t>(ceil_div(rows, least), 1));
+  const int64_t splits =
+      std::clamp<int64_t>(512 / std::max<int64_t>(problem.blocks(), 1), 1, std::max<int64_t>(ceil_div(rows, least), 1));
   problem.split_rows = int(ceil_div(ceil_div(rows, splits), 64) * 64);  // begins where a strip begins
   problem.splits = int(splits);
   const Tensor partial =
@@ -121,8 +121,7 @@ Tensor run(const Device& device, const Geometry& g, WeightGradient<T> problem, c
 Geometry check(const Tensor& grad, const Tensor& x, int64_t kernel_size, int64_t stride, int64_t padding,
                int64_t replicate) {
   STD_TORCH_CHECK(x.dim() == 5, "x: expected 5 dimensions");
-  const Geometry g =
-      backward_geometry(grad, x.size(4), x.size(2), x.size(3), kernel_size, stride, padding, replicate);
+  const Geometry g = backward_geometry(grad, x.size(4), x.size(2), x.size(3), kernel_size, stride, padding, replicate);
   check_shape("x", x, {g.parents, g.batch, g.height, g.width, g.in_channels});
   check_kind("x", x, x);
   check_kind("grad", grad, x);

@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   float bias[width] = {};
   if (d.bias != nullptr && here.inside) load<width>(bias, d.bias + int64_t(branch) * s.in_channels + channel);
   Affine<width> affine = {};
-  if (d.normalization.present() && here.inside) affine = d.normalization.template at<width>(branch / s.replicate, channel);
+  if (d.normalization.present() && here.inside)
+    affine = d.normalization.template at<width>(branch / s.replicate, channel);
   Moments<width> moments;
 
   for (int at = here.begin; at < here.end; at += here.step) {
@@ -153,10 +154,12 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> branch_depthwise_conv2d_stats(
-    const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
-    const std::optional<Tensor>& shift, const std::string& activation, int64_t stride, int64_t padding,
-    int64_t replicate) {
+std::tuple<Tensor, Tensor, Tensor> branch_depthwise_conv2d_stats(const Tensor& x_in, const Tensor& weight_in,
+                                                                 const std::optional<Tensor>& mean,
+                                                                 const std::optional<Tensor>& scale,
+                                                                 const std::optional<Tensor>& shift,
+                                                                 const std::string& activation, int64_t stride,
+                                                                 int64_t padding, int64_t replicate) {
   const Geometry g = check(x_in, weight_in, stride, padding, replicate);
   const Shape shape(g);
   const Device device(x_in);

@@ -13,11 +13,11 @@ namespace {
 template <typename T>
 struct InputGradient {
   Shape s;
-  const T *grad, *weight;          // weight [branch][tap][channel]
+  const T *grad, *weight;  // weight [branch][tap][channel]
   T* out;
-  const T* y = nullptr;            // the convolution's result, for its statistics' gradient
-  OutputGradient gradient = {};    // to be made of grad and y
-  const T* x = nullptr;            // what was normalised
+  const T* y = nullptr;          // the convolution's result, for its statistics' gradient
+  OutputGradient gradient = {};  // to be made of grad and y
+  const T* x = nullptr;          // what was normalised
   Normalization normalization = {};
 };
 
@@ -76,10 +76,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename T>
 void run(const Device& device, const InputGradient<T>& d, OverPixels* vectors) {
   const Shape& s = d.s;
-  const bool vector = whole_vectors<T>({s.in_channels}, {d.grad, d.weight, d.out, d.y, d.gradient.mean,
-                                                         d.gradient.grad_mean, d.gradient.grad_var, d.x,
-                                                         d.normalization.mean, d.normalization.scale,
-                                                         d.normalization.shift});
+  const bool vector = whole_vectors<T>(
+      {s.in_channels}, {d.grad, d.weight, d.out, d.y, d.gradient.mean, d.gradient.grad_mean, d.gradient.grad_var, d.x,
+                        d.normalization.mean, d.normalization.scale, d.normalization.shift});
   dispatch_width<T>(vector, [&](auto width) {
     constexpr int w = decltype(width)::value;
     const Shares<w> shares(s.parents, s.in_rows(), s.in_channels);

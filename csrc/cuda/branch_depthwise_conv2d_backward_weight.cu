@@ -94,8 +94,7 @@ Tensor run(const Device& device, const Geometry& g, const WeightGradient<T>& d, 
   // As many shares as fill a large GPU, each of some length; from the shapes alone, so that the sums are too.
   const int64_t shares = std::clamp<int64_t>(1024 / std::max<int64_t>(blocks, 1), 1,
                                              std::max<int64_t>(ceil_div(g.batch * g.out_pixels(), 256), 1));
-  const Tensor partial =
-      torch::stable::new_empty(x, {shares, g.branches, g.taps(), g.in_channels}, ScalarType::Float);
+  const Tensor partial = torch::stable::new_empty(x, {shares, g.branches, g.taps(), g.in_channels}, ScalarType::Float);
   device.launch(taps == 9 ? depthwise_backward_weight<T, 9> : depthwise_backward_weight<T, 1>, blocks * shares,
                 kThreads, taps * kThreads * int64_t(sizeof(float)), d, mutable_data<float>(partial), int(shares));
   device.launch(add_shares<T>, ceil_div(g.branches * g.in_channels * g.taps(), kThreads), kThreads, 0,

@@ -87,8 +87,8 @@ Tensor branch_normalize(const Tensor& x_in, const Tensor& mean, const Tensor& sc
   Tensor y = torch::stable::new_empty(x, sizes);
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const bool vectors = whole_vectors<T>(
-        {x.size(4)}, {data<T>(x), data<T>(residual), data<T>(y), n.mean, n.scale, n.shift});
+    const bool vectors =
+        whole_vectors<T>({x.size(4)}, {data<T>(x), data<T>(residual), data<T>(y), n.mean, n.scale, n.shift});
     dispatch_width<T>(vectors, [&](auto width) {
       constexpr int w = decltype(width)::value;
       const Shares<w> shares(x.size(0), pixels(x), x.size(4));
@@ -120,10 +120,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tenso
   OverPixels vectors(x, x.size(0), x.size(4));  // gradients of scale and shift
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Gradient<T> d{data<T>(grad),         data<T>(x), data<T>(y), data<float>(mean), data<float>(scale), range,
-                        mutable_data<T>(grad_x), range.active() ? mutable_data<T>(grad_residual) : nullptr};
-    const bool whole =
-        whole_vectors<T>({x.size(4)}, {d.grad, d.x, d.y, d.mean, d.scale, d.grad_x, d.grad_residual});
+    const Gradient<T> d{data<T>(grad),
+                        data<T>(x),
+                        data<T>(y),
+                        data<float>(mean),
+                        data<float>(scale),
+                        range,
+                        mutable_data<T>(grad_x),
+                        range.active() ? mutable_data<T>(grad_residual) : nullptr};
+    const bool whole = whole_vectors<T>({x.size(4)}, {d.grad, d.x, d.y, d.mean, d.scale, d.grad_x, d.grad_residual});
     dispatch_width<T>(whole, [&](auto width) {
       constexpr int w = decltype(width)::value;
       const Shares<w> shares(x.size(0), pixels(x), x.size(4));

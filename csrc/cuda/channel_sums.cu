@@ -73,9 +73,8 @@ __global__ void __launch_bounds__(kThreads) sums(const Partials p, float* first,
 }  // namespace
 
 void combine_moments(const Device& device, const OverPixels& results, int64_t pixels) {
-  device.launch(moments, blocks(results.left), kThreads, kScratch, results.left,
-                pixels > 0 ? 1 / double(pixels) : 0.0, mutable_data<float>(results.first),
-                mutable_data<float>(results.second));
+  device.launch(moments, blocks(results.left), kThreads, kScratch, results.left, pixels > 0 ? 1 / double(pixels) : 0.0,
+                mutable_data<float>(results.first), mutable_data<float>(results.second));
 }
 
 void combine_sums(const Device& device, const OverPixels& results) {

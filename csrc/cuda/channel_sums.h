@@ -6,7 +6,8 @@
 
 namespace hne {
 
-// What the blocks leave: [plane][branch][share][channel], a share being the pixels of one block. Null where nobody asks.
+// What the blocks leave: [plane][branch][share][channel], a share being the pixels of one block. Null where nobody
+// asks.
 struct Partials {
   float* values = nullptr;
   int branches = 0, shares = 0, channels = 0;

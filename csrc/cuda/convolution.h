@@ -26,13 +26,13 @@ struct Forward {
   };
 
   Shape s;
-  const T *left_base, *right_base;    // x, weight
-  const T* bias = nullptr;            // [branch][out_channels] or null
-  const T* add = nullptr;             // features added before the activation, or null,
-  int add_replicate = 1;              // branch g / add_replicate of them
-  Clamp<float> range = {};            // of the result
-  Normalization normalization = {};   // of x
-  Partials partials = {};             // of the statistics of the result
+  const T *left_base, *right_base;   // x, weight
+  const T* bias = nullptr;           // [branch][out_channels] or null
+  const T* add = nullptr;            // features added before the activation, or null,
+  int add_replicate = 1;             // branch g / add_replicate of them
+  Clamp<float> range = {};           // of the result
+  Normalization normalization = {};  // of x
+  Partials partials = {};            // of the statistics of the result
   T* out;
 
   HNE_BOTH int row_tiles() const { return (s.rows() + kTileRows - 1) / kTileRows; }

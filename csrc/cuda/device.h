@@ -123,9 +123,10 @@ class Device {
               const std::type_identity_t<Parameters>&... parameters) const {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= INT32_MAX, "too many elements for one launch");
-    if (shared_bytes > 48 * 1024)
+    STD_TORCH_CHECK(shared_bytes <= shared_limit_, "more shared memory than a block may have");
+    if (shared_bytes > 48 * 1024)  // all there is: another thread may launch the same kernel with another size
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit_));
     cudaLaunchConfig_t configuration{};
     configuration.gridDim = dim3(static_cast<unsigned>(blocks));
     configuration.blockDim = dim3(static_cast<unsigned>(threads));

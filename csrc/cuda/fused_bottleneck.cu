@@ -357,6 +357,7 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tenso
                         const std::string& activation, bool identity, const std::string& final_activation) {
   const Geometry g = bottleneck_geometry(x_in, expand_in, expand_bias_in, depthwise_in, depthwise_bias_in, project_in,
                                          project_bias_in, shortcut_in, shortcut_bias_in, stride, replicate, identity);
+  check_kind("x", x_in, x_in);
   const auto prepare = [&](const Tensor& t) {
     check_kind("weights", t, x_in);
     return torch::stable::contiguous(t);
@@ -365,6 +366,9 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tenso
     return t.has_value() ? std::optional<Tensor>(prepare(*t)) : std::nullopt;
   };
   const Shape shape(g);
+  Geometry middle = g;
+  middle.in_channels = middle.out_channels = depthwise_in.size(3);
+  static_cast<void>(Shape(middle));  // fits as well
   const Device device(x_in);
   const Tensor x = prepare(x_in), expand = prepare(expand_in), expand_bias = prepare(expand_bias_in);
   const Tensor depthwise = prepare(depthwise_in), depthwise_bias = prepare(depthwise_bias_in);

@@ -120,8 +120,7 @@ struct GemmMemory {
   // A stage has the strips of both operands, and one of what lies beside the left one. In values.
   HNE_BOTH static int stage(bool beside) { return (beside ? 2 : 1) * Left::kSize + Right::kSize; }
   static int64_t bytes(bool beside) {
-    return std::max<int64_t>(kStages * stage(beside) * int64_t(sizeof(T)),
-                             (kSums + kScratch) * int64_t(sizeof(float)));
+    return std::max<int64_t>(kStages * stage(beside) * int64_t(sizeof(T)), (kSums + kScratch) * int64_t(sizeof(float)));
   }
   static_assert(kStages * (2 * Left::kSize + Right::kSize) * int(sizeof(T)) <= kLeastShared);
 };
@@ -145,11 +144,10 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
                     [&](int row, int64_t k, auto& values, const auto& others) {
                       problem.make_left(tile, tile.row + row, k, values, others);
                     }};
-  const Source right{problem.right_base, static_cast<const T*>(nullptr), problem.right_made(),
-                     [&](int row, int64_t k) { return problem.right(tile, tile.column + row, k); },
-                     [&](int row, int64_t k, auto& values, const auto&) {
-                       problem.make_right(tile, tile.column + row, k, values);
-                     }};
+  const Source right{
+      problem.right_base, static_cast<const T*>(nullptr), problem.right_made(),
+      [&](int row, int64_t k) { return problem.right(tile, tile.column + row, k); },
+      [&](int row, int64_t k, auto& values, const auto&) { problem.make_right(tile, tile.column + row, k, values); }};
   const int stage_size = Memory::stage(left.beside != nullptr);
   const auto fill = [&](int64_t step) {
     T* strip = memory + int(step % kStages) * stage_size;
@@ -209,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
 
 template <typename P, bool vectors, typename Problem>
 void run_gemm(const Device& device, const Problem& problem) {
-  device.launch(gemm<P, Problem, vectors>, problem.blocks(), kThreads, 
+  device.launch(gemm<P, Problem, vectors>, problem.blocks(), kThreads,
                 GemmMemory<Problem>::bytes(problem.left_beside() != nullptr), problem);
 }
 

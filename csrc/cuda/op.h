@@ -58,9 +58,12 @@ struct alignas(sizeof(T) * width) Vector {
 };
 
 // `width` values, in accesses of at most 16 bytes.
+template <typename T, int width>
+constexpr int kPiece = width * int(sizeof(T)) < 16 ? width : 16 / int(sizeof(T));
+
 template <int width, typename T>
 HNE_DEVICE void load(float (&values)[width], const T* from) {
-  constexpr int piece = std::min(width, 16 / int(sizeof(T)));
+  constexpr int piece = kPiece<T, width>;
 #pragma unroll
   for (int at = 0; at < width; at += piece) {
     const auto v = *reinterpret_cast<const Vector<T, piece>*>(from + at);
@@ -71,7 +74,7 @@ HNE_DEVICE void load(float (&values)[width], const T* from) {
 
 template <int width, typename T>
 HNE_DEVICE void store(T* to, const float (&values)[width]) {
-  constexpr int piece = std::min(width, 16 / int(sizeof(T)));
+  constexpr int piece = kPiece<T, width>;
 #pragma unroll
   for (int at = 0; at < width; at += piece) {
     Vector<T, piece> v;

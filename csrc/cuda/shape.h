@@ -23,12 +23,13 @@ struct Shape {
         kernel_size(int(g.kernel_size)),
         stride(int(g.stride)),
         padding(int(g.padding)),
-        replicate(int(g.replicate)) {
+        replicate(int(std::min(g.replicate, std::max<int64_t>(g.branches, 1)))) {  // more children there are not
     const auto fits = [](int64_t a, int64_t b) { return a == 0 || b <= (INT32_MAX - 65536) / a; };
     const int64_t most = std::max(g.pixels(), g.out_pixels());
     STD_TORCH_CHECK(fits(g.height + 2 * g.padding, g.width + 2 * g.padding) && fits(g.out_height, g.out_width) &&
                         fits(g.batch, std::max<int64_t>(most, 1)) && fits(g.taps(), g.in_channels) &&
-                        fits(g.taps() * g.replicate, g.out_channels) && g.stride <= INT32_MAX / 2,
+                        fits(g.taps() * replicate, g.out_channels) && g.branches <= INT32_MAX / 2 &&
+                        g.stride <= INT32_MAX / 2,
                     "expected fewer than 2^31 pixels in a branch, and values in a filter");
   }
 

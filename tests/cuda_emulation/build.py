@@ -34,7 +34,18 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
     includes = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
     command = [
         *(compiler() or "g++").split(),
-        *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-clobbered", "-Werror"),
+        *(
+            "-std=c++20",
+            "-O1",
+            "-g1",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unknown-pragmas",
+            "-Wno-clobbered",
+            "-Werror",
+        ),
         *("-ffp-contract=off", f"-I{ROOT / 'csrc'}", f"-I{HERE}", native.target_define(), *includes, *flags),
     ]
     headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *HERE.glob("*.h"), Path(__file__)]

@@ -287,11 +287,12 @@ uint32_t round_to_tf32(float value) {
 // Small where a test wants to see what becomes of a block that has no room.
 int64_t Device::shared_limit() const {
   const char* limit = std::getenv("HNE_EMULATED_SHARED_MEMORY");
-  return limit != nullptr ? std::atoll(limit) : 227 * 1024;
+  return limit != nullptr ? std::atoll(limit) : kLeastShared;
 }
 
 void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % kWarp != 0) stop("a block has a part of a warp");
+  if (shared_bytes > kLeastShared) stop("a block has more shared memory than there is");
   if (blocks == 0) return;
   Block memory;
   memory.start(threads, shared_bytes, kernel);
