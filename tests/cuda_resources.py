@@ -99,7 +99,8 @@ def compile_all(folder: Path) -> list[Usage]:
             for entry, name in zip(found, names, strict=True)
         ]
 
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    # The largest first, so that no processor is left with it at the end.
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"), key=lambda path: path.stat().st_size, reverse=True)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         usages = [usage for part in pool.map(compile_one, sources) for usage in part]
     objects = [str(folder / f"{source.stem}.o") for source in sources]

@@ -34,11 +34,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto here = shares.here();
   const int channel = here.channel, branch = here.place.branch;
   const T* weight = d.weight + int64_t(branch) * s.taps() * s.in_channels + channel;
-  float bias[width] = {};
-  if (d.bias != nullptr && here.inside) load<width>(bias, d.bias + int64_t(branch) * s.in_channels + channel);
-  Affine<width> affine = {};
-  if (d.normalization.present() && here.inside)
-    affine = d.normalization.template at<width>(branch / s.replicate, channel);
+  float* const scratch = static_cast<float*>(shared_memory());
+  const SharedAffine affine{scratch + kThreads * width, shares.across * width};
+  if (d.normalization.present()) {
+    affine.fill(d.normalization, branch / s.replicate, here.place.channel);
+    block_sync();
+  }
   Moments<width> moments;
 
   for (int at = here.begin; at < here.end; at += here.step) {
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (ix < 0 || ix >= s.width) continue;
         float values[width];
         load<width>(values, x + (int64_t(iy) * s.width + ix) * s.in_channels);
-        if (d.normalization.present()) d.normalization.apply(affine, values);
+        if (d.normalization.present()) d.normalization.apply(affine.at<width>(channel - here.place.channel), values);
 #pragma unroll
         for (int j = 0; j < length; ++j) {
           const int kx = column - j * stride;
@@ -77,6 +78,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
 
+    float bias[width] = {};
+    if (d.bias != nullptr) load<width>(bias, d.bias + int64_t(branch) * s.in_channels + channel);
     T* out = d.out + (int64_t(branch) * s.rows() + int64_t(row) * s.out_width) * s.in_channels + channel;
 #pragma unroll
     for (int j = 0; j < length; ++j) {
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if (partials.values == nullptr) return;
-  moments.put(partials, here.place, static_cast<float*>(shared_memory()), shares.across,
+  moments.put(partials, here.place, scratch, shares.across,
               runs.pixels_before(s, here.share_end) - runs.pixels_before(s, here.share_begin));
 }
 
@@ -105,7 +108,8 @@ void run_depthwise(const Device& device, const Depthwise<T>& d, OverPixels* stat
       const Shares<w> shares(s.branches, runs, s.in_channels);
       const Partials partials =
           statistics != nullptr ? statistics->partials(Moments<w>::kPlanes, shares.shares()) : Partials{};
-      device.launch(+kernel, shares.blocks(), kThreads, Shares<w>::kScratch, d, shares, partials);
+      device.launch(+kernel, shares.blocks(), kThreads, Shares<w>::kScratch + SharedAffine::bytes(shares.across * w), d,
+                    shares, partials);
     };
     if (s.kernel_size == 3 && s.stride == 1)
       run(depthwise<T, w, 3, 1>, Runs<4>(s).count(s));

@@ -21,13 +21,11 @@ struct InputGradient {
   Normalization normalization = {};
 };
 
-// A thread gathers what reaches 16 bytes of channels of one input pixel at a time. Kernel is 0 where only known at run
-// time.
-template <typename T, int width, int kernel>
+// A thread gathers what reaches 16 bytes of channels of one input pixel at a time.
+template <typename T, int width>
 __global__ void __launch_bounds__(kThreads, 2)
     depthwise_backward_input(const InputGradient<T> d, const Shares<width> shares, const Partials partials) {
   const Shape& s = d.s;
-  const int size = kernel > 0 ? kernel : s.kernel_size;
   const auto here = shares.here();
   const int parent = here.place.branch, channel = here.channel;
   const int last = min(s.branches, (parent + 1) * s.replicate);
@@ -43,9 +41,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (d.gradient.present()) correction = d.gradient.template at<width>(branch, channel);
       const int64_t map = (int64_t(branch) * s.batch + sample) * s.out_pixels() * s.in_channels + channel;
       const T* filters = d.weight + int64_t(branch) * s.taps() * s.in_channels + channel;
-      for (int ky = first_ky, oy = first_oy; ky < size && oy >= 0; ky += s.stride, --oy) {
+      for (int ky = first_ky, oy = first_oy; ky < s.kernel_size && oy >= 0; ky += s.stride, --oy) {
         if (oy >= s.out_height) continue;
-        for (int kx = first_kx, ox = first_ox; kx < size && ox >= 0; kx += s.stride, --ox) {
+        for (int kx = first_kx, ox = first_ox; kx < s.kernel_size && ox >= 0; kx += s.stride, --ox) {
           if (ox >= s.out_width) continue;
           const int64_t at = map + (int64_t(oy) * s.out_width + ox) * s.in_channels;
           float g[width], w[width];
@@ -55,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             load<width>(y, d.y + at);
             correction(g, y);
           }
-          load<width>(w, filters + (ky * size + kx) * s.in_channels);
+          load<width>(w, filters + (ky * s.kernel_size + kx) * s.in_channels);
 #pragma unroll
           for (int i = 0; i < width; ++i) sums[i] += g[i] * w[i];
         }
@@ -83,8 +81,7 @@ void run(const Device& device, const InputGradient<T>& d, OverPixels* vectors) {
     constexpr int w = decltype(width)::value;
     const Shares<w> shares(s.parents, s.in_rows(), s.in_channels);
     const Partials partials = vectors != nullptr ? vectors->partials(Pair<w>::kPlanes, shares.shares()) : Partials{};
-    device.launch(s.kernel_size == 3 ? depthwise_backward_input<T, w, 3> : depthwise_backward_input<T, w, 0>,
-                  shares.blocks(), kThreads, Shares<w>::kScratch, d, shares, partials);
+    device.launch(depthwise_backward_input<T, w>, shares.blocks(), kThreads, Shares<w>::kScratch, d, shares, partials);
   });
 }
 

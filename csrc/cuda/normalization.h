@@ -59,6 +59,32 @@ struct Normalization {
   }
 };
 
+// The same for the channels of a block, in shared memory: for kernels whose registers are full.
+struct SharedAffine {
+  float* vectors;  // [3][channels]
+  int channels;
+
+  static int64_t bytes(int channels) { return 3 * channels * int64_t(sizeof(float)); }
+
+  // There after a barrier.
+  HNE_DEVICE void fill(const Normalization& normalization, int branch, int first) const {
+    for (int channel = int(threadIdx.x); channel < channels; channel += kThreads) {
+      if (first + channel >= normalization.channels) break;
+      const Affine<1> one = normalization.at<1>(branch, first + channel);
+      vectors[channel] = one.mean[0], vectors[channels + channel] = one.scale[0];
+      vectors[2 * channels + channel] = one.shift[0];
+    }
+  }
+  template <int width>
+  HNE_DEVICE Affine<width> at(int channel) const {
+    Affine<width> affine;
+    load<width>(affine.mean, vectors + channel);
+    load<width>(affine.scale, vectors + channels + channel);
+    load<width>(affine.shift, vectors + 2 * channels + channel);
+    return affine;
+  }
+};
+
 // What a thread needs of OutputGradient for its channels.
 template <int width>
 struct Correction {
