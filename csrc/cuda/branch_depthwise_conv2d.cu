@@ -23,11 +23,15 @@ struct Runs {
   }
 };
 
+// Longer runs read less of x again, but their sums would not fit into the registers beside a row of the filter.
+template <int kernel>
+constexpr int run_length = kernel > 0 ? 2 : 1;
+
 // kernel and stride are 0 where only known at run time.
 template <typename T, int width, int kernel, int fixed_stride>
 __global__ void __launch_bounds__(kThreads, 2)
     depthwise(const Depthwise<T> d, const Shares<width> shares, const Partials partials) {
-  constexpr int length = kernel > 0 ? 4 : 1;  // of a run
+  constexpr int length = run_length<kernel>;
   const Shape& s = d.s;
   const int size = kernel > 0 ? kernel : s.kernel_size, stride = fixed_stride > 0 ? fixed_stride : s.stride;
   const Runs<length> runs(s);
@@ -66,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (ix < 0 || ix >= s.width) continue;
         float values[width];
         load<width>(values, x + (int64_t(iy) * s.width + ix) * s.in_channels);
-        if (d.normalization.present()) d.normalization.apply(affine.at<width>(channel - here.place.channel), values);
+        if (d.normalization.present()) affine.apply(d.normalization.range, channel - here.place.channel, values);
 #pragma unroll
         for (int j = 0; j < length; ++j) {
           const int kx = column - j * stride;
@@ -112,11 +116,11 @@ void run_depthwise(const Device& device, const Depthwise<T>& d, OverPixels* stat
                     shares, partials);
     };
     if (s.kernel_size == 3 && s.stride == 1)
-      run(depthwise<T, w, 3, 1>, Runs<4>(s).count(s));
+      run(depthwise<T, w, 3, 1>, Runs<run_length<3>>(s).count(s));
     else if (s.kernel_size == 3 && s.stride == 2)
-      run(depthwise<T, w, 3, 2>, Runs<4>(s).count(s));
+      run(depthwise<T, w, 3, 2>, Runs<run_length<3>>(s).count(s));
     else
-      run(depthwise<T, w, 0, 0>, Runs<1>(s).count(s));
+      run(depthwise<T, w, 0, 0>, Runs<run_length<0>>(s).count(s));
   });
 }
 template void run_depthwise(const Device&, const Depthwise<float>&, OverPixels*);

@@ -23,7 +23,7 @@ struct WeightGradient {
 };
 
 template <typename T, int taps>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, taps > 1 ? 2 : 4)
     depthwise_backward_weight(const WeightGradient<T> d, float* partial, const int shares) {
   const Shape& s = d.s;
   const int lane = int(threadIdx.x) % 32, row_lane = int(threadIdx.x) / 32;

@@ -1,6 +1,6 @@
 // Depthwise convolution with bias and activation, or of a normalised map with the statistics of the result. Every value
-// of x is read from device memory once and a few times from the caches: a thread computes runs of four neighbouring
-// pixels of 16 bytes of channels.
+// of x is read from device memory once and a few times from the caches: a thread computes runs of neighbouring pixels
+// of 16 bytes of channels.
 #pragma once
 
 #include "normalization.h"

@@ -88,7 +88,8 @@ HNE_DEVICE void copy_panels(T* to, int pitch, const T* packed, int depth, int ch
 // Loops over parts of a tile are not unrolled: the registers are for the sums.
 // NT: fragments of 8 output channels that each of 4 x 2 warps holds; 64 * NT / 2 output channels at most.
 template <typename P, int NT, bool vectors>
-__global__ void __launch_bounds__(kThreads, NT > 2 ? 1 : 2) bottleneck(const Bottleneck<typename P::Type> b) {
+__global__ void __launch_bounds__(kThreads, NT* int(sizeof(typename P::Type)) > 8 ? 1 : 2)
+    bottleneck(const Bottleneck<typename P::Type> b) {
   using T = typename P::Type;
   constexpr int width = P::kVector, MT = 2;
   const Shape& s = b.s;

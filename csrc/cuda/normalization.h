@@ -75,13 +75,19 @@ struct SharedAffine {
       vectors[2 * channels + channel] = one.shift[0];
     }
   }
+  // 16 bytes of each vector at a time.
   template <int width>
-  HNE_DEVICE Affine<width> at(int channel) const {
-    Affine<width> affine;
-    load<width>(affine.mean, vectors + channel);
-    load<width>(affine.scale, vectors + channels + channel);
-    load<width>(affine.shift, vectors + 2 * channels + channel);
-    return affine;
+  HNE_DEVICE void apply(const Clamp<float>& range, int channel, float (&values)[width]) const {
+    constexpr int piece = kPiece<float, width>;
+#pragma unroll
+    for (int at = 0; at < width; at += piece) {
+      float mean[piece], scale[piece], shift[piece];
+      load<piece>(mean, vectors + channel + at);
+      load<piece>(scale, vectors + channels + channel + at);
+      load<piece>(shift, vectors + 2 * channels + channel + at);
+#pragma unroll
+      for (int i = 0; i < piece; ++i) values[at + i] = clamp((values[at + i] - mean[i]) * scale[i] + shift[i], range);
+    }
   }
 };
 
