@@ -5,6 +5,7 @@ Inference with Distilled Hierarchical Neural Ensembles").
 """
 
 from .architectures import PRESETS
+from .graphs import GraphedHNE
 from .hierarchy import Hierarchy
 from .layers import Bottleneck, Conv, PoolLinear
 from .losses import OBJECTIVES, objective
@@ -17,6 +18,7 @@ __all__ = [
     "Bottleneck",
     "Conv",
     "FusedHNE",
+    "GraphedHNE",
     "Hierarchy",
     "NaiveHNE",
     "PoolLinear",

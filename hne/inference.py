@@ -16,6 +16,7 @@ import hne_kernels as K
 from . import batch_norm
 from .fused import Fused, linear_parameters
 from .layers import BottleneckLayer, ConvLayer, Layer, PoolLinearLayer, Unit, units
+from .snapshot import Snapshot
 
 PIXELS = 8 * 32 * 32  # of a part of the batch: eight images of CIFAR
 
@@ -104,39 +105,45 @@ def folded(layer: Layer, branches: slice) -> Weights:
     Changes in place and replaced tensors are noticed. Writing through ``parameter.data`` is hidden from PyTorch's
     version counter, and takes effect with the next ``train()`` or ``eval()``. Parameters that have no version counter
     (made under ``torch.inference_mode()``) are folded for every call.
+
+    A CUDA graph reads the weights of an earlier call, which then stay as long as the layer does. Captured without an
+    earlier call, it folds them itself, anew in every replay.
     """
     if torch.compiler.is_compiling():
         return _slice(fold(layer), branches)
     kept: Folded | None = layer.folded
+    capturing = is_capturing()
     if kept is None or not kept.is_current():
+        if capturing:  # what a graph computes is there when it is replayed, not now
+            return _slice(fold(layer), branches)
         with torch.no_grad():
             kept = Folded(layer)
         layer.folded = kept
+    if capturing:
+        layer.captured.append(kept)
     return kept.part(branches)
+
+
+def is_capturing() -> bool:
+    """Whether kernels that are launched now become part of a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class Folded:
     """The folded weights of a layer, and the state of the parameters that they come from."""
 
     def __init__(self, layer: Layer) -> None:
-        # The dictionaries in which modules hold their tensors: they show replaced ones, and are quick to look into.
-        self._sources: list[tuple[dict[str, Any], str]] = [
-            (tensors, name)
-            for unit in units(layer)
-            for module in unit.children()
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None and name != "num_batches_tracked"
-        ]
-        self._state = self._current_state()
-        # Holding on to the memory keeps its address from being given to another tensor.
-        self._memory = [tensors[name].detach() for tensors, name in self._sources]
+        self._parameters = Snapshot(module for unit in units(layer) for module in unit.children())
         self._weights = fold(layer)
         self._parts: dict[tuple[int, int], Weights] = {}
+        device = next(layer.parameters()).device
+        if device.type == "cuda":
+            # Once, so that every stream may read the new weights, and none still reads those that they replace.
+            torch.cuda.synchronize(device)
 
     def is_current(self) -> bool:
         """Whether the parameters are unchanged, as far as that can be told."""
-        return self._state is not None and self._state == self._current_state()
+        return self._parameters.is_current()
 
     def part(self, branches: slice) -> Weights:
         """The weights of some branches."""
@@ -144,13 +151,6 @@ class Folded:
         if key not in self._parts:
             self._parts[key] = _slice(self._weights, branches)
         return self._parts[key]
-
-    def _current_state(self) -> list[tuple[int, int]] | None:
-        """Address and version of every parameter, or None where a tensor has no such thing."""
-        try:
-            return [(tensors[name].data_ptr(), tensors[name]._version) for tensors, name in self._sources]
-        except RuntimeError:
-            return None
 
 
 def _slice(weights: Weights, branches: slice) -> Weights:

@@ -157,8 +157,9 @@ class Linear(Branched):
 class Layer(nn.Module, ABC):
     """The parameters of a described layer, for ``branches`` branches.
 
-    ``folded`` is where the inference path keeps tensors derived from the parameters. They are no state: neither saved
-    nor copied, and dropped whenever the parameters move or the mode changes.
+    ``folded`` is where the inference path keeps tensors derived from the parameters, ``captured`` those of them that
+    CUDA graphs read. They are no state: neither saved nor copied. The first are dropped whenever the parameters move or
+    the mode changes.
     """
 
     description: Description
@@ -166,6 +167,7 @@ class Layer(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.folded: Any = None
+        self.captured: list[Any] = []
 
     @abstractmethod
     def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Features:
@@ -188,11 +190,11 @@ class Layer(nn.Module, ABC):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "folded": None}
+        return {**self.__dict__, "folded": None, "captured": []}
 
     def _replicate_for_data_parallel(self) -> Self:
         replica = super()._replicate_for_data_parallel()
-        replica.folded = None
+        replica.folded, replica.captured = None, []
         return replica
 
 
