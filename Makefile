@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SANITIZERS ?= address,undefined
 RESULT ?= cpu
+GPU_CHECK ?=
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -39,8 +40,8 @@ bench: $(VENV)/.built ## compare the speed of fused and naive: a table in benchm
 	$(BIN)/pytest --benchmark --benchmark-save-table benchmarks/results/$(RESULT)
 
 .PHONY: gpu-check
-gpu-check: ## on a machine with a GPU: build for it, test, look for races, compare speed; no network
-	$(PYTHON) benchmarks/gpu_check.py
+gpu-check: ## on a machine with a GPU: build, test, look for races, compare speed (GPU_CHECK=--help)
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 .PHONY: lint
 lint: $(VENV)/.installed ## check style and types

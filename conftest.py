@@ -16,10 +16,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run every comparison for a few rounds only: shows that it runs, not how fast",
     )
     group.addoption(
+        "--benchmark-workload",
+        choices=("cpu", "gpu", "rehearsal"),
+        help="what to compare: by default what suits the machine; rehearsal is what is done on a GPU, tiny, on a CPU",
+    )
+    group.addoption(
+        "--benchmark-budget",
+        metavar="SECONDS",
+        type=float,
+        help="skip the comparisons that have not begun after so many seconds",
+    )
+    group.addoption(
         "--benchmark-save-table",
         metavar="PATH",
         type=Path,
-        help="write the table of the comparisons, with machine and commit, to PATH.md and PATH.json",
+        help="write the table of the comparisons, with machine and commit, to PATH.md and PATH.json; "
+        "rows that are there of the same machine and commit stay",
     )
 
 

@@ -2,65 +2,110 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import channels_last
 import pytest
+import roofline
 import torch
 from comparison import check_agreement
+from meters import Side
 from torch import Tensor
+from workload import Workload
 
 from hne import HNE, FusedHNE
 from hne.losses import objective
 
-PRESET, CLASSES, SIZE = "hne_resnet50_cifar", 100, 32
-TRAINING_BATCH = 32
+CLASSES, SIZE = 100, 32
+
+Models = tuple[HNE, HNE, HNE]  # fused, naive, channels-last naive
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[HNE, HNE]:
-    """Fused and naive with the same weights, and with running statistics that are not those of a new model."""
+def models(workload: Workload) -> Models:
+    """With the same weights, and with running statistics that are not those of a new model."""
     torch.manual_seed(0)
-    fused = FusedHNE.from_preset(PRESET, num_classes=CLASSES)
+    fused = FusedHNE.from_preset(workload.preset, num_classes=CLASSES).to(workload.device)
     with torch.no_grad():
         for _ in range(3):
-            fused.train()(torch.randn(16, 3, SIZE, SIZE))
-    return fused, fused.to_naive()
+            fused.train()(torch.randn(16, 3, SIZE, SIZE, device=workload.device))
+    return fused, fused.to_naive(), channels_last.of(fused)
 
 
-@pytest.mark.parametrize("batch", [1, 8, 64])
-@pytest.mark.parametrize("n", [1, 2, 4, 8, 16])
-def bench_inference(n: int, batch: int, models: tuple[HNE, HNE], versus: Any, rng: torch.Generator) -> None:
-    fused, naive = (model.eval() for model in models)
-    x = torch.randn(batch, 3, SIZE, SIZE, generator=rng)
-    with torch.inference_mode():
+def _shape(*parts: str, dtype: torch.dtype) -> str:
+    """float32 goes without saying."""
+    return ", ".join([*parts, *([] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")])])
+
+
+def bench_inference(
+    inference: tuple[int, int, torch.dtype], models: Models, versus: Any, workload: Workload, rng: torch.Generator
+) -> None:
+    n, batch, dtype = inference
+    fused, naive, last = (copy.deepcopy(model).to(dtype).eval() for model in models)
+    x = torch.randn(batch, 3, SIZE, SIZE, generator=rng).to(workload.device, dtype)
+
+    def side(model: HNE, x: Tensor) -> Callable[[Any], Side]:
+        def make(wrap: Any) -> Side:
+            function = wrap(model)
+            return lambda: function(x, num_models=n)
+
+        return make
+
+    with torch.no_grad():
         versus(
-            lambda: fused(x, num_models=n),
-            lambda: naive(x, num_models=n),
+            side(fused, x),
+            side(naive, x),
+            side(last, x.contiguous(memory_format=torch.channels_last)),
             name="inference",
-            shape=f"n = {n}, batch {batch}",
+            shape=_shape(f"n = {n}", f"batch {batch}", dtype=dtype),
             images=batch,
+            dtype=dtype,
+            work=lambda: roofline.of_inference(fused, n, batch, SIZE, dtype.itemsize),
+            launched=True,
         )
 
 
-def bench_training_step(models: tuple[HNE, HNE], versus: Any, rng: torch.Generator) -> None:
-    x = torch.randn(TRAINING_BATCH, 3, SIZE, SIZE, generator=rng)
-    target = torch.randint(CLASSES, (TRAINING_BATCH,), generator=rng)
+def bench_training_step(
+    training: tuple[int, torch.dtype], models: Models, versus: Any, workload: Workload, rng: torch.Generator
+) -> None:
+    batch, dtype = training
+    x = torch.randn(batch, 3, SIZE, SIZE, generator=rng).to(workload.device)
+    target = torch.randint(CLASSES, (batch,), generator=rng).to(workload.device)
     loss = objective("I+HD", alpha=0.5, temperature=2.0)
+    lowered = dtype != torch.float32
 
-    def step(model: HNE, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        logits = model(x)
+    def step(call: Any, model: HNE, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        # A cache of lowered weights would not be filled anew when a CUDA graph is replayed.
+        mixed = torch.autocast(x.device.type, dtype, cache_enabled=False) if lowered else contextlib.nullcontext()
+        with mixed:
+            logits = call(x)
         value = loss(logits, target)
         return value.detach(), logits.detach(), torch.autograd.grad(value, list(model.parameters()))
 
-    fused, naive = (model.train() for model in models)
+    def side(model: HNE, x: Tensor) -> Callable[[Any], Side]:
+        def make(wrap: Any) -> Side:
+            call = wrap(model)
+            return lambda: step(call, model, x, target)[:2]
+
+        return make
+
+    fused, naive, last = (model.train() for model in models)
     # A ReLU that rounding turns on or off changes gradients by per cents, on either side. In float64 hardly any turns.
-    exact = (step(copy.deepcopy(model).double(), x[:4].double(), target[:4]) for model in models)
-    check_agreement(*exact)
+    if workload.device == "cpu":
+        doubles = (copy.deepcopy(model).double() for model in (fused, naive))
+        check_agreement(*(step(model, model, x[:4].double(), target[:4]) for model in doubles))
     versus(
-        lambda: step(fused, x, target)[:2],
-        lambda: step(naive, x, target)[:2],
+        side(fused, x),
+        side(naive, x),
+        side(last, x.contiguous(memory_format=torch.channels_last)),
         name="training step",
-        shape=f"n = 16, batch {TRAINING_BATCH}",
-        images=TRAINING_BATCH,
+        shape=_shape(f"n = {fused.num_models}", f"batch {batch}", dtype=dtype),
+        images=batch,
+        dtype=dtype,
+        work=lambda: roofline.of_training(fused, batch, SIZE, dtype.itemsize),
+        launched=True,
+        training=True,
     )

@@ -2,25 +2,28 @@
 
 Naive is the reference: features copied for every child, one grouped convolution over the channels of all branches. Its
 inputs already lie in memory as it wants them ([batch, branch * channel, height, width]), so that no change of layout is
-counted against it.
+counted against it. Where it makes a difference, channels_last.py has it without the copies and channels-last.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import channels_last
 import pytest
+import roofline
 import torch
+from meters import Side
 from torch import Tensor
+from workload import Workload
 
 import hne_kernels as K
 from hne.fused import Fused
-from hne.layers import Bottleneck
+from hne.layers import Bottleneck, Execution
 from hne.naive import Naive
 
-BATCH = 32
 MODELS, CHANNELS, CLASSES = 16, 256, 100
 
 # layer: branches in, children each, size of the map, channels in and out, kernel, stride
@@ -57,8 +60,71 @@ BOTTLENECKS = {
 Inputs = dict[str, Tensor]
 
 
-def _normal(rng: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=rng)
+Function = Callable[..., Any]
+
+
+class Bench:
+    """What the comparisons of the ops have in common: where and in what they compute, and the inputs of each side."""
+
+    def __init__(self, versus: Any, workload: Workload, rng: torch.Generator) -> None:
+        self.batch, self.dtype = workload.ops
+        self._versus, self._device, self._rng = versus, workload.device, rng
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Random values, in the dtype of the features if none is given."""
+        return torch.randn(shape, generator=self._rng).to(self._device, dtype or self.dtype)
+
+    def target(self) -> Tensor:
+        return torch.randint(CLASSES, (self.batch,), generator=self._rng).to(self._device)
+
+    def __call__(
+        self,
+        way: str,
+        op: str,
+        function: Function,
+        inputs: Inputs,
+        last: Function | None = None,
+        *,
+        last_inputs: Inputs | None = None,
+        both_ways: bool = True,
+        **options: Any,
+    ) -> None:
+        """Compare ``function`` with itself on the reference and with ``last``, which takes ``last_inputs``."""
+        sides = [(function, inputs), (function, _laid_out(inputs, _side_by_side))]
+        layouts = [_as_it_is, _side_by_side]
+        if last is not None:
+            sides.append((last, _laid_out(last_inputs or inputs, channels_last.in_memory)))
+            layouts.append(channels_last.in_memory)
+        gradients = []
+        if way == "forward":
+            makers = [_forward(*side) for side in sides]
+        else:
+            # An image needs no gradient: that is how the stem is trained.
+            gradients = [name for name, t in inputs.items() if name != "x" or t.shape[-1] > 3]
+            with torch.no_grad():
+                cotangent = self.normal(*_first(function(**inputs)).shape)
+            makers = [
+                _backward(*side, gradients, layout(cotangent) if cotangent.dim() == 5 else cotangent)
+                for side, layout in zip(sides, layouts, strict=True)
+            ]
+        self.versus(
+            *makers,
+            name=f"{op} {way}" if both_ways else op,
+            work=lambda: roofline.of_op(function, inputs, gradients),
+            **options,
+        )
+
+    def versus(self, *makers: Callable[[Any], Side], **options: Any) -> None:
+        self._versus(*makers, **{"images": self.batch, "dtype": self.dtype, **options})
+
+
+@pytest.fixture
+def bench(versus: Any, workload: Workload, rng: torch.Generator) -> Bench:
+    return Bench(versus, workload, rng)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -66,43 +132,35 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x.permute(1, 0, 4, 2, 3).contiguous().permute(1, 0, 3, 4, 2)
 
 
-def _as_naive_wants(inputs: Inputs) -> Inputs:
-    return {name: _side_by_side(value) if name in ("x", "residual") else value for name, value in inputs.items()}
+def _laid_out(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
+    return {name: layout(value) if name in ("x", "residual") else value for name, value in inputs.items()}
 
 
-def _forward(versus: Any, function: Callable[..., Any], inputs: Inputs, **options: Any) -> None:
-    native = _as_naive_wants(inputs)
-    with torch.inference_mode():
-        versus(lambda: function(**inputs), lambda: function(**native), **options)
+def _first(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
 
 
-def _backward(versus: Any, function: Callable[..., Any], inputs: Inputs, rng: torch.Generator, **options: Any) -> None:
-    def side(tensors: Inputs, layout: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
-        # An image needs no gradient: that is how the stem is trained.
-        inputs = {name: t.detach().requires_grad_(name != "x" or t.shape[-1] > 3) for name, t in tensors.items()}
-        leaves = [value for value in inputs.values() if value.requires_grad]
-        result = function(**inputs)
-        result = result if isinstance(result, Tensor) else result[0]
-        grad = cotangent if result.dim() < 5 else layout(cotangent)
-        return lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True)
+def _forward(function: Function, inputs: Inputs) -> Callable[[Any], Side]:
+    def make(wrap: Any) -> Side:
+        call = wrap(function)
+        return lambda: _without_gradients(call, inputs)
 
-    with torch.no_grad():
-        result = function(**inputs)
-        cotangent = _normal(rng, *(result if isinstance(result, Tensor) else result[0]).shape)
-    fused = side(inputs, lambda grad: grad)
-    with K.use_backend("reference"):
-        naive = side(_as_naive_wants(inputs), _side_by_side)
-    versus(fused, naive, **options)
+    return make
 
 
-def _both_ways(
-    versus: Any, way: str, op: str, function: Callable[..., Any], inputs: Inputs, rng: torch.Generator, **options: Any
-) -> None:
-    options = {"name": f"{op} {way}", "images": BATCH, **options}
-    if way == "forward":
-        _forward(versus, function, inputs, **options)
-    else:
-        _backward(versus, function, inputs, rng, **options)
+@torch.no_grad()
+def _without_gradients(call: Function, inputs: Inputs) -> Any:
+    return call(**inputs)
+
+
+def _backward(function: Function, inputs: Inputs, gradients: Sequence[str], cotangent: Tensor) -> Callable[[Any], Side]:
+    def make(wrap: Any) -> Side:
+        ours = {name: t.detach().requires_grad_(name in gradients) for name, t in inputs.items()}
+        result = _first(wrap(function)(**ours))
+        leaves = [ours[name] for name in gradients]
+        return lambda: torch.autograd.grad(result, leaves, cotangent, retain_graph=True)
+
+    return make
 
 
 ways = pytest.mark.parametrize("way", ["forward", "backward"])
@@ -110,149 +168,184 @@ ways = pytest.mark.parametrize("way", ["forward", "backward"])
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS)
 @ways
-def bench_branch_conv2d(layer: str, way: str, versus: Any, rng: torch.Generator) -> None:
+def bench_branch_conv2d(layer: str, way: str, bench: Bench) -> None:
     branches, r, size, inputs, outputs, k, stride = CONVOLUTIONS[layer]
     tensors = {
-        "x": _normal(rng, branches, BATCH, size, size, inputs),
-        "weight": _normal(rng, branches * r, outputs, inputs, k, k),
+        "x": bench.normal(branches, bench.batch, size, size, inputs),
+        "weight": bench.normal(branches * r, outputs, inputs, k, k),
     }
-    shape = f"{layer}: {branches}>{branches * r} x {BATCH} x {size}x{size} x {inputs}>{outputs}, {k}x{k}/{stride}"
+    shape = f"{layer}: {branches}>{branches * r} x {bench.batch} x {size}x{size} x {inputs}>{outputs}, {k}x{k}/{stride}"
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
         return K.branch_conv2d(x, weight, stride=stride, padding=k // 2, replicate=r)
 
-    _both_ways(versus, way, "branch_conv2d", function, tensors, rng, shape=shape)
+    def last(x: Tensor, weight: Tensor) -> Tensor:
+        return channels_last.branch_conv2d(x, weight, stride=stride, padding=k // 2, replicate=r)
+
+    bench(way, "branch_conv2d", function, tensors, last, shape=shape)
 
 
 @pytest.mark.parametrize("layer", DEPTHWISE)
 @ways
-def bench_branch_depthwise_conv2d(layer: str, way: str, versus: Any, rng: torch.Generator) -> None:
+def bench_branch_depthwise_conv2d(layer: str, way: str, bench: Bench) -> None:
     branches, size, channels, stride = DEPTHWISE[layer]
     tensors = {
-        "x": _normal(rng, branches, BATCH, size, size, channels),
-        "weight": _normal(rng, branches, channels, 3, 3),
+        "x": bench.normal(branches, bench.batch, size, size, channels),
+        "weight": bench.normal(branches, channels, 3, 3),
     }
-    shape = f"{layer}: {branches} x {BATCH} x {size}x{size} x {channels}, 3x3/{stride}"
+    shape = f"{layer}: {branches} x {bench.batch} x {size}x{size} x {channels}, 3x3/{stride}"
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
         return K.branch_depthwise_conv2d(x, weight, stride=stride, padding=1)
 
-    _both_ways(versus, way, "branch_depthwise_conv2d", function, tensors, rng, shape=shape)
+    def last(x: Tensor, weight: Tensor) -> Tensor:
+        return channels_last.branch_depthwise_conv2d(x, weight, stride=stride, padding=1)
+
+    bench(way, "branch_depthwise_conv2d", function, tensors, last, shape=shape)
 
 
 @pytest.mark.parametrize("layer", BOTTLENECKS)
-def bench_training_unit(layer: str, versus: Any, rng: torch.Generator) -> None:
+def bench_training_unit(layer: str, bench: Bench) -> None:
     """A bottleneck forwards and backwards: convolutions that normalise what they read, against batch norm."""
     parents, r, size, channels, middle, outputs, stride = BOTTLENECKS[layer]
-    branches = slice(0, parents * r)
-    description = Bottleneck(outputs, middle, stride=stride)
-    x = _normal(rng, parents, BATCH, size, size, channels)
-    cotangent = _normal(rng, parents * r, BATCH, size // stride, size // stride, outputs)
-    state = None
+    children = parents * r
+    x = bench.normal(parents, bench.batch, size, size, channels)
+    cotangent = bench.normal(children, bench.batch, size // stride, size // stride, outputs)
+    module = Bottleneck(outputs, middle, stride=stride).build(channels, children, r).to(x.device, x.dtype).train()
 
-    def side(execution: Any, x: Tensor, cotangent: Tensor) -> Callable[[], Any]:
-        nonlocal state
-        module = description.build(channels, parents * r, r).train()
-        state = state or copy.deepcopy(module.state_dict())
-        module.load_state_dict(state)
-        leaves = [x.detach().requires_grad_(), *module.parameters()]
+    def side(execution: Execution, lay_out: Function, memory: torch.memory_format) -> Callable[[Any], Side]:
+        ours = copy.deepcopy(module).to(memory_format=memory)
+        leaves = [lay_out(x).detach().requires_grad_(), *ours.parameters()]
+        grad = lay_out(cotangent)
 
-        def step() -> Any:
-            grad_x, *rest = torch.autograd.grad(execution.layer(module, leaves[0], branches, r), leaves, cotangent)
-            return grad_x if grad_x.dim() == 5 else grad_x.unflatten(1, (parents, -1)).permute(1, 0, 3, 4, 2), *rest
+        def make(wrap: Any) -> Side:
+            call = wrap(lambda x: execution.layer(ours, x, slice(0, children), r))
 
-        return step
+            def step() -> Any:
+                grad_x, *rest = torch.autograd.grad(call(leaves[0]), leaves, grad)
+                return grad_x if grad_x.dim() == 5 else grad_x.unflatten(1, (parents, -1)).permute(1, 0, 3, 4, 2), *rest
+
+            return step
+
+        return make
 
     def interleaved(x: Tensor) -> Tensor:
         return x.permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()
 
-    versus(
-        side(Fused(), x, cotangent),
-        side(Naive(), interleaved(x), interleaved(cotangent)),
+    def interleaved_last(x: Tensor) -> Tensor:
+        return interleaved(x).contiguous(memory_format=torch.channels_last)
+
+    bench.versus(
+        side(Fused(), _as_it_is, torch.contiguous_format),
+        side(Naive(), interleaved, torch.contiguous_format),
+        side(channels_last.ChannelsLast(), interleaved_last, torch.channels_last),
         name="training unit",
-        images=BATCH,
-        shape=f"{layer}: {parents}>{parents * r} x {BATCH} x {size}x{size} x {channels}>{middle}>{outputs}, /{stride}",
+        shape=f"{layer}: {parents}>{children} x {bench.batch} x {size}x{size} x {channels}>{middle}>{outputs}, /{stride}",
+        work=lambda: roofline.of_training_layer(module, parents, children, channels, bench.batch, size, x.itemsize),
+        training=True,
     )
 
 
 @pytest.mark.parametrize("layer", ["stem", "block 0, 1x1"])
-def bench_fused_conv2d(layer: str, versus: Any, rng: torch.Generator) -> None:
+def bench_fused_conv2d(layer: str, bench: Bench) -> None:
     inputs, outputs, k = (3, 16, 3) if layer == "stem" else (16, 64, 1)
-    weight = K.pack_weight(_normal(rng, 1, outputs, inputs, k, k))
-    tensors = {"x": _normal(rng, 1, BATCH, 32, 32, inputs), "bias": _normal(rng, 1, outputs)}
-    shape = f"{layer}: 1 x {BATCH} x 32x32 x {inputs}>{outputs}, {k}x{k}/1, relu"
+    weight = bench.normal(1, outputs, inputs, k, k)
+    tensors = {"x": bench.normal(1, bench.batch, 32, 32, inputs), "weight": weight, "bias": bench.normal(1, outputs)}
+    packed = tensors | {"weight": K.pack_weight(weight)}
+    shape = f"{layer}: 1 x {bench.batch} x 32x32 x {inputs}>{outputs}, {k}x{k}/1, relu"
 
-    def function(x: Tensor, bias: Tensor) -> Tensor:
-        return K.fused_conv2d(x, weight, bias, padding=k // 2, activation="relu")
+    def function(**given: Tensor) -> Tensor:
+        return K.fused_conv2d(**given, padding=k // 2, activation="relu")
 
-    _forward(versus, function, tensors, name="fused_conv2d", images=BATCH, shape=shape)
+    def last(**given: Tensor) -> Tensor:
+        return channels_last.fused_conv2d(**given, padding=k // 2, activation="relu")
+
+    bench("forward", "fused_conv2d", function, packed, last, last_inputs=tensors, both_ways=False, shape=shape)
 
 
 @pytest.mark.parametrize("layer", BOTTLENECKS)
-def bench_fused_bottleneck(layer: str, versus: Any, rng: torch.Generator) -> None:
+def bench_fused_bottleneck(layer: str, bench: Bench) -> None:
     branches, r, size, inputs, middle, outputs, stride = BOTTLENECKS[layer]
     children = branches * r
     first = layer.endswith("first")
 
     def pointwise(channels: int, out_channels: int) -> Tensor:
-        return K.pack_weight(_normal(rng, children, out_channels, channels, 1, 1) / channels**0.5)
+        return bench.normal(children, out_channels, channels, 1, 1) / channels**0.5
 
     tensors = {
-        "x": _normal(rng, branches, BATCH, size, size, inputs),
+        "x": bench.normal(branches, bench.batch, size, size, inputs),
         "expand": pointwise(inputs, middle),
-        "expand_bias": _normal(rng, children, middle),
-        "depthwise": _normal(rng, children, 3, 3, middle) / 3,
-        "depthwise_bias": _normal(rng, children, middle),
+        "expand_bias": bench.normal(children, middle),
+        "depthwise": bench.normal(children, 3, 3, middle) / 3,
+        "depthwise_bias": bench.normal(children, middle),
         "project": pointwise(middle, outputs),
-        "project_bias": _normal(rng, children, outputs),
+        "project_bias": bench.normal(children, outputs),
     }
     if first:
-        tensors |= {"shortcut": pointwise(inputs, outputs), "shortcut_bias": _normal(rng, children, outputs)}
-    shape = f"{layer}: {branches}>{children} x {BATCH} x {size}x{size} x {inputs}>{middle}>{outputs}, 3x3/{stride}"
+        tensors |= {"shortcut": pointwise(inputs, outputs), "shortcut_bias": bench.normal(children, outputs)}
+    shape = (
+        f"{layer}: {branches}>{children} x {bench.batch} x {size}x{size} x {inputs}>{middle}>{outputs}, 3x3/{stride}"
+    )
+
+    packed = {name: K.pack_weight(t) if name in ("expand", "project", "shortcut") else t for name, t in tensors.items()}
+    options = {
+        "stride": stride,
+        "replicate": r,
+        "activation": "relu",
+        "identity": not first,
+        "final_activation": "relu",
+    }
 
     def function(**given: Tensor) -> Tensor:
-        return K.fused_bottleneck(
-            **given, stride=stride, replicate=r, activation="relu", identity=not first, final_activation="relu"
-        )
+        return K.fused_bottleneck(**given, **options)
 
-    _forward(versus, function, tensors, name="fused_bottleneck", images=BATCH, shape=shape)
+    def last(**given: Tensor) -> Tensor:
+        return channels_last.fused_bottleneck(**given, **options)
 
-
-@ways
-def bench_prefix_mean(way: str, versus: Any, rng: torch.Generator) -> None:
-    tensors = {"logits": _normal(rng, MODELS, BATCH, CLASSES)}
-    shape = f"{MODELS} x {BATCH} x {CLASSES}"
-    _both_ways(versus, way, "prefix_mean", K.prefix_mean, tensors, rng, shape=shape)
+    bench("forward", "fused_bottleneck", function, packed, last, last_inputs=tensors, both_ways=False, shape=shape)
 
 
 @ways
-def bench_prefix_logits(way: str, versus: Any, rng: torch.Generator) -> None:
+def bench_prefix_mean(way: str, bench: Bench) -> None:
+    tensors = {"logits": bench.normal(MODELS, bench.batch, CLASSES)}
+    shape = f"{MODELS} x {bench.batch} x {CLASSES}"
+    bench(way, "prefix_mean", K.prefix_mean, tensors, shape=shape)
+
+
+@ways
+def bench_prefix_logits(way: str, bench: Bench) -> None:
     tensors = {
-        "features": _normal(rng, MODELS, BATCH, CHANNELS),
-        "weight": _normal(rng, MODELS, CLASSES, CHANNELS),
-        "bias": _normal(rng, MODELS, CLASSES),
+        "features": bench.normal(MODELS, bench.batch, CHANNELS),
+        "weight": bench.normal(MODELS, CLASSES, CHANNELS),
+        "bias": bench.normal(MODELS, CLASSES),
     }
 
     def function(**given: Tensor) -> Tensor:
         return K.prefix_logits(**given)[1]
 
-    shape = f"{MODELS} x {BATCH} x {CHANNELS}>{CLASSES}"
-    _both_ways(versus, way, "prefix_logits", function, tensors, rng, shape=shape)
+    shape = f"{MODELS} x {bench.batch} x {CHANNELS}>{CLASSES}"
+    bench(way, "prefix_logits", function, tensors, shape=shape)
 
 
-def bench_hierarchical_distillation_loss(versus: Any, rng: torch.Generator) -> None:
+def bench_hierarchical_distillation_loss(bench: Bench) -> None:
     """Both ways at once: the fused op has the gradient ready after its forward pass."""
-    logits = _normal(rng, MODELS, BATCH, CLASSES).requires_grad_()
-    target = torch.randint(CLASSES, (BATCH,), generator=rng)
+    logits = bench.normal(MODELS, bench.batch, CLASSES, dtype=torch.float32)
+    target = bench.target()
 
-    def both() -> tuple[Tensor, Tensor]:
-        loss = K.hierarchical_distillation_loss(logits, target)
-        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+    def both(wrap: Any) -> Side:
+        call, ours = wrap(K.hierarchical_distillation_loss), logits.detach().requires_grad_()
 
-    versus(
+        def side() -> tuple[Tensor, Tensor]:
+            loss = call(ours, target)
+            return loss.detach(), torch.autograd.grad(loss, ours)[0]
+
+        return side
+
+    bench.versus(
         both,
         both,
         name="hierarchical_distillation_loss both ways",
-        shape=f"{MODELS} x {BATCH} x {CLASSES}",
-        images=BATCH,
+        shape=f"{MODELS} x {bench.batch} x {CLASSES}",
+        dtype=torch.float32,
+        work=lambda: roofline.Work(2 * logits.nbytes, 0),
     )

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a ``+`` if files differ from it; "unknown" outside of git."""
+    """Short hash of the checkout, with a ``+`` if files differ from it; outside of git what HNE_COMMIT says."""
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -36,7 +37,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("HNE_COMMIT", "unknown")
 
 
 def machine() -> dict[str, str]:
@@ -50,8 +51,23 @@ def machine() -> dict[str, str]:
         "backends": ", ".join(K.available_backends()),
     }
     if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
+        facts |= {
+            "gpu": torch.cuda.get_device_name(),
+            "driver": _driver(),
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "triton": metadata.version("triton") if "triton" in K.available_backends() else "not usable",
+        }
     return facts
+
+
+def _driver() -> str:
+    """Version of the GPU's driver, or "unknown"."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def describe() -> dict[str, str]:

@@ -4,24 +4,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from comparison import Row
 
-HEADER = ("name", "shape", "fused ms", "naive ms", "images/s", "ratio", "")
+_WORDS = ("name", "shape", "backend", "")  # titles of what is no number
+_TITLES = {"eager": "naive eager", "channels_last": "channels-last"}  # naive sides; the others are called as they are
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    slower = "SLOWER" if row.ratio < 1 else ""
+def header(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Titles of the columns; those in which no row has anything are left out."""
+    return (
+        "name",
+        "shape",
+        *(["backend"] if any(row.backend for row in rows) else []),
+        "fused ms",
+        "naive ms",
+        *(f"{_TITLES.get(name, name)} ms" for name in _others(rows)),
+        "images/s",
+        "ratio",
+        *(["of roofline"] if any(row.floor_ms for row in rows) else []),
+        "",
+    )
+
+
+def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
+    """A line under :func:`header`."""
+    others = (row.others_ms.get(name) for name in _others(rows))
+    share = [] if row.of_roofline is None else [f"{row.of_roofline:.0%}"]
     return (
         row.name,
         row.shape,
+        *([row.backend] if any(row.backend for row in rows) else []),
         f"{row.fused_ms:.3f}",
         f"{row.naive_ms:.3f}",
+        *("" if ms is None else f"{ms:.3f}" for ms in others),
         f"{row.images_per_s:,.0f}",
         f"{row.ratio:.2f}",
-        slower,
+        *(share or ([""] if any(row.floor_ms for row in rows) else [])),
+        "SLOWER" if row.ratio < 1 else "",
     )
+
+
+def _others(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.others_ms))
 
 
 def machine_line(machine: dict[str, str]) -> str:
@@ -35,19 +62,18 @@ def summary(rows: Sequence[Row]) -> str:
 
 def text(rows: Sequence[Row]) -> list[str]:
     """Aligned columns, names on the left and numbers on the right."""
-    lines = [HEADER, *(cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    return [
-        "  ".join(
-            cell.rjust(width) if 2 <= column <= 5 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    lines = [header(rows), *(cells(row, rows) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(map(_aligned, line, widths, lines[0])).rstrip() for line in lines]
+
+
+def _aligned(cell: str, width: int, title: str) -> str:
+    return cell.ljust(width) if title in _WORDS else cell.rjust(width)
 
 
 def markdown(rows: Sequence[Row], machine: dict[str, str], note: str) -> str:
     """A document: machine, table, how many are slower."""
+    titles = header(rows)
     lines = [
         "# Fused against naive",
         "",
@@ -55,18 +81,37 @@ def markdown(rows: Sequence[Row], machine: dict[str, str], note: str) -> str:
         "",
         f"Medians of alternating rounds; ratio = naive / fused. {summary(rows)}. {note}".rstrip(),
         "",
-        "| " + " | ".join(HEADER) + "|",
-        "|---|---|---:|---:|---:|---:|---|",
-        *("| " + " | ".join(cells(row)) + " |" for row in rows),
+        "| " + " | ".join(titles) + "|",
+        "|" + "|".join("---" if title in _WORDS else "---:" for title in titles) + "|",
+        *("| " + " | ".join(cells(row, rows)) + " |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
 
 
 def save(path: Path, rows: Sequence[Row], machine: dict[str, str], note: str = "") -> list[Path]:
-    """Write ``path`` with the endings .md and .json; returns both paths."""
+    """Write ``path`` with the endings .md and .json; returns both paths.
+
+    Rows that are there of the same machine and commit, and that are not measured anew, stay.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [path.with_name(path.name + ending) for ending in (".md", ".json")]
+    fresh = {(row.name, row.shape, row.backend) for row in rows}
+    rows = [
+        *(row for row in _rows_of(written[1], machine, note) if (row.name, row.shape, row.backend) not in fresh),
+        *rows,
+    ]
     written[0].write_text(markdown(rows, machine, note))
     record = {"machine": machine, "note": note, "rows": [row.record() for row in rows]}
     written[1].write_text(json.dumps(record, indent=1) + "\n")
     return written
+
+
+def _rows_of(path: Path, machine: dict[str, str], note: str) -> list[Row]:
+    """The rows of an earlier run, if it was of the same kind on the same machine and commit."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    if (record["machine"] | {"date": ""}, record["note"]) != (machine | {"date": ""}, note):
+        return []
+    names = [f.name for f in fields(Row)]
+    return [Row(**{name: row[name] for name in names if name in row}) for row in record["rows"]]

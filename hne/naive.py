@@ -37,9 +37,11 @@ class Naive:
         residual: Tensor | None = None,
     ) -> Tensor:
         (weight,) = _parts(unit, branches, unit.conv.weight)
-        x = self.replicate(x, branches, replicate, unit.in_channels)
-        groups = len(weight) if unit.depthwise else branches.stop - branches.start
-        x = F.conv2d(x, weight, stride=unit.stride, padding=unit.padding, groups=groups)
+        if unit.depthwise:
+            x = self.replicate(x, branches, replicate, unit.in_channels)
+            x = F.conv2d(x, weight, None, unit.stride, unit.padding, groups=len(weight))
+        else:
+            x = self.convolve(x, weight, None, unit.stride, unit.padding, branches.stop - branches.start, replicate)
         x = _batch_norm(unit, x, branches)
         return ACTIVATIONS[activation](x if residual is None else x + residual)
 
@@ -47,8 +49,14 @@ class Naive:
         self, linear: Linear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
         weight, bias = _parts(linear, branches, linear.conv.weight, linear.conv.bias)
-        x = self.replicate(x, branches, replicate, linear.in_channels)
-        return ACTIVATIONS[activation](F.conv2d(x, weight, bias, groups=branches.stop - branches.start))
+        return ACTIVATIONS[activation](self.convolve(x, weight, bias, 1, 0, branches.stop - branches.start, replicate))
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, branches: int, replicate: int
+    ) -> Tensor:
+        """The convolutions of ``branches`` of which ``replicate`` share a parent; the last may share with fewer."""
+        x = self.replicate(x, slice(0, branches), replicate, weight.shape[1])
+        return F.conv2d(x, weight, bias, stride, padding, groups=branches)
 
     def pool(self, x: Tensor) -> Tensor:
         return x.mean((2, 3), keepdim=True)

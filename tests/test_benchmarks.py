@@ -6,9 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from networks import TREES, build, images
+
+import hne_kernels as K
+from hne import Bottleneck, Conv, FusedHNE, Hierarchy, NaiveHNE
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,21 +71,65 @@ def test_table(tmp_path: Path) -> None:
     assert {row["name"] for row in saved["rows"]} == {"prefix_mean forward", "prefix_mean backward"}
 
 
-def test_slower_than_naive_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test import from the folder."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def _row(**given: object) -> Any:
     from comparison import Row
+
+    values = {"name": "op", "shape": "1 x 1", "fused_ms": 1.0, "naive_ms": 2.0, "images_per_s": 1.0, "rounds": 3}
+    return Row(**(values | given))
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_slower_than_naive_is_marked() -> None:
     from table import text
 
-    rows = [Row("op", "1 x 1", fused, 2.0, 1.0, 3) for fused in (1.0, 4.0)]
-    _, faster, slower = text(rows)
+    _, faster, slower = text([_row(fused_ms=fused) for fused in (1.0, 4.0)])
     assert "2.00" in faster
     assert "SLOWER" not in faster
     assert "0.50" in slower
     assert "SLOWER" in slower
 
 
-def test_sides_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+@pytest.mark.usefixtures("_benchmarks")
+def test_the_fastest_naive_side_counts() -> None:
+    from table import markdown, text
+
+    rows = [
+        _row(backend="cuda", others_ms={"eager": 8.0, "channels_last": 1.5}, floor_ms=0.25),
+        _row(backend="triton", fused_ms=4.0),
+    ]
+    assert [row.ratio for row in rows] == [1.5, 0.5]
+    head, first, second = (line.split() for line in text(rows))
+    assert " ".join(head[2:]) == (
+        "backend fused ms naive ms naive eager ms channels-last ms images/s ratio of roofline"
+    )
+    assert first[-6:] == ["2.000", "8.000", "1.500", "1", "1.50", "25%"]
+    assert second[-4:] == ["2.000", "1", "0.50", "SLOWER"]
+    table = [line for line in markdown(rows, {}, "").splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1, table
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_tables_grow_on_the_same_machine_and_commit(tmp_path: Path) -> None:
+    from table import save
+
+    here = {"gpu": "A", "commit": "1", "date": "today"}
+    save(tmp_path / "table", [_row(), _row(shape="2 x 2", backend="cuda", others_ms={"eager": 9.0})], here)
+    save(tmp_path / "table", [_row(fused_ms=0.5), _row(shape="3 x 3")], here | {"date": "tomorrow"})
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [(row["shape"], row["fused_ms"]) for row in rows] == [("2 x 2", 1.0), ("1 x 1", 0.5), ("3 x 3", 1.0)]
+    assert rows[0]["others_ms"] == {"eager": 9.0}
+    save(tmp_path / "table", [_row()], here | {"commit": "2"})
+    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 1
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_sides_that_disagree_are_not_timed() -> None:
     from comparison import check_agreement
 
     right = torch.tensor([1000.0, 1.0])
@@ -91,3 +140,75 @@ def test_sides_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
         check_agreement(right * float("nan"), right)
     with pytest.raises(AssertionError, match="shape"):
         check_agreement(right[:1], right)
+    check_agreement(right * 1.04, right, "bfloat16")
+    with pytest.raises(AssertionError, match=r"more than 0\.05 of"):
+        check_agreement(right * 1.06, right, "bfloat16")
+
+
+def test_rehearsal_of_the_gpu(tmp_path: Path) -> None:
+    """Every side that is compared on a GPU, tiny and on the CPU: all agree, and have a place in the table."""
+    result = _pytest(
+        *("--benchmark", "--benchmark-workload", "rehearsal", "--benchmark-quick"),
+        *("--benchmark-save-table", str(tmp_path / "table")),
+        *("-k", "inference or (training and float32) or hierarchical or (conv2d and stem) or (bottleneck and block-3)"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    sides = {row["name"]: set(row["others_ms"]) for row in rows}
+    compiled = {"compiled", "channels_last", "channels_last_compiled"}
+    assert sides["inference"] == sides["training step"] == compiled | {"eager"}
+    assert sides["branch_conv2d backward"] == sides["fused_conv2d"] == compiled
+    assert sides["hierarchical_distillation_loss both ways"] == {"compiled"}
+    assert all(row["backend"] == "cpp" and row["of_roofline"] > 0 for row in rows)
+
+
+def test_no_comparison_begins_beyond_the_budget() -> None:
+    result = _pytest("--benchmark", "--benchmark-quick", "--benchmark-budget", "0", "-k", "prefix_mean")
+    assert "2 skipped" in result.stdout, result.stdout
+    assert "the budget of 0 s is used up" in result.stdout
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_work_of_an_op() -> None:
+    import roofline
+
+    x, weight = torch.ones(2, 3, 8, 8, 16), torch.ones(4, 5, 16, 3, 3)
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return K.branch_conv2d(x, weight, padding=1, replicate=2)
+
+    result, products = 4 * 3 * 8 * 8 * 5 * 4, 2 * 4 * 3 * 8 * 8 * 5 * 16 * 9
+    work = roofline.of_op(function, {"x": x, "weight": weight})
+    assert work == roofline.Work(x.nbytes + weight.nbytes + result, products)
+    work = roofline.of_op(function, {"x": x, "weight": weight}, ["x", "weight"])
+    assert work == roofline.Work(2 * (x.nbytes + weight.nbytes) + result, 2 * products)
+    assert work.floor_seconds(roofline.Rates(work.bytes / 3, work.flops)) == pytest.approx(3)
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_work_of_a_model() -> None:
+    """Of a network small enough to count by hand: two branches of one bottleneck over a shared convolution."""
+    import roofline
+
+    model = FusedHNE(Hierarchy((1, 2)), [[Conv(4)], [Bottleneck(6, 2, stride=2)]], num_classes=5)
+    per_image = (3 * 64 + 4 * 64) + (4 * 64 + 2 * 6 * 16)
+    filters = 4 * 3 * 9 + 2 * (4 * 2 + 2 * 9 + 2 * 6 + 4 * 6) + 2 * 6 * 5
+    work = roofline.of_inference(model, 2, 10, 8, 2)
+    assert work == roofline.Work((10 * per_image + filters) * 2, 2 * 10 * model.macs(2, 8))
+    expand, depthwise, project = 4 * 64 + 2 * 2 * 64, 2 * 2 * 64 + 2 * 2 * 16, 2 * 2 * 16 + 2 * 6 * 16
+    per_image += expand + depthwise + project  # the shortcut is there already, in place of the whole bottleneck
+    work = roofline.of_training(model, 10, 8, 2)
+    assert work == roofline.Work(3 * 10 * per_image * 2 + 8 * filters, 6 * 10 * model.macs(2, 8))
+
+
+@pytest.mark.usefixtures("_benchmarks")
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_channels_last_is_the_same_network(tree: Hierarchy, rng: torch.Generator) -> None:
+    import channels_last
+
+    model = build(NaiveHNE, tree, rng)
+    other = channels_last.of(model)
+    x = images(rng)
+    with torch.no_grad():
+        for n in range(1, tree.num_models + 1):
+            torch.testing.assert_close(other(x, n), model(x, n))
