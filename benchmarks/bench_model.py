@@ -19,8 +19,6 @@ from workload import Workload
 from hne import HNE, FusedHNE
 from hne.losses import objective
 
-CLASSES, SIZE = 100, 32
-
 Models = tuple[HNE, HNE, HNE]  # fused, naive, channels-last naive
 
 
@@ -28,10 +26,10 @@ Models = tuple[HNE, HNE, HNE]  # fused, naive, channels-last naive
 def models(workload: Workload) -> Models:
     """With the same weights, and with running statistics that are not those of a new model."""
     torch.manual_seed(0)
-    fused = FusedHNE.from_preset(workload.preset, num_classes=CLASSES).to(workload.device)
+    fused = FusedHNE.from_preset(**workload.network).to(workload.device)
     with torch.no_grad():
         for _ in range(3):
-            fused.train()(torch.randn(16, 3, SIZE, SIZE, device=workload.device))
+            fused.train()(torch.randn(16, 3, workload.size, workload.size, device=workload.device))
     return fused, fused.to_naive(), channels_last.of(fused)
 
 
@@ -45,7 +43,7 @@ def bench_inference(
 ) -> None:
     n, batch, dtype = inference
     fused, naive, last = (copy.deepcopy(model).to(dtype).eval() for model in models)
-    x = torch.randn(batch, 3, SIZE, SIZE, generator=rng).to(workload.device, dtype)
+    x = torch.randn(batch, 3, workload.size, workload.size, generator=rng).to(workload.device, dtype)
 
     def side(model: HNE, x: Tensor) -> Callable[[Any], Side]:
         def make(wrap: Any) -> Side:
@@ -63,7 +61,7 @@ def bench_inference(
             shape=_shape(f"n = {n}", f"batch {batch}", dtype=dtype),
             images=batch,
             dtype=dtype,
-            work=lambda: roofline.of_inference(fused, n, batch, SIZE, dtype.itemsize),
+            work=lambda: roofline.of_inference(fused, n, batch, workload.size, dtype.itemsize),
             launched=True,
         )
 
@@ -72,8 +70,8 @@ def bench_training_step(
     training: tuple[int, torch.dtype], models: Models, versus: Any, workload: Workload, rng: torch.Generator
 ) -> None:
     batch, dtype = training
-    x = torch.randn(batch, 3, SIZE, SIZE, generator=rng).to(workload.device)
-    target = torch.randint(CLASSES, (batch,), generator=rng).to(workload.device)
+    x = torch.randn(batch, 3, workload.size, workload.size, generator=rng).to(workload.device)
+    target = torch.randint(models[0].num_classes, (batch,), generator=rng).to(workload.device)
     loss = objective("I+HD", alpha=0.5, temperature=2.0)
     lowered = dtype != torch.float32
 
@@ -105,7 +103,7 @@ def bench_training_step(
         shape=_shape(f"n = {fused.num_models}", f"batch {batch}", dtype=dtype),
         images=batch,
         dtype=dtype,
-        work=lambda: roofline.of_training(fused, batch, SIZE, dtype.itemsize),
+        work=lambda: roofline.of_training(fused, batch, workload.size, dtype.itemsize),
         launched=True,
         training=True,
     )

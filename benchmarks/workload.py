@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from meters import GpuMeter, HostMeter, Meter
@@ -17,7 +18,8 @@ class Workload:
     device: str
     backends: tuple[str, ...]  # fused sides; "" is the one that is chosen automatically
     naive: tuple[str, ...]  # naive sides besides `naive` itself
-    preset: str
+    network: dict[str, Any]  # arguments of FusedHNE.from_preset
+    size: int  # of its images
     ops: tuple[int, torch.dtype]  # batch, and dtype of the features
     inference: tuple[tuple[int, int, torch.dtype], ...]  # number of models, batch, dtype
     training: tuple[tuple[int, torch.dtype], ...]  # batch, and float32 or what autocast lowers to
@@ -44,7 +46,8 @@ CPU = Workload(
     device="cpu",
     backends=("",),
     naive=(),
-    preset="hne_resnet50_cifar",
+    network={"name": "hne_resnet50_cifar", "num_classes": 100},
+    size=32,
     ops=(32, torch.float32),
     inference=tuple((n, batch, torch.float32) for batch in (1, 8, 64) for n in (1, 2, 4, 8, 16)),
     training=((32, torch.float32),),
@@ -55,7 +58,8 @@ GPU = Workload(
     device="cuda",
     backends=_ON_GPU,
     naive=("eager", "channels_last", *_COMPILED),
-    preset="hne_resnet50_cifar",
+    network={"name": "hne_resnet50_cifar", "num_classes": 100},
+    size=32,
     ops=(128, torch.bfloat16),
     # The goal first: it is what a budget is spent on first.
     inference=tuple((n, batch, torch.bfloat16) for batch in (128, 1, 32, 1024) for n in (16, 4, 1)),
@@ -69,11 +73,12 @@ REHEARSAL = Workload(
     device="cpu",
     backends=("cpp",),
     naive=GPU.naive,
-    preset="hne_tiny",
+    network={"name": "hne_tiny", "num_classes": 10, "width": 0.25, "num_models": 2},
+    size=8,
     ops=(2, torch.bfloat16),
-    inference=((8, 2, torch.bfloat16), (3, 2, torch.float32)),
+    inference=((2, 2, torch.bfloat16), (1, 2, torch.float32)),
     training=((4, torch.bfloat16), (4, torch.float32)),
-    compiler={"backend": "aot_eager"},
+    compiler={"backend": "eager"},
     rates=(1, 64),
 )
 WORKLOADS = {"cpu": CPU, "gpu": GPU, "rehearsal": REHEARSAL}
