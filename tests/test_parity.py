@@ -53,6 +53,13 @@ def _leading_slice(tensor: Tensor) -> Tensor:
     return longer[: tensor.shape[0]]
 
 
+def _misaligned(tensor: Tensor) -> Tensor:
+    """Contiguous, but one value behind an address that vectors may be read from; NaN around it."""
+    longer = tensor.new_full((tensor.numel() + 2,), _absent(tensor))
+    longer[1:-1] = tensor.flatten()
+    return longer[1:-1].view(tensor.shape)
+
+
 def _every_other(tensor: Tensor) -> Tensor:
     """Every second entry of the first dimension, and a window of the last one; NaN between."""
     wider = tensor.new_full((2 * tensor.shape[0], *tensor.shape[1:-1], tensor.shape[-1] + 3), _absent(tensor))
@@ -79,7 +86,7 @@ def _absent(tensor: Tensor) -> float:
     return float("nan") if tensor.is_floating_point() else -(10**6)
 
 
-LAYOUTS = [_transposed, _leading_slice, _every_other, _expanded, _expanded_within]
+LAYOUTS = [_transposed, _leading_slice, _misaligned, _every_other, _expanded, _expanded_within]
 
 
 def _relayout(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
