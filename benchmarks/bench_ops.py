@@ -240,7 +240,8 @@ def bench_training_unit(layer: str, bench: Bench) -> None:
         side(Naive(), interleaved, torch.contiguous_format),
         side(channels_last.ChannelsLast(), interleaved_last, torch.channels_last),
         name="training unit",
-        shape=f"{layer}: {parents}>{children} x {bench.batch} x {size}x{size} x {channels}>{middle}>{outputs}, /{stride}",
+        shape=f"{layer}: {parents}>{children} x {bench.batch} x {size}x{size} x "
+        f"{channels}>{middle}>{outputs}, /{stride}",
         work=lambda: roofline.of_training_layer(module, parents, children, channels, bench.batch, size, x.itemsize),
         training=True,
     )

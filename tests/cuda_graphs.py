@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import hne.graphs
 import hne.inference
@@ -25,9 +25,22 @@ class Graph:
 
     def replay(self) -> None:
         for function, args, kwargs, results in self.calls:
-            for old, new in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # not a view, nor in place
-                    old.copy_(new)
+            again = tree_leaves(function(*args, **kwargs))
+            for old, new in zip(_made(args, results), _made(args, again), strict=True):
+                old.copy_(new)
+
+    def forget_results(self) -> None:
+        """Nothing is computed before the replay."""
+        for _, args, _, results in self.calls:
+            for result in _made(args, results):
+                result.fill_(float("nan") if result.is_floating_point() else 0)
+
+
+def _made(args: Any, results: Any) -> list[torch.Tensor]:
+    """Results in memory of their own: neither views of an argument nor arguments that were written to."""
+    given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
+    made = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor)]
+    return [t for t in made if t.untyped_storage().data_ptr() not in given]
 
 
 class _Recorder(TorchDispatchMode):
@@ -37,7 +50,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        self.graph.calls.append((func, args, kwargs or {}, results))
+        # The memory is what a graph goes by: parameters may be given another.
+        args, kept = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, results))
+        self.graph.calls.append((func, args, kwargs or {}, kept))
         return results
 
 
@@ -59,10 +74,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
         with _Recorder(graph):
             yield
         capturing[0] = False
-        for *_, results in graph.calls:  # nothing is computed before the replay
-            for result in tree_leaves(results):
-                if isinstance(result, torch.Tensor) and result.is_floating_point() and not result._is_view():
-                    result.fill_(float("nan"))
+        graph.forget_results()
 
     Graph.captures = 0
     for name, stand_in in {
