@@ -1,5 +1,9 @@
 // Sums over the pixels of every channel, in two levels and always in the same order: the threads of a block that have
 // the same channels add up what they found, then a small kernel combines what the blocks have left.
+//
+//   S shares of G branches of C channels   bytes moved at least, beside what is summed   operations
+//   mean and squares                       12 S G C written and read                     6 a value
+//   two sums                               8 S G C written and read                      2 a value
 #pragma once
 
 #include "op.h"

@@ -1,4 +1,7 @@
 // Forward convolution as a matrix product: rows are output pixels, the depth is (tap, input channel).
+//
+//   G branches, M output pixels each   bytes moved at least              multiply-adds
+//                                      x + weight + out (+ statistics)   G M C_out C_in k^2
 #pragma once
 
 #include "gemm.h"

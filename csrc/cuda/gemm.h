@@ -2,7 +2,12 @@
 //
 // A block computes a tile of 128 x 64 values. Strips of both operands go through three stages of shared memory with
 // cp.async, two of them on their way while the tensor cores work on the third. What the product means is said by a
-// `Problem`, passed by value to the kernel:
+// `Problem`, passed by value to the kernel. To multiply R rows with C columns over a depth of K,
+//
+//   bytes moved, mostly from the L2 cache              multiply-adds
+//   R K ceil(C / 64) + C K ceil(R / 128) + R C values  R C K
+//
+// A problem has:
 //
 //   Type, Out                      of the operands and of the result
 //   kLeftAcross, kRightAcross      consecutive in memory are the rows of the left operand (the columns of the right

@@ -1,5 +1,8 @@
 // Products of small matrices in shared memory by one warp: tensor cores for 16-bit types and tf32, multiply-adds for
 // exact float32. The sums lie in registers as the tensor cores leave them, whichever unit made them.
+//
+//   m x n sums over a depth of k   bytes moved, in shared memory   multiply-adds
+//                                  (m + n) k values                m n k
 #pragma once
 
 #include "device.h"

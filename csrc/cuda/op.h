@@ -57,7 +57,7 @@ struct alignas(sizeof(T) * width) Vector {
   T values[width];
 };
 
-// `width` values, in accesses of at most 16 bytes.
+// As many of `width` values as one access has, of at most 16 bytes.
 template <typename T, int width>
 constexpr int kPiece = width * int(sizeof(T)) < 16 ? width : 16 / int(sizeof(T));
 

@@ -1,4 +1,5 @@
 // The switch for tf32 products of float32 values, off until hne_kernels/dispatch.py passes on torch's own setting.
+// No kernel: moves no bytes, computes nothing.
 #include <atomic>
 
 #include "op.h"

@@ -1,4 +1,7 @@
 // Filters laid out for reading: the last two dimensions of [count][rows][columns] exchanged.
+//
+//   of a weight   bytes moved at least   operations
+//                 weight twice           none
 #pragma once
 
 #include "geometry.h"
