@@ -153,11 +153,11 @@ def _weight_kernel(
         tap = tile % taps  # side by side: they read nearly the same pixels
         m = tile // taps % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         n = tile // taps // tiles_m % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        branch = (tile // taps // tiles_m // tiles_n % branches).to(tl.int64)
+        number = tile // taps // tiles_m // tiles_n % branches  # divisions are slow in 64 bits
+        branch, parent = number.to(tl.int64), (number // replicate).to(tl.int64)
         part = (tile // taps // tiles_m // tiles_n // branches).to(tl.int64)
         start = tl.minimum(part * length, rows).to(tl.int32)
         end = tl.minimum(start + tl.cast(length, tl.int64), rows).to(tl.int32)
-        parent = branch // replicate
         if output is not None:
             above_mean = per_channel(output_mean, branch, m, out_channels)
             above_grad_mean = per_channel(grad_mean, branch, m, out_channels)
@@ -196,10 +196,10 @@ def _weight_kernel(
 _KEY = ["height", "in_channels", "out_channels", "KERNEL", "STRIDE", "NORMAL"]
 _TILES = [
     config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
-    config(4, 3, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
+    config(8, 3, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
 ]
-_convolve = Kernel(_kernel, [*_TILES, config(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32)], [*_KEY, "TRANSPOSED"])
-_convolve_small = Kernel(_kernel, [config(8, 2, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16)], [])
+_convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
+_convolve_small = Kernel(_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16)], [])
 _weigh = Kernel(_weight_kernel, [_TILES[0], config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
 _weigh_small = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
 

@@ -1,8 +1,8 @@
 """Depthwise convolution of every branch: a weighted sum over the taps of each pixel's window.
 
 No matrix product, so it is memory that counts: a tile is a run of pixels with a run of channels (16-byte accesses),
-neighbouring windows overlap in the cache, and all taps of a tile are asked for at once. Bytes: the map in, the map
-out; 2 k^2 FLOPs a value.
+neighbouring windows overlap in the cache, and the taps of a row are asked for at once. Bytes: the map in, the map out;
+2 k^2 FLOPs a value.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def _kernel(
     tiles_m, tiles_c = tl.cdiv(rows, BLOCK_M), tl.cdiv(channels, BLOCK_C)
     outputs = parents if TRANSPOSED else branches
     for tile in range(tl.program_id(0), outputs * tiles_m * tiles_c, tl.num_programs(0)):
-        branch = (tile // tiles_c // tiles_m).to(tl.int64)
+        number = tile // tiles_c // tiles_m  # divisions are slow in 64 bits
+        branch, parent = number.to(tl.int64), (number // replicate).to(tl.int64)
         tile_m = tile // tiles_c % tiles_m
         row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -45,32 +46,32 @@ def _kernel(
         first = branch * replicate if TRANSPOSED else branch
         members = tl.minimum(replicate if TRANSPOSED else 1, branches - first).to(tl.int32)
         if mean is not None:
-            normal = branch if TRANSPOSED else branch // replicate
+            normal = branch if TRANSPOSED else parent
             centre, factor = per_channel(mean, normal, c, channels), per_channel(scale, normal, c, channels)
             offset = per_channel(shift, normal, c, channels)
         sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for member in range(members):
-            reads = first + member if TRANSPOSED else branch // replicate
+            reads = first + member if TRANSPOSED else parent
             filters = weight + (first + member) * weight_branch + c * weight_channel
             if output is not None:
                 above_mean = per_channel(output_mean, reads, c, channels)
                 above_grad_mean = per_channel(grad_mean, reads, c, channels)
                 above_grad_var = per_channel(grad_var, reads, c, channels)
-            for tap in tl.static_range(KERNEL * KERNEL):
-                tap_y, tap_x = tap // KERNEL, tap % KERNEL
-                from_y, from_x, inside = window(y, x, tap_y, tap_x, height, width, STRIDE, PADDING, TRANSPOSED)
-                pixel = ((reads * batch + image) * height + from_y) * width + from_x
-                at = pixel[:, None] * channels + c[None, :]
-                here = (inside & (row < rows))[:, None] & (c < channels)[None, :]
-                value = tl.load(source + at, mask=here, other=0.0).to(tl.float32)
-                if output is not None:
-                    written = tl.load(output + at, mask=here, other=0.0)
-                    value = total_gradient(value, written, above_mean, above_grad_mean, above_grad_var, values)
-                    value = tl.where(here, value, 0.0)
-                if mean is not None and not TRANSPOSED:
-                    value = tl.where(here, activate(normalize(value, centre, factor, offset), NORMAL), 0.0)
-                taps = filters + tap_y * tl.cast(weight_y, tl.int64) + tap_x * tl.cast(weight_x, tl.int64)
-                sums += value * tl.load(taps, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+            for tap_y in range(KERNEL):
+                for tap_x in tl.static_range(KERNEL):
+                    from_y, from_x, inside = window(y, x, tap_y, tap_x, height, width, STRIDE, PADDING, TRANSPOSED)
+                    pixel = ((reads * batch + image) * height + from_y) * width + from_x
+                    at = pixel[:, None] * channels + c[None, :]
+                    here = (inside & (row < rows))[:, None] & (c < channels)[None, :]
+                    value = tl.load(source + at, mask=here, other=0.0).to(tl.float32)
+                    if output is not None:
+                        written = tl.load(output + at, mask=here, other=0.0)
+                        value = total_gradient(value, written, above_mean, above_grad_mean, above_grad_var, values)
+                        value = tl.where(here, value, 0.0)
+                    if mean is not None and not TRANSPOSED:
+                        value = tl.where(here, activate(normalize(value, centre, factor, offset), NORMAL), 0.0)
+                    taps = filters + tl.cast(tap_y, tl.int64) * weight_y + tl.cast(weight_x, tl.int64) * tap_x
+                    sums += value * tl.load(taps, mask=c < channels, other=0.0).to(tl.float32)[None, :]
         if bias is not None:
             sums += per_channel(bias, branch, c, channels)
         sums = activate(sums, ACTIVATION)
@@ -111,11 +112,11 @@ def _weight_kernel(
     for tile in range(tl.program_id(0), parts * branches * tiles_c * taps, tl.num_programs(0)):
         tap = tile % taps  # side by side: they read nearly the same pixels, from the L2 cache
         c = tile // taps % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        branch = (tile // taps // tiles_c % branches).to(tl.int64)
+        number = tile // taps // tiles_c % branches
+        branch, parent = number.to(tl.int64), (number // replicate).to(tl.int64)
         part = (tile // taps // tiles_c // branches).to(tl.int64)
         start = tl.minimum(part * length, rows).to(tl.int32)
         end = tl.minimum(start + tl.cast(length, tl.int64), rows).to(tl.int32)
-        parent = branch // replicate
         if output is not None:
             above_mean = per_channel(output_mean, branch, c, channels)
             above_grad_mean = per_channel(grad_mean, branch, c, channels)

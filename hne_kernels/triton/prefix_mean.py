@@ -66,7 +66,7 @@ def _backward_kernel(
             tl.store(carry + offset, sums, mask=mask)
 
 
-_CONFIGS = [config(4, BLOCK=1024)]  # 16 bytes a thread and member; nothing to choose
+_CONFIGS = [config(8, BLOCK=1024)]  # 8 or 16 bytes a thread and member; nothing to choose
 _mean = Kernel(_kernel, _CONFIGS, [])
 _spread = Kernel(_backward_kernel, _CONFIGS, [])
 _GROUP = 16  # members of a launch, which are unrolled; the next goes on with their sums
