@@ -15,6 +15,7 @@ import channels_last
 import pytest
 import roofline
 import torch
+from comparison import check_agreement
 from meters import Side
 from torch import Tensor
 from workload import Workload
@@ -153,6 +154,16 @@ def _without_gradients(call: Function, inputs: Inputs) -> Any:
     return call(**inputs)
 
 
+def _results_alone(make: Callable[[Any], Side]) -> Callable[[Any], Side]:
+    """The same work, without the gradients in what is returned."""
+
+    def alone(wrap: Any) -> Side:
+        side = make(wrap)
+        return lambda: side()[0]
+
+    return alone
+
+
 def _backward(function: Function, inputs: Inputs, gradients: Sequence[str], cotangent: Tensor) -> Callable[[Any], Side]:
     def make(wrap: Any) -> Side:
         ours = {name: t.detach().requires_grad_(name in gradients) for name, t in inputs.items()}
@@ -213,17 +224,24 @@ def bench_training_unit(layer: str, bench: Bench) -> None:
     cotangent = bench.normal(children, bench.batch, size // stride, size // stride, outputs)
     module = Bottleneck(outputs, middle, stride=stride).build(channels, children, r).to(x.device, x.dtype).train()
 
-    def side(execution: Execution, lay_out: Function, memory: torch.memory_format) -> Callable[[Any], Side]:
-        ours = copy.deepcopy(module).to(memory_format=memory)
-        leaves = [lay_out(x).detach().requires_grad_(), *ours.parameters()]
-        grad = lay_out(cotangent)
+    def side(
+        execution: Execution, lay_out: Function, memory: torch.memory_format, dtype: torch.dtype = x.dtype
+    ) -> Callable[[Any], Side]:
+        """Gives the result, then the gradients of input and parameters."""
+        ours = copy.deepcopy(module).to(dtype, memory_format=memory)
+        leaves = [lay_out(x.to(dtype)).detach().requires_grad_(), *ours.parameters()]
+        grad = lay_out(cotangent.to(dtype))
+
+        def branch_major(y: Tensor, branches: int) -> Tensor:
+            return y if y.dim() == 5 else y.unflatten(1, (branches, -1)).permute(1, 0, 3, 4, 2)
 
         def make(wrap: Any) -> Side:
             call = wrap(lambda x: execution.layer(ours, x, slice(0, children), r))
 
             def step() -> Any:
-                grad_x, *rest = torch.autograd.grad(call(leaves[0]), leaves, grad)
-                return grad_x if grad_x.dim() == 5 else grad_x.unflatten(1, (parents, -1)).permute(1, 0, 3, 4, 2), *rest
+                y = call(leaves[0])
+                grad_x, *rest = torch.autograd.grad(y, leaves, grad)
+                return branch_major(y.detach(), children), branch_major(grad_x, parents), *rest
 
             return step
 
@@ -235,10 +253,18 @@ def bench_training_unit(layer: str, bench: Bench) -> None:
     def interleaved_last(x: Tensor) -> Tensor:
         return interleaved(x).contiguous(memory_format=torch.channels_last)
 
+    executions: list[tuple[Execution, Function, torch.memory_format]] = [
+        (Fused(), _as_it_is, torch.contiguous_format),
+        (Naive(), interleaved, torch.contiguous_format),
+        (channels_last.ChannelsLast(), interleaved_last, torch.channels_last),
+    ]
+    # Rounding turns ReLUs on and off, and with them gradients, on any side: those are compared in float64.
+    if x.device.type == "cpu":
+        fused, *others = (side(*how, torch.float64)(_as_it_is)() for how in executions)
+        for other in others:
+            check_agreement(fused, other)
     bench.versus(
-        side(Fused(), _as_it_is, torch.contiguous_format),
-        side(Naive(), interleaved, torch.contiguous_format),
-        side(channels_last.ChannelsLast(), interleaved_last, torch.channels_last),
+        *(_results_alone(side(*how)) for how in executions),
         name="training unit",
         shape=f"{layer}: {parents}>{children} x {bench.batch} x {size}x{size} x "
         f"{channels}>{middle}>{outputs}, /{stride}",

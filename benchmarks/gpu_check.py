@@ -190,7 +190,9 @@ def suite(check: Check, expression: str, served: tuple[str, ...]) -> str:
     """Run the tests that ``expression`` chooses and that are not marked slow; some must be of each ``served``."""
     missing = [package for package in ("hypothesis",) if importlib.util.find_spec(package) is None]
     without = ["--ignore=tests/test_properties.py"] if missing else []
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    workers = []
+    if importlib.util.find_spec("xdist"):
+        workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup", "-p", "no:benchmark"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         stopped = None
