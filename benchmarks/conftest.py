@@ -30,7 +30,11 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
     config.stash[_START] = time.monotonic()
-    if _workload(config).device == "cuda":
+    workload = _workload(config)
+    if not workload.backends:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in K.unavailable_backends().items())
+        raise pytest.UsageError(f"no backend can serve a GPU here ({reasons})")
+    if workload.device == "cuda":
         # As fast as PyTorch can: the naive sides profit, and the fused ones follow the choice of TF32.
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")

@@ -40,7 +40,7 @@ class Workload:
 
 
 _COMPILED = ("compiled", "channels_last_compiled")
-_ON_GPU = tuple(name for name in ("cuda", "triton") if name in K.available_backends())
+_ON_GPU = tuple(name for name in ("cuda", "triton") if torch.cuda.is_available() and name in K.available_backends())
 
 CPU = Workload(
     device="cpu",

@@ -59,6 +59,9 @@ class _Recorder(TorchDispatchMode):
 class _Stream:
     """Stands for streams and events: everything waits for everything on a CPU."""
 
+    def __init__(self, device: object = None) -> None:
+        pass
+
     def __getattr__(self, name: str) -> Any:
         return lambda *args: None
 

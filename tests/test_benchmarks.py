@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cuda_graphs import emulate
 from networks import TREES, build, images
 
 import hne_kernels as K
@@ -171,6 +173,13 @@ def test_no_comparison_begins_beyond_the_budget() -> None:
     assert "the budget of 0 s is used up" in result.stdout
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpus_workload_needs_one() -> None:
+    result = _pytest("--benchmark", "--benchmark-workload", "gpu", "--collect-only", "-q")
+    assert result.returncode != 0
+    assert "no backend can serve a GPU here (cuda: " in result.stdout + result.stderr
+
+
 @pytest.mark.usefixtures("_benchmarks")
 def test_work_of_an_op() -> None:
     import roofline
@@ -215,3 +224,56 @@ def test_channels_last_is_the_same_network(tree: Hierarchy, rng: torch.Generator
     with torch.no_grad():
         for n in range(1, tree.num_models + 1):
             torch.testing.assert_close(other(x, n), model(x, n))
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_meter_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With emulated graphs, streams and events: what is timed is the replay, after the cache was overwritten."""
+    from meters import GpuMeter
+
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 3.0
+
+    emulate(monkeypatch)
+    for name, stand_in in {
+        "Event": Event,
+        "empty_cache": lambda: None,
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=64),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    meter = GpuMeter(torch.device("cpu"))
+    monkeypatch.setattr(meter, "_flushing", SimpleNamespace(zero_=lambda: happened.append("flush")))
+    x = torch.ones(3)
+    calls = []
+
+    def side() -> torch.Tensor:
+        calls.append(1)
+        return x * 2
+
+    with meter.running():
+        replay = meter.prepare(side)
+        assert len(calls) == GpuMeter.WARM_UPS + 1
+        x.fill_(5)
+        assert replay().tolist() == [10, 10, 10]
+        assert meter.seconds(replay, 2) == 0.003
+    assert len(calls) == GpuMeter.WARM_UPS + 1, "only what was captured runs again"
+    assert happened == ["flush", "event", "event"] * 2
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_rates_are_measured() -> None:
+    import roofline
+    from meters import HostMeter
+
+    rates = roofline.measure(HostMeter(), torch.device("cpu"), torch.float32, megabytes=1, size=32)
+    assert 0 < rates.bytes_per_s < 1e13
+    assert 0 < rates.flops_per_s < 1e15
