@@ -1,8 +1,8 @@
 """Depthwise convolution of every branch: a weighted sum over the taps of each pixel's window.
 
 No matrix product, so it is memory that counts: a tile is a run of pixels with a run of channels (16-byte accesses),
-neighbouring windows overlap in the cache, and the taps of a row are asked for at once. Bytes: the map in, the map out;
-2 k^2 FLOPs a value.
+neighbouring windows overlap in the cache, and one tap after the other is added, so that a program needs few registers
+and many programs wait for memory at once. Bytes: the map in, the map out; 2 k^2 FLOPs a value.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ def _kernel(
                 above_mean = per_channel(output_mean, reads, c, channels)
                 above_grad_mean = per_channel(grad_mean, reads, c, channels)
                 above_grad_var = per_channel(grad_var, reads, c, channels)
-            for tap_y in range(KERNEL):
-                for tap_x in tl.static_range(KERNEL):
-                    from_y, from_x, inside = window(y, x, tap_y, tap_x, height, width, STRIDE, PADDING, TRANSPOSED)
-                    pixel = ((reads * batch + image) * height + from_y) * width + from_x
-                    at = pixel[:, None] * channels + c[None, :]
-                    here = (inside & (row < rows))[:, None] & (c < channels)[None, :]
-                    value = tl.load(source + at, mask=here, other=0.0).to(tl.float32)
-                    if output is not None:
-                        written = tl.load(output + at, mask=here, other=0.0)
-                        value = total_gradient(value, written, above_mean, above_grad_mean, above_grad_var, values)
-                        value = tl.where(here, value, 0.0)
-                    if mean is not None and not TRANSPOSED:
-                        value = tl.where(here, activate(normalize(value, centre, factor, offset), NORMAL), 0.0)
-                    taps = filters + tl.cast(tap_y, tl.int64) * weight_y + tl.cast(weight_x, tl.int64) * tap_x
-                    sums += value * tl.load(taps, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+            for tap in range(KERNEL * KERNEL):
+                tap_y, tap_x = tap // KERNEL, tap % KERNEL
+                from_y, from_x, inside = window(y, x, tap_y, tap_x, height, width, STRIDE, PADDING, TRANSPOSED)
+                pixel = ((reads * batch + image) * height + from_y) * width + from_x
+                at = pixel[:, None] * channels + c[None, :]
+                here = (inside & (row < rows))[:, None] & (c < channels)[None, :]
+                value = tl.load(source + at, mask=here, other=0.0).to(tl.float32)
+                if output is not None:
+                    written = tl.load(output + at, mask=here, other=0.0)
+                    value = total_gradient(value, written, above_mean, above_grad_mean, above_grad_var, values)
+                    value = tl.where(here, value, 0.0)
+                if mean is not None and not TRANSPOSED:
+                    value = tl.where(here, activate(normalize(value, centre, factor, offset), NORMAL), 0.0)
+                taps = filters + tl.cast(tap_y, tl.int64) * weight_y + tl.cast(tap_x, tl.int64) * weight_x
+                sums += value * tl.load(taps, mask=c < channels, other=0.0).to(tl.float32)[None, :]
         if bias is not None:
             sums += per_channel(bias, branch, c, channels)
         sums = activate(sums, ACTIVATION)
