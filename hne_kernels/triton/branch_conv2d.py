@@ -199,7 +199,8 @@ _TILES = [
     config(8, 3, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
 ]
 _convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
-_convolve_small = Kernel(_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16)], [])
+_convolve_tf32 = Kernel(_kernel, _TILES[:1], [])  # twice the bytes: in the other, operands would be spilled
+_convolve_small = Kernel(_kernel, [config(8, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16)], [])
 _weigh = Kernel(_weight_kernel, [_TILES[0], config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
 _weigh_small = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
 
@@ -262,7 +263,9 @@ def launch(
 ) -> None:  # fmt: skip
     """Write the convolution of ``source``, transposed or not, to ``out``."""
     precision, unit = _precision(source), _unit(source.shape[4], out.shape[4])
-    kernel = _convolve_small if _small(precision, unit, source) else _convolve
+    kernel = _convolve_tf32 if precision == "tf32" else _convolve
+    if _small(precision, unit, source):
+        kernel = _convolve_small
     kernel(
         source.contiguous(), weight, contiguous(bias), contiguous(residual), out,
         *training.above, training.input, *training.normalization, *training.parts,
