@@ -29,11 +29,15 @@ demo: $(VENV)/.built ## train a small ensemble on handwritten digits: a table, a
 	$(BIN)/hne train --data digits --preset hne_tiny --out runs/demo --overwrite
 
 .PHONY: test
-test: lint check sanitize ## everything CI runs: lint, check, sanitize
+test: lint kernels check sanitize ## everything CI runs: lint, kernels, check, sanitize
 
 .PHONY: check
 check: $(VENV)/.built ## run the test suite
 	$(BIN)/pytest $(PARALLEL)
+
+.PHONY: kernels
+kernels: $(VENV)/.built ## compile all GPU kernels, without a GPU: a table of what they take; spills are failures
+	TRITON_INTERPRET=0 $(BIN)/python tests/gpu_kernels.py
 
 .PHONY: bench
 bench: $(VENV)/.built ## compare the speed of fused and naive: a table in benchmarks/results

@@ -20,14 +20,6 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_all_kernels_compile_without_spills() -> None:
-    result = _python("-m", "hne_kernels.triton.compile_table")
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.rstrip().endswith(" 0 failed")
-
-
 # Each op with gradients asked for, compiled up to where the graph would be run. The driver is of a GPU that is not
 # here: PyTorch compiles the kernels halfway to see which tensors they write to.
 _TRACE = """
@@ -37,7 +29,7 @@ from cases import representative
 from torch._dynamo.backends.common import aot_autograd
 import hne_kernels as K
 from hne_kernels import reference, triton as ours
-from hne_kernels.triton.compile_table import Driver
+from triton_resources import Driver
 
 triton.runtime.driver.set_active(Driver(90))
 graphs = []

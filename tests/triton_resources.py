@@ -1,37 +1,30 @@
-"""`python -m hne_kernels.triton.compile_table`: compile all kernels without a GPU, and print what each one takes.
+"""What the Triton kernels take of a GPU, compiled without one.
 
 Every op is called with tensors that have a shape and no memory, in every dtype; each launch compiles its kernel in
-every configuration for the GPUs asked for, instead of running it. A kernel that keeps values in local memory
-(spills), or asks for more shared memory than a block may have, is a failure.
+every configuration for the GPUs asked for, instead of running it.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
-import os
-import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import cuda_resources
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import MockTensor
 
-from ..checks import default_sizes
-from ..packing import pack_weight
-from . import launch
+from hne_kernels import default_sizes, pack_weight
+from hne_kernels.triton import launch
 
-# Shared memory that a block may ask for, in bytes (CUDA C++ Programming Guide, table of compute capabilities).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _OPS = torch.ops.hne
@@ -177,67 +170,32 @@ class Driver:
         return 0
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a compiled kernel takes of a multiprocessor."""
-
-    registers: int  # a thread
-    spilled: int  # bytes a thread, in local memory
-    shared: int  # bytes a block
-
-
-def usage(job: Launch) -> Usage:
+def usage(job: Launch) -> cuda_resources.Usage:
     """Compile down to machine code and look at it."""
     triton.runtime.driver.set_active(Driver(job.target))
     compiled = job.kernel.warmup(*job.arguments, grid=(1,), **job.constants, **job.config.all_kwargs())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    return Usage(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared)
-
-
-def failure(job: Launch, used: Usage) -> str | None:
-    """Why a kernel is not fit for use, or None."""
-    if used.spilled:
-        return "spills"
-    if used.shared > SHARED_LIMIT[job.target]:
-        return f"more than {SHARED_LIMIT[job.target]} bytes of shared memory"
-    return None
+        ((_, _, taken),) = cuda_resources.of_file(Path(file.name))
+    return cuda_resources.Usage(taken.registers, taken.spilled, compiled.metadata.shared)
 
 
 _jobs: list[Launch] = []  # in the parent; its forked workers have them too, as kernels cannot be pickled
 
 
-def _usage_of(index: int) -> Usage:
+def _usage_of(index: int) -> cuda_resources.Usage:
     return usage(_jobs[index])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile all Triton kernels without a GPU.")
-    parser.add_argument("--target", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: all")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
+def compile_all(targets: tuple[int, ...], workers: int) -> list[tuple[Launch, cuda_resources.Usage]]:
+    """Every kernel in every configuration, dtype and use, for GPUs of these compute capabilities.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, which leaves nothing to compile.
+    """
     if launch.INTERPRETED:
-        parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    _jobs[:] = launches(tuple(options.target or SHARED_LIMIT))
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        used = list(pool.map(_usage_of, range(len(_jobs))))
-    width = max(len(job.name) for job in _jobs)
-    print(f"{'kernel':<{width}}  sm  {'dtype':<8}  registers  spilled   shared  constants and configuration")
-    failures = 0
-    for job, row in sorted(zip(_jobs, used, strict=True), key=lambda pair: (pair[0].name, pair[0].target)):
-        why = failure(job, row)
-        failures += why is not None
-        numbers = f"{row.registers:>9}  {row.spilled:>7}  {row.shared:>7}"
-        note = f"  FAILED: {why}" if why else ""
-        print(f"{job.name:<{width}}  {job.target}  {job.dtype:<8}  {numbers}  {job.options}{note}")
-    print(f"{len(_jobs)} kernels, {failures} failed")
-    return min(failures, 1)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    _jobs[:] = launches(targets)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(zip(_jobs, pool.map(_usage_of, range(len(_jobs))), strict=True))

@@ -1,0 +1,79 @@
+"""``make kernels``: what every GPU kernel, Triton's and CUDA's, takes of a GPU; none is needed for that.
+
+A kernel that spills registers to memory, or wants more shared memory than a block may have, is a failure. Of a CUDA
+kernel, the compiler does not know the shared memory that its launch adds: that is limited where it is decided, and the
+emulation of the tests has as much as the least GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cuda_resources
+import triton_resources
+
+import hne_kernels
+
+# Shared memory that a block may ask for, in bytes (CUDA C++ Programming Guide, table of compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel as it was compiled for one kind of GPU."""
+
+    backend: str
+    target: str
+    kernel: str
+    usage: cuda_resources.Usage
+
+    @property
+    def failure(self) -> str:
+        """Why it is not fit for use, or nothing."""
+        limit = SHARED_LIMIT[int(self.target.removeprefix("sm_").rstrip("a"))]
+        if self.usage.spilled:
+            return "FAILED: spills"
+        return f"FAILED: more than {limit} bytes of shared memory" if self.usage.shared > limit else ""
+
+
+def of_triton() -> Iterator[Row]:
+    workers = len(os.sched_getaffinity(0))
+    for job, usage in triton_resources.compile_all(tuple(SHARED_LIMIT), workers):
+        yield Row("triton", f"sm_{job.target}", f"{job.name} {job.dtype} {job.options}", usage)
+
+
+def of_cuda(library: Path) -> Iterator[Row]:
+    found = cuda_resources.of_file(library)
+    names = cuda_resources.readable([kernel for _, kernel, _ in found])
+    for (target, _, usage), name in zip(found, names, strict=True):
+        yield Row("cuda", target, name, usage)
+
+
+def table(rows: list[Row]) -> list[str]:
+    """A line a kernel, the failures last."""
+    lines = [f"{'backend':7}  {'target':6}  {'registers':>9}  {'spilled':>7}  {'shared':>6}  kernel"]
+    for row in sorted(rows, key=lambda row: (bool(row.failure), row.backend, row.kernel, row.target)):
+        used = f"{row.usage.registers:9}  {row.usage.spilled:7}  {row.usage.shared:6}"
+        lines.append(f"{row.backend:7}  {row.target:6}  {used}  {row.kernel}  {row.failure}".rstrip())
+    return lines
+
+
+def main() -> int:
+    rows = list(of_triton())
+    library = next(Path(hne_kernels.__file__).parent.glob("_C_cuda*.so"), None)
+    if library is not None:
+        rows += of_cuda(library)
+    print(*table(rows), sep="\n")
+    if library is None:
+        print("There is no CUDA library, only Triton's kernels: the extension was built without nvcc.")
+    failures = sum(bool(row.failure) for row in rows)
+    print(f"{len(rows)} kernels, {failures} failed")
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
