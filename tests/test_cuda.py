@@ -135,12 +135,23 @@ def test_float32_is_exact_unless_torch_allows_tf32(library: Path) -> None:
     assert "checked" in _run(library, "-c", _TF32)
 
 
-def test_a_vast_number_of_pixels_is_an_error(library: Path) -> None:
-    code = """
+_VAST = {
+    "pixels in the padding": "K.branch_depthwise_conv2d(torch.ones(1, 2**20, 1, 1, 1), one[None, None], padding=2**10)",
+    "pixels": "K.branch_normalize(one.expand(1, 2**31, 1, 1, 1), *3 * [one])",
+    "expanded channels": """K.fused_bottleneck(
+        one.expand(1, 1, 1, 1, 1), one.expand(1, 2**27, 1, 1, 1, 16), one.expand(1, 2**31), one.expand(1, 1, 1, 2**31),
+        one.expand(1, 2**31), one.expand(1, 1, 1, 1, 2**31, 16), one)""",
+}
+
+
+@pytest.mark.parametrize("what", _VAST)
+def test_vast_numbers_are_an_error(what: str, library: Path) -> None:
+    """Before memory is touched: these tensors have one value, repeated."""
+    code = f"""
 import torch, hne_kernels as K
-x, weight = torch.ones(1, 2**20, 1, 1, 1), torch.ones(1, 1, 1, 1)
+one = torch.ones(1, 1)
 try:
-    K.branch_depthwise_conv2d(x, weight, padding=2**10)  # of 2^42 pixels
+    {_VAST[what]}
 except RuntimeError as error:
     print(error)
 """

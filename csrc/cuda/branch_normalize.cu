@@ -70,10 +70,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 int64_t pixels(const Tensor& x) { return x.size(1) * x.size(2) * x.size(3); }
 
+void check(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 5, "x: expected 5 dimensions");
+  check_kind("x", x, x);
+  check_sizes(x.size(0), pixels(x), x.size(4));
+}
+
 Tensor branch_normalize(const Tensor& x_in, const Tensor& mean, const Tensor& scale, const Tensor& shift,
                         const std::optional<Tensor>& residual_in, const std::string& activation) {
-  STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
-  check_kind("x", x_in, x_in);
+  check(x_in);
   const auto sizes = x_in.sizes();
   if (residual_in.has_value()) {
     check_shape("residual", *residual_in, {sizes.begin(), sizes.end()});
@@ -103,8 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tenso
                                                                      const Tensor& y_in, const Tensor& mean_in,
                                                                      const Tensor& scale_in,
                                                                      const std::string& activation) {
-  STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
-  check_kind("x", x_in, x_in);
+  check(x_in);
   const auto sizes = x_in.sizes();
   for (const auto& [name, t] : {std::pair{"grad", &grad_in}, {"y", &y_in}}) {
     check_shape(name, *t, {sizes.begin(), sizes.end()});

@@ -100,6 +100,11 @@ struct Pair {
   }
 };
 
+inline void check_sizes(int64_t branches, int64_t pixels, int64_t channels) {
+  STD_TORCH_CHECK(std::max({branches, pixels, channels}) <= INT32_MAX - 65536,
+                  "expected fewer than 2^31 branches, channels, and pixels in a branch");
+}
+
 // Elementwise work of blocks that keep to the channels of one branch: `across` threads side by side have `width`
 // channels each, the others are on further rows.
 template <int width>
@@ -109,8 +114,7 @@ struct Shares {
   // The number of shares follows from the shapes alone: the same sums on every GPU.
   Shares(int64_t branches_, int64_t rows_, int64_t channels_)
       : branches(int(branches_)), rows(int(rows_)), channels(int(channels_)), across(std::max(64 / width, 1)) {
-    STD_TORCH_CHECK(branches_ <= INT32_MAX && channels_ <= INT32_MAX && rows_ <= INT32_MAX - 65536,
-                    "expected fewer than 2^31 pixels in a branch");
+    check_sizes(branches_, rows_, channels_);
     while (across > 1 && across / 2 * width >= channels) across /= 2;
     const int64_t lanes = kThreads / across, single = branches_ * groups() * ceil_div(rows_, lanes);
     share_rows = int(lanes * std::clamp<int64_t>(single / 2048, 1, 16));  // enough blocks for the largest GPU
