@@ -98,12 +98,4 @@ HNE_DEVICE float behind_activation(float gradient, float value, const Clamp<floa
 
 constexpr int kThreads = 256;  // of a block, where nothing speaks for another number
 
-// Blocks for `count` threads that are told apart by 32 bits: to take such a number apart costs a tenth of 64-bit
-// divisions.
-inline int64_t blocks_of_threads(int64_t count) {
-  STD_TORCH_CHECK(count <= int64_t(UINT32_MAX) - kThreads, "too many elements for one launch");
-  return ceil_div(count, kThreads);
-}
-HNE_DEVICE uint32_t thread_number() { return uint32_t(blockIdx.x) * kThreads + uint32_t(threadIdx.x); }
-
 }  // namespace hne

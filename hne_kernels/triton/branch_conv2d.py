@@ -240,6 +240,7 @@ def convolve(
         packed: ``weight`` is as :func:`hne_kernels.pack_weight` lays it out, and ``bias`` is given.
         residual: ``[G'', B, H', W', C_out]``, of which branch ``g // residual_replicate`` is added to branch g.
     """
+    layout: tuple[int, ...]
     if packed and bias is not None:
         s, kernel_size, out_channels = weight.stride(), weight.shape[2], bias.shape[1]
         layout = (s[0], s[1], s[5], s[4], s[2], s[3])
