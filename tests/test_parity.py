@@ -24,8 +24,9 @@ from torch import Tensor
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients(case: Case, placement: Placement, rng: torch.Generator) -> None:
-    if placement.interpreted and placement.dtype != torch.float32 and CASES.index(case) % 4:
-        pytest.skip("the interpreter takes minutes: in half precision, every fourth case")
+    # A unit and a plain convolution have one kernel, and lie apart in the list: of each shape, one is tried.
+    if placement.interpreted and CASES.index(case) % (2 if placement.dtype == torch.float32 else 8):
+        pytest.skip("the interpreter takes minutes: every second case, in half precision every eighth")
     inputs = case.inputs(rng, placement.dtype, placement.device)
     grads = []
     if case.differentiable:
