@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: on an emulated one they compute the right thing, and touch no memory but their own."""
+"""The CUDA kernels without a GPU: on an emulated one they compute the right thing and keep to their memory."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def _weight_kernel(
 
 
 # Layers have 16 to 256 channels a branch and thousands of pixels: tall tiles. Three stages hide the memory's
-# latency. Smaller tiles of more threads where a thread holds more than its part of the result: float32 without tensor
+# latency. Smaller tiles where a thread holds more than its part of the result: float32 without tensor
 # cores keeps its operands in registers, and channels that nothing divides (an image has 3) are read one by one.
 _KEY = ["height", "in_channels", "out_channels", "KERNEL", "STRIDE", "NORMAL"]
 _TILES = [
@@ -200,7 +200,7 @@ _TILES = [
 ]
 _convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
 _convolve_tf32 = Kernel(_kernel, _TILES[:1], [])  # twice the bytes: in the other, operands would be spilled
-_convolve_small = Kernel(_kernel, [config(8, BLOCK_M=128, BLOCK_N=32, BLOCK_K=16)], [])
+_convolve_small = Kernel(_kernel, [config(4, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16)], [])
 _weigh = Kernel(_weight_kernel, [_TILES[0], config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
 _weigh_small = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
 
