@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -
 BUILD_FILES := setup.py pyproject.toml $(wildcard build_backend/*.py)
 SANITIZED := build/sanitized
 # A process for each core; pytest-benchmark, which would warn that it cannot measure so, stays away.
-PARALLEL := -x -q -n auto --dist loadgroup -p no:benchmark
+PARALLEL := -x -q -n auto -p no:benchmark
 
 # The first is for what pip installs, and with older versions of pip for what it builds with as well.
 export PIP_CONSTRAINT := constraints.txt

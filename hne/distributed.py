@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import TrainingError
+
+_PATIENCE = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -84,4 +87,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())
     finally:
+        # A thread of gloo may still have to give back a tensor, for which it needs Python's lock, which the end of the
+        # group would keep for ever: both wait. Sleeping lets go of the lock.
+        time.sleep(_PATIENCE)
         dist.destroy_process_group()

@@ -15,8 +15,7 @@ pytest.importorskip("setuptools")
 
 import build as emulation  # noqa: E402
 
-# One process builds the emulation for all.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cuda emulation")]
+pytestmark = pytest.mark.slow
 
 _SANITIZED = (
     "-fsanitize=address,alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow",

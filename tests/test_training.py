@@ -278,7 +278,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         subprocess.Popen([*line, "--out", str(tmp_path / name)], stdout=subprocess.DEVNULL)
         for name, line in runs.items()
     ]
-    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
     one, two, apart = (tensors_of(tmp_path / name / CHECKPOINT) for name in runs)
     assert one.keys() == two.keys() == apart.keys()
     for name in one:

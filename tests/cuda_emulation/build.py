@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils import cpp_extension
@@ -22,6 +25,14 @@ def compiler() -> str | None:
     """The command of a C++ compiler, or None."""
     command = os.environ.get("CXX", "g++")
     return command if shutil.which(command.split()[0]) else None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Other processes that build in ``folder`` wait."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def build(folder: Path, flags: tuple[str, ...]) -> Path:
@@ -63,12 +74,13 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
         return output
 
     sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), HERE / "emulation.cpp"]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, sources))
     library = folder / "libcuda_emulation.so"
-    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in objects):
-        search = [f"-L{path}" for path in cpp_extension.library_paths()]
-        run([*command, "-shared", *map(str, objects), "-o", str(library), *search, "-ltorch_cpu", "-lpthread"])
+    with alone(folder):
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(compile_one, sources))
+        if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in objects):
+            search = [f"-L{path}" for path in cpp_extension.library_paths()]
+            run([*command, "-shared", *map(str, objects), "-o", str(library), *search, "-ltorch_cpu", "-lpthread"])
     return library
 
 
