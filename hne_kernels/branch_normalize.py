@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch
-from .stats_convolution import check_normalization, no_double_backward, statistics_dtype
+from .stats_convolution import check_normalization, statistics_dtype
 
 
 def branch_normalize(
@@ -29,12 +29,11 @@ def branch_normalize(
         activation: ``none``, ``relu`` or ``relu6``.
 
     Returns:
-        Like ``x``; differentiable once, by all tensors.
+        Like ``x``; differentiable any number of times, by all tensors.
 
     Raises:
         ValueError: a shape, device or number does not fit; the message names the argument.
         TypeError: a dtype does not fit.
-        RuntimeError: on double backward, which is not implemented.
     """
     check(x, mean, scale, shift, residual, activation)
     y: Tensor = dispatch.implementation("branch_normalize", x)(x, mean, scale, shift, residual, activation)
@@ -68,7 +67,7 @@ def _(
 
 
 def differentiate(op: str) -> None:
-    """Register autograd of ``op``, whose gradient is the op ``op_backward``."""
+    """Register autograd of ``op``, whose gradient is the op ``op_backward``, and of that."""
     backward_op = getattr(torch.ops.hne, f"{op}_backward")
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -85,8 +84,41 @@ def differentiate(op: str) -> None:
             grad_residual = grad
         return grad_x, -scale * grad_shift, grad_scale, grad_shift, grad_residual, None
 
+    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.activation = inputs
+        ctx.save_for_backward(*tensors)
+
     torch.library.register_autograd(f"hne::{op}", backward, setup_context=setup)
-    no_double_backward(f"{op}_backward", op)
+    torch.library.register_autograd(f"hne::{op}_backward", _double_backward, setup_context=setup_backward)
+
+
+def _double_backward(
+    ctx: Any, of_x: Tensor, of_scale: Tensor, of_shift: Tensor, of_residual: Tensor
+) -> tuple[Any, ...]:
+    """The gradient of the gradient, in plain PyTorch: it is seldom asked for, and has all its own gradients so.
+
+    With m = grad where the activation is not flat, the results are m * scale, sum m (x - mean), sum m, and m.
+    """
+    grad, x, y, mean, scale = ctx.saved_tensors
+    flat = torch.zeros_like(y, dtype=torch.bool)
+    if ctx.activation != "none":
+        flat = (y <= 0) | (y >= 6) if ctx.activation == "relu6" else y <= 0
+    masked = grad.masked_fill(flat, 0)
+    wide_mean, wide_scale, wide_of_scale, wide_of_shift = (
+        vector[:, None, None, None] for vector in (mean, scale, of_scale, of_shift)
+    )
+    of_masked = of_x * wide_scale + wide_of_scale * (x - wide_mean) + wide_of_shift
+    if ctx.activation != "none":
+        of_masked = of_masked + of_residual
+    over = (1, 2, 3)
+    return (
+        of_masked.masked_fill(flat, 0).to(grad.dtype),
+        (masked * wide_of_scale).to(x.dtype),
+        None,
+        -(masked * wide_of_scale).sum(over),
+        (masked * of_x).sum(over).to(scale.dtype),
+        None,
+    )
 
 
 differentiate("branch_normalize")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, Inputs, representative
+from cases import CASES, UNITS, Case, Inputs, representative
 from placements import Placement
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -16,12 +16,7 @@ import hne_kernels as K
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOSS = "hierarchical_distillation_loss"
-ONCE = (
-    "branch_conv2d_stats",
-    "branch_depthwise_conv2d_stats",
-    "branch_normalize",
-    LOSS,
-)  # ops that are differentiable once
+ONCE = (*UNITS, LOSS)  # ops that are differentiable once
 
 
 def _tiny(op: str) -> list[Case]:
@@ -31,7 +26,9 @@ def _tiny(op: str) -> list[Case]:
 
 
 SMOOTH = [
-    case for op in ("branch_conv2d", "branch_depthwise_conv2d", "prefix_mean", "prefix_logits") for case in _tiny(op)
+    case
+    for op in ("branch_conv2d", "branch_depthwise_conv2d", "branch_normalize", "prefix_mean", "prefix_logits")
+    for case in _tiny(op)
 ]
 
 

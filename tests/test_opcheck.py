@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 INFERENCE = {"fused_conv2d", "fused_bottleneck"}
 # Differentiable once: opcheck would sum every result and go backwards through it, which these refuse.
 UNITS_BACKWARD = {f"{op}_backward_{what}" for op in UNITS for what in ("input", "weight")}
-ONCE = {*UNITS_BACKWARD, "branch_normalize_backward", "hierarchical_distillation_loss"}
+ONCE = {*UNITS_BACKWARD, "hierarchical_distillation_loss"}
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -58,7 +58,7 @@ def _record(case: Case, place: Placement, rng: torch.Generator) -> dict[str, lis
         if results:
             scalar = sum(r.square().sum() for r in results)
             first = torch.autograd.grad(scalar, list(leaves.values()), create_graph=True)
-            if case.op not in (*UNITS, "branch_normalize", "hierarchical_distillation_loss"):
+            if case.op not in (*UNITS, "hierarchical_distillation_loss"):
                 torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values()))
     return recorder.calls
 
