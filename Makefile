@@ -88,8 +88,10 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/pip install torch
 	@touch $@
 
+# Without isolation: what is compiled now is then found up to date by the steps below.
 $(VENV)/.installed: $(VENV)/.torch $(BUILD_FILES)
-	$(BIN)/pip install -e '.[test,dev,triton]'
+	$(BIN)/pip install setuptools ninja
+	$(BIN)/pip install --no-build-isolation -e '.[test,dev,triton]'
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)

@@ -171,6 +171,18 @@ def test_any_strides(kind: type[HNE], rng: torch.Generator, grad: bool) -> None:
     torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x), expected)
 
 
+def test_second_derivatives_with_frozen_statistics(double: Placement, rng: torch.Generator) -> None:
+    """In eval mode a model is differentiable any number of times, as a penalty on gradients needs."""
+    fused = build(FusedHNE, networks.TREES["odd"], rng).to(double.device)
+    x = images(rng).to(double.device).requires_grad_()
+    penalties = []
+    for model in (fused, fused.to_naive()):
+        (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(slope.square().sum(), list(model.parameters())))
+    for got, want in zip(*penalties, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_channels_last_images_are_not_copied(rng: torch.Generator) -> None:
     x = images(rng).contiguous(memory_format=torch.channels_last)
     features = build(FusedHNE, networks.TREES["odd"], rng).enter(x)
