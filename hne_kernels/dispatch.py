@@ -102,6 +102,12 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = previous
 
 
+def _constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result``, without importing the compiler, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot serve tensors of this device and dtype, or None."""
     if _UNUSABLE[backend] is not None:
@@ -120,7 +126,7 @@ def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _gpu_too_old(device: torch.device) -> str | None:
     return extension.gpu_too_old(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -134,7 +140,7 @@ def _warn_once(reason: str) -> None:
 _tf32_passed_on = False
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _pass_on_tf32() -> None:
     """Let the CUDA kernels multiply float32 in tf32 where torch's own matrix products may."""
     global _tf32_passed_on

@@ -271,3 +271,10 @@ def test_unknown_instruction_set() -> None:
     result = _python(code, HNE_CPU_CAPABILITY="sse9")
     assert result.returncode == 1, "an exception, not a crash"
     assert "HNE_CPU_CAPABILITY: expected portable, avx2 or avx512, got sse9" in result.stderr
+
+
+def test_import_leaves_the_compiler_alone() -> None:
+    """It takes longer to import than all else together."""
+    code = "import sys, hne; assert 'torch._dynamo' not in sys.modules"
+    result = _python(code, TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr

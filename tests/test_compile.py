@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hne_kernels as K
 from hne import FusedHNE
+from hne_kernels import dispatch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "_fresh_compiler")
 
@@ -87,6 +88,21 @@ def test_other_sizes_need_no_other_graph(case: Case, rng: torch.Generator) -> No
                 inputs["residual"] = torch.randn(2, batch, height, width, 3, generator=rng)
             _same(evaluate(compiled, inputs), evaluate(case, inputs))
     assert len(graphs) == 1
+
+
+def test_settings_are_looked_at_while_compiling() -> None:
+    """What the compiler could not trace is asked for once, and its answer is a constant of the graph."""
+    asked = []
+
+    @dispatch._constant_when_compiled
+    def answer() -> int:
+        asked.append(str(object()))
+        return 2
+
+    compiled = torch.compile(lambda x: x * answer(), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert compiled(torch.ones(3)).tolist() == [2, 2, 2]
+    assert len(asked) == 1
 
 
 def test_wrong_shapes_are_found_while_compiling() -> None:
