@@ -4,98 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import checks, stats_convolution
-from . import training
+from . import unit
 from .branch_conv2d import launch, strides, weigh
-from .launch import check_pixels, op
-from .statistics import combine
+from .training import Training
 
 
-@op
-def branch_conv2d_stats(
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    stride: int,
-    padding: int,
-    replicate: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`hne_kernels.branch_conv2d_stats`."""
-    shape = stats_convolution.check(
-        x, weight, mean, scale, shift, activation, stride, padding, replicate, depthwise=False
-    )
-    check_pixels("x", shape)
-    y = x.new_empty(shape)
-    unit, parts = training.forwards(y, (mean, scale, shift), activation)
+def _convolve(
+    source: Tensor, weight: Tensor, out: Tensor, parents: int, replicate: int, stride: int, padding: int, *,
+    transposed: bool, training: Training,
+) -> None:  # fmt: skip
     launch(
-        x, weight, strides(weight), y, x.shape[0], weight.shape[0], replicate, weight.shape[4], stride, padding,
-        training=unit,
+        source, weight, strides(weight, transposed=transposed), out, parents, weight.shape[0], replicate,
+        weight.shape[4], stride, padding, transposed=transposed, training=training,
     )  # fmt: skip
-    return y, *combine(*parts, y)
 
 
-@op
-def branch_conv2d_stats_backward_input(
-    grad: Tensor,
-    grad_mean: Tensor,
-    grad_var: Tensor,
-    y: Tensor,
-    y_mean: Tensor,
-    weight: Tensor,
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    stride: int,
-    padding: int,
-    replicate: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, scale and shift of :func:`branch_conv2d_stats`."""
-    shape = stats_convolution.check(
-        x, weight, mean, scale, shift, activation, stride, padding, replicate, depthwise=False
-    )
-    above = (grad, grad_mean, grad_var, y, y_mean)
-    checks.shape("grad", grad, shape, checks.CONV_INPUT)
-    checks.same_kind("x", x, grad=grad)
-    training.check_above(above)
-    check_pixels("x", x.shape)
-    grad_x = x.new_empty(x.shape)
-    unit, parts = training.to_input(above, x, (mean, scale, shift), activation)
-    launch(
-        grad, weight, strides(weight, transposed=True), grad_x, x.shape[0], weight.shape[0], replicate,
-        weight.shape[4], stride, padding, transposed=True, training=unit,
-    )  # fmt: skip
-    return grad_x, *training.sums(x, parts)
-
-
-@op
-def branch_conv2d_stats_backward_weight(
-    grad: Tensor,
-    grad_mean: Tensor,
-    grad_var: Tensor,
-    y: Tensor,
-    y_mean: Tensor,
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: str,
-    kernel_size: int,
-    stride: int,
-    padding: int,
-    replicate: int,
-) -> Tensor:
-    """The gradient of the weight of :func:`branch_conv2d_stats`."""
-    above, normalization = (grad, grad_mean, grad_var, y, y_mean), (mean, scale, shift)
-    training.check_weight_gradient(
-        above, x, normalization, activation, grad.shape[4], kernel_size, stride, padding, replicate
-    )
-    unit = training.to_weight(above, normalization, activation)
-    return weigh(grad, x, kernel_size, stride, padding, replicate, unit)
-
-
-stats_convolution.differentiate("triton_branch_conv2d_stats")
+branch_conv2d_stats = unit.define("branch_conv2d_stats", _convolve, weigh, depthwise=False)
