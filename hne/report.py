@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .evaluation import Evaluation
+from .evaluation import Evaluation, Foreign
 
 _UNLIMITED = 1000  # columns of a file or pipe: nothing is folded there
 
@@ -52,6 +52,46 @@ def show_evaluation(evaluation: Evaluation, title: str | None = None) -> None:
             f"{len(evaluation.member_accuracy)}), diversity {evaluation.diversity:.3f}, "
             f"{evaluation.images} images"
         ),
+    )
+
+
+def show_uncertainty(evaluation: Evaluation, title: str | None = None) -> None:
+    """Print how well each ensemble is calibrated, how different its members are and how uncertain."""
+    show_table(
+        ["n", "Brier", "ECE", "diversity", "disagreement", "entropy", "MI"],
+        [
+            (
+                e.num_models,
+                f"{e.brier:.4f}",
+                f"{e.ece:.4f}",
+                f"{e.diversity:.3f}",
+                f"{e.disagreement:.2%}",
+                f"{e.entropy:.4f}",
+                f"{e.mutual_information:.4f}",
+            )
+            for e in evaluation.ensembles
+        ],
+        title=title,
+    )
+
+
+def show_foreign(ensembles: Sequence[Foreign], title: str | None = None) -> None:
+    """Print how uncertain each ensemble is about foreign images, and how well it tells them by that."""
+    show_table(
+        ["n", "entropy", "AUROC", "AUPR", "FPR95", "MI", "AUROC", "AUPR", "FPR95"],
+        [
+            (
+                e.num_models,
+                *(
+                    figure
+                    for score, d in ((e.entropy, e.by_entropy), (e.mutual_information, e.by_mutual_information))
+                    for figure in (f"{score:.4f}", f"{d.auroc:.2%}", f"{d.aupr:.2%}", f"{d.fpr95:.2%}")
+                ),
+            )
+            for e in ensembles
+        ],
+        title=title,
+        caption="left: told by the entropy, right: by the mutual information (one network has none)",
     )
 
 

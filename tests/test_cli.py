@@ -195,10 +195,28 @@ def test_eval_agrees_with_training(run: Path, capsys: pytest.CaptureFixture[str]
             assert float(row[3]) == pytest.approx(ensemble["nll"], abs=2e-4)
 
 
+def test_eval_shows_and_writes_every_figure(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(3):
+        Image.new("RGB", (20, 30), (80 * index, 10, 200)).save(tmp_path / f"{index}.png")
+    path = tmp_path / "figures.json"
+    assert main(["eval", str(run), "--limit-test", "40", "--ood", str(tmp_path), "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    figures = json.loads(path.read_text())
+    assert f"3 images of {tmp_path} told from those of digits" in out
+    for ensemble, foreign in zip(figures["evaluation"]["ensembles"], figures["ood"]["ensembles"], strict=True):
+        n = ensemble["num_models"]
+        assert re.search(rf"^ *{n} +{ensemble['brier']:.4f} +{ensemble['ece']:.4f} ", out, re.M)
+        found = foreign["by_entropy"]
+        assert re.search(rf"^ *{n} +{foreign['entropy']:.4f} +{found['auroc']:.2%} +{found['aupr']:.2%} ", out, re.M)
+
+
 def test_eval_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such checkpoint" in error_of(capsys, "eval", str(tmp_path / "none"))
     (tmp_path / "random").write_bytes(bytes(range(100)))
     assert "not a safetensors file" in error_of(capsys, "eval", str(tmp_path / "random"))
+    assert "nothing: no such folder" in error_of(capsys, "eval", str(run), "--ood", str(tmp_path / "nothing"))
+    missing = error_of(capsys, "eval", str(run), "--ood", "cifar10", "--data-dir", str(tmp_path))
+    assert "cifar10: found none of" in missing
 
 
 def test_eval_on_data_of_other_classes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

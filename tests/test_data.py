@@ -23,6 +23,7 @@ from hne.data import (
     InputFormat,
     MemoryImages,
     evaluation_batches,
+    foreign_images,
     load_dataset,
     training_batches,
 )
@@ -341,6 +342,43 @@ def test_bad_options() -> None:
     with pytest.raises(ValueError, match="image_size: the images of digits have one size"):
         load_dataset("digits", image_size=16)
     assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100", "imagenet"}
+
+
+# Foreign images -----------------------------------------------------------------------------------------------------
+
+RGB = InputFormat(3, (16, 20), (0.5,) * 3, (0.2,) * 3)
+GREY = InputFormat(1, (12, 12), (0.5,), (0.2,), resize=14)
+
+
+@pytest.mark.parametrize("wanted", [RGB, GREY])
+def test_foreign_images_of_a_data_set(wanted: InputFormat, tmp_path: Path) -> None:
+    digits = load_dataset("digits").test
+    found = foreign_images("digits", wanted, limit=30)
+    assert len(found) == 30
+    pixels = foreign_images("digits", wanted).pixels(torch.tensor([5]))[0]
+    Image.fromarray(digits.images[5, :, :, 0].numpy()).save(tmp_path / "digit.png")
+    np.testing.assert_array_equal(pixels, wanted.read(tmp_path / "digit.png"), "as the picture would be read")
+
+
+def test_foreign_images_of_colours(tmp_path: Path) -> None:
+    records = write_cifar(tmp_path, "cifar10", zipped=False)["test_batch.bin"]
+    with pytest.warns(UserWarning, match="the published file has"):
+        found = foreign_images("cifar10", InputFormat(1, (32, 32), (0.5,), (0.2,)), tmp_path)
+    red, green, blue = records[2, 1:].reshape(3, 32, 32).astype(float)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R 601
+    assert np.abs(found.pixels(torch.tensor([2]))[0, :, :, 0].numpy() - luma).max() <= 1
+
+
+def test_foreign_images_of_files(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    of_set = foreign_images("imagenet", GREY, tmp_path)
+    of_folder = foreign_images(tmp_path / "val", GREY)
+    assert len(of_set) == len(of_folder) == 6
+    indices = torch.arange(6)
+    assert torch.equal(of_set.pixels(indices), of_folder.pixels(indices))
+    assert len(foreign_images(tmp_path / "val", GREY, limit=2)) == 2
+    with pytest.raises(DataError, match="no such folder"):
+        foreign_images(tmp_path / "none", GREY)
 
 
 # Augmentation -------------------------------------------------------------------------------------------------------

@@ -1,13 +1,61 @@
-"""Accuracy and diversity."""
+"""Every metric against an independent implementation: loops in double precision, scikit-learn, torchmetrics."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 
+import numpy as np
 import pytest
+import sklearn.metrics
 import torch
+from networks import TREES, build, images
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
 
-from hne.metrics import accuracy, correct, diversity
+from hne import FusedHNE
+from hne.metrics import (
+    TorchUncertainty,
+    accuracy,
+    brier_score,
+    calibration_gaps,
+    correct,
+    detection,
+    disagreement,
+    diversity,
+    expected_calibration_error,
+    gaussian_nll,
+    mixture,
+    mutual_information,
+    negative_log_likelihood,
+    predictive_entropy,
+    root_mean_squared_error,
+    stacked_members,
+)
+
+
+@pytest.fixture
+def logits(rng: torch.Generator) -> Tensor:
+    """Of five models on seven samples of four classes, some of them sure."""
+    return 3 * torch.randn(5, 7, 4, generator=rng)
+
+
+@pytest.fixture
+def target(rng: torch.Generator) -> Tensor:
+    return torch.randint(4, (7,), generator=rng)
+
+
+def softmax(logits: Tensor) -> np.ndarray:
+    exponentials = np.exp(logits.double().numpy())
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def entropy(probabilities: np.ndarray) -> float:
+    return -sum(p * math.log(p) for p in probabilities)
+
+
+# Answers ------------------------------------------------------------------------------------------------------------
 
 
 def test_accuracy_of_each_ensemble() -> None:
@@ -17,9 +65,161 @@ def test_accuracy_of_each_ensemble() -> None:
     assert accuracy(logits, target).tolist() == pytest.approx([1, 1 / 3])
 
 
-def test_diversity_is_the_deviation_over_the_models(rng: torch.Generator) -> None:
-    logits = torch.randn(4, 3, 5, generator=rng)
-    each = [statistics.pstdev(logits[:, b, c].tolist()) for b in range(3) for c in range(5)]
+def test_negative_log_likelihood(logits: Tensor, target: Tensor) -> None:
+    expected = [sklearn.metrics.log_loss(target, row, labels=range(4)) for row in softmax(logits)]
+    assert negative_log_likelihood(logits, target).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_brier_score(logits: Tensor, target: Tensor) -> None:
+    expected = [
+        statistics.mean(
+            sum((p - (label == k)) ** 2 for k, p in enumerate(sample))
+            for sample, label in zip(row, target.tolist(), strict=True)
+        )
+        for row in softmax(logits)
+    ]
+    assert brier_score(logits, target).tolist() == pytest.approx(expected, rel=1e-5)
+    sure = torch.tensor([[[100.0, 0.0], [100.0, 0.0]]])
+    assert brier_score(sure, torch.tensor([0, 1])).tolist() == [1], "0 where it is right, 2 where it is wrong"
+
+
+@pytest.mark.parametrize("bins", [1, 4, 15])
+def test_calibration_error(bins: int, rng: torch.Generator) -> None:
+    logits, target = torch.randn(3, 500, 4, generator=rng).double(), torch.randint(4, (500,), generator=rng)
+    ece = expected_calibration_error(calibration_gaps(logits, target, bins), 500)
+    for row, found in zip(softmax(logits), ece.tolist(), strict=True):
+        confidence, right = row.max(-1), row.argmax(-1) == target.numpy()
+        expected = 0.0
+        for b in range(bins):
+            inside = (confidence > b / bins) & (confidence <= (b + 1) / bins)
+            if inside.any():
+                expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+        assert found == pytest.approx(expected)
+        library = multiclass_calibration_error(torch.from_numpy(row), target, 4, n_bins=bins)
+        assert found == pytest.approx(library.item(), rel=1e-5)
+
+
+def test_calibration_adds_up_over_batches(logits: Tensor, target: Tensor) -> None:
+    parts = calibration_gaps(logits[:, :3], target[:3]) + calibration_gaps(logits[:, 3:], target[3:])
+    torch.testing.assert_close(parts, calibration_gaps(logits, target))
+    certain = torch.tensor([[[200.0, 0.0]]])
+    assert calibration_gaps(certain, torch.tensor([1]))[0, -1] == 1, "certainty is in the last bin"
+
+
+# Members ------------------------------------------------------------------------------------------------------------
+
+
+def test_diversity_is_the_deviation_over_the_models(logits: Tensor) -> None:
+    each = [statistics.pstdev(logits[:, b, c].tolist()) for b in range(7) for c in range(4)]
     assert diversity(logits).item() == pytest.approx(statistics.mean(each), rel=1e-5)
     assert diversity(logits.bfloat16()).dtype == torch.float32
     assert diversity(logits[:1]).item() == 0
+
+
+def test_disagreement_is_a_share_of_pairs(logits: Tensor) -> None:
+    named = logits.argmax(-1)
+    differing = [(a != b).double().mean().item() for a, b in itertools.combinations(named, 2)]
+    assert disagreement(logits).item() == pytest.approx(statistics.mean(differing))
+    assert disagreement(logits[:1]).item() == 0
+    assert disagreement(torch.stack([logits[0], -logits[0]])).item() == 1
+
+
+def test_entropy_and_mutual_information(logits: Tensor) -> None:
+    probabilities = softmax(logits)
+    total = [entropy(sample) for sample in probabilities.mean(0)]
+    own = [statistics.mean(entropy(model) for model in probabilities[:, b]) for b in range(7)]
+    assert predictive_entropy(logits).tolist() == pytest.approx(total, rel=1e-5)
+    expected = [t - o for t, o in zip(total, own, strict=True)]
+    assert mutual_information(logits).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert not mutual_information(logits[:1]).any()
+    assert mutual_information(logits[:1].expand(4, -1, -1)).max() < 1e-6
+
+
+def test_uncertainty_at_its_limits() -> None:
+    sure = 500 * torch.eye(3)[:, None]  # three models, each sure of another class
+    assert predictive_entropy(sure).item() == pytest.approx(math.log(3))
+    assert mutual_information(sure).item() == pytest.approx(math.log(3))
+    assert predictive_entropy(sure[:1]).item() == 0
+    assert mutual_information(sure.bfloat16()).dtype == torch.float32
+
+
+# Detection ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 1.0, 50.0])
+def test_detection(shift: float, ties: bool, rng: torch.Generator) -> None:
+    inside, outside = torch.randn(300, generator=rng), shift + torch.randn(200, generator=rng)
+    if ties:
+        inside, outside = inside.round(), outside.round()
+    label, score = np.repeat([0, 1], [300, 200]), torch.cat([inside, outside]).numpy()
+    fpr, tpr, _ = sklearn.metrics.roc_curve(label, score, drop_intermediate=False)
+    found = detection(inside, outside)
+    assert found.auroc == pytest.approx(sklearn.metrics.roc_auc_score(label, score), abs=1e-6)
+    assert found.aupr == pytest.approx(sklearn.metrics.average_precision_score(label, score), abs=1e-6)
+    assert found.fpr95 == pytest.approx(fpr[tpr >= 0.95].min(), abs=1e-6)
+
+
+def test_detection_by_close_scores() -> None:
+    """Differences that float32 has only just: none is rounded away."""
+    inside = torch.full((50,), 3.0)
+    found = detection(inside, torch.nextafter(inside, torch.tensor(4.0)))
+    assert (found.auroc, found.aupr, found.fpr95) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "message"),
+    [
+        (torch.ones(0), torch.ones(2), r"inside must be scores \[samples\] of at least one sample, got shape \(0,\)"),
+        (torch.ones(2), torch.ones(2, 2), r"outside must be scores .* got shape \(2, 2\)"),
+        (torch.ones(2), torch.tensor([1, math.nan]), "outside must be finite scores"),
+    ],
+)
+def test_detection_refuses(inside: Tensor, outside: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        detection(inside, outside)
+
+
+# Regression ---------------------------------------------------------------------------------------------------------
+
+
+def test_mixture_of_gaussians(rng: torch.Generator) -> None:
+    mean, variance = torch.randn(6, 3, generator=rng).double(), torch.rand(6, 3, generator=rng).double() + 0.1
+    found_mean, found_variance = mixture(mean, variance)
+    torch.testing.assert_close(found_mean, mean.mean(0))
+    # E[x^2] - E[x]^2 of the mixture
+    torch.testing.assert_close(found_variance, (variance + mean**2).mean(0) - mean.mean(0) ** 2)
+    torch.testing.assert_close(mixture(mean[:1], variance[:1]), (mean[0], variance[0]))
+
+
+def test_regression_figures(rng: torch.Generator) -> None:
+    mean, target = torch.randn(2, 9, generator=rng).double(), torch.randn(9, generator=rng).double()
+    variance = torch.rand(2, 9, generator=rng).double() + 0.1
+    for row in range(2):
+        rmse = sklearn.metrics.root_mean_squared_error(target, mean[row])
+        assert root_mean_squared_error(mean, target)[row].item() == pytest.approx(rmse)
+        density = torch.distributions.Normal(mean[row], variance[row].sqrt()).log_prob(target)
+        assert gaussian_nll(mean, variance, target)[row].item() == pytest.approx(-density.mean().item())
+
+
+# TorchUncertainty ---------------------------------------------------------------------------------------------------
+
+
+def test_members_below_each_other(logits: Tensor) -> None:
+    rows = stacked_members(logits)
+    assert rows.shape == (35, 4)
+    for model, sample in itertools.product(range(5), range(7)):
+        assert torch.equal(rows[model * 7 + sample], logits[model, sample])
+    with pytest.raises(ValueError, match=r"outputs must be \[members, batch, classes\], got shape \(7, 4\)"):
+        stacked_members(logits[0])
+
+
+def test_torch_uncertainty_module(rng: torch.Generator) -> None:
+    model = build(FusedHNE, TREES["odd"], rng)
+    x = images(rng)
+    adapter = TorchUncertainty(model, 4)
+    assert adapter.num_estimators == 4
+    torch.testing.assert_close(adapter(x), model(x, 4).flatten(0, 1))
+    assert TorchUncertainty(model).num_estimators == 6
+    with pytest.raises(ValueError, match="num_models must lie between 1 and 6, got 7"):
+        TorchUncertainty(model, 7)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 import hne_kernels as K
-from hne import OBJECTIVES, checkpoint
-from hne.data import Dataset, load_dataset
+from hne import OBJECTIVES, checkpoint, metrics
+from hne.data import Dataset, foreign_images, load_dataset
 from hne.distributed import World
 from hne.errors import CheckpointError, TrainingError
-from hne.evaluation import evaluate
+from hne.evaluation import evaluate, evaluate_foreign
 from hne.recipe import DEFAULTS, PROTOCOLS, Recipe
 from hne.training import CHECKPOINT, Run
 
@@ -191,10 +191,44 @@ def test_evaluation_agrees_with_its_definition() -> None:
         assert ensemble.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-4)
         assert ensemble.macs == run.model.macs(ensemble.num_models, (8, 8))
     assert [ensemble.num_models for ensemble in evaluation.ensembles] == [1, 2, 4]
+    for ensemble in evaluation.ensembles:
+        n = ensemble.num_models
+        answer = members[:n].mean(0, keepdim=True)
+        assert ensemble.brier == pytest.approx(metrics.brier_score(answer, target).item(), rel=1e-4)
+        gaps = metrics.calibration_gaps(answer, target)
+        assert ensemble.ece == pytest.approx(metrics.expected_calibration_error(gaps, 100).item(), rel=1e-4)
+        assert ensemble.diversity == pytest.approx(metrics.diversity(members[:n]).item(), rel=1e-4)
+        assert ensemble.disagreement == pytest.approx(metrics.disagreement(members[:n]).item(), rel=1e-4)
+        assert ensemble.entropy == pytest.approx(metrics.predictive_entropy(members[:n]).mean().item(), rel=1e-4)
+        information = metrics.mutual_information(members[:n]).mean().item()
+        assert ensemble.mutual_information == pytest.approx(information, rel=1e-3, abs=1e-7)
     single = (members.argmax(-1) == target).float().mean().item()
     assert evaluation.mean_member_accuracy == pytest.approx(single)
     assert evaluation.diversity == pytest.approx(members.std(0, correction=0).mean().item(), rel=1e-4)
     assert evaluation.images == 100
+
+
+def test_foreign_images_are_told_by_uncertainty() -> None:
+    run = start(limit_test=60)
+    list(run.train())
+    foreign = foreign_images("digits", run.dataset.input).subset(torch.arange(100, 145))
+    found = evaluate_foreign(run.model, run.dataset, foreign, batch_size=7)
+    assert [row.num_models for row in found] == [1, 2, 4]
+    with torch.no_grad():
+        inside, outside = (
+            run.model(run.dataset.input.normalise(split.pixels(torch.arange(len(split)))))
+            for split in (run.dataset.test, foreign)
+        )
+    for row in found:
+        n = row.num_models
+        for name, measure in (
+            ("entropy", metrics.predictive_entropy),
+            ("mutual_information", metrics.mutual_information),
+        ):
+            assert getattr(row, name) == pytest.approx(measure(outside[:n]).mean().item(), rel=1e-3, abs=1e-7)
+        want = metrics.detection(metrics.predictive_entropy(inside[:n]), metrics.predictive_entropy(outside[:n]))
+        assert row.by_entropy.auroc == pytest.approx(want.auroc, abs=2e-3)
+    assert found[0].by_mutual_information.auroc == 0.5, "one network has no mutual information"
 
 
 # Interruptions ------------------------------------------------------------------------------------------------------

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from pathlib import Path
 
+from ..data import foreign_images
 from ..distributed import choose_device
-from ..evaluation import evaluate
-from ..report import show_evaluation
+from ..evaluation import evaluate, evaluate_foreign
+from ..logs import write_json
+from ..report import show_evaluation, show_foreign, show_uncertainty
 from .options import (
     Subparsers,
     add_checkpoint,
@@ -23,10 +27,30 @@ from .options import (
 
 _DESCRIPTION = """\
 Test a trained ensemble: for n = 1, 2, 4, ... N, what the ensemble of the first n networks costs
-for an image (MACs: multiply-adds), its accuracy and its negative log-likelihood (NLL, in nats).
+for an image (MACs: multiply-adds) and how good it is. Its answer is the softmax of the networks'
+mean logits:
+
+  accuracy, NLL   negative log-likelihood of the right class, in nats
+  Brier           squared distance of the probabilities from the label (0 to 2)
+  ECE             expected calibration error: distance of confidence from accuracy, in 15 bins
+
+How different its networks are, and how uncertain their mixture (the mean of their probabilities):
+
+  diversity       standard deviation of the logits over the networks
+  disagreement    share of the pairs of networks that name different classes
+  entropy         of the mixture, in nats
+  MI              mutual information: the part of the entropy that is disagreement of the networks
+
+--ood DATA adds images of another kind: the test images of a data set or the pictures in a folder,
+resized, made grey or RGB and normalised as the images that the checkpoint was trained on. How well
+the entropy (and the MI) tells them from the test images is shown as AUROC, AUPR and FPR95; the
+foreign images are the positive class, and FPR95 is the share of the test images taken for foreign
+where 95 % of the foreign ones are found.
 """
 _EXAMPLES = """\
   hne eval runs/digits-hne_tiny
+  hne eval runs/digits-hne_tiny --ood fashion-mnist
+  hne eval runs/digits-hne_tiny --ood ~/pictures --json figures.json
   hne eval runs/digits-hne_tiny --naive        the same weights in plain PyTorch
   hne eval runs/cifar100-hne_resnet50_cifar/checkpoint.safetensors --data-dir ~/data
 """
@@ -37,6 +61,12 @@ def add_parser(commands: Subparsers) -> None:
     parser = new_parser(commands, "eval", "test a trained ensemble", _DESCRIPTION, _EXAMPLES)
     parser.set_defaults(run=run)
     add_checkpoint(parser)
+    parser.add_argument(
+        "--ood",
+        metavar="DATA",
+        help="images from outside the distribution: a data set by name, or a folder of pictures",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE, too")
     parser.add_argument("--naive", action="store_true", help="compute with the plain PyTorch implementation")
     parser.add_argument("--batch-size", type=positive, metavar="K", default=256, help="images at a time (default: 256)")
     add_quiet(parser)
@@ -45,12 +75,27 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and show the table."""
+    """Evaluate and show the tables."""
     device = choose_device(args.device)
     with computing(args):
         model, config = load_model(args.checkpoint, device, naive=args.naive)
-        dataset = load_test_data(args, config).to(device)
+        dataset = load_test_data(args, config)
+        foreign = None
+        if args.ood is not None:
+            limit = getattr(args, "limit_test", None)
+            foreign = foreign_images(args.ood, dataset.input, args.data_dir, limit=limit).to(device)
+        dataset = dataset.to(device)
         with progress_bar(len(dataset.test), args) as bar:
             evaluation = evaluate(model, dataset, batch_size=args.batch_size, progress=bar.update)
-    show_evaluation(evaluation, f"{args.checkpoint} on {dataset.name}")
+        values = {"data": dataset.name, "evaluation": evaluation.to_dict()}
+        show_evaluation(evaluation, f"{args.checkpoint} on {dataset.name}")
+        show_uncertainty(evaluation, f"uncertainty on {dataset.name}")
+        if foreign is not None:
+            with progress_bar(len(dataset.test) + len(foreign), args) as bar:
+                found = evaluate_foreign(model, dataset, foreign, batch_size=args.batch_size, progress=bar.update)
+            show_foreign(found, f"{len(foreign)} images of {args.ood} told from those of {dataset.name}")
+            values["ood"] = {"data": args.ood, "images": len(foreign), "ensembles": [asdict(row) for row in found]}
+    if args.json is not None:
+        write_json(args.json, values)
+        print(f"wrote {args.json}")
     return 0

@@ -9,7 +9,8 @@ every random number comes from one generator, so that a run can be repeated and 
 
 from __future__ import annotations
 
-from .dataset import Dataset, FileImages, InputFormat, MemoryImages
+from .dataset import Dataset, FileImages, Images, InputFormat, MemoryImages
+from .foreign import foreign_images
 from .loader import evaluation_batches, training_batches
 from .registry import DATASETS, load_dataset
 
@@ -17,9 +18,11 @@ __all__ = [
     "DATASETS",
     "Dataset",
     "FileImages",
+    "Images",
     "InputFormat",
     "MemoryImages",
     "evaluation_batches",
+    "foreign_images",
     "load_dataset",
     "training_batches",
 ]

@@ -57,7 +57,7 @@ class InputFormat:
         """
         try:
             with Image.open(path) as opened:
-                image = opened.convert("L" if self.channels == 1 else "RGB")
+                image = opened.convert(self._mode)
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file") from error
         except (
@@ -67,21 +67,33 @@ class InputFormat:
             Image.DecompressionBombError,
         ) as error:
             raise DataError(f"{path}: not a complete image ({error})") from error
+        if noise is None:
+            return self.fit(image)
         height, width = self.size
-        if noise is not None:
-            box = augment.resized_crop_box(image.width, image.height, noise)
-            image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-            if noise[-1] < 0.5:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        elif self.resize is None:
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        else:
-            scale = self.resize / min(image.width, image.height)
-            resized = (round(image.width * scale), round(image.height * scale))
-            image = image.resize(resized, Image.Resampling.BILINEAR)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
-        return np.asarray(image).reshape(height, width, self.channels)
+        box = augment.resized_crop_box(image.width, image.height, noise)
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        if noise[-1] < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self._pixels(image)
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """A picture as it is read for evaluation, uint8 [H, W, C]: grey or RGB, resized, cropped at its centre."""
+        height, width = self.size
+        image = image.convert(self._mode)
+        if self.resize is None:
+            return self._pixels(image.resize((width, height), Image.Resampling.BILINEAR))
+        scale = self.resize / min(image.width, image.height)
+        resized = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(resized, Image.Resampling.BILINEAR)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return self._pixels(image.crop((left, top, left + width, top + height)))
+
+    @property
+    def _mode(self) -> str:
+        return "L" if self.channels == 1 else "RGB"
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(image).reshape(*self.size, self.channels)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""

@@ -55,12 +55,13 @@ def load_dataset(
         raise ValueError(f"image_size: the images of {name} have one size; only imagenet is scaled")
     return replace(
         dataset,
-        train=_limit("limit_train", dataset.train, limit_train),
-        test=_limit("limit_test", dataset.test, limit_test),
+        train=limited("limit_train", dataset.train, limit_train),
+        test=limited("limit_test", dataset.test, limit_test),
     )
 
 
-def _limit(name: str, split: Images, limit: int | None) -> Images:
+def limited(name: str, split: Images, limit: int | None) -> Images:
+    """``limit`` images of a split, picked at random but always the same ones; ``name`` is for the message."""
     if limit is None:
         return split
     if limit < 1:
