@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 
 from .evaluation import Evaluation
 from .files import replacing
+
+HALO = [withStroke(linewidth=3, foreground="white")]  # keeps text legible over lines
+COST = "cost per image (million multiply-adds)"
 
 
 def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Path, title: str = "") -> None:
@@ -22,9 +27,8 @@ def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Pat
         path: the file; its ending chooses the format (png, svg, pdf).
         title: above the plot.
     """
-    figure = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
+    figure = new_figure(7, 4.4)
     axes = figure.add_subplot()
-    halo = [withStroke(linewidth=3, foreground="white")]  # keeps text legible over lines
     for index, (name, evaluation) in enumerate(evaluations.items()):
         color = f"C{index}"
         macs = [ensemble.macs / 1e6 for ensemble in evaluation.ensembles]
@@ -41,7 +45,7 @@ def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Pat
             ha="right",
             fontsize=9,
             color=color,
-            path_effects=halo,
+            path_effects=HALO,
         )
         for ensemble, x, y in zip(evaluation.ensembles, macs, accuracy, strict=True):
             axes.annotate(
@@ -51,20 +55,43 @@ def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Pat
                 textcoords="offset points",
                 fontsize=9,
                 color=color,
-                path_effects=halo,
+                path_effects=HALO,
             )
-    axes.set_xscale("log")
     ticks = sorted({e.macs / 1e6 for evaluation in evaluations.values() for e in evaluation.ensembles})
-    axes.set_xticks(ticks if len(evaluations) == 1 else [ticks[0], ticks[-1]], minor=False)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("cost per image (million multiply-adds)")
+    logarithmic(axes, ticks if len(evaluations) == 1 else [ticks[0], ticks[-1]])
+    axes.set_xlabel(COST)
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(title)
     axes.margins(0.12, 0.16)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
     if len(evaluations) > 1:
         axes.legend(frameon=False)
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary)
+    save(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
+    """Costs on the x-axis, labelled at ``ticks`` only."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, minor=False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def clean(axes: Axes) -> None:
+    """Light lines behind what is plotted, and no box around it."""
+    axes.set_axisbelow(True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure; its ending chooses the format. The same figure gives the same file."""
+    path = Path(path)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}), replacing(path) as temporary:
+        figure.savefig(temporary, metadata=metadata)
