@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,15 +175,7 @@ class Run:
             CheckpointError: it is damaged, or of another recipe or data set.
         """
         tensors, config = checkpoint.load(path)
-        here = {"recipe": self.recipe.to_dict(), "data": describe(self.dataset)}
-        for part, expected in json.loads(json.dumps(here)).items():
-            found = config.get(part, {})
-            for name in sorted(expected.keys() | found.keys()):
-                if expected.get(name) != found.get(name):
-                    raise CheckpointError(
-                        f"{path}: of another run: {part} {name} was {found.get(name)!r}, "
-                        f"now it is {expected.get(name)!r}"
-                    )
+        check_same_run(path, config, self.recipe, self.dataset)
         checkpoint.restore_model(self.model, tensors, path)
         for name, parameter in self.model.named_parameters():
             if _MOMENTUM + name in tensors:
@@ -204,6 +196,26 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "train": len(dataset.train),
         "test": len(dataset.test),
     }
+
+
+def check_same_run(path: str | Path, config: Mapping[str, Any], recipe: Recipe, dataset: Dataset) -> None:
+    """Check that a run is that of ``recipe`` on ``dataset``.
+
+    Args:
+        path: of the file that tells, for the message.
+        config: its ``recipe`` and ``data``, as JSON gives them.
+
+    Raises:
+        CheckpointError: it is another one; the message names the first option that differs.
+    """
+    here = {"recipe": recipe.to_dict(), "data": describe(dataset)}
+    for part, expected in json.loads(json.dumps(here)).items():
+        found = config.get(part, {})
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"{path}: of another run: {part} {name} was {found.get(name)!r}, now it is {expected.get(name)!r}"
+                )
 
 
 def _batch_size(recipe: Recipe, dataset: Dataset, world: World) -> int:
