@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
         if world.main:
             about = _about(base, dataset, args)
             for name, parts in compared.items():
-                _report(name, parts, found, out, about, args)
+                _report(name, parts, found, out, f"{base.preset} on {base.data}", about, args)
     if failures:
         raise TrainingError(f"{len(failures)} of {len(found)} runs failed: {'; '.join(failures)}")
     return 0
@@ -199,22 +199,21 @@ def _introduce(base: Recipe, dataset: Dataset, world: World, found: Mapping[Reci
 
 
 def _list(found: Mapping[Recipe, Progress], costs: Mapping[Recipe, int]) -> None:
-    """Show the runs and their states."""
+    """Show the runs, their states, and what is left to do."""
+    left = {recipe: costs[recipe] * (recipe.epochs - state.epochs) for recipe, state in found.items()}
     show_table(
-        ["run", "state", "multiply-adds an epoch"],
+        ["run", "epochs", "state", "to go"],
         [
             (
                 run_name(recipe),
-                "finished"
-                if state.evaluation
-                else f"{state.epochs} of {recipe.epochs} epochs"
-                if state.epochs
-                else "-",
-                f"{costs[recipe] / 1e9:.0f} G",
+                f"{state.epochs}/{recipe.epochs}",
+                "finished" if state.evaluation else "begun" if state.epochs else "to start",
+                f"{left[recipe] / 1e12:.3f} T",
             )
             for recipe, state in found.items()
         ],
-        text_columns=2,
+        caption=f"{sum(left.values()) / 1e12:.3f} T multiply-adds of forward passes to go (training: three times that)",
+        text_columns=3,
     )
 
 
@@ -270,6 +269,7 @@ def _report(
     parts: tuple[Panel, ...],
     found: Mapping[Recipe, Progress],
     out: Path,
+    what: str,
     about: str,
     args: argparse.Namespace,
 ) -> None:
@@ -284,7 +284,7 @@ def _report(
     if missing:
         about += f"\n\nPreliminary: {missing} of {len(needed)} runs are missing."
     command = _command(name, args)
-    files = write_report(out, name, study, results, f"{about}\n\n```sh\n{command}\n```")
+    files = write_report(out, name, study, results, what, f"{about}\n\n```sh\n{command}\n```")
     for panel in results:
         for table in tables(study, panel):
             scale = f", width {panel.scale:g}" if len(results) > 1 else ""
@@ -296,8 +296,7 @@ def _about(base: Recipe, dataset: Dataset, args: argparse.Namespace) -> str:
     """The setting of a study, for its report."""
     seeds = f"Mean ± standard deviation over {args.seeds} seeds" if args.seeds > 1 else "One seed"
     return (
-        f"{seeds}; {base.preset} on {base.data}, {len(dataset.train)} training and {len(dataset.test)} test images, "
-        f"{protocol_line(base.to_dict())}."
+        f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, {protocol_line(base.to_dict())}."
     )
 
 

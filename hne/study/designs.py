@@ -67,11 +67,16 @@ class Choices:
         base = replace(self.base, branches=tree.branches, num_models=tree.num_models, **options)
         return Curve(kind, label, tuple(replace(base, width=scale) for scale in scales))
 
-    def trained_for(self, objective: str, scale: float, alpha: float | None = None) -> Curve:
-        """The HNE, trained for an objective; the label tells an ``alpha`` other than the usual one."""
-        label = objective if alpha is None else f"{objective}, alpha {alpha:g}"
-        alpha = self.base.alpha if alpha is None else alpha
-        return self.curve(objective, label, self.hierarchy, [scale], objective=objective, alpha=alpha)
+    def trained_for(self, objective: str, scale: float, label: str | None = None, alpha: float | None = None) -> Curve:
+        """The HNE, trained for an objective; label and alpha are the usual ones by default."""
+        return self.curve(
+            objective,
+            label or objective,
+            self.hierarchy,
+            [scale],
+            objective=objective,
+            alpha=self.base.alpha if alpha is None else alpha,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,8 @@ def _objectives(choices: Choices, scale: float) -> tuple[Curve, ...]:
 
 def _distillations(choices: Choices, scale: float) -> tuple[Curve, ...]:
     return (
-        choices.trained_for("I", scale),
-        *(choices.trained_for("I+D", scale, alpha) for alpha in choices.alphas),
+        choices.trained_for("I", scale, "I (no distillation)"),
+        *(choices.trained_for("I+D", scale, f"I+D, alpha {alpha:g}", alpha) for alpha in choices.alphas),
         choices.trained_for("I+HD", scale),
     )
 
@@ -123,7 +128,11 @@ def _systems(choices: Choices, scale: float) -> tuple[Curve, ...]:
 
 
 def _members(choices: Choices, scale: float) -> tuple[Curve, ...]:
-    return tuple(choices.trained_for(objective, scale) for objective in ("I", "I+D", "I+HD"))
+    return (
+        choices.trained_for("I", scale, "I (no distillation)"),
+        choices.trained_for("I+D", scale),
+        choices.trained_for("I+HD", scale),
+    )
 
 
 STUDIES: dict[str, Study] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
@@ -17,9 +18,9 @@ from .results import CurveResult, Estimate, PanelResult
 # Okabe and Ito's colours, which the colour-blind tell apart. What is the same network has the same colour in every
 # figure: the HNE trained for I+HD is HNE among the systems.
 _BLUE, _GREEN, _VERMILLION, _GREY = "#0072B2", "#009E73", "#D55E00", "#555555"
-_STYLES = {  # colour and marker
+_STYLES = {  # colour and markers
     "I": (_GREY, "s"),
-    "I+D": (_BLUE, "^"),
+    "I+D": (_BLUE, "^vD"),
     "I+HD": (_VERMILLION, "o"),
     "HNE": (_VERMILLION, "o"),
     "independent": (_BLUE, "o"),
@@ -39,14 +40,15 @@ def against_cost(panels: Sequence[PanelResult], path: str | Path, title: str) ->
         path: the file; its ending chooses the format.
         title: above the figure.
     """
-    figure = new_figure(11, 4.4 * len(panels))
-    grid = figure.subplots(len(panels), 2, squeeze=False)
+    figure = new_figure(11.5, 4.4 * len(panels))
+    figure.set_layout_engine("constrained", w_pad=0.15)
+    grid = figure.subplots(len(panels), 2, squeeze=False, sharex="row")
     figure.suptitle(title)
     for panel, (accuracy, diversity) in zip(panels, grid, strict=True):
         prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
         for axes, quantity, factor, label in (
             (accuracy, "accuracy", 100, "test accuracy (%)"),
-            (diversity, "diversity", 1, "diversity: std. deviation of the logits"),
+            (diversity, "diversity", 1, "diversity (std. deviation of the logits)"),
         ):
             _plot_against_cost(axes, panel, quantity, factor)
             axes.set_ylabel(prefix + label)
@@ -65,6 +67,7 @@ def members(panels: Sequence[PanelResult], path: str | Path, title: str) -> None
     columns = max(len(panel.curves) for panel in panels)
     figure = new_figure(1 + 3.4 * columns, 3.9 * len(panels))
     figure.suptitle(title)
+    figure.supxlabel("bars: each network by itself;  curve: the ensemble of the first n", fontsize=10)
     grid = figure.subplots(len(panels), columns, sharey="row", squeeze=False)
     for panel, row in zip(panels, grid, strict=True):
         for axes in row[len(panel.curves) :]:
@@ -84,11 +87,12 @@ FIGURES = {"cost": against_cost, "members": members}
 
 
 def _styled(curves: Sequence[CurveResult]) -> Iterator[tuple[CurveResult, str, str]]:
-    """Curves with their colour and marker; several of a kind go from light to dark."""
+    """Curves with their colour and marker; several of a kind go from light to dark, and each has its marker."""
     for curve in curves:
-        color, marker = _STYLES[curve.kind]
+        color, markers = _STYLES[curve.kind]
         alike = [other for other in curves if other.kind == curve.kind]
-        yield curve, _lighter(color, 0.6 * (1 - (1 + alike.index(curve)) / len(alike))), marker
+        index = alike.index(curve)
+        yield curve, _lighter(color, 0.75 * (1 - (index + 1) / len(alike))), markers[index % len(markers)]
 
 
 def _lighter(color: str, share: float) -> str:
@@ -100,43 +104,56 @@ def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
     costs = {result.macs: result.sizes for result in panel.results}
     same_costs = len(costs) == 1
     ends: list[tuple[float, float, str, str]] = []
-    for curve, color, marker in _styled(panel.curves):
+    for index, (curve, color, marker) in enumerate(_styled(panel.curves)):
         points = [
-            (macs / 1e6, estimate, n)
+            (macs / 1e6, factor * estimate.mean, estimate, n, result.recipe.width)
             for result in curve.results
             for macs, estimate, n in zip(result.macs, result.of_ensembles(quantity), result.sizes, strict=True)
             if quantity != "diversity" or n > 1  # one network has none
         ]
         if not points:
             continue
-        x = [macs for macs, _, _ in points]
-        y = [factor * estimate.mean for _, estimate, _ in points]
+        x, y, estimates, sizes, widths = zip(*points, strict=True)
         several = len(curve.results) > 1
+        numbered = not (same_costs or several)
+        level = 10 - index  # the first is on top, and each number on its own marker
+        if same_costs:  # a hair apart, the error bars are all to be seen
+            span = max(*next(iter(costs))) / min(*next(iter(costs)))
+            x = tuple(macs * span ** (0.012 * (index - (len(panel.curves) - 1) / 2)) for macs in x)
         axes.errorbar(
             x,
             y,
-            _bars([estimate for _, estimate, _ in points], factor),
+            _bars(estimates, factor),
             color=color,
             marker=marker,
             ls="--" if several else "-",
             lw=1.8,
-            ms=6 if same_costs or several else 11,
+            ms=11 if numbered else 6,
             capsize=2.5,
             elinewidth=1.2,
+            zorder=level,
         )
-        for position, value, (_, _, n) in zip(x, y, points, strict=True):
-            if not (same_costs or several):
-                axes.annotate(str(n), (position, value), ha="center", va="center", fontsize=7, color="white", zorder=9)
-        ends.append((x[-1], y[-1], curve.label, color))
+        for point, n, width in zip(zip(x, y, strict=True), sizes, widths, strict=True):
+            if numbered:
+                style: dict[str, Any] = {"fontsize": 7, "color": "white", "zorder": level + 0.5}
+                axes.annotate(str(n), point, ha="center", va="center_baseline", **style)
+            elif several:
+                style = {"fontsize": 8, "color": color, "zorder": level + 0.5}
+                axes.annotate(
+                    rf"$\times${width:g}", point, xytext=(-5, 5), textcoords="offset points", ha="right", **style
+                )
+        ends.append((x[-1], y[-1], rf"{curve.label} ($\times$ width)" if several else curve.label, color))
     clean(axes)
-    axes.margins(0.06, 0.08)
+    axes.margins(0.1, 0.08)
     if same_costs:
-        (macs, sizes) = next(iter(costs.items()))
+        macs, sizes = next(iter(costs.items()))
         logarithmic(axes, [m / 1e6 for m in macs])
-        axes.set_xticklabels([f"{m / 1e6:.3g}\nn = {n}" for m, n in zip(macs, sizes, strict=True)])
+        names = [f"{m / 1e6:.{2 if m < 1e6 else 3}g}\nn={n}" for m, n in zip(macs, sizes, strict=True)]
+        axes.set_xticks(axes.get_xticks(), names, fontsize=8.5)
     else:
         logarithmic(axes, [])
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.minorticks_off()
     _label_ends(axes, ends)
 
 
@@ -149,7 +166,7 @@ def _plot_members(axes: Axes, curve: CurveResult, color: str, marker: str) -> No
         [100 * estimate.mean for estimate in alone],
         yerr=_bars(alone, 100),
         color=_lighter(color, 0.6),
-        ecolor=_lighter(color, 0.2),
+        error_kw={"ecolor": _lighter(color, 0.25), "elinewidth": 1},
         capsize=2,
         width=0.75,
     )
@@ -164,7 +181,6 @@ def _plot_members(axes: Axes, curve: CurveResult, color: str, marker: str) -> No
         capsize=2.5,
     )
     axes.set_title(curve.label, color=color, fontsize=11)
-    axes.set_xlabel("network by itself (bars), first n (curve)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0.3, len(alone) + 0.7)
     clean(axes)
@@ -190,7 +206,7 @@ def _bars(estimates: Sequence[Estimate], factor: float) -> list[float] | None:
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Name curves to the right of the plot, each level with its end or as close to it as the others allow."""
     figure = axes.figure
-    assert isinstance(figure, Figure)
+    assert isinstance(figure, Figure)  # not a part of one
     figure.draw_without_rendering()  # only then are the positions known
     scale = 72 / figure.dpi
     heights = [scale * axes.transData.transform((x, y))[1] for x, y, _, _ in ends]
@@ -205,6 +221,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
             fontsize=10,
             color=color,
             path_effects=HALO,
+            zorder=2,
             arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8, "alpha": 0.6, "shrinkA": 1, "shrinkB": 5},
         )
 

@@ -17,7 +17,9 @@ def tables(study: Study, panel: PanelResult) -> tuple[Table, ...]:
     return tuple(TABLES[name](panel.results) for name in study.tables) if panel.curves else ()
 
 
-def write_report(folder: Path, name: str, study: Study, panels: Sequence[PanelResult], about: str) -> tuple[Path, ...]:
+def write_report(
+    folder: Path, name: str, study: Study, panels: Sequence[PanelResult], what: str, about: str
+) -> tuple[Path, ...]:
     """Write everything into ``folder``, and return the files.
 
     Args:
@@ -25,16 +27,18 @@ def write_report(folder: Path, name: str, study: Study, panels: Sequence[PanelRe
         name: of the files.
         study: what is reported on.
         panels: what is finished; at least one curve of one panel.
+        what: the network and its data in a few words, for the heading.
         about: paragraphs of Markdown under the heading.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     finished = [panel for panel in panels if panel.curves]
+    title = f"{study.title}: {what}"
     figures = [folder / f"{name}.{kind}" for kind in ("png", "svg")] if study.figure else []
     for path in figures:
         assert study.figure is not None
-        FIGURES[study.figure](finished, path, study.title)
-    text = [f"# {study.title}\n", f"{about}\n"]
+        FIGURES[study.figure](finished, path, title)
+    text = [f"# {title}\n", f"{about}\n"]
     text += [f"![{study.title}]({path.name})\n" for path in figures[:1]]
     for panel in finished:
         if len(panels) > 1:
