@@ -10,11 +10,13 @@ from .hierarchy import Hierarchy
 from .layers import Bottleneck, Conv, PoolLinear
 from .losses import OBJECTIVES, objective
 from .model import HNE, FusedHNE, NaiveHNE
+from .predictor import AnytimePredictor
 
 __all__ = [
     "HNE",
     "OBJECTIVES",
     "PRESETS",
+    "AnytimePredictor",
     "Bottleneck",
     "Conv",
     "FusedHNE",

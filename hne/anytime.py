@@ -12,21 +12,49 @@ if TYPE_CHECKING:
     from .model import HNE
 
 
-def anytime(model: HNE, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Evaluate the tree leaf by leaf, depth first, as the paper describes; see :meth:`HNE.anytime`.
+class Anytime(Iterator[tuple[int, Tensor]]):
+    """Evaluates the tree leaf by leaf, depth first, as the paper describes; see :meth:`HNE.anytime`.
 
     The outputs of the nodes on the path to the current leaf are kept: a later leaf branches off from one of them. No
     node is computed twice, and none before the answer that needs it is asked for.
+
+    Attributes:
+        num_models: Leaves evaluated so far.
+        member: Logits ``[batch, num_classes]`` of the last of them by itself; None before the first.
     """
-    tree = model.hierarchy
-    path = [model.enter(x)]  # path[b + 1] is the output of block b
-    total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for leaf in range(tree.num_models):
+
+    def __init__(self, model: HNE, x: Tensor) -> None:
+        self.num_models = 0
+        self.member: Tensor | None = None
+        self._model = model
+        self._path = [model.enter(x)]  # _path[b + 1] is the output of block b
+        self._total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+    def __next__(self) -> tuple[int, Tensor]:
+        model, tree, path, leaf = self._model, self._model.hierarchy, self._path, self.num_models
+        if leaf == tree.num_models:
+            raise StopIteration
         first = tree.first_new(leaf)
         del path[first + 1 :]
         for block in range(first, tree.num_blocks):
             branch = tree.ancestor(leaf, block)
             path.append(model.run_block(block, path[-1], slice(branch, branch + 1)))
-        logits = model.run_head(path[-1], slice(leaf, leaf + 1))[0]
-        total = total + logits
-        yield leaf + 1, (total / (leaf + 1)).to(logits.dtype)
+        self.member = model.run_head(path[-1], slice(leaf, leaf + 1))[0]
+        self._total = self._total + self.member
+        self.num_models += 1
+        return self.num_models, (self._total / self.num_models).to(self.member.dtype)
+
+    def keep(self, samples: Tensor) -> None:
+        """Go on with a part of the batch: later answers are those of the samples kept, in the order given.
+
+        Args:
+            samples: Their indices in the current batch, ``[K]`` int64.
+
+        Raises:
+            RuntimeError: There is no answer yet.
+        """
+        if self.member is None:
+            raise RuntimeError("keep() chooses by an answer: ask for the first one before")
+        self.member, self._total = self.member[samples], self._total[samples]
+        execution = self._model.execution()
+        self._path = [execution.select(x, samples) for x in self._path]

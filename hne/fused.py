@@ -37,6 +37,9 @@ class Fused:
     def enter(self, image: Tensor) -> Tensor:
         return image.permute(0, 2, 3, 1)[None]
 
+    def select(self, x: Tensor, samples: Tensor) -> Tensor:
+        return x.index_select(1, samples)
+
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
         return written(layer(self, x, branches, replicate))
 

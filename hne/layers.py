@@ -38,6 +38,9 @@ class Execution(Protocol):
     def enter(self, image: Tensor) -> Tensor:
         """The features of one branch that are the image ``[batch, channels, height, width]``."""
 
+    def select(self, x: Tensor, samples: Tensor) -> Tensor:
+        """The features of some samples of the batch, given by their indices."""
+
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
         """A whole layer."""
 

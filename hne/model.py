@@ -15,7 +15,7 @@ from typing_extensions import Self
 from hne_kernels import default_sizes
 
 from . import architectures
-from .anytime import anytime
+from .anytime import Anytime
 from .fused import Fused
 from .hierarchy import Hierarchy
 from .inference import Inference
@@ -227,11 +227,11 @@ class HNE(nn.Module, ABC):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def anytime(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def anytime(self, x: Tensor) -> Anytime:
         """Answers that get better: yields ``(n, y)`` for n = 1, 2, ... ``num_models``.
 
         ``y`` ``[batch, num_classes]`` is the mean of the first ``n`` leaves' logits. Each step computes only the nodes
-        of the tree that are new.
+        of the tree that are new. ``keep(samples)`` of what is returned goes on with a part of the batch.
 
         Args:
             x: Images as in :meth:`forward`.
@@ -242,7 +242,7 @@ class HNE(nn.Module, ABC):
         if self.training:
             raise RuntimeError("anytime() is for inference: call model.eval() first")
         self._check_images(x)
-        return anytime(self, x)
+        return Anytime(self, x)
 
     def enter(self, x: Tensor) -> Tensor:
         """Images as the features that :meth:`run_block` takes."""

@@ -23,6 +23,9 @@ class Naive:
     def enter(self, image: Tensor) -> Tensor:
         return image
 
+    def select(self, x: Tensor, samples: Tensor) -> Tensor:
+        return x.index_select(0, samples)
+
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
         y: Tensor = layer(self, x, branches, replicate)
         return y

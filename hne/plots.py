@@ -13,6 +13,7 @@ from matplotlib.ticker import NullFormatter
 
 from .evaluation import Evaluation
 from .files import replacing
+from .timing import Point
 
 HALO = [withStroke(linewidth=3, foreground="white")]  # keeps text legible over lines
 COST = "cost per image (million multiply-adds)"
@@ -47,16 +48,7 @@ def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Pat
             color=color,
             path_effects=HALO,
         )
-        for ensemble, x, y in zip(evaluation.ensembles, macs, accuracy, strict=True):
-            axes.annotate(
-                f"n = {ensemble.num_models}",
-                (x, y),
-                xytext=(7, -12),
-                textcoords="offset points",
-                fontsize=9,
-                color=color,
-                path_effects=HALO,
-            )
+        label_sizes(axes, [ensemble.num_models for ensemble in evaluation.ensembles], macs, accuracy, color)
     ticks = sorted({e.macs / 1e6 for evaluation in evaluations.values() for e in evaluation.ensembles})
     logarithmic(axes, ticks if len(evaluations) == 1 else [ticks[0], ticks[-1]])
     axes.set_xlabel(COST)
@@ -69,9 +61,46 @@ def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Pat
     save(figure, path)
 
 
+def accuracy_against_time(curve: Sequence[Point], path: str | Path, title: str = "") -> None:
+    """Plot the accuracy of anytime inference against the time at which each answer is ready.
+
+    Args:
+        curve: of :func:`hne.timing.accuracy_against_time`.
+        path: the file; its ending chooses the format (png, svg, pdf).
+        title: above the plot.
+    """
+    figure = new_figure(7, 4.4)
+    axes = figure.add_subplot()
+    milliseconds = [point.milliseconds for point in curve]
+    accuracy = [100 * point.accuracy for point in curve]
+    axes.plot(milliseconds, accuracy, "o-", lw=2, ms=6, drawstyle="steps-post")  # an answer holds until the next one
+    label_sizes(axes, [point.num_models for point in curve], milliseconds, accuracy, "C0")
+    axes.set_xlabel("time until the answer is ready (ms, median)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(title, fontsize=10)
+    axes.margins(0.12, 0.16)
+    axes.set_xlim(left=0)
+    clean(axes)
+    save(figure, path)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def label_sizes(axes: Axes, sizes: Sequence[int], x: Sequence[float], y: Sequence[float], color: str) -> None:
+    """The number of models beside each point."""
+    for size, right, up in zip(sizes, x, y, strict=True):
+        axes.annotate(
+            f"n = {size}",
+            (right, up),
+            xytext=(7, -12),
+            textcoords="offset points",
+            fontsize=9,
+            color=color,
+            path_effects=HALO,
+        )
 
 
 def logarithmic(axes: Axes, ticks: Sequence[float]) -> None:

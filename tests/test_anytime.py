@@ -101,6 +101,30 @@ def test_it_can_be_stopped(kind: type[HNE], rng: torch.Generator) -> None:
     torch.testing.assert_close(next(first)[1], model(x, 2).mean(0))
 
 
+@each_tree
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+def test_samples_can_leave(kind: type[HNE], grad: bool, tree: Hierarchy, rng: torch.Generator) -> None:
+    model = build(kind, tree, rng)
+    x = images(rng, 5)
+    kept = torch.arange(5)
+    with torch.set_grad_enabled(grad):
+        leaves = model(x)
+        steps = model.anytime(x)
+        for n, y in steps:
+            torch.testing.assert_close(y, leaves[:n, kept].mean(0))
+            torch.testing.assert_close(steps.member, leaves[n - 1, kept])
+            choice = torch.tensor([[1, 3, 4], [0, 2], [1]][n - 1] if n < 4 else [0])
+            steps.keep(choice)
+            kept = kept[choice]
+
+
+def test_samples_leave_after_an_answer(rng: torch.Generator) -> None:
+    steps = build(FusedHNE, networks.TREES["odd"], rng).anytime(images(rng))
+    with pytest.raises(RuntimeError, match="ask for the first one before"):
+        steps.keep(torch.tensor([0]))
+
+
 @pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
 def test_training_mode_is_refused(kind: type[HNE], rng: torch.Generator) -> None:
     model = build(kind, networks.TREES["odd"], rng).train()

@@ -68,8 +68,8 @@ def test_module_is_the_command() -> None:
         (["train", "--epochs", "0"], "argument --epochs: expected a whole number above 0, got '0'"),
         (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["train", "--resume", "--overwrite"], "not allowed with argument --resume"),
-        (["anytime", "run"], "required: --deadline-ms"),
         (["anytime", "run", "--deadline-ms", "0"], "expected a number above 0, got '0'"),
+        (["anytime", "run", "--confidence", "sure"], "expected a number above 0, got 'sure'"),
         (["bench", "--batch-sizes", "1,two"], "expected a whole number above 0, got 'two'"),
     ],
 )
@@ -228,6 +228,34 @@ def test_eval_on_data_of_other_classes(run: Path, tmp_path: Path, capsys: pytest
 
 
 # Anytime ------------------------------------------------------------------------------------------------------------
+
+
+def test_anytime_curve(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "curve.png"
+    anytime = ["anytime", str(run), "--limit-test", "40", "--batch-size", "16"]
+    assert main([*anytime, "--plot", str(plot)]) == 0
+    rows = re.findall(r"^ *(\d+) +[\d.]+ M +([\d.]+) +([\d.]+) +([\d.]+)% *$", capsys.readouterr().out, re.M)
+    assert [int(row[0]) for row in rows] == list(range(1, 9))
+    ready = [float(row[1]) for row in rows]
+    assert ready == sorted(ready)
+    assert all(float(row[2]) >= float(row[1]) for row in rows)
+    expected = json.loads((run / "summary.json").read_text())["evaluation"]["ensembles"]
+    for ensemble in expected:
+        assert float(rows[ensemble["num_models"] - 1][3]) == pytest.approx(100 * ensemble["accuracy"], abs=0.01)
+    with Image.open(plot) as image:
+        assert len(image.convert("RGB").getcolors(10**6)) > 50, "something is drawn"
+    assert "--plot: expected without limits" in error_of(capsys, *anytime, "--plot", str(plot), "--agreement", "2")
+
+
+def test_anytime_until_sure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    anytime = ("anytime", str(run), "--limit-test", "20", "--batch-size", "8")
+    assert main([*anytime, "--confidence", "0.01"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ *1 +20 +100\.0% ", out, re.M), "the first answer is sure enough"
+    assert "until 0.01 sure" in out
+    assert main([*anytime, "--agreement", "8"]) == 0
+    assert re.search(r"^ *8 +20 +100\.0% ", capsys.readouterr().out, re.M), "all are asked"
+    assert "agreement: expected 2 to 8 models, got 9" in error_of(capsys, *anytime, "--agreement", "9")
 
 
 def test_anytime_on_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,16 +14,20 @@ import torch
 
 from ..data import Dataset, InputFormat, evaluation_batches
 from ..data.folder import image_files
-from ..deadline import Answer, DeadlinePredictor
 from ..distributed import choose_device
 from ..errors import DataError
-from ..report import show_table
+from ..model import HNE
+from ..plots import accuracy_against_time as plot
+from ..predictor import Answer, AnytimePredictor
+from ..report import millions, show_table
+from ..timing import accuracy_against_time
 from .options import (
     Subparsers,
     add_checkpoint,
     add_computing,
     add_data,
     add_quiet,
+    checkpoint_path,
     computing,
     load_model,
     load_test_data,
@@ -33,27 +37,41 @@ from .options import (
 )
 
 _DESCRIPTION = """\
-Give for every image the best answer that is ready at the deadline. The networks of the ensemble
-are evaluated one after the other, each computing only what the earlier ones have not; one is
-begun only if it is expected to be done in time, by the times measured so far. The first network
-is always evaluated: if even that takes too long, its answer is given and marked late. The time
-counts from the decoded image to the answer.
+Evaluate the networks of the ensemble one after the other, each computing only what the earlier ones
+have not. The time counts from the decoded image to the answer.
 
-With --images: a line for each picture below the folder. Otherwise: the test images of a data set,
-and a table of how many networks were ready how often, and how accurate those answers were.
+Without limits: how accurate the answer of the first n networks is on the test images of a data set,
+and when it is ready; a table, and a plot of accuracy against time.
+
+With limits, every image gets as many networks as they allow:
+  --deadline-ms D   a network is begun only if it is expected to be done in time, by the times
+                    measured so far. The first network is always evaluated: if even that takes too
+                    long, its answer is given and marked late.
+  --confidence P    an image is done when the ensemble's probability of its class is at least P ...
+  --agreement K     ... or when K of its networks name the ensemble's class
+A table shows how many networks were used how often, and how accurate those answers were.
+With --images: a line for each picture below the folder instead.
 """
 _EXAMPLES = """\
+  hne anytime runs/digits-hne_tiny
   hne anytime runs/digits-hne_tiny --deadline-ms 2
+  hne anytime runs/digits-hne_tiny --confidence 0.95 --batch-size 64
   hne anytime runs/imagenet-hne_mobilenetv2_075 --images ~/pictures --deadline-ms 20
 """
 
 
 def add_parser(commands: Subparsers) -> None:
     """Add the command to ``hne``."""
-    parser = new_parser(commands, "anytime", "the best answer that is ready by a deadline", _DESCRIPTION, _EXAMPLES)
+    parser = new_parser(commands, "anytime", "answers that get better with time", _DESCRIPTION, _EXAMPLES)
     parser.set_defaults(run=run)
     add_checkpoint(parser)
-    parser.add_argument("--deadline-ms", type=_milliseconds, metavar="D", required=True, help="milliseconds per batch")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--deadline-ms", type=_above_zero, metavar="D", help="milliseconds per batch")
+    limits.add_argument("--confidence", type=_above_zero, metavar="P", help="probability that is sure enough, up to 1")
+    limits.add_argument("--agreement", type=positive, metavar="K", help="networks of one mind that are enough, from 2")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="accuracy against time (default: anytime.png beside the checkpoint)"
+    )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a folder of pictures")
     parser.add_argument(
         "--batch-size",
@@ -68,11 +86,17 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer every image in time."""
+    """Answer every image within the limits, or show what each number of networks gives."""
+    limits = {name: getattr(args, name) for name in ("deadline_ms", "confidence", "agreement")}
+    limited = any(value is not None for value in limits.values())
+    if args.plot is not None and (limited or args.images is not None):
+        raise ValueError("--plot: expected without limits and --images, which give no curve to plot")
     device = choose_device(args.device)
     with computing(args):
         model, config = load_model(args.checkpoint, device)
-        predictor = DeadlinePredictor(model)
+        if not limited and args.images is None:
+            return _show_curve(model, load_test_data(args, config).to(device), args)
+        predictor = AnytimePredictor(model, **limits)
         input_format = InputFormat.from_dict(config["data"]["input"])
         black = torch.zeros(args.batch_size, *input_format.size, input_format.channels).byte()
         predictor.calibrate(input_format.normalise(black.to(device)))
@@ -81,8 +105,29 @@ def run(args: argparse.Namespace) -> int:
         return _answer_dataset(predictor, load_test_data(args, config).to(device), device, args)
 
 
+def _show_curve(model: HNE, dataset: Dataset, args: argparse.Namespace) -> int:
+    """Accuracy against time, as a table and a plot."""
+    with progress_bar(len(dataset.test), args) as bar:
+        curve = accuracy_against_time(model, dataset, batch_size=args.batch_size, progress=bar.update)
+    batch = "an image" if args.batch_size == 1 else f"a batch of {args.batch_size}"
+    title = f"{args.checkpoint} on {dataset.name}, {batch} at a time"
+    show_table(
+        ["n", "MACs", "ready (ms)", "slowest", "accuracy"],
+        [
+            (p.num_models, millions(p.macs), f"{p.milliseconds:.2f}", f"{p.slowest:.2f}", f"{p.accuracy:.2%}")
+            for p in curve
+        ],
+        title=title,
+        caption=f"ready: median over the batches; {len(dataset.test)} images, {torch.get_num_threads()} thread(s)",
+    )
+    path = args.plot or checkpoint_path(args.checkpoint).parent / "anytime.png"
+    plot(curve, path, title)
+    print(f"wrote {path}")
+    return 0
+
+
 def _answer_folder(
-    predictor: DeadlinePredictor,
+    predictor: AnytimePredictor,
     input_format: InputFormat,
     classes: Sequence[str],
     device: torch.device,
@@ -106,23 +151,24 @@ def _answer_folder(
             if not pixels:
                 continue
             images = input_format.normalise(torch.stack(pixels).to(device))
-            answer = predictor.answer(images, args.deadline_ms / 1e3)
+            answer = predictor(images)
             late += answer.late * len(paths)
-            for path, probabilities in zip(paths, answer.logits.softmax(-1), strict=True):
+            used = answer.num_models.tolist()
+            for path, probabilities, num_models in zip(paths, answer.logits.softmax(-1), used, strict=True):
                 confidence, label = probabilities.max(0)
                 rows.append(
                     (
                         path.relative_to(args.images),
                         classes[int(label)],
                         f"{confidence.item():.1%}",
-                        answer.num_models,
+                        num_models,
                         f"{answer.ready * 1e3:.2f}{' late' if answer.late else ''}",
                     )
                 )
     show_table(
         ["image", "class", "probability", "n", "ready (ms)"],
         rows,
-        title=f"{predictor.model.num_models} models, deadline {args.deadline_ms:g} ms",
+        title=f"{predictor.model.num_models} models, {_limits(args)}",
         caption=_late(late, len(rows), args) + (f"; {unreadable} unreadable" if unreadable else ""),
         text_columns=2,
     )
@@ -130,18 +176,19 @@ def _answer_folder(
 
 
 def _answer_dataset(
-    predictor: DeadlinePredictor, dataset: Dataset, device: torch.device, args: argparse.Namespace
+    predictor: AnytimePredictor, dataset: Dataset, device: torch.device, args: argparse.Namespace
 ) -> int:
-    """How many models were ready how often, and how right they were."""
+    """How many models were used how often, and how right they were."""
     answers: list[Answer] = []
     count, right = Counter[int](), Counter[int]()
     batches = evaluation_batches(dataset.test, dataset.input, args.batch_size, device=device)
     with progress_bar(len(dataset.test), args) as bar:
         for images, target in batches:
-            answer = predictor.answer(images, args.deadline_ms / 1e3)
+            answer = predictor(images)
             answers.append(answer)
-            count[answer.num_models] += len(target)
-            right[answer.num_models] += int((answer.logits.argmax(-1) == target).sum())
+            count.update(answer.num_models.tolist())
+            hits = answer.logits.argmax(-1) == target
+            right.update(answer.num_models[hits].tolist())
             bar.update(len(target))
     images_done = count.total()
     late = sum(answer.late * len(answer.logits) for answer in answers)
@@ -150,7 +197,7 @@ def _answer_dataset(
     show_table(
         ["n", "images", "share", "accuracy"],
         [(n, count[n], f"{count[n] / images_done:.1%}", f"{right[n] / count[n]:.2%}") for n in sorted(count)],
-        title=f"{args.checkpoint} on {dataset.name}, deadline {args.deadline_ms:g} ms",
+        title=f"{args.checkpoint} on {dataset.name}, {_limits(args)}",
         caption=(
             f"accuracy {right.total() / images_done:.2%} with "
             f"{sum(n * images for n, images in count.items()) / images_done:.2f} models on average\n"
@@ -161,6 +208,18 @@ def _answer_dataset(
     return 0
 
 
+def _limits(args: argparse.Namespace) -> str:
+    """The limits, in a line."""
+    limits = []
+    if args.deadline_ms is not None:
+        limits.append(f"deadline {args.deadline_ms:g} ms")
+    if args.confidence is not None:
+        limits.append(f"until {args.confidence:.3g} sure")
+    if args.agreement is not None:
+        limits.append(f"until {args.agreement} agree")
+    return ", ".join(limits) or "no limits"
+
+
 def _late(late: int, images: int, args: argparse.Namespace) -> str:
     """How many answers were not ready in time."""
     if not late:
@@ -168,7 +227,7 @@ def _late(late: int, images: int, args: argparse.Namespace) -> str:
     return f"{late} of {images} answers were late: not even the first model was ready after {args.deadline_ms:g} ms"
 
 
-def _milliseconds(text: str) -> float:
+def _above_zero(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
