@@ -252,6 +252,8 @@ def _train(
         except TrainingError as error:  # the others may do better
             failures.append(f"{path.name}: {error}")
             work -= costs[recipe] * (recipe.epochs - training.epoch)
+            if talks:
+                print(f"  failed: {error}", flush=True)
         else:
             found[recipe] = Progress(training.epoch, final_evaluation(training))
     return failures
@@ -296,7 +298,9 @@ def _about(base: Recipe, dataset: Dataset, args: argparse.Namespace) -> str:
     """The setting of a study, for its report."""
     seeds = f"Mean ± standard deviation over {args.seeds} seeds" if args.seeds > 1 else "One seed"
     return (
-        f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, {protocol_line(base.to_dict())}."
+        f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, {protocol_line(base.to_dict())}. "
+        f"Where nothing else is said, objective {base.objective}, alpha {base.alpha:g}, "
+        f"temperature {base.temperature:g}."
     )
 
 

@@ -118,7 +118,7 @@ def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
         numbered = not (same_costs or several)
         level = 10 - index  # the first is on top, and each number on its own marker
         if same_costs:  # a hair apart, the error bars are all to be seen
-            span = max(*next(iter(costs))) / min(*next(iter(costs)))
+            span = max(next(iter(costs))) / min(next(iter(costs)))
             x = tuple(macs * span ** (0.012 * (index - (len(panel.curves) - 1) / 2)) for macs in x)
         axes.errorbar(
             x,
@@ -144,7 +144,7 @@ def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
                 )
         ends.append((x[-1], y[-1], rf"{curve.label} ($\times$ width)" if several else curve.label, color))
     clean(axes)
-    axes.margins(0.1, 0.08)
+    axes.margins(0.12, 0.08)
     if same_costs:
         macs, sizes = next(iter(costs.items()))
         logarithmic(axes, [m / 1e6 for m in macs])
