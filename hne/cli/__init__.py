@@ -24,7 +24,7 @@ start here:
   hne train                                         a small ensemble on scikit-learn's digits
   hne eval runs/digits-hne_tiny                     accuracy and cost of the first 1, 2, 4, ... N networks
   hne anytime runs/digits-hne_tiny --deadline-ms 2  the best answers that are ready after 2 ms
-  hne study table1 --epochs 5                       what to train an ensemble for: the paper's Table 1, on digits
+  hne study table1                                  what to train an ensemble for: the paper's Table 1, on digits
 
 `hne COMMAND --help` explains each command. A folder written by `hne train` stands for its checkpoint.
 """

@@ -63,9 +63,9 @@ factor on the channel counts of all networks, and costs (and times) go about wit
 makes the paper's small networks. Several scales are reported side by side.
 """
 _EXAMPLES = """\
-  hne study table1 --epochs 5                               on digits: minutes on two cores
-  hne study table1 figure4 figure5 figure9 --data fashion-mnist --preset hne_tiny --protocol quick \\
-      --epochs 6 --limit-train 10000
+  hne study table1                                          on digits: minutes on two cores
+  hne study table1 figure4 figure5 figure9 --data fashion-mnist --preset hne_tiny --scale 0.5 \\
+      --protocol quick --batch-size 32 --lr 0.2 --epochs 5 --limit-train 20000 --no-augment
   hne study table1 --data cifar100 --scale 1,0.5 --amp      the paper's protocol: for a GPU
   hne study figure4 --data cifar100 --scale 1,0.5 --amp --dry-run
 """

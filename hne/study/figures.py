@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
@@ -100,30 +100,41 @@ def _lighter(color: str, share: float) -> str:
     return to_hex((red, green, blue))
 
 
+class _Point(NamedTuple):
+    cost: float
+    value: float
+    estimate: Estimate
+    name: str  # the size of an ensemble, or the width of a network among those of other widths
+
+
+def _points(curve: CurveResult, quantity: str, factor: float) -> list[_Point]:
+    several = len(curve.results) > 1
+    return [
+        _Point(macs / 1e6, factor * e.mean, e, rf"$\times${result.recipe.width:g}" if several else str(n))
+        for result in curve.results
+        for n, macs, e in zip(result.sizes, result.macs, result.of_ensembles(quantity), strict=True)
+        if quantity != "diversity" or n > 1  # one network has none
+    ]
+
+
 def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: float) -> None:
     costs = {result.macs: result.sizes for result in panel.results}
+    macs, sizes = next(iter(costs.items()))
     same_costs = len(costs) == 1
     ends: list[tuple[float, float, str, str]] = []
     for index, (curve, color, marker) in enumerate(_styled(panel.curves)):
-        points = [
-            (macs / 1e6, factor * estimate.mean, estimate, n, result.recipe.width)
-            for result in curve.results
-            for macs, estimate, n in zip(result.macs, result.of_ensembles(quantity), result.sizes, strict=True)
-            if quantity != "diversity" or n > 1  # one network has none
-        ]
+        points = _points(curve, quantity, factor)
         if not points:
             continue
-        x, y, estimates, sizes, widths = zip(*points, strict=True)
         several = len(curve.results) > 1
         numbered = not (same_costs or several)
+        # A hair apart, points of the same cost show all their error bars.
+        shift = (max(macs) / min(macs)) ** (0.012 * (index - (len(panel.curves) - 1) / 2)) if same_costs else 1
         level = 10 - index  # the first is on top, and each number on its own marker
-        if same_costs:  # a hair apart, the error bars are all to be seen
-            span = max(next(iter(costs))) / min(next(iter(costs)))
-            x = tuple(macs * span ** (0.012 * (index - (len(panel.curves) - 1) / 2)) for macs in x)
         axes.errorbar(
-            x,
-            y,
-            _bars(estimates, factor),
+            [shift * point.cost for point in points],
+            [point.value for point in points],
+            _bars([point.estimate for point in points], factor),
             color=color,
             marker=marker,
             ls="--" if several else "-",
@@ -133,20 +144,18 @@ def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
             elinewidth=1.2,
             zorder=level,
         )
-        for point, n, width in zip(zip(x, y, strict=True), sizes, widths, strict=True):
+        for point in points:
             if numbered:
-                style: dict[str, Any] = {"fontsize": 7, "color": "white", "zorder": level + 0.5}
-                axes.annotate(str(n), point, ha="center", va="center_baseline", **style)
-            elif several:
-                style = {"fontsize": 8, "color": color, "zorder": level + 0.5}
-                axes.annotate(
-                    rf"$\times${width:g}", point, xytext=(-5, 5), textcoords="offset points", ha="right", **style
+                _write(
+                    axes, point, (0, 0), ha="center", va="center_baseline", size=7, color="white", zorder=level + 0.5
                 )
-        ends.append((x[-1], y[-1], rf"{curve.label} ($\times$ width)" if several else curve.label, color))
+            elif several:
+                _write(axes, point, (-5, 5), ha="right", size=8, color=color, zorder=level + 0.5)
+        label = rf"{curve.label} ($\times$ width)" if several else curve.label
+        ends.append((shift * points[-1].cost, points[-1].value, label, color))
     clean(axes)
     axes.margins(0.12, 0.08)
     if same_costs:
-        macs, sizes = next(iter(costs.items()))
         logarithmic(axes, [m / 1e6 for m in macs])
         names = [f"{m / 1e6:.{2 if m < 1e6 else 3}g}\nn={n}" for m, n in zip(macs, sizes, strict=True)]
         axes.set_xticks(axes.get_xticks(), names, fontsize=8.5)
@@ -155,6 +164,11 @@ def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.minorticks_off()
     _label_ends(axes, ends)
+
+
+def _write(axes: Axes, point: _Point, offset: tuple[float, float], **style: Any) -> None:
+    """The name of a point, so many typographic points from it."""
+    axes.annotate(point.name, (point.cost, point.value), xytext=offset, textcoords="offset points", **style)
 
 
 def _plot_members(axes: Axes, curve: CurveResult, color: str, marker: str) -> None:
@@ -228,18 +242,12 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 
 def _spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
     """Move positions apart until there is a ``gap`` between neighbours, none above ``top``; their order stays."""
-    order = sorted(range(len(heights)), key=lambda index: heights[index])
-    placed = [heights[index] for index in order]
+    placed = sorted(heights)
     for _ in range(200):  # neighbours that are too close push each other away
         for low, high in pairwise(range(len(placed))):
-            push = (gap - (placed[high] - placed[low])) / 2
-            if push > 0:
-                placed[low] -= push
-                placed[high] += push
-        if placed:
-            excess = max(0.0, placed[-1] - top)
-            placed[-1] -= excess
-    result = [0.0] * len(heights)
-    for index, height in zip(order, placed, strict=True):
-        result[index] = height
-    return result
+            push = max(0.0, gap - (placed[high] - placed[low])) / 2
+            placed[low] -= push
+            placed[high] += push
+        placed[-1:] = [min(top, last) for last in placed[-1:]]
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    return [placed[order.index(index)] for index in range(len(heights))]
