@@ -80,9 +80,12 @@ TINY: tuple[Block, ...] = (  # for images of 8x8 to 32x32
     _stage(64, 2, stride=2, reduction=2),
 )
 
+MLP: tuple[Block, ...] = ((Conv(32, kernel_size=1),),) * 4  # for rows of a table: images of one pixel
+
 PRESETS: dict[str, Preset] = {
     "hne_resnet50_cifar": Preset(Hierarchy.doubling(5), RESNET50_CIFAR),
     "hne_small_resnet50_cifar": Preset(Hierarchy.doubling(5), scaled(RESNET50_CIFAR, 0.5)),
     "hne_mobilenetv2_075": Preset(Hierarchy.doubling(4), MOBILENETV2_075),
     "hne_tiny": Preset(Hierarchy.doubling(4), TINY),
+    "hne_mlp": Preset(Hierarchy.doubling(4), MLP),
 }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hne_kernels import prefix_mean
+from hne_kernels import default_sizes, prefix_mean
 
 from .data import Dataset, Images, InputFormat, evaluation_batches
 from .distributed import World
@@ -84,6 +84,11 @@ class Evaluation:
         """Accuracy of a leaf by itself, averaged over the leaves."""
         return sum(self.member_accuracy) / len(self.member_accuracy)
 
+    def columns(self) -> dict[str, float]:
+        """The main figures by name, for a row of a log."""
+        figures = {f"{name}_{e.num_models}": getattr(e, name) for e in self.ensembles for name in ("accuracy", "nll")}
+        return {**figures, "member_accuracy": self.mean_member_accuracy, "diversity": self.diversity}
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
         return asdict(self)
@@ -120,20 +125,46 @@ def evaluate(
     """
     world = world or World(next(model.parameters()).device)
     model.eval()
-    sizes = list(model.prefix_sizes)
-    totals = [
-        torch.zeros(shape, dtype=torch.float64, device=world.device)
-        for shape in ((), (model.num_models,), (len(sizes), BINS), (len(sizes), len(_FIGURES)))
-    ]
-    for images, target in evaluation_batches(
+    batches = evaluation_batches(
         dataset.test,
         dataset.input,
         batch_size,
         rank=world.rank,
         world_size=world.size,
         device=world.device,
-    ):
-        members = model(images if channels_last else images.contiguous())
+    )
+    return evaluate_members(
+        ((model(images if channels_last else images.contiguous()), target) for images, target in batches),
+        model.num_models,
+        lambda n: model.macs(n, dataset.input.size),
+        world,
+        progress,
+    )
+
+
+@torch.inference_mode()
+def evaluate_members(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_models: int,
+    macs: Callable[[int], int],
+    world: World,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Evaluate the ensembles of 1, 2, 4, ... N members by their logits.
+
+    Args:
+        batches: logits of the members ``[N, B, L]`` and classes ``[B]``.
+        num_models: N.
+        macs: multiply-adds of the first n of them for one image.
+        world: the processes, each with batches of its own; all get the whole result.
+        progress: called with the number of images of every batch done here.
+    """
+    sizes = default_sizes(num_models)
+    totals = [
+        torch.zeros(shape, dtype=torch.float64, device=world.device)
+        for shape in ((), (num_models,), (len(sizes), BINS), (len(sizes), len(_FIGURES)))
+    ]
+    for members, target in batches:
         answers = prefix_mean(members, sizes)
         figures = torch.stack([_figures(members[:n], answer, target) for n, answer in zip(sizes, answers, strict=True)])
         sums: tuple[int | Tensor, ...] = (
@@ -153,7 +184,7 @@ def evaluate(
         tuple(
             Ensemble(
                 num_models=n,
-                macs=model.macs(n, dataset.input.size),
+                macs=macs(n),
                 ece=error,
                 **dict(zip(_FIGURES, means, strict=True)),
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 from .evaluation import Evaluation
 from .files import replacing
+from .regression import RegressionEvaluation
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Row:
     loss: float
     seconds: float
     images_per_second: float
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation | RegressionEvaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -41,7 +42,10 @@ class Row:
     def from_dict(cls, values: dict[str, Any]) -> Row:
         """The inverse of :meth:`to_dict`."""
         evaluation = values["evaluation"]
-        return cls(**{**values, "evaluation": evaluation and Evaluation.from_dict(evaluation)})
+        if evaluation is not None:
+            kind = RegressionEvaluation if "member_rmse" in evaluation else Evaluation
+            evaluation = kind.from_dict(evaluation)
+        return cls(**{**values, "evaluation": evaluation})
 
 
 def write_csv(path: Path, history: Sequence[Row]) -> None:
@@ -64,10 +68,4 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def _flatten(row: Row) -> dict[str, Any]:
     values = {name: value for name, value in row.to_dict().items() if name != "evaluation"}
-    if row.evaluation is not None:
-        for ensemble in row.evaluation.ensembles:
-            values[f"accuracy_{ensemble.num_models}"] = ensemble.accuracy
-            values[f"nll_{ensemble.num_models}"] = ensemble.nll
-        values["member_accuracy"] = row.evaluation.mean_member_accuracy
-        values["diversity"] = row.evaluation.diversity
-    return values
+    return values if row.evaluation is None else {**values, **row.evaluation.columns()}

@@ -6,11 +6,13 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from typing_extensions import Self
+
 from .data import DATASETS, Dataset
 from .hierarchy import Hierarchy
 from .model import HNE, FusedHNE, NaiveHNE
 
-# The protocols of the paper's section 4.1, and a short one for a small data set.
+# The protocols of the paper's section 4.1, a short one for a small data set, and one for rows of a table.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "quick": {"epochs": 30, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "schedule": "cosine"},
     "cifar": {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine"},
@@ -22,6 +24,15 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "schedule": "halving",
         "alpha": 0.75,
     },
+    "tabular": {
+        "epochs": 40,
+        "batch_size": 64,
+        "lr": 0.01,
+        "weight_decay": 1e-2,
+        "schedule": "cosine",
+        "objective": "I",
+        "augment": False,
+    },
 }
 
 # Protocol and network that suit a data set, unless the user says otherwise.
@@ -31,6 +42,7 @@ DEFAULTS: dict[str, tuple[str, str]] = {
     "cifar10": ("cifar", "hne_resnet50_cifar"),
     "cifar100": ("cifar", "hne_resnet50_cifar"),
     "imagenet": ("imagenet", "hne_mobilenetv2_075"),
+    "diabetes": ("tabular", "hne_mlp"),
 }
 
 SCHEDULES = ("cosine", "halving")
@@ -84,7 +96,7 @@ class Recipe:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
     @classmethod
-    def of(cls, **options: Any) -> Recipe:
+    def of(cls, **options: Any) -> Self:
         """The given options, completed by the protocol (given, or the one that suits the data)."""
         data = options.setdefault("data", "digits")
         if data not in DEFAULTS:
@@ -108,7 +120,7 @@ class Recipe:
         hierarchy = None if self.branches is None else Hierarchy(self.branches, self.num_models)
         return kind.from_preset(
             self.preset,
-            num_classes=len(dataset.classes),
+            num_classes=dataset.outputs,
             in_channels=dataset.input.channels,
             width=self.width,
             num_models=None if hierarchy else self.num_models,
@@ -120,7 +132,7 @@ class Recipe:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`.
 
         Raises:

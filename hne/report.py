@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .evaluation import Evaluation, Foreign
+from .logs import Row
+from .regression import RegressionEvaluation
 
 _UNLIMITED = 1000  # columns of a file or pipe: nothing is folded there
 
@@ -41,8 +43,33 @@ def show_table(
         console.print(caption)
 
 
-def show_evaluation(evaluation: Evaluation, title: str | None = None) -> None:
+def show_row(row: Row, epochs: int) -> None:
+    """Print how an epoch of ``epochs`` went."""
+    print(
+        f"epoch {row.epoch:{len(str(epochs))}}/{epochs}  loss {row.loss:.4f}  lr {row.lr:.4g}  "
+        f"{row.images_per_second:.0f} img/s",
+        flush=True,
+    )
+    if row.evaluation is not None and row.epoch < epochs:
+        show_evaluation(row.evaluation)
+
+
+def show_evaluation(evaluation: Evaluation | RegressionEvaluation, title: str | None = None) -> None:
     """Print what each ensemble costs and how good it is."""
+    if isinstance(evaluation, RegressionEvaluation):
+        show_table(
+            ["n", "MACs", "RMSE", "NLL", "diversity"],
+            [
+                (e.num_models, millions(e.macs), f"{e.rmse:.4g}", f"{e.nll:.4f}", f"{e.diversity:.4g}")
+                for e in evaluation.ensembles
+            ],
+            title=title,
+            caption=(
+                f"one model by itself {evaluation.mean_member_rmse:.4g} (mean of {len(evaluation.member_rmse)}), "
+                f"{evaluation.samples} samples"
+            ),
+        )
+        return
     show_table(
         ["n", "MACs", "accuracy", "NLL"],
         [(e.num_models, millions(e.macs), f"{e.accuracy:.2%}", f"{e.nll:.4f}") for e in evaluation.ensembles],
@@ -97,4 +124,4 @@ def show_foreign(ensembles: Sequence[Foreign], title: str | None = None) -> None
 
 def millions(macs: int) -> str:
     """Multiply-adds with their unit."""
-    return f"{macs / 1e6:.2f} M"
+    return f"{macs / 1e6:.2f} M" if macs >= 1e5 else f"{macs / 1e3:.2f} k"

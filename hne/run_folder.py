@@ -15,6 +15,7 @@ from .evaluation import Evaluation
 from .files import remove_leftovers
 from .logs import Row, write_csv, write_json
 from .plots import accuracy_against_macs
+from .regression import RegressionEvaluation
 from .training import CHECKPOINT, Run, describe
 
 LOG = "log.csv"
@@ -48,7 +49,7 @@ def train_into(
         _finish(folder, run)
 
 
-def final_evaluation(run: Run) -> Evaluation:
+def final_evaluation(run: Run) -> Evaluation | RegressionEvaluation:
     """That of a run after its last epoch."""
     evaluation = run.history[-1].evaluation
     assert evaluation is not None  # the last epoch is always evaluated
@@ -61,11 +62,15 @@ def title(run: Run) -> str:
 
 
 def _finish(folder: Path, run: Run) -> None:
-    """Write log, summary and plot, of a restored run once more. The summary comes last: a folder that has one is
-    complete."""
+    """Write log, summary and (for a classification) plot, of a restored run once more. The summary comes last: a folder
+    that has one is complete."""
     evaluation = final_evaluation(run)
     write_csv(folder / LOG, run.history)
-    accuracy_against_macs({run.recipe.preset: evaluation}, folder / PLOT, title(run))
+    if isinstance(evaluation, Evaluation):
+        accuracy_against_macs({run.recipe.preset: evaluation}, folder / PLOT, title(run))
+        single = {"mean_member_accuracy": evaluation.mean_member_accuracy}
+    else:
+        single = {"mean_member_rmse": evaluation.mean_member_rmse}
     write_json(
         folder / SUMMARY,
         {
@@ -74,7 +79,7 @@ def _finish(folder: Path, run: Run) -> None:
             "model": run.model.config(),
             "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
             "evaluation": evaluation.to_dict(),
-            "mean_member_accuracy": evaluation.mean_member_accuracy,
+            **single,
             "loss": run.history[-1].loss,
             "seconds": sum(row.seconds for row in run.history),
             "images_per_second": median(row.images_per_second for row in run.history),

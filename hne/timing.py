@@ -1,4 +1,4 @@
-"""Accuracy against time: what anytime inference gives, and when."""
+"""Time: of a call, and of the answers of anytime inference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.benchmark import Timer
 
 from .data import Dataset, evaluation_batches
 from .metrics import correct
@@ -31,6 +32,12 @@ class Point:
     milliseconds: float
     slowest: float
     accuracy: float
+
+
+def seconds_per_call(function: Callable[[], object], at_least: float) -> float:
+    """Median time of a call, warmed up and synchronised with the device; ``at_least`` so many seconds are spent."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=at_least).median
 
 
 @torch.inference_mode()

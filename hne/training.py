@@ -8,11 +8,12 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint
@@ -21,8 +22,9 @@ from .distributed import World
 from .errors import CheckpointError, TrainingError
 from .evaluation import evaluate
 from .logs import Row
-from .losses import objective
+from .losses import Objective, objective
 from .recipe import Recipe
+from .regression import evaluate_regression, likelihood_objective
 
 CHECKPOINT = "checkpoint.safetensors"  # its name in the folder of a run
 
@@ -67,7 +69,7 @@ class Run:
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
         )
-        self.objective = objective(recipe.objective, recipe.alpha, recipe.temperature)
+        self.objective = self._objective()
         self.generator = torch.Generator().manual_seed(recipe.seed)  # order and augmentation
         self.epoch = 0
         self.history: list[Row] = []
@@ -96,7 +98,7 @@ class Run:
             if self.epoch % eval_every == 0 or self.epoch == epochs:
                 self.world.share_buffers(self.model)
                 with self._bar("evaluating", len(self.dataset.test), quiet) as bar:
-                    evaluation = evaluate(
+                    evaluation = (evaluate if self.dataset.target is None else evaluate_regression)(
                         self.model,
                         self.dataset,
                         channels_last=self.recipe.channels_last,
@@ -129,7 +131,7 @@ class Run:
                 images = images.contiguous()
             with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.amp):
                 logits = self.parallel(images)
-            loss = self.objective(logits, target)
+            loss = self._loss(logits, images, target)
             self.optimizer.zero_grad()
             loss.backward()
             if recipe.clip_grad_norm is not None:
@@ -144,6 +146,22 @@ class Run:
                 f"the loss is {mean} in epoch {self.epoch + 1}: try a smaller lr than {recipe.lr:g}, or clip_grad_norm"
             )
         return mean
+
+    def _objective(self) -> Objective:
+        """What is minimised, as a function of logits and target."""
+        recipe = self.recipe
+        if self.dataset.target is None:
+            return objective(recipe.objective, recipe.alpha, recipe.temperature)
+        if recipe.objective != "I":
+            raise TrainingError(
+                f"objective: expected I (each network by itself), the one for a regression as {recipe.data} is, "
+                f"got {recipe.objective}"
+            )
+        return likelihood_objective(self.dataset.target)
+
+    def _loss(self, logits: Tensor, images: Tensor, target: Tensor) -> Tensor:
+        """The loss of a batch."""
+        return self.objective(logits, target)
 
     def _bar(self, what: str, images: int, quiet: bool) -> tqdm:
         """A progress bar in images; silent where nobody watches (disable=None: no terminal)."""
@@ -193,6 +211,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "name": dataset.name,
         "classes": dataset.classes,
         "input": dataset.input.to_dict(),
+        "target": None if dataset.target is None else asdict(dataset.target),
         "train": len(dataset.train),
         "test": len(dataset.test),
     }

@@ -341,7 +341,7 @@ def test_bad_options() -> None:
         load_dataset("digits", limit_train=0)
     with pytest.raises(ValueError, match="image_size: the images of digits have one size"):
         load_dataset("digits", image_size=16)
-    assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100", "imagenet"}
+    assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100", "imagenet", "diabetes"}
 
 
 # Foreign images -----------------------------------------------------------------------------------------------------
@@ -379,6 +379,8 @@ def test_foreign_images_of_files(tmp_path: Path) -> None:
     assert len(foreign_images(tmp_path / "val", GREY, limit=2)) == 2
     with pytest.raises(DataError, match="no such folder"):
         foreign_images(tmp_path / "none", GREY)
+    with pytest.raises(DataError, match="diabetes: expected images, which this data set has not"):
+        foreign_images("diabetes", GREY)
 
 
 # Augmentation -------------------------------------------------------------------------------------------------------

@@ -374,7 +374,7 @@ def test_presets_can_be_widened_and_pruned() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet"}, "preset must be one of hne_resnet50_cifar, .*hne_tiny, got 'resnet'"),
+        ({"name": "resnet"}, "preset must be one of hne_resnet50_cifar, .*hne_mlp, got 'resnet'"),
         ({"num_models": 6}, "got num_models = 6"),
         ({"num_models": 32}, "of 4 blocks has a power of two of at most 8 models, got num_models = 32"),
         ({"num_models": 2, "hierarchy": Hierarchy((1, 1, 1, 2))}, "give num_models or hierarchy, not both"),

@@ -91,7 +91,7 @@ def test_halving_schedule() -> None:
     ("options", "message"),
     [
         ({"data": "mnist"}, r"data: expected one of digits, .*, got 'mnist'"),
-        ({"protocol": "svhn"}, r"protocol: expected one of quick, cifar, imagenet, got 'svhn'"),
+        ({"protocol": "svhn"}, r"protocol: expected one of quick, cifar, imagenet, tabular, got 'svhn'"),
         ({"schedule": "step"}, r"schedule: expected one of cosine, halving, got 'step'"),
         ({"epochs": 0}, "epochs: expected a number above 0, got 0"),
         ({"lr": float("nan")}, "lr: expected a number above 0, got nan"),

@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     with computing(args):
         model, config = load_model(args.checkpoint, device)
+        if config["data"].get("target") is not None:
+            raise ValueError(f"expected a network that names classes, got a regression of {config['data']['name']}")
         if not limited and args.images is None:
             return _show_curve(model, load_test_data(args, config).to(device), args)
         predictor = AnytimePredictor(model, **limits)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from ..architectures import PRESETS
 from ..distributed import choose_device
 from ..losses import objective
 from ..model import HNE, FusedHNE
 from ..report import show_table
+from ..timing import seconds_per_call
 from .options import Subparsers, add_computing, computing, new_parser, positive, positives
 
 _DESCRIPTION = """\
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             images = images.to(memory_format=torch.channels_last)
             steps = [work(model, images, args.num_models) for model in (fused, naive)]
             torch.testing.assert_close(steps[0](), steps[1](), rtol=1e-3, atol=1e-3)
-            speeds = [batch / _seconds(step, args.seconds) for step in steps]
+            speeds = [batch / seconds_per_call(step, args.seconds) for step in steps]
             rows.append(
                 (
                     batch,
@@ -119,9 +119,3 @@ def _training_step(model: HNE, images: Tensor, num_models: int | None) -> Callab
         return loss.detach()
 
     return step
-
-
-def _seconds(step: Callable[[], Tensor], at_least: float) -> float:
-    """Median time of a call, warmed up and synchronised with the device."""
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=at_least).median

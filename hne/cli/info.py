@@ -18,9 +18,9 @@ _EXAMPLES = """\
   hne info
 """
 
-# Input size that each preset is meant for, height and width, and the classes of its data set in the paper.
-_SIZES = {"hne_mobilenetv2_075": (224, 1000), "hne_tiny": (8, 10)}
-_CIFAR100 = (32, 100)
+# Input that each preset is meant for (height and width, channels), and the classes of its data set in the paper.
+_INPUTS = {"hne_mobilenetv2_075": (224, 3, 1000), "hne_tiny": (8, 1, 10), "hne_mlp": (1, 10, 2)}
+_CIFAR100 = (32, 3, 100)
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_preset(name: str) -> None:
-    size, classes = _SIZES.get(name, _CIFAR100)
-    model = FusedHNE.from_preset(name, num_classes=classes, in_channels=1 if size == 8 else 3)
+    size, channels, classes = _INPUTS.get(name, _CIFAR100)
+    model = FusedHNE.from_preset(name, num_classes=classes, in_channels=channels)
     sizes = default_sizes(model.num_models)
     used = ", ".join(data for data, (_, preset) in DEFAULTS.items() if preset == name)
     show_table(
@@ -51,6 +51,6 @@ def _show_preset(name: str) -> None:
             f"{name}: {model.num_models} models, branches {'-'.join(map(str, model.hierarchy.branches))}, "
             f"{sum(p.numel() for p in model.parameters()):,} parameters"
         ),
-        caption=f"{size}x{size} input, {classes} classes; the default for {used or 'none'}\n",
+        caption=f"{size}x{size} input, {channels} channels, {classes} outputs; the default for {used or 'none'}\n",
         text_columns=1,
     )

@@ -60,6 +60,34 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=positive, metavar="K", help="CPU threads (default: what PyTorch takes)")
 
 
+def add_run(parser: argparse.ArgumentParser, *, out: str) -> None:
+    """Options of commands that train: the folder, and how a run in it goes on; ``out`` goes into the help."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the run (default: {out})")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out to the same result as without the interruption, with the options "
+        "it was started with; start it if it has no checkpoint yet",
+    )
+    start.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    group.add_argument(
+        "--eval-every",
+        type=positive,
+        metavar="K",
+        help="evaluate every K epochs and at the end (default: about ten times)",
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=positive,
+        metavar="K",
+        default=1,
+        help="save every K epochs and at the end (default: 1)",
+    )
+    add_quiet(group)
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """The positional argument that names a checkpoint."""
     parser.add_argument(
@@ -136,15 +164,25 @@ def load_test_data(args: argparse.Namespace, config: dict[str, Any]) -> Dataset:
         image_size=config["recipe"]["image_size"] if name == trained["name"] else None,
         limit_test=getattr(args, "limit_test", None),
     )
+    check_fits(args.checkpoint, config, dataset)
+    return dataset
+
+
+def check_fits(path: Path, config: dict[str, Any], dataset: Dataset) -> None:
+    """Check that a data set has the images and classes that a checkpoint was trained for.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    trained = config["data"]
     fits = (list(dataset.classes), dataset.input.channels, list(dataset.input.size))
     expected = trained["input"]
     if fits != (trained["classes"], expected["channels"], expected["size"]):
         raise CheckpointError(
-            f"{checkpoint_path(args.checkpoint)}: trained on {trained['name']} "
+            f"{checkpoint_path(path)}: trained on {trained['name']} "
             f"({_shape(len(trained['classes']), expected['channels'], expected['size'])}), does not "
-            f"fit {name} ({_shape(len(dataset.classes), fits[1], fits[2])})"
+            f"fit {dataset.name} ({_shape(len(dataset.classes), fits[1], fits[2])})"
         )
-    return dataset
 
 
 def _shape(classes: int, channels: int, size: Any) -> str:

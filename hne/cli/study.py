@@ -16,6 +16,7 @@ import torch
 from ..data import Dataset, load_dataset
 from ..distributed import World, choose_device, join_world
 from ..errors import TrainingError
+from ..evaluation import Evaluation
 from ..losses import OBJECTIVES, objective
 from ..recipe import Recipe
 from ..report import show_table
@@ -149,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
             limit_train=base.limit_train,
             limit_test=base.limit_test,
         )
+        if dataset.target is not None:
+            raise ValueError(f"data: expected a data set with classes, as the paper's are, got {base.data}")
         costs = _costs(needed, dataset)
         found = {recipe: progress(folder / run_name(recipe), recipe, dataset) for recipe in needed}
         if world.main and not args.quiet:
@@ -255,7 +258,9 @@ def _train(
             if talks:
                 print(f"  failed: {error}", flush=True)
         else:
-            found[recipe] = Progress(training.epoch, final_evaluation(training))
+            evaluation = final_evaluation(training)
+            assert isinstance(evaluation, Evaluation)  # run() refuses regressions
+            found[recipe] = Progress(training.epoch, evaluation)
     return failures
 
 

@@ -12,13 +12,12 @@ from .. import checkpoint
 from ..data import load_dataset
 from ..distributed import choose_device, join_world
 from ..errors import CheckpointError, TrainingError
-from ..logs import Row
 from ..losses import OBJECTIVES
 from ..recipe import Recipe
-from ..report import show_evaluation
+from ..report import show_evaluation, show_row
 from ..run_folder import SUMMARY, final_evaluation, title, train_into
 from ..training import CHECKPOINT, Run
-from .options import Subparsers, add_computing, add_data, add_quiet, computing, new_parser, positive, positives
+from .options import Subparsers, add_computing, add_data, add_run, computing, new_parser, positives
 from .recipe_options import (
     add,
     add_distillation,
@@ -58,7 +57,7 @@ def add_parser(commands: Subparsers) -> None:
     """Add the command to ``hne``."""
     parser = new_parser(commands, "train", "train an ensemble on a data set", _DESCRIPTION, _EXAMPLES)
     parser.set_defaults(run=run)
-    _add_output(parser)
+    add_run(parser, out="runs/DATA-PRESET")
     add_data(parser, default="digits")
     add_training_data(parser)
     network = add_network(parser)
@@ -81,33 +80,6 @@ def add_parser(commands: Subparsers) -> None:
     add(optimisation, "--seed", type=int, metavar="K", help="of weights, order and crops (default: 0)")
     add_computing(parser)
     add_numerics(parser)
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/DATA-PRESET)")
-    start = group.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in --out to the same result as without the interruption, with the options "
-        "it was started with; start it if it has no checkpoint yet",
-    )
-    start.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    group.add_argument(
-        "--eval-every",
-        type=positive,
-        metavar="K",
-        help="evaluate every K epochs and at the end (default: about ten times)",
-    )
-    group.add_argument(
-        "--checkpoint-every",
-        type=positive,
-        metavar="K",
-        default=1,
-        help="save every K epochs and at the end (default: 1)",
-    )
-    add_quiet(group)
 
 
 def _add_objective(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +169,7 @@ def _train(training: Run, out: Path, args: argparse.Namespace) -> None:
     try:
         for row in rows:
             if main and not args.quiet:
-                _show_row(row, epochs)
+                show_row(row, epochs)
     except KeyboardInterrupt:
         if main:
             hint = f"`hne train --resume --out {out}` continues after the last saved epoch"
@@ -206,13 +178,3 @@ def _train(training: Run, out: Path, args: argparse.Namespace) -> None:
     if main:
         show_evaluation(final_evaluation(training), title(training))
         print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
-
-
-def _show_row(row: Row, epochs: int) -> None:
-    print(
-        f"epoch {row.epoch:{len(str(epochs))}}/{epochs}  loss {row.loss:.4f}  lr {row.lr:.4g}  "
-        f"{row.images_per_second:.0f} img/s",
-        flush=True,
-    )
-    if row.evaluation is not None and row.epoch < epochs:
-        show_evaluation(row.evaluation)

@@ -9,7 +9,7 @@ every random number comes from one generator, so that a run can be repeated and 
 
 from __future__ import annotations
 
-from .dataset import Dataset, FileImages, Images, InputFormat, MemoryImages
+from .dataset import Dataset, FileImages, Images, InputFormat, MemoryImages, TargetFormat
 from .foreign import foreign_images
 from .loader import evaluation_batches, training_batches
 from .registry import DATASETS, load_dataset
@@ -21,6 +21,7 @@ __all__ = [
     "Images",
     "InputFormat",
     "MemoryImages",
+    "TargetFormat",
     "evaluation_batches",
     "foreign_images",
     "load_dataset",

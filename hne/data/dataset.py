@@ -107,12 +107,28 @@ class InputFormat:
 
 
 @dataclass(frozen=True)
+class TargetFormat:
+    """How a number to be predicted is normalised.
+
+    Attributes:
+        mean, std: over the training samples.
+    """
+
+    mean: float
+    std: float
+
+    def normalise(self, target: Tensor) -> Tensor:
+        """With mean 0 and deviation 1."""
+        return (target - self.mean) / self.std
+
+
+@dataclass(frozen=True)
 class MemoryImages:
     """Labelled images in memory; augmented by a padded random crop and a flip.
 
     Attributes:
-        images: uint8 [N, H, W, C].
-        labels: int64 [N].
+        images: uint8 [N, H, W, C], or other measurements in float32 [N, 1, 1, C].
+        labels: class indices, int64 [N], or numbers to be predicted, float32 [N].
         pad: pixels of padding for the random crop.
         flip: whether a mirrored image is still of its class.
     """
@@ -206,9 +222,10 @@ class Dataset:
 
     Attributes:
         name: as in ``DATASETS``.
-        classes: a name for every label.
+        classes: a name for every label; none for a regression.
         input: the input that a network gets.
         train, test: the two splits.
+        target: of a regression, whose labels are numbers; else None.
     """
 
     name: str
@@ -216,6 +233,12 @@ class Dataset:
     input: InputFormat
     train: Images
     test: Images
+    target: TargetFormat | None = None
+
+    @property
+    def outputs(self) -> int:
+        """How many a network needs: one for each class; for a regression, mean and variance."""
+        return len(self.classes) if self.target is None else 2
 
     def to(self, device: torch.device) -> Dataset:
         """Keep images that are in memory on ``device``."""

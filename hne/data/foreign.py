@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors import DataError
 from .dataset import FileImages, Images, InputFormat, MemoryImages
 from .folder import image_files
 from .registry import DATASETS, limited, load_dataset
@@ -30,14 +31,17 @@ def foreign_images(
         limit: use only so many, picked at random but always the same ones.
 
     Raises:
-        DataError: no such folder, no pictures in it, or the data set's files are missing or damaged.
+        DataError: no such folder, no pictures in it, or the data set has none, or its files are missing or damaged.
         ValueError: ``limit`` is below 1.
     """
     if source not in DATASETS:
         paths = tuple(map(str, image_files(source)))
         files = FileImages(paths, torch.zeros(len(paths), dtype=torch.long), input_format, os.cpu_count() or 1)
         return limited("limit", files, limit)
-    images = load_dataset(str(source), data_dir, limit_test=limit).test
+    dataset = load_dataset(str(source), data_dir, limit_test=limit)
+    if dataset.target is not None:
+        raise DataError(f"{source}: expected images, which this data set has not")
+    images = dataset.test
     if isinstance(images, FileImages):
         return replace(images, input=input_format)
     return MemoryImages(_converted(images, input_format), images.labels)

@@ -10,6 +10,7 @@ import torch
 
 from .cifar import cifar10, cifar100
 from .dataset import Dataset, Images
+from .diabetes import diabetes
 from .digits import digits
 from .folder import imagenet
 from .idx import fashion_mnist
@@ -20,6 +21,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "imagenet": imagenet,
+    "diabetes": diabetes,
 }
 
 
