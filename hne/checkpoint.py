@@ -79,6 +79,15 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(text)
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file is a checkpoint by what it says of itself, damaged or not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
 def model_tensors(model: HNE) -> dict[str, Tensor]:
     """The tensors of a network under the names they have in a checkpoint."""
     return {_MODEL + name: tensor for name, tensor in model.state_dict().items()}

@@ -6,6 +6,7 @@ sums over the models; the nested ensembles are those of 1, 2, 4, ... leaves and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,41 @@ def distillation(logits: Tensor, temperature: float) -> Tensor:
     soft = (logits.mean(0).detach() / temperature).softmax(-1)
     log_student = (logits / temperature).log_softmax(-1)
     return temperature**2 * -(soft * log_student).sum(-1).mean(1).sum()
+
+
+def hydra(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Hydra's objective (Tran et al. 2020): head i learns from member i of another ensemble.
+
+    The mean over heads and batch of KL(member i || head i), both softened at ``temperature`` T, times T^2.
+
+    Args:
+        logits: Of the heads, ``[N, B, L]``.
+        teacher: Of the members, ``[N, B, L]``; or of their average (:func:`averaged`), for one head.
+        temperature: Above 0.
+
+    Returns:
+        Scalar in float32 at least, 0 where the heads are their members.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if logits.shape != teacher.shape:
+        raise ValueError(f"teacher must have the shape of logits, {tuple(logits.shape)}, got {tuple(teacher.shape)}")
+    heads, members = (_soft(y, temperature) for y in (logits, teacher))
+    return temperature**2 * F.kl_div(heads, members, reduction="none", log_target=True).sum(-1).mean()
+
+
+def averaged(teacher: Tensor, temperature: float) -> Tensor:
+    """Logits ``[1, B, L]`` whose softened probabilities are the mean of those of the members ``[N, B, L]``.
+
+    What one network learns from an ensemble (Hinton et al. 2015).
+    """
+    return temperature * (_soft(teacher, temperature).logsumexp(0, keepdim=True) - math.log(len(teacher)))
+
+
+def _soft(logits: Tensor, temperature: float) -> Tensor:
+    """Softened log-probabilities, in float32 at least."""
+    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
 
 
 def objective(name: str, alpha: float = 0.5, temperature: float = 2.0) -> Objective:

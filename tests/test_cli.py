@@ -19,7 +19,7 @@ from hne.cli import export, main
 from hne.data import load_dataset
 from hne.training import CHECKPOINT
 
-COMMANDS = ("train", "study", "eval", "anytime", "bench", "info", "export")
+COMMANDS = ("train", "study", "distill", "eval", "anytime", "bench", "info", "export")
 SMALL = ("--limit-train", "64", "--limit-test", "40", "--batch-size", "32", "--width", "0.5", "--threads", "1")
 
 

@@ -1,4 +1,4 @@
-"""The command ``hne``: train, study, eval, anytime, bench, info, export."""
+"""The command ``hne``: train, study, distill, eval, anytime, bench, info, export."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TextIO
 
 from ..distributed import is_main_process
 from ..errors import HNEError
-from . import anytime, bench, evaluate, export, info, study, train
+from . import anytime, bench, distill, evaluate, export, info, study, train
 
-_COMMANDS = (train, study, evaluate, anytime, bench, info, export)
+_COMMANDS = (train, study, distill, evaluate, anytime, bench, info, export)
 
 _DESCRIPTION = """\
 Hierarchical neural ensembles: N networks in one tree, evaluated one after the other, so that an
