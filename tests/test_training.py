@@ -209,6 +209,7 @@ def test_evaluation_agrees_with_its_definition() -> None:
 
 
 def test_foreign_images_are_told_by_uncertainty() -> None:
+    pytest.importorskip("torchmetrics")
     run = start(limit_test=60)
     list(run.train())
     foreign = foreign_images("digits", run.dataset.input).subset(torch.arange(100, 145))
