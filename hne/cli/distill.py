@@ -52,8 +52,8 @@ from .recipe_options import add, add_numerics, add_optimisation, add_training_da
 _DESCRIPTION = """\
 Distill an ensemble into Hydra (Tran et al. 2020): one network with a shared body and a head for each
 member of the ensemble. Head i learns from member i: what is minimised is the mean over the heads of
-the divergence KL(member i || head i) at temperature T, times T^2. The heads keep the members'
-disagreement, which says what the ensemble does not know, at little more than the cost of one network.
+the divergence KL(member i || head i) at temperature T, times T^2. So the student costs little more
+than one network, and its heads still disagree, which tells what it does not know.
 
 TEACHER is
 
