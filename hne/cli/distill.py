@@ -300,11 +300,12 @@ def _compare(
     systems += [measured(name, model, dataset, foreign) for name, model in models.items() if name != "first-phase"]
     table = compared(systems, f"Hydra: {base.preset} on {base.data}")
     phase = f", the first {base.first_phase} of Hydra's with one head" if base.first_phase else ""
+    softened = f"; temperature {base.temperature:g}" if dataset.target is None else ""
     own = f"; every head has its own last {args.own_blocks} block(s)" if args.own_blocks else ""
     told = f" OOD images are those of {args.ood}, told by the predictive entropy or the MI." if foreign else ""
     about = (
-        f"{len(dataset.train)} training and {len(dataset.test)} test images, {protocol_line(base.to_dict())}{phase}; "
-        f"temperature {base.temperature:g}{own}.{told} Milliseconds for a batch of 1 and of 64 on {device}, "
+        f"{len(dataset.train)} training and {len(dataset.test)} test images, {protocol_line(base.to_dict())}{phase}"
+        f"{softened}{own}.{told} Milliseconds for a batch of 1 and of 64 on {device}, "
         f"{torch.get_num_threads()} thread(s)."
     )
     files = write_comparison(out, systems, table, about)
