@@ -30,17 +30,25 @@ struct Geometry {
   }
 };
 
-inline Geometry forward_geometry(const Tensor& x, int64_t branches, int64_t out_channels, int64_t kernel_size,
-                                 int64_t stride, int64_t padding, int64_t replicate) {
-  STD_TORCH_CHECK(x.dim() == 5, "x: expected 5 dimensions");
+// `x` is the shape of the features.
+inline Geometry forward_geometry(const std::vector<int64_t>& x, int64_t branches, int64_t out_channels,
+                                 int64_t kernel_size, int64_t stride, int64_t padding, int64_t replicate) {
+  STD_TORCH_CHECK(x.size() == 5, "x: expected 5 dimensions");
   Geometry g{};
-  g.parents = x.size(0), g.batch = x.size(1), g.height = x.size(2), g.width = x.size(3), g.in_channels = x.size(4);
+  g.parents = x[0], g.batch = x[1], g.height = x[2], g.width = x[3], g.in_channels = x[4];
   g.branches = branches, g.out_channels = out_channels;
   g.kernel_size = kernel_size, g.stride = stride, g.padding = padding, g.replicate = replicate;
   g.check();
   g.out_height = Geometry::out_size(g.height, kernel_size, stride, padding);
   g.out_width = Geometry::out_size(g.width, kernel_size, stride, padding);
   return g;
+}
+
+inline Geometry forward_geometry(const Tensor& x, int64_t branches, int64_t out_channels, int64_t kernel_size,
+                                 int64_t stride, int64_t padding, int64_t replicate) {
+  const auto sizes = x.sizes();
+  return forward_geometry(std::vector<int64_t>(sizes.begin(), sizes.end()), branches, out_channels, kernel_size, stride,
+                          padding, replicate);
 }
 
 inline Geometry backward_geometry(const Tensor& grad, int64_t in_channels, int64_t height, int64_t width,
@@ -59,9 +67,9 @@ inline Geometry backward_geometry(const Tensor& grad, int64_t in_channels, int64
   return g;
 }
 
-// Checks the shapes of a bottleneck (hne_kernels/fused_bottleneck.py); the geometry is that of its depthwise
-// convolution, between the channels of x and of the output.
-inline Geometry bottleneck_geometry(const Tensor& x, const Tensor& expand, const Tensor& expand_bias,
+// Checks the shapes of a bottleneck (hne_kernels/fused_bottleneck.py), with features of shape x; the geometry is that
+// of its depthwise convolution, between the channels of x and of the output.
+inline Geometry bottleneck_geometry(const std::vector<int64_t>& x, const Tensor& expand, const Tensor& expand_bias,
                                     const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& project,
                                     const Tensor& project_bias, const std::optional<Tensor>& shortcut,
                                     const std::optional<Tensor>& shortcut_bias, int64_t stride, int64_t replicate,

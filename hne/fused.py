@@ -10,7 +10,7 @@ from torch import Tensor
 import hne_kernels as K
 
 from . import batch_norm
-from .layers import ACTIVATIONS, Features, Layer, Linear, Unit
+from .layers import ACTIVATIONS, Execution, Features, Layer, Linear, Unit
 
 
 class Normalized(NamedTuple):
@@ -26,7 +26,7 @@ class Normalized(NamedTuple):
     activation: str
 
 
-class Fused:
+class Fused(Execution):
     """Features are ``[branches, batch, height, width, channels]``; inside a layer they may be :class:`Normalized`.
     Differentiable: for training, and wherever gradients are wanted.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hne_kernels import checks, dispatch
 
-from .layers import Layer
+from .layers import Foldable
 from .model import HNE
 from .snapshot import Snapshot
 
@@ -43,7 +43,7 @@ class GraphedHNE:
         if not isinstance(model, HNE):
             raise TypeError(f"model must be an HNE, got {type(model).__name__}")
         self.model = model
-        self._layers = [module for module in model.modules() if isinstance(module, Layer)]
+        self._foldable = [module for module in model.modules() if isinstance(module, Foldable)]
         self._lock = threading.Lock()
         self._graphs: dict[Hashable, _Graph] = {}
         self._start_over()
@@ -77,7 +77,7 @@ class GraphedHNE:
 
     def _is_current(self) -> bool:
         return self._parameters.is_current() and all(
-            layer.folded is weights for graph in self._graphs.values() for layer, weights in graph.weights
+            module.folded is weights for graph in self._graphs.values() for module, weights in graph.weights
         )
 
     def _start_over(self) -> None:
@@ -98,7 +98,7 @@ class GraphedHNE:
         self.model._check_images(x)
         graph = _Graph(function, x, self._memory)
         # From here on the weights are kept by the graph that reads them, and no longer than it.
-        graph.weights = [(layer, layer.captured.pop()) for layer in self._layers if layer.captured]
+        graph.weights = [(module, module.captured.pop()) for module in self._foldable if module.captured]
         return graph
 
 
@@ -114,7 +114,7 @@ class _Graph:
     """A function of images as a CUDA graph, for the shape and dtype of ``x``."""
 
     def __init__(self, function: Function, x: Tensor, memory: _Memory) -> None:
-        self.weights: list[tuple[Layer, Any]] = []
+        self.weights: list[tuple[Foldable, Any]] = []
         self._memory = memory
         with torch.cuda.device(x.device):
             self._images = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)

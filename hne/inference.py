@@ -1,4 +1,4 @@
-"""Execution for inference: batch norms folded into packed weights, and a whole layer per kernel.
+"""Execution for inference: batch norms folded into packed weights, and a whole run of layers per kernel.
 
 The folded tensors are derived once and kept with the layer until its parameters change.
 """
@@ -15,10 +15,11 @@ import hne_kernels as K
 
 from . import batch_norm
 from .fused import Fused, linear_parameters
-from .layers import BottleneckLayer, ConvLayer, Layer, PoolLinearLayer, Unit, units
+from .layers import BottleneckLayer, ConvLayer, Foldable, Layer, Linear, Unit, units
 from .snapshot import Snapshot
 
-PIXELS = 8 * 32 * 32  # of a part of the batch: eight images of CIFAR
+# Of a part of the batch: eight images of CIFAR, and no fewer of any other size (weights are read once for a part).
+IMAGES, PIXELS = 8, 8 * 32 * 32
 
 Weights = tuple[Any, ...]  # tensors (or None) of a layer, in the order in which its kernel takes them
 
@@ -31,40 +32,74 @@ class Inference(Fused):
         # their memory is used again. A traced program does not depend on the size of its batch.
         if images.device.type != "cpu" or torch.compiler.is_compiling():
             return (images,)
-        return images.split(max(1, PIXELS // images.shape[2:].numel()))
+        return images.split(max(IMAGES, PIXELS // images.shape[2:].numel()))
+
+    def block(self, layers: Sequence[Layer], x: Tensor, branches: slice, replicate: int) -> Tensor:
+        first = 0
+        while first < len(layers):
+            last, activations = first + 1, _activations(layers[first])
+            if activations is None:
+                x = self.layer(layers[first], x, branches, replicate)
+            else:
+                while last < len(layers) and _activations(layers[last]) == activations:
+                    last += 1
+                x = self._bottlenecks(layers[first:last], x, branches, replicate, *activations)
+            first, replicate = last, 1
+        return x
+
+    def _bottlenecks(
+        self,
+        layers: Sequence[Any],
+        x: Tensor,
+        branches: slice,
+        replicate: int,
+        activation: str,
+        final_activation: str,
+    ) -> Tensor:
+        return K.fused_bottlenecks(
+            x,
+            [folded(layer, branches) for layer in layers],
+            strides=[layer.description.stride for layer in layers],
+            identities=[layer.identity for layer in layers],
+            replicate=replicate,
+            activation=activation,
+            final_activation=final_activation,
+        )
 
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
-        weights = folded(layer, branches)
-        if isinstance(layer, BottleneckLayer):
-            b = layer.description
-            return K.fused_bottleneck(
-                x,
-                *weights,
-                stride=b.stride,
-                replicate=replicate,
-                activation=b.activation,
-                identity=layer.identity,
-                final_activation=b.final_activation,
-            )
         if isinstance(layer, ConvLayer):
             c = layer.description
             return K.fused_conv2d(
                 x,
-                *weights,
+                *folded(layer, branches),
                 stride=c.stride,
                 padding=layer.unit.padding,
                 replicate=replicate,
                 activation=c.activation,
             )
-        assert isinstance(layer, PoolLinearLayer)
-        activation = layer.description.activation
-        return K.fused_conv2d(self.pool(x), *weights, replicate=replicate, activation=activation)
+        y: Tensor = layer(self, x, branches, replicate)
+        return y
+
+    def linear(
+        self, linear: Linear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
+    ) -> Tensor:
+        return K.fused_conv2d(x, *folded(linear, branches), replicate=replicate, activation=activation)
+
+    def prefix_logits(self, head: Linear, x: Tensor, leaves: slice, replicate: int, sizes: Sequence[int]) -> Tensor:
+        return K.prefix_mean(self.logits(head, x, leaves, replicate), sizes)
+
+
+def _activations(layer: Layer) -> tuple[str, str] | None:
+    """What bottlenecks in one run have in common; None for any other layer."""
+    if not isinstance(layer, BottleneckLayer):
+        return None
+    return layer.description.activation, layer.description.final_activation
 
 
 # Folding --------------------------------------------------------------------------------------------------------------
 
 
-def fold(layer: Layer) -> Weights:
+def fold(layer: Foldable) -> Weights:
     """The weights of a layer with its batch norms folded in and its matrices packed, for all branches."""
     if isinstance(layer, ConvLayer):
         return _fold_dense(layer.unit)
@@ -77,8 +112,8 @@ def fold(layer: Layer) -> Weights:
             *_fold_dense(layer.project),
             *((None, None) if layer.shortcut is None else _fold_dense(layer.shortcut)),
         )
-    assert isinstance(layer, PoolLinearLayer)
-    weight, bias = linear_parameters(layer.linear, slice(0, layer.linear.branches))
+    assert isinstance(layer, Linear)
+    weight, bias = linear_parameters(layer, slice(0, layer.branches))
     return K.pack_weight(weight), bias
 
 
@@ -99,7 +134,7 @@ def _fold_dense(unit: Unit) -> tuple[Tensor, Tensor]:
 # Keeping --------------------------------------------------------------------------------------------------------------
 
 
-def folded(layer: Layer, branches: slice) -> Weights:
+def folded(layer: Foldable, branches: slice) -> Weights:
     """The folded weights of some branches of ``layer``: of an earlier call, while its parameters stay as they were.
 
     Changes in place and replaced tensors are noticed. Writing through ``parameter.data`` is hidden from PyTorch's
@@ -132,7 +167,7 @@ def is_capturing() -> bool:
 class Folded:
     """The folded weights of a layer, and the state of the parameters that they come from."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Foldable) -> None:
         self._parameters = Snapshot(module for unit in units(layer) for module in unit.children())
         self._weights = fold(layer)
         self._parts: dict[tuple[int, int], Weights] = {}

@@ -41,6 +41,13 @@ class Execution(Protocol):
     def select(self, x: Tensor, samples: Tensor) -> Tensor:
         """The features of some samples of the batch, given by their indices."""
 
+    def block(self, layers: Sequence[Layer], x: Tensor, branches: slice, replicate: int) -> Tensor:
+        """Layers one after the other; ``replicate`` is of the first."""
+        for layer in layers:
+            x = self.layer(layer, x, branches, replicate)
+            replicate = 1
+        return x
+
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
         """A whole layer."""
 
@@ -139,50 +146,17 @@ class Unit(Branched):
         return height * width * self.channels * inputs * self.kernel_size**2
 
 
-class Linear(Branched):
-    """A linear layer per branch: a 1x1 convolution of 1x1 maps, initialised as ``nn.Linear``."""
+class Foldable(nn.Module):
+    """What the inference path folds.
 
-    def __init__(self, branches: int, in_channels: int, channels: int) -> None:
-        super().__init__(branches, in_channels, channels)
-        self.conv = nn.Conv2d(branches * in_channels, branches * channels, 1, groups=branches)
-
-    def reset_parameters(self) -> None:
-        self.conv.reset_parameters()
-
-    def macs(self) -> int:
-        """Multiply-adds of one branch for one sample."""
-        return self.in_channels * self.channels
-
-
-# Layers ---------------------------------------------------------------------------------------------------------------
-
-
-class Layer(nn.Module, ABC):
-    """The parameters of a described layer, for ``branches`` branches.
-
-    ``folded`` is where the inference path keeps tensors derived from the parameters, ``captured`` those of them that
-    CUDA graphs read. They are no state: neither saved nor copied. The first are dropped whenever the parameters move or
-    the mode changes.
+    ``folded`` is where it keeps tensors derived from the parameters, ``captured`` those of them that CUDA graphs read.
+    They are no state: neither saved nor copied. The first are dropped whenever the parameters move or the mode changes.
     """
 
-    description: Description
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.folded: Any = None
         self.captured: list[Any] = []
-
-    @abstractmethod
-    def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Features:
-        """Compute the wanted ``branches``; ``replicate`` as in :class:`Execution`."""
-
-    @abstractmethod
-    def macs(self, size: Size) -> int:
-        """Multiply-adds of one branch for one map of ``size``."""
-
-    @abstractmethod
-    def output_size(self, size: Size) -> Size:
-        """Height and width of the output."""
 
     def train(self, mode: bool = True) -> Self:
         self.folded = None
@@ -201,7 +175,43 @@ class Layer(nn.Module, ABC):
         return replica
 
 
-class ConvLayer(Layer):
+class Linear(Foldable, Branched):
+    """A linear layer per branch: a 1x1 convolution of 1x1 maps, initialised as ``nn.Linear``."""
+
+    def __init__(self, branches: int, in_channels: int, channels: int) -> None:
+        super().__init__(branches, in_channels, channels)
+        self.conv = nn.Conv2d(branches * in_channels, branches * channels, 1, groups=branches)
+
+    def reset_parameters(self) -> None:
+        self.conv.reset_parameters()
+
+    def macs(self) -> int:
+        """Multiply-adds of one branch for one sample."""
+        return self.in_channels * self.channels
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module, ABC):
+    """The parameters of a described layer, for ``branches`` branches."""
+
+    description: Description
+
+    @abstractmethod
+    def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Features:
+        """Compute the wanted ``branches``; ``replicate`` as in :class:`Execution`."""
+
+    @abstractmethod
+    def macs(self, size: Size) -> int:
+        """Multiply-adds of one branch for one map of ``size``."""
+
+    @abstractmethod
+    def output_size(self, size: Size) -> Size:
+        """Height and width of the output."""
+
+
+class ConvLayer(Foldable, Layer):
     def __init__(self, description: Conv, in_channels: int, branches: int) -> None:
         super().__init__()
         self.description: Conv = description
@@ -217,7 +227,7 @@ class ConvLayer(Layer):
         return strided(size, self.description.stride)
 
 
-class BottleneckLayer(Layer):
+class BottleneckLayer(Foldable, Layer):
     def __init__(self, description: Bottleneck, in_channels: int, branches: int, replicate: int) -> None:
         super().__init__()
         self.description: Bottleneck = description

@@ -257,11 +257,7 @@ class HNE(nn.Module, ABC):
             branches: The range wanted.
             replicate: Children that each parent in ``x`` has among them (the last one may have fewer).
         """
-        run = self.execution()
-        for layer in self._layers(block):
-            x = run.layer(layer, x, branches, replicate)
-            replicate = 1
-        return x
+        return self.execution().block(self._layers(block), x, branches, replicate)
 
     def run_head(self, x: Tensor, leaves: slice, replicate: int = 1) -> Tensor:
         """Logits ``[leaves, batch, num_classes]`` of some leaves from the features of the last block; arguments as of
@@ -342,8 +338,8 @@ class FusedHNE(HNE):
     """The ensemble on the kernels of :mod:`hne_kernels`. See :class:`HNE`.
 
     In ``eval()`` and without gradients (``torch.no_grad()`` or ``torch.inference_mode()``) batch norms are folded into
-    the weights, and every layer is one kernel. The folded weights are kept, and renewed when the parameters have
-    changed: see :func:`hne.inference.folded`.
+    the weights, and every layer (on a CPU, every run of bottlenecks) is one kernel. The folded weights are kept, and
+    renewed when the parameters have changed: see :func:`hne.inference.folded`.
     """
 
     _FUSED: ClassVar = Fused()

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import batch_norm
-from .layers import ACTIVATIONS, Branched, Layer, Linear, Unit
+from .layers import ACTIVATIONS, Branched, Execution, Layer, Linear, Unit
 
 
-class Naive:
+class Naive(Execution):
     """Features are ``[batch, branches * channels, height, width]``."""
 
     def parts(self, images: Tensor) -> Sequence[Tensor]:

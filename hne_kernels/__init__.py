@@ -14,6 +14,7 @@ from .checks import default_sizes
 from .dispatch import add_module, available_backends, unavailable_backends, use_backend
 from .extension import build_info
 from .fused_bottleneck import fused_bottleneck
+from .fused_bottlenecks import fused_bottlenecks
 from .fused_conv2d import fused_conv2d
 from .hierarchical_distillation_loss import hierarchical_distillation_loss
 from .packing import pack_weight, unpack_weight
@@ -35,6 +36,7 @@ __all__ = [
     "build_info",
     "default_sizes",
     "fused_bottleneck",
+    "fused_bottlenecks",
     "fused_conv2d",
     "hierarchical_distillation_loss",
     "pack_weight",

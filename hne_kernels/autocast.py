@@ -14,6 +14,8 @@ _RULES: dict[str, tuple[torch.dtype | None, int | None]] = {}  # dtype, and how 
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_cast(part, dtype) for part in value]
     eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.to(dtype) if eligible else value
 

@@ -34,6 +34,7 @@ class Case:
     terms: int  # length of the longest sum behind an element of the result or a gradient
     roundings: int = 1  # times a value is stored in the dtype on its way to the result or a gradient
     naive_roundings: int = 1  # the same in plain PyTorch, which stores the result of each step
+    arguments: Callable[[Inputs], Inputs] = field(default=dict, repr=False)  # of the op, made of the inputs
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -51,7 +52,7 @@ class Case:
         return VECTORS if self.op in (*UNITS, "branch_normalize") else ()
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        result = getattr(K, self.op)(**inputs)
+        result = getattr(K, self.op)(**self.arguments(inputs))
         return result if isinstance(result, tuple) else (result,)
 
 
@@ -330,6 +331,24 @@ BOTTLENECKS = [
     Bottleneck(1, 1, 1, 40, 30, 16, 128, 16, 5, 1, "identity", "relu6", "none"),
     Bottleneck(1, 1, 1, 6, 64, 3, 512, 4, 3, 1, "nothing", "relu", "none"),
 ]
+# More maps than threads, as many, and fewer; the last have some left over.
+RUNS = [
+    [Bottleneck(1, 1, 1, 7, 7, 4, 3, 4, 3, 1, "identity", "relu", "relu")],
+    [
+        Bottleneck(2, 2, 2, 7, 6, 5, 3, 9, 3, 2, "shortcut", "relu", "relu", missing=1),
+        Bottleneck(3, 1, 2, 4, 3, 9, 20, 9, 3, 1, "identity", "relu", "relu"),
+        Bottleneck(3, 1, 2, 4, 3, 9, 17, 33, 5, 1, "shortcut", "relu", "relu"),
+    ],
+    [
+        Bottleneck(1, 3, 1, 9, 8, 16, 32, 8, 3, 2, "nothing", "relu6", "none"),
+        Bottleneck(3, 1, 1, 5, 4, 8, 48, 8, 3, 1, "identity", "relu6", "none"),
+        Bottleneck(3, 1, 1, 5, 4, 8, 4, 6, 1, 2, "nothing", "relu6", "none"),
+    ],
+    [
+        Bottleneck(2, 2, 0, 4, 4, 3, 2, 3, 3, 1, "identity", "relu", "relu"),
+        Bottleneck(4, 1, 0, 4, 4, 3, 2, 5, 3, 1, "nothing", "relu", "relu"),
+    ],
+]
 
 
 def bottleneck(b: Bottleneck) -> Case:
@@ -361,6 +380,28 @@ def bottleneck(b: Bottleneck) -> Case:
     # Errors of the three convolutions add up, and so do the shortcut's.
     terms = (b.ci + 1) + (b.k**2 + 1) + (b.middle + 1) + (b.ci + 2)
     return Case("fused_bottleneck", str(b), make, (), terms, roundings=2, naive_roundings=6)
+
+
+def bottlenecks(*run: Bottleneck) -> Case:
+    """A run of bottlenecks with the same activations; the tensors of each are named by its number."""
+    singles = [bottleneck(b) for b in run]
+    weights = "expand", "depthwise", "project", "shortcut"
+    names = [name for weight in weights for name in (weight, f"{weight}_bias")]
+
+    def make(rng: torch.Generator) -> Inputs:
+        made = [single.make(rng) for single in singles]
+        common = {name: made[0][name] for name in ("x", "replicate", "activation", "final_activation")}
+        return common | {f"{name}_{i}": inputs[name] for i, inputs in enumerate(made) for name in names}
+
+    def arguments(inputs: Inputs) -> Inputs:
+        each = [[inputs[f"{name}_{i}"] for name in names] for i in range(len(run))]
+        common = {name: inputs[name] for name in ("x", "replicate", "activation", "final_activation")}
+        strides, identities = [b.stride for b in run], [b.join == "identity" for b in run]
+        return common | {"weights": each, "strides": strides, "identities": identities}
+
+    terms = sum(single.terms for single in singles)
+    name = "-then-".join(map(str, run))
+    return Case("fused_bottlenecks", name, make, (), terms, 2 * len(run), 6 * len(run), arguments)
 
 
 def prefix_mean(models: int, batch: int, classes: int, sizes: tuple[int, ...] | None) -> Case:
@@ -420,6 +461,7 @@ CASES = [
     *(convolution("branch_depthwise_conv2d", g, not i % 2) for i, g in enumerate(GEOMETRIES)),
     *(fused_convolution(g, ("none", "relu", "relu6")[i % 3]) for i, g in enumerate(GEOMETRIES)),
     *(bottleneck(b) for b in BOTTLENECKS),
+    *(bottlenecks(*run) for run in RUNS),
     *(unit("branch_conv2d_stats", g, UNIT_OPTIONS[i % 4]) for i, g in enumerate(GEOMETRIES)),
     *(unit("branch_depthwise_conv2d_stats", g, UNIT_OPTIONS[(i + 1) % 4]) for i, g in enumerate(GEOMETRIES)),
     # Where a mean of squares minus a squared mean would cancel.
@@ -467,6 +509,10 @@ def representative(*, differentiable: bool = False) -> list[Case]:
         "branch_normalize": normalize((2, 2, 3, 2, 3), "relu", True),
         "fused_conv2d": fused_convolution(Geometry(2, 2, 2, 5, 4, 3, 18, 3, 2, 1), "relu"),
         "fused_bottleneck": bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
+        "fused_bottlenecks": bottlenecks(
+            Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu"),
+            Bottleneck(4, 1, 2, 3, 2, 18, 3, 18, 3, 1, "identity", "relu", "relu"),
+        ),
         "prefix_mean": prefix_mean(5, 2, 3, (1, 2, 4)),
         "prefix_logits": prefix_logits(5, 2, 3, 4, None, True),
         "hierarchical_distillation_loss": loss(5, 3, 4, 0.5, 2.0),

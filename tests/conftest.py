@@ -15,6 +15,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, Triton's kernels run in its interpreter
 
 import hne_kernels as K
+from hne_kernels import extension
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.runtime import interpreter
@@ -80,7 +81,9 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
 def _poisoned_memory() -> Iterator[None]:
     """Fill every new tensor with NaN (the compiled ops' outputs too): what a kernel leaves out shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    extension.cpu_library().poison_memory(True)
     yield
+    extension.cpu_library().poison_memory(False)
     torch.use_deterministic_algorithms(False)
 
 

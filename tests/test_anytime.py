@@ -51,6 +51,7 @@ class Calls:
         self.weights: list[int] = []
         for name in ("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d", "fused_bottleneck"):
             monkeypatch.setattr(K, name, self._counted(name, getattr(K, name)))
+        monkeypatch.setattr(K, "fused_bottlenecks", _one_by_one)
 
     def _counted(self, name: str, op: Any) -> Any:
         def call(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -71,6 +72,15 @@ class Calls:
             return y
 
         return call
+
+
+def _one_by_one(
+    x: Tensor, weights: Any, *, strides: Any, identities: Any, replicate: int, **activations: str
+) -> Tensor:
+    for layer, stride, identity in zip(weights, strides, identities, strict=True):
+        x = K.fused_bottleneck(x, *layer, stride=stride, replicate=replicate, identity=identity, **activations)
+        replicate = 1
+    return x
 
 
 @each_tree

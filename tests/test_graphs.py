@@ -19,6 +19,7 @@ from torch import Tensor
 import hne_kernels as K
 from hne import FusedHNE, GraphedHNE, NaiveHNE
 from hne.graphs import _setting
+from hne.layers import Foldable
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_weights_live_as_long_as_their_graph(model: FusedHNE, graphs: type[Graph
         with torch.no_grad():
             model.blocks[0][0].unit.conv.weight.mul_(scale)
         graphed(images(rng))
-        assert all(not layer.captured for block in model.blocks for layer in block)
+        assert all(not module.captured for module in model.modules() if isinstance(module, Foldable))
 
 
 @torch.no_grad()
@@ -141,7 +142,7 @@ def test_a_graph_of_ones_own(model: FusedHNE, graphs: type[Graph], rng: torch.Ge
         static.normal_()
         with torch.cuda.graph(graph):
             y = model(static)
-        kept = [layer.captured[-1:] for block in model.blocks for layer in block]
+        kept = [module.captured[-1:] for module in model.modules() if isinstance(module, Foldable)]
         assert all(kept) == called_before
         model.eval()
         assert torch.equal(model(x), expected)

@@ -31,7 +31,8 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
 
 def layers(model: FusedHNE) -> int:
-    return sum(len(block) for block in model.blocks)
+    """How many things are folded: the layers, and the head."""
+    return sum(len(block) for block in model.blocks) + 1
 
 
 def with_gradients(model: FusedHNE, x: Tensor) -> Tensor:
@@ -193,9 +194,13 @@ def test_a_batch_in_parts_is_the_batch(monkeypatch: pytest.MonkeyPatch, rng: tor
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng, 5)
     whole, nested = model(x), model.prefix_logits(x)
+    monkeypatch.setattr(hne.inference, "IMAGES", 1)
     monkeypatch.setattr(hne.inference, "PIXELS", 2 * x.shape[2] * x.shape[3])
     assert [len(part) for part in model.execution().parts(x)] == [2, 2, 1]
     assert torch.equal(model(x), whole)
     assert torch.equal(model.prefix_logits(x), nested)
-    monkeypatch.setattr(hne.inference, "PIXELS", 1)  # an image larger than a part goes by itself
+    monkeypatch.setattr(hne.inference, "PIXELS", 1)  # an image larger than a part goes by itself,
+    assert torch.equal(model(x), whole)
+    monkeypatch.setattr(hne.inference, "IMAGES", 3)  # unless more are asked for
+    assert [len(part) for part in model.execution().parts(x)] == [3, 2]
     assert torch.equal(model(x), whole)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-INFERENCE = {"fused_conv2d", "fused_bottleneck"}
+INFERENCE = {"fused_conv2d", "fused_bottleneck", "fused_bottlenecks"}
 # Differentiable once: opcheck would sum every result and go backwards through it, which these refuse.
 UNITS_BACKWARD = {f"{op}_backward_{what}" for op in UNITS for what in ("input", "weight")}
 ONCE = {*UNITS_BACKWARD, "hierarchical_distillation_loss"}
@@ -47,6 +47,8 @@ class _Recorder(TorchDispatchMode):
 
 
 def _look(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_look(part) for part in value]
     return (value.shape, value.stride()) if isinstance(value, Tensor) else value
 
 
@@ -83,6 +85,8 @@ def _samples() -> list[Case]:
 
 
 def _copy(value: Any, grad: bool) -> Any:
+    if isinstance(value, list):
+        return [_copy(part, grad) for part in value]
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone().requires_grad_(grad and value.is_floating_point())

@@ -35,13 +35,13 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
         taps[ky] = {rows + ky * kBlockRows, branch_weight + ky * line_size * kPanel, panel_stride, line_size};
     } else {
       if (g.pointwise()) {
-        const T* block = x.read(parent, first, count, scratch<T>(4, kBlockRows * g.in_channels));
-        for (int64_t m = 0; m < count; ++m) rows[m] = block + m * g.in_channels;
+        rows[0] = x.read(parent, first, count, scratch<T>(4, kBlockRows * g.in_channels));
       } else {
         gather_rows(g, branch_x, zeros.data(), first, count, rows, kBlockRows);
       }
       for (int64_t t = 0; t < g.taps(); ++t)
-        taps[t] = {rows + t * kBlockRows, branch_weight + t * tap_size, panel_stride, g.in_channels};
+        taps[t] = {rows + t * kBlockRows, branch_weight + t * tap_size, panel_stride, g.in_channels,
+                   g.pointwise() ? g.in_channels : 0};
     }
     const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels : nullptr;
     kernels<T>().gemm(
@@ -54,7 +54,7 @@ template <typename T>
 void convolve(const Geometry& g, const Map<T>& x, const Tensor& weight, const T* bias, T* out, const Written& written) {
   const int64_t panel_stride = g.taps() * g.in_channels * kPanel;
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
-  const Tensor packed = torch::stable::new_empty(weight, {g.branches * branch_size});
+  const Tensor packed = empty(weight, {g.branches * branch_size});
   parallel_tasks(g.branches, [&](int64_t branch) {
     pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.out_channels, g.in_channels, g.taps(),
          g.in_channels * g.taps(), g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
@@ -94,12 +94,10 @@ void convolve_input_packed(const Geometry& g, const Map<T>& grad, const T* packe
         for (int64_t kx = (px + g.padding) % s; kx < g.kernel_size; kx += s, ++used) {
           const int64_t tap = child * g.taps() + ky * g.kernel_size + kx;
           taps[used] = {rows + used * kBlockRows, packed + parent * parent_size + tap * tap_size, panel_stride,
-                        g.out_channels};
-          if (grad.computed()) {
-            const T* block = grad.read(
-                branch, first, count,
-                scratch<T>(4, g.replicate * kBlockRows * g.out_channels) + child * kBlockRows * g.out_channels);
-            for (int64_t m = 0; m < count; ++m) rows[used * kBlockRows + m] = block + m * g.out_channels;
+                        g.out_channels, g.pointwise() ? g.out_channels : 0};
+          if (g.pointwise()) {
+            T* memory = scratch<T>(4, g.replicate * kBlockRows * g.out_channels) + child * kBlockRows * g.out_channels;
+            rows[used * kBlockRows] = grad.read(branch, first, count, memory);
             continue;
           }
           const int64_t down = (py + g.padding - ky) / s, right = (px + g.padding - kx) / s;  // no remainder
@@ -135,7 +133,7 @@ template <typename T>
 void convolve_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
   const int64_t child_size = g.taps() * g.out_channels * kPanel, panel_stride = g.replicate * child_size;
   const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
-  const Tensor packed = torch::stable::new_empty(weight, {g.parents * parent_size});
+  const Tensor packed = empty(weight, {g.parents * parent_size});
   parallel_tasks(g.branches, [&](int64_t branch) {
     pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.in_channels, g.out_channels, g.taps(),
          g.taps(), g.in_channels * g.taps(), panel_stride,
@@ -231,7 +229,7 @@ void convolve_weight(const Geometry& g, const Map<T>& grad_in, const Map<T>& x_i
   const int64_t chunks = ceil_div(g.batch * g.out_pixels(), kBlockRows);
   const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
   const bool direct = sums.matrices == 1 && shares == 1 && !sums.by_lines;  // the one sum is the result
-  const Tensor partial = direct ? out : torch::stable::new_empty(out, {matrices * shares * sums.size});
+  const Tensor partial = direct ? out : empty(out, {matrices * shares * sums.size});
   convolve_weight_shares(g, grad, x, mutable_data<T>(partial), shares, mutable_data<T>(out));
 }
 
@@ -260,7 +258,7 @@ Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::opt
   }
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
   const std::optional<Tensor> bias = contiguous(widen(bias_in));
-  Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
+  Tensor out = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     convolve<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, weight, data<T>(bias), mutable_data<T>(out));
@@ -277,7 +275,7 @@ Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
   const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = torch::stable::contiguous(widen(weight_in));
-  Tensor out = torch::stable::new_empty(grad, {g.parents, g.batch, height, width, g.in_channels});
+  Tensor out = empty(grad, {g.parents, g.batch, height, width, g.in_channels});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
     convolve_input<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels}, weight, mutable_data<T>(out));
@@ -294,7 +292,7 @@ Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, 
   check_kind("grad", grad_in, grad_in);
   check_kind("x", x_in, grad_in);
   const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
-  Tensor out = torch::stable::new_empty(grad, {g.branches, g.out_channels, g.in_channels, kernel_size, kernel_size});
+  Tensor out = empty(grad, {g.branches, g.out_channels, g.in_channels, kernel_size, kernel_size});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
     convolve_weight<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels},

@@ -22,9 +22,8 @@ void pack(const T* weight, int64_t channels, int64_t depth, int64_t taps, int64_
     }
 }
 
-// Rows of a task, written together: a multiple of every tile height, small enough for its features to stay in the
-// second cache.
-constexpr int64_t kBlockRows = 120;
+// Rows of a task, written together: whole tiles, and few enough for their features to stay in the second cache.
+constexpr int64_t kBlockRows = 112;
 
 // out = clamp(conv(x, packed) + bias): packed is [branch][panel][tap][in_channels][kPanel], bias may be null. Where x
 // is computed, the kernel is a single pixel that steps to every pixel.

@@ -8,7 +8,7 @@ namespace {
 template <typename T>
 Tensor channels_last(const Tensor& weight, int64_t taps, bool flip) {
   const int64_t branches = weight.size(0), channels = weight.size(1);
-  const Tensor out = torch::stable::new_empty(weight, {branches, taps, channels});
+  const Tensor out = empty(weight, {branches, taps, channels});
   const T* from = data<T>(weight);
   T* to = mutable_data<T>(out);
   for (int64_t branch = 0; branch < branches; ++branch)
@@ -107,7 +107,7 @@ template <typename T>
 void filter_weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out) {
   const int64_t channels = g.in_channels, size = g.taps() * channels;
   // Sums per sample, added over the batch in order: the same for any number of threads.
-  const Tensor partial = torch::stable::new_empty(out, {g.branches * g.batch, size});
+  const Tensor partial = empty(out, {g.branches * g.batch, size});
   parallel_tasks(g.branches * g.batch, [&](int64_t task) {
     const int64_t branch = task / g.batch, b = task % g.batch;
     Rows<T> sample(x, branch / g.replicate, b * g.pixels(), g.width, g.kernel_size, 4);
@@ -163,7 +163,7 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
   }
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
   const std::optional<Tensor> bias = contiguous(widen(bias_in));
-  Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
+  Tensor out = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     filter<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, weight, data<T>(bias), mutable_data<T>(out));
@@ -181,7 +181,7 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
   const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = torch::stable::contiguous(widen(weight_in));
-  Tensor out = torch::stable::new_empty(grad, {g.parents, g.batch, height, width, g.in_channels});
+  Tensor out = empty(grad, {g.parents, g.batch, height, width, g.in_channels});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
     filter_input<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels}, weight, mutable_data<T>(out));
@@ -199,7 +199,7 @@ Tensor branch_depthwise_conv2d_backward_weight(const Tensor& grad_in, const Tens
   check_kind("grad", grad_in, grad_in);
   check_kind("x", x_in, grad_in);
   const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
-  Tensor out = torch::stable::new_empty(grad, {g.branches, g.in_channels, kernel_size, kernel_size});
+  Tensor out = empty(grad, {g.branches, g.in_channels, kernel_size, kernel_size});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
     filter_weight<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels},

@@ -20,7 +20,7 @@ Tensor branch_normalize(const Tensor& x_in, const Tensor& mean_in, const Tensor&
   const Tensor x = torch::stable::contiguous(widen(x_in)), mean = torch::stable::contiguous(mean_in);
   const Tensor scale = torch::stable::contiguous(scale_in), shift = torch::stable::contiguous(shift_in);
   const std::optional<Tensor> residual = contiguous(widen(residual_in));
-  Tensor y = torch::stable::new_empty(x, x_in.sizes());
+  Tensor y = empty(x, x_in.sizes());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const Map<T> map{
@@ -50,10 +50,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tenso
   const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
   const Tensor y = masks ? torch::stable::contiguous(widen(y_in)) : x;
   const Tensor mean = torch::stable::contiguous(mean_in), scale = torch::stable::contiguous(scale_in);
-  Tensor grad_x = torch::stable::new_empty(x, x_in.sizes());
-  Tensor grad_scale = torch::stable::new_empty(scale, {branches, channels});
-  Tensor grad_shift = torch::stable::new_empty(scale, {branches, channels});
-  Tensor grad_residual = masks ? torch::stable::new_empty(x, x_in.sizes()) : torch::stable::new_empty(x, {0});
+  Tensor grad_x = empty(x, x_in.sizes());
+  Tensor grad_scale = empty(scale, {branches, channels});
+  Tensor grad_shift = empty(scale, {branches, channels});
+  Tensor grad_residual = masks ? empty(x, x_in.sizes()) : empty(x, {0});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     constexpr int64_t kRows = 512;

@@ -16,7 +16,7 @@ Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& b
   check_kind("bias", bias_in, x_in);
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
   const Tensor bias = torch::stable::contiguous(widen(bias_in));
-  Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
+  Tensor out = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     convolve_packed<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, data<T>(weight), data<T>(bias),

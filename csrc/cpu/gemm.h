@@ -2,91 +2,143 @@
 // of one pixel), so a convolution needs no im2col: a tap's row pointers are the im2col.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace hne::HNE_ISA {
 
-// Panels of 16 columns that one tile covers, at most, and rows of the tile: accumulators fill the registers.
+// Shape of a tile, in rows and panels of 16 columns: its accumulators fill the registers. With 32 of them two panels by
+// 14 rows or three by 9: a panel's weights are then read from the first cache, and rarely.
 template <typename T>
-constexpr int kMaxPanels = HNE_REGISTERS == 32 ? 64 / (int)kPanel * 4 / (int)sizeof(T) : 1;
+constexpr int kVectorsPerPanel = kLanes<T> < (int)kPanel ? (int)kPanel / kLanes<T> : 1;
+template <typename T>
+constexpr int kMaxPanels = HNE_REGISTERS == 32 && kVectorsPerPanel<T> == 1 ? 3 : 1;
 
 template <typename T>
-constexpr int tile_rows(int panels) {
-  const int vectors = panels * (int)kPanel / kLanes<T>;
-  if (HNE_REGISTERS == 32) return vectors >= 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 10 : 12;
-  return vectors <= 2 ? 6 : vectors <= 4 ? 2 : 1;
+constexpr int tile_rows(int panels, bool steps) {
+  const int vectors = panels * kVectorsPerPanel<T>, most = steps ? 14 : 8;  // as many pointers as there are registers
+  if (HNE_REGISTERS == 32) return std::min(most, vectors >= 4 ? 6 : vectors == 3 ? 9 : 14);
+  return vectors <= 2 ? 6 : vectors <= 4 ? 3 : 1;
 }
 
-template <typename T, int ROWS, int PANELS>
+// The left rows of a tile at the current column. Where they lie at a constant distance, an address is one of a third as
+// many pointers and a multiple of the distance.
+template <typename T, int ROWS, bool STEPS>
+struct LeftRows {
+  static constexpr int EACH = STEPS ? 3 : 1, COUNT = (ROWS + EACH - 1) / EACH;
+  const T* at[COUNT];
+  int64_t step;
+  LeftRows(const Tap<T>& tap, int64_t row) : step(tap.step) {
+    for (int i = 0; i < COUNT; ++i) at[i] = STEPS ? tap.rows[0] + (row + i * EACH) * step : tap.rows[row + i];
+  }
+  HNE_INLINE T value(int row, int64_t k) const { return at[row / EACH][row % EACH * step + k]; }
+  HNE_INLINE void advance(int64_t columns) {
+    for (int i = 0; i < COUNT; ++i) at[i] += columns;
+  }
+};
+
+template <typename T, int ROWS, int PANELS, bool STEPS>
 void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel) {
   constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel;
-  constexpr int PER_PANEL = (int)kPanel / W;
-  constexpr int VECTORS = PANELS * PER_PANEL;
+  constexpr int PER_PANEL = kVectorsPerPanel<T>, VECTORS = PANELS * PER_PANEL;
+  // What the end of the tile reads and writes is fetched during the sums.
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < PANELS; ++j) {
+      __builtin_prefetch(g.out[row + i] + (panel + j) * kPanel, 1);
+      if (g.add != nullptr) __builtin_prefetch(g.add[row + i] + (panel + j) * kPanel);
+    }
   Vec<T, W> sum[ROWS][VECTORS] = {};
   for (int64_t t = 0; t < g.num_taps; ++t) {
     const Tap<T>& tap = g.taps[t];
-    const T* left[ROWS];
-    for (int i = 0; i < ROWS; ++i) left[i] = tap.rows[row + i];
-    const T* right[PANELS];
-    for (int p = 0; p < PANELS; ++p) right[p] = tap.weight + (panel + p) * tap.panel_stride;
-    for (int64_t k = 0; k < tap.depth; ++k) {
+    LeftRows<T, ROWS, STEPS> left(tap, row);
+    const T* right = tap.weight + panel * tap.panel_stride;
+    const auto column = [&](int64_t k) __attribute__((always_inline)) {
       Vec<T, W> w[VECTORS];
 #pragma GCC unroll 16
-      for (int j = 0; j < VECTORS; ++j) w[j] = load<W>(right[j / PER_PANEL] + k * kPanel + j % PER_PANEL * W);
+      for (int j = 0; j < VECTORS; ++j)
+        w[j] = load<W>(right + j / PER_PANEL * tap.panel_stride + k * kPanel + j % PER_PANEL * W);
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
-        const Vec<T, W> x = splat<W>(left[i][k]);
+        const Vec<T, W> x = splat<W>(left.value(i, k));
 #pragma GCC unroll 16
         for (int j = 0; j < VECTORS; ++j) sum[i][j] += x * w[j];
       }
-    }
+    };
+    for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel) column(0);
   }
-  const int64_t first = panel * kPanel;
-  const int64_t columns = g.channels - first < PANELS * kPanel ? g.channels - first : PANELS * kPanel;
-  for (int i = 0; i < ROWS; ++i) {
-    T* out = g.out[row + i] + first;
-    const T* add = g.add != nullptr ? g.add[row + i] + first : nullptr;
-    if (columns == PANELS * kPanel) {
+  const int64_t first = panel * kPanel, columns = g.channels - first;
+  T* const* out = g.out + row;
+  const T* const* add = g.add != nullptr ? g.add + row : nullptr;
+  const T* bias = g.bias != nullptr ? g.bias + first : nullptr;
+  const Clamp<T> range = g.clamp;
+  if (columns >= PANELS * kPanel) {
+    Vec<T, W> offset[VECTORS] = {};
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS && bias != nullptr; ++j) offset[j] = load<W>(bias + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      T* to = out[i] + first;
 #pragma GCC unroll 16
       for (int j = 0; j < VECTORS; ++j) {
-        Vec<T, W> v = sum[i][j];
-        if (g.bias != nullptr) v += load<W>(g.bias + first + j * W);
-        if (add != nullptr) v += load<W>(add + j * W);
-        store<W>(out + j * W, clamp(v, g.clamp));
-      }
-    } else {
-      alignas(64) T values[VECTORS * W];
-      for (int j = 0; j < VECTORS; ++j) store<W>(values + j * W, sum[i][j]);
-      for (int64_t c = 0; c < columns; ++c) {
-        T v = values[c];
-        if (g.bias != nullptr) v += g.bias[first + c];
-        if (add != nullptr) v += add[c];
-        out[c] = clamp(v, g.clamp);
+        Vec<T, W> v = sum[i][j] + offset[j];
+        if (add != nullptr) v += load<W>(add[i] + first + j * W);
+        store<W>(to + j * W, clamp(v, range));
       }
     }
+    return;
   }
+  T values[ROWS][VECTORS * W];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) store<W>(values[i] + j * W, sum[i][j]);
+  for (int i = 0; i < ROWS; ++i)
+    for (int64_t c = 0; c < columns; ++c) {
+      T v = values[i][c];
+      if (bias != nullptr) v += bias[c];
+      if (add != nullptr) v += add[i][first + c];
+      out[i][first + c] = clamp(v, range);
+    }
 }
 
-// Rows in tiles of ROWS, the rest in tiles of 4, 2 and 1.
-template <typename T, int ROWS, int PANELS>
-void gemm_columns(const Gemm<T>& g, int64_t panel, int64_t row = 0) {
-  for (; row + ROWS <= g.count; row += ROWS) gemm_tile<T, ROWS, PANELS>(g, row, panel);
+// All rows, in the fewest tiles, of sizes as equal as can be.
+template <typename T, int PANELS, bool STEPS, int ROWS = tile_rows<T>(PANELS, STEPS)>
+void gemm_rows(const Gemm<T>& g, int64_t panel, int64_t row, int64_t rows) {
   if constexpr (ROWS > 1) {
-    if (row < g.count) gemm_columns<T, (ROWS > 4 ? 4 : ROWS / 2), PANELS>(g, panel, row);
+    if (rows < ROWS) return gemm_rows<T, PANELS, STEPS, ROWS - 1>(g, panel, row, rows);
+  }
+  gemm_tile<T, ROWS, PANELS, STEPS>(g, row, panel);
+}
+
+template <typename T, int PANELS, bool STEPS>
+void gemm_columns(const Gemm<T>& g, int64_t panel) {
+  constexpr int ROWS = tile_rows<T>(PANELS, STEPS);
+  for (int64_t row = 0, tiles = (g.count + ROWS - 1) / ROWS; tiles > 0; --tiles) {
+    const int64_t rows = (g.count - row + tiles - 1) / tiles;
+    gemm_rows<T, PANELS, STEPS>(g, panel, row, rows);
+    row += rows;
   }
 }
 
-template <typename T, int PANELS>
-void gemm_panels(const Gemm<T>& g, int64_t panel, int64_t panels) {
-  for (; panel + PANELS <= panels; panel += PANELS) gemm_columns<T, tile_rows<T>(PANELS), PANELS>(g, panel);
-  if constexpr (PANELS > 1) {
-    if (panel < panels) gemm_panels<T, PANELS - 1>(g, panel, panels);
+template <typename T, bool STEPS>
+void gemm_panels(const Gemm<T>& g) {
+  const int64_t panels = (g.channels + kPanel - 1) / kPanel;
+  int64_t panel = 0;
+  if constexpr (kMaxPanels<T> == 3) {
+    if (panels % 2 == 1 && panels > 1) gemm_columns<T, 3, STEPS>(g, panel), panel += 3;
+    for (; panel + 2 <= panels; panel += 2) gemm_columns<T, 2, STEPS>(g, panel);
   }
+  for (; panel < panels; ++panel) gemm_columns<T, 1, STEPS>(g, panel);
 }
 
 template <typename T>
 void gemm(const Gemm<T>& g) {
-  gemm_panels<T, kMaxPanels<T>>(g, 0, (g.channels + kPanel - 1) / kPanel);
+  bool steps = true;
+  for (int64_t t = 0; t < g.num_taps; ++t) steps &= g.taps[t].step != 0;
+  steps ? gemm_panels<T, true>(g) : gemm_panels<T, false>(g);
 }
 
 template <typename T, int ROWS, int W, int VECTORS>

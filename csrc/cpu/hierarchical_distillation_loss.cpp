@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor> hierarchical_distillation_loss(const Tensor& logits_i
     STD_TORCH_CHECK(label >= 0 && label < classes, "target: expected class indices from 0 to ", classes - 1, ", got ",
                     label, " at position ", b);
   }
-  Tensor loss = torch::stable::new_empty(logits, std::vector<int64_t>{});
-  Tensor grad = torch::stable::new_empty(logits, {models, batch, classes});
+  Tensor loss = empty(logits, std::vector<int64_t>{});
+  Tensor grad = empty(logits, {models, batch, classes});
   std::vector<int64_t> students;
   for (int64_t size = 1; size < models; size *= 2) students.push_back(size);
   dispatch(logits, [&](auto type) {

@@ -19,6 +19,7 @@ struct Tap {
   const T* weight;
   int64_t panel_stride;
   int64_t depth;
+  int64_t step = 0;  // from one row to the next where it is always the same: rows[0] is then enough
 };
 
 // out[m][n] = clamp(sum over taps + bias[n] + add[m][n])

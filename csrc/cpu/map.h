@@ -69,7 +69,7 @@ using Written = std::function<void(int64_t branch, int64_t first, int64_t count)
 template <typename T>
 Map<T> in_memory(const Map<T>& map, int64_t branches, Tensor& hold) {
   if (!map.computed()) return map;
-  hold = torch::stable::new_empty(hold, {branches, map.rows, map.channels});
+  hold = empty(hold, {branches, map.rows, map.channels});
   map.write(branches, mutable_data<T>(hold));
   return {data<T>(hold), map.rows, map.channels};
 }

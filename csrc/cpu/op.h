@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "memory.h"
 #include "tensor.h"
 
 namespace hne {
@@ -39,7 +40,7 @@ T* scratch(int slot, int64_t count) {
     size_t bytes = 0;
     ~Buffer() { std::free(memory); }
   };
-  thread_local Buffer buffers[8];
+  thread_local Buffer buffers[10];
   Buffer& buffer = buffers[slot];
   const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
   if (bytes > buffer.bytes) {

@@ -23,12 +23,12 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
   const Tensor features = torch::stable::contiguous(widen(features_in));
   const Tensor weight = torch::stable::contiguous(widen(weight_in));
   const std::optional<Tensor> bias = contiguous(widen(bias_in));
-  Tensor member = torch::stable::new_empty(features, {models, batch, classes});
-  Tensor prefix = torch::stable::new_empty(features, {int64_t(sizes.size()), batch, classes});
+  Tensor member = empty(features, {models, batch, classes});
+  Tensor prefix = empty(features, {int64_t(sizes.size()), batch, classes});
   dispatch(features, [&](auto type) {
     using T = decltype(type);
     const int64_t panel_stride = channels * kPanel, head_size = ceil_div(classes, kPanel) * panel_stride;
-    const Tensor packed = torch::stable::new_empty(weight, {models * head_size});
+    const Tensor packed = empty(weight, {models * head_size});
     parallel_tasks(models, [&](int64_t n) {
       pack(data<T>(weight) + n * classes * channels, classes, channels, 1, channels, 1, panel_stride,
            mutable_data<T>(packed) + n * head_size);
@@ -36,13 +36,10 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
     const int64_t chunks = ceil_div(batch, kRows);
     parallel_tasks(models * chunks, [&](int64_t task) {
       const int64_t n = task / chunks, first = task % chunks * kRows, count = std::min(kRows, batch - first);
-      const T** rows = scratch<const T*>(0, kRows);
       T** out_rows = scratch<T*>(1, kRows);
-      for (int64_t m = 0; m < count; ++m) {
-        rows[m] = data<T>(features) + (n * batch + first + m) * channels;
-        out_rows[m] = mutable_data<T>(member) + (n * batch + first + m) * classes;
-      }
-      const Tap<T> tap{rows, data<T>(packed) + n * head_size, panel_stride, channels};
+      for (int64_t m = 0; m < count; ++m) out_rows[m] = mutable_data<T>(member) + (n * batch + first + m) * classes;
+      const T* rows = data<T>(features) + (n * batch + first) * channels;
+      const Tap<T> tap{&rows, data<T>(packed) + n * head_size, panel_stride, channels, channels};
       const T* head_bias = bias.has_value() ? data<T>(bias) + n * classes : nullptr;
       kernels<T>().gemm({&tap, 1, count, classes, out_rows, head_bias, nullptr, Clamp<T>{}});
     });

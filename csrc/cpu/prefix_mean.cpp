@@ -12,7 +12,7 @@ Tensor prefix_mean(const Tensor& logits_in, const std::vector<int64_t>& sizes) {
   const int64_t models = logits_in.size(0), values = logits_in.size(1) * logits_in.size(2);
   check_prefix_sizes(sizes, models);
   const Tensor logits = torch::stable::contiguous(widen(logits_in));
-  Tensor out = torch::stable::new_empty(logits, {int64_t(sizes.size()), logits_in.size(1), logits_in.size(2)});
+  Tensor out = empty(logits, {int64_t(sizes.size()), logits_in.size(1), logits_in.size(2)});
   dispatch(logits, [&](auto type) {
     using T = decltype(type);
     parallel_tasks(ceil_div(values, kValues), [&](int64_t task) {
@@ -31,7 +31,7 @@ Tensor prefix_mean_backward(const Tensor& grad_in, const std::vector<int64_t>& s
   check_prefix_sizes(sizes, models);
   const Tensor grad = torch::stable::contiguous(widen(grad_in));
   const int64_t values = grad_in.size(1) * grad_in.size(2);
-  Tensor out = torch::stable::new_empty(grad, {models, grad_in.size(1), grad_in.size(2)});
+  Tensor out = empty(grad, {models, grad_in.size(1), grad_in.size(2)});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
     parallel_tasks(ceil_div(values, kValues), [&](int64_t task) {

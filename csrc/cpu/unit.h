@@ -43,8 +43,8 @@ struct OutputGradient {
       : grad(torch::stable::contiguous(widen(grad_in))),
         y(torch::stable::contiguous(widen(y_in))),
         mean(torch::stable::contiguous(y_mean)),
-        slope(torch::stable::new_empty(mean, mean.sizes())),
-        offset(torch::stable::new_empty(mean, mean.sizes())) {
+        slope(empty(mean, mean.sizes())),
+        offset(empty(mean, mean.sizes())) {
     STD_TORCH_CHECK(y_in.dim() == 5, "y: expected 5 dimensions");
     const auto sizes = y_in.sizes();
     check_kind("y", y_in, y_in);
@@ -85,9 +85,9 @@ struct Unit {
     check_kind("weight", weight_in, x_in);
     const Geometry g = Convolution::geometry(x_in, weight_in, stride, padding, replicate);
     const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
-    const Tensor y = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
-    const Tensor y_mean = torch::stable::new_empty(x, {g.branches, g.out_channels});
-    const Tensor y_var = torch::stable::new_empty(x, {g.branches, g.out_channels});
+    const Tensor y = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
+    const Tensor y_mean = empty(x, {g.branches, g.out_channels});
+    const Tensor y_var = empty(x, {g.branches, g.out_channels});
     dispatch(x, [&](auto type) {
       using T = decltype(type);
       const int64_t rows = g.batch * g.out_pixels(), block = Convolution::block_rows(g.out_pixels());
@@ -113,10 +113,10 @@ struct Unit {
     const Geometry g = Convolution::geometry(x_in, weight_in, stride, padding, replicate);
     check_shape("y", y_in, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
     const Tensor weight = torch::stable::contiguous(widen(weight_in)), x = torch::stable::contiguous(widen(x_in));
-    const Tensor grad_x = torch::stable::new_empty(x, x_in.sizes());
+    const Tensor grad_x = empty(x, x_in.sizes());
     const std::vector<int64_t> vector =
         mean.has_value() ? std::vector<int64_t>{g.parents, g.in_channels} : std::vector<int64_t>{0};
-    const Tensor grad_scale = torch::stable::new_empty(x, vector), grad_shift = torch::stable::new_empty(x, vector);
+    const Tensor grad_scale = empty(x, vector), grad_shift = empty(x, vector);
     dispatch(x, [&](auto type) {
       using T = decltype(type);
       T* out = mutable_data<T>(grad_x);
@@ -149,7 +149,7 @@ struct Unit {
         backward_geometry(y_in, x_in.size(4), x_in.size(2), x_in.size(3), kernel_size, stride, padding, replicate);
     check_shape("x", x_in, {g.parents, g.batch, g.height, g.width, g.in_channels});
     const Tensor x = torch::stable::contiguous(widen(x_in));
-    const Tensor out = torch::stable::new_empty(x, Convolution::weight_shape(g));
+    const Tensor out = empty(x, Convolution::weight_shape(g));
     dispatch(x, [&](auto type) {
       using T = decltype(type);
       Convolution::weight(g, above.map<T>(), normalization.of<T>(x), out);

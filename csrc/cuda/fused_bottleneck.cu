@@ -356,8 +356,10 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tenso
                         const Tensor& project_bias_in, const std::optional<Tensor>& shortcut_in,
                         const std::optional<Tensor>& shortcut_bias_in, int64_t stride, int64_t replicate,
                         const std::string& activation, bool identity, const std::string& final_activation) {
-  const Geometry g = bottleneck_geometry(x_in, expand_in, expand_bias_in, depthwise_in, depthwise_bias_in, project_in,
-                                         project_bias_in, shortcut_in, shortcut_bias_in, stride, replicate, identity);
+  const auto sizes = x_in.sizes();
+  const Geometry g =
+      bottleneck_geometry({sizes.begin(), sizes.end()}, expand_in, expand_bias_in, depthwise_in, depthwise_bias_in,
+                          project_in, project_bias_in, shortcut_in, shortcut_bias_in, stride, replicate, identity);
   check_kind("x", x_in, x_in);
   const auto prepare = [&](const Tensor& t) {
     check_kind("weights", t, x_in);

@@ -1,0 +1,98 @@
+"""The memory of the CPU ops: given back, it is used again, and there is never more of it than was in use at once."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import hne_kernels as K
+from hne_kernels import extension
+
+_LIBRARY = extension.cpu_library()
+
+pytestmark = pytest.mark.skipif(
+    bool(_LIBRARY.build_info()["sanitizers"]) or extension.CUDA_EMULATED,
+    reason="a build with sanitizers keeps no memory, and CUDA's kernels have PyTorch's",
+)
+
+
+@pytest.fixture(autouse=True)
+def _released() -> None:
+    _LIBRARY.release_memory()
+
+
+def _map(kib: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A result of an op that takes so much memory."""
+    rows = kib * 1024 // dtype.itemsize // 32
+    return K.prefix_mean(torch.zeros(1, rows, 32, dtype=dtype))
+
+
+def test_memory_is_used_again() -> None:
+    first = _map(1000)
+    address = first.data_ptr()
+    assert address % 64 == 0
+    view = first[:, 3:]
+    del first
+    assert _map(1000).data_ptr() != address, "a view still uses it"
+    del view
+    assert address in {_map(1000).data_ptr(), _map(990).data_ptr()}
+
+
+def test_a_larger_tensor_takes_the_place_of_a_smaller_one() -> None:
+    del_me = _map(1000)
+    del del_me
+    other = _map(3000)  # what was idle is given back for it
+    assert _LIBRARY.release_memory() == 0
+    del other
+    assert 3000 * 1024 <= _LIBRARY.release_memory() <= 3000 * 1024 * 9 // 8 + 4096
+
+
+def test_never_more_than_was_in_use() -> None:
+    both = [_map(1000), _map(2000)]
+    both.clear()
+    most = _LIBRARY.release_memory()
+    for kib in (1000, 2000, 700, 1500, 100, 2500, 300, 1000):
+        _map(kib)
+    assert 0 < _LIBRARY.release_memory() <= most
+
+
+def test_small_tensors_are_left_to_the_system() -> None:
+    del_me = _map(32)
+    del del_me
+    assert _LIBRARY.release_memory() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_results_are_ordinary_tensors(dtype: torch.dtype) -> None:
+    y = _map(200, dtype)
+    assert y.is_contiguous()
+    assert y.dtype == dtype
+    y.add_(1).resize_(3)
+    assert torch.equal(y, torch.ones(3, dtype=dtype))
+    other = _map(200, dtype)
+    other.share_memory_()
+    assert torch.equal(other, torch.zeros_like(other))
+
+
+def test_threads_have_memory_of_their_own() -> None:
+    """Tensors made in several threads and let go in others never share memory."""
+    wrong = []
+
+    def work(number: int) -> None:
+        kept: list[Tensor] = []
+        for turn in range(200):
+            kept.append(_map(64 + 16 * (turn % 3)).fill_(number))
+            if len(kept) > 3:
+                y = kept.pop(turn % 3)
+                if not torch.all(y == number):
+                    wrong.append((number, turn))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
