@@ -1,36 +1,74 @@
-"""HNE-ResNet as a whole: inference of the first n models, and a training step of the paper's objective."""
+"""HNE-ResNet and HNE-MobileNetV2 as a whole: a training step of the paper's objective, inference of the first n models,
+and anytime inference.
+
+Training comes first: each step asks for a gigabyte, and what other benchmarks leave behind in the allocator costs it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import channels_last
+import memory
+import peers
 import pytest
 import roofline
 import torch
-from comparison import check_agreement
+from comparison import Case, check_agreement
 from meters import Side
 from torch import Tensor
-from workload import Workload
+from workload import Network, Workload
 
 from hne import HNE, FusedHNE
+from hne.cli.export import Ensemble, write_onnx
 from hne.losses import objective
 
-Models = tuple[HNE, HNE, HNE]  # fused, naive, channels-last naive
+OF_TRAINING = ("fused", "naive", "channels_last", "channels_last_compiled")  # sides whose memory is measured
+
+
+def build(network: Network, device: str) -> FusedHNE:
+    """With running statistics that are not those of a new model."""
+    torch.manual_seed(0)
+    fused = FusedHNE.from_preset(**network.preset).to(device)
+    with torch.no_grad():
+        for _ in range(3):
+            fused.train()(torch.randn(8, 3, network.size, network.size, device=device))
+    return fused
+
+
+class Models:
+    """The models of one network with the same weights: fused, naive, channels-last naive, and graphs of naive."""
+
+    def __init__(self, network: Network, device: str, folder: Path) -> None:
+        self.fused = build(network, device)
+        self.naive = self.fused.to_naive()
+        self.last = channels_last.of(self.fused)
+        self._images, self._folder = torch.zeros(2, 3, network.size, network.size), folder
+
+    def graph(self, num_models: int) -> Path:
+        """What ``hne export --format onnx --num-models n`` writes: a file, written once."""
+        path = self._folder / f"{num_models}.onnx"
+        if not path.exists():
+            with torch.no_grad():
+                write_onnx(Ensemble(copy.deepcopy(self.naive), num_models).eval(), self._images, path)
+        return path
 
 
 @pytest.fixture(scope="module")
-def models(workload: Workload) -> Models:
-    """With the same weights, and with running statistics that are not those of a new model."""
-    torch.manual_seed(0)
-    fused = FusedHNE.from_preset(**workload.network).to(workload.device)
-    with torch.no_grad():
-        for _ in range(3):
-            fused.train()(torch.randn(16, 3, workload.size, workload.size, device=workload.device))
-    return fused, fused.to_naive(), channels_last.of(fused)
+def models(workload: Workload, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Network], Models]:
+    by_name: dict[str, Models] = {}
+
+    def of(network: Network) -> Models:
+        if network.name not in by_name:
+            by_name[network.name] = Models(network, workload.device, tmp_path_factory.mktemp("graphs"))
+        return by_name[network.name]
+
+    return of
 
 
 def _shape(*parts: str, dtype: torch.dtype) -> str:
@@ -38,72 +76,145 @@ def _shape(*parts: str, dtype: torch.dtype) -> str:
     return ", ".join([*parts, *([] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")])])
 
 
-def bench_inference(
-    inference: tuple[int, int, torch.dtype], models: Models, versus: Any, workload: Workload, rng: torch.Generator
+def _case(network: Network, model: HNE, num_models: int, batch: int) -> Case:
+    macs = model.macs(num_models, network.size)
+    return {"network": network.name, "num_models": num_models, "batch": batch, "macs": macs}
+
+
+def _images(batch: int, network: Network, rng: torch.Generator, device: str) -> Tensor:
+    return torch.randn(batch, 3, network.size, network.size, generator=rng).to(device)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _step(call: Any, model: HNE, x: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
+    """Loss, logits and gradients."""
+    # A cache of lowered weights would not be filled anew when a CUDA graph is replayed.
+    lowered = dtype not in (torch.float32, torch.float64)
+    mixed = torch.autocast(x.device.type, dtype, cache_enabled=False) if lowered else contextlib.nullcontext()
+    with mixed:
+        logits = call(x)
+    value = objective("I+HD", alpha=0.5, temperature=2.0)(logits, target)
+    return value.detach(), logits.detach(), torch.autograd.grad(value, list(model.parameters()))
+
+
+def _memory_of_step(side: str, network: Network, batch: int, compiler: dict[str, str], threads: int) -> float:
+    """MiB at the peak of a float32 training step on the CPU; to be called in a process of its own."""
+    torch.set_num_threads(threads)
+    fused = FusedHNE.from_preset(**network.preset).train()
+    makers = {"fused": lambda: fused, "naive": fused.to_naive}
+    model: HNE = makers.get(side, lambda: channels_last.of(fused))()
+    call = torch.compile(model, dynamic=False, **compiler) if side.endswith("compiled") else model
+    x = torch.randn(batch, 3, network.size, network.size)
+    x = x.contiguous(memory_format=torch.channels_last) if side.startswith("channels_last") else x
+    target = torch.randint(model.num_classes, (batch,))
+    return memory.peak_mib(lambda: _step(call, model, x, target, torch.float32))
+
+
+def bench_training_step(
+    training: tuple[Network, int, torch.dtype], models: Any, versus: Any, workload: Workload, rng: torch.Generator
 ) -> None:
-    n, batch, dtype = inference
-    fused, naive, last = (copy.deepcopy(model).to(dtype).eval() for model in models)
-    x = torch.randn(batch, 3, workload.size, workload.size, generator=rng).to(workload.device, dtype)
+    network, batch, dtype = training
+    ours = models(network)
+    fused, naive, last = (copy.deepcopy(model).train() for model in (ours.fused, ours.naive, ours.last))
+    x = _images(batch, network, rng, workload.device)
+    target = torch.randint(fused.num_classes, (batch,), generator=rng).to(workload.device)
 
     def side(model: HNE, x: Tensor) -> Callable[[Any], Side]:
         def make(wrap: Any) -> Side:
-            function = wrap(model)
-            return lambda: function(x, num_models=n)
+            call = wrap(model)
+            return lambda: _step(call, model, x, target, dtype)[:2]
 
         return make
+
+    def memory_mib() -> dict[str, float]:
+        return {
+            name: memory.in_fresh_process(
+                _memory_of_step, name, network, batch, workload.compiler, torch.get_num_threads()
+            )
+            for name in OF_TRAINING
+        }
+
+    # A ReLU that rounding turns on or off changes gradients by per cents, on either side. In float64 hardly any turns.
+    if workload.device == "cpu":
+        doubles = (copy.deepcopy(model).double() for model in (fused, naive))
+        check_agreement(*(_step(model, model, x[:4].double(), target[:4], torch.float64) for model in doubles))
+    versus(
+        side(fused, x),
+        side(naive, x),
+        side(last, x.contiguous(memory_format=torch.channels_last)),
+        kind="training",
+        name="training step",
+        shape=_shape(network.name, f"n = {fused.num_models}", f"batch {batch}", dtype=dtype),
+        images=batch,
+        dtype=dtype,
+        work=lambda: roofline.of_training(fused, batch, network.size, dtype.itemsize),
+        training=True,
+        case=_case(network, fused, fused.num_models, batch),
+        **({"memory_mib": memory_mib} if workload.memory else {}),
+    )
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+
+def bench_inference(
+    inference: tuple[Network, int, int, torch.dtype], models: Any, versus: Any, workload: Workload, rng: torch.Generator
+) -> None:
+    """The mean logits of the first n, which is what an exported graph gives."""
+    network, n, batch, dtype = inference
+    ours = models(network)
+    fused, naive, last = (copy.deepcopy(model).to(dtype).eval() for model in (ours.fused, ours.naive, ours.last))
+    x = _images(batch, network, rng, workload.device).to(dtype)
+
+    def side(model: HNE, x: Tensor) -> Callable[[Any], Side]:
+        def make(wrap: Any) -> Side:
+            function = wrap(Ensemble(model, n).eval())
+            return lambda: function(x)
+
+        return make
+
+    def peer(name: str) -> Side:
+        return peers.PEERS[name](ours.graph(n), x)
 
     with torch.no_grad():
         versus(
             side(fused, x),
             side(naive, x),
             side(last, x.contiguous(memory_format=torch.channels_last)),
+            {name: functools.partial(peer, name) for name in peers.PEERS} if dtype == torch.float32 else {},
+            kind="inference",
             name="inference",
-            shape=_shape(f"n = {n}", f"batch {batch}", dtype=dtype),
+            shape=_shape(network.name, f"n = {n}", f"batch {batch}", dtype=dtype),
             images=batch,
             dtype=dtype,
-            work=lambda: roofline.of_inference(fused, n, batch, workload.size, dtype.itemsize),
-            launched=True,
+            work=lambda: roofline.of_inference(fused, n, batch, network.size, dtype.itemsize),
+            case=_case(network, fused, n, batch),
         )
 
 
-def bench_training_step(
-    training: tuple[int, torch.dtype], models: Models, versus: Any, workload: Workload, rng: torch.Generator
+def bench_anytime(
+    anytime: tuple[Network, int, torch.dtype], models: Any, versus: Any, workload: Workload, rng: torch.Generator
 ) -> None:
-    batch, dtype = training
-    x = torch.randn(batch, 3, workload.size, workload.size, generator=rng).to(workload.device)
-    target = torch.randint(models[0].num_classes, (batch,), generator=rng).to(workload.device)
-    loss = objective("I+HD", alpha=0.5, temperature=2.0)
-    lowered = dtype != torch.float32
+    """An answer after every model, through all of them."""
+    network, batch, dtype = anytime
+    ours = models(network)
+    fused, naive = (copy.deepcopy(model).to(dtype).eval() for model in (ours.fused, ours.naive))
+    x = _images(batch, network, rng, workload.device).to(dtype)
 
-    def step(call: Any, model: HNE, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        # A cache of lowered weights would not be filled anew when a CUDA graph is replayed.
-        mixed = torch.autocast(x.device.type, dtype, cache_enabled=False) if lowered else contextlib.nullcontext()
-        with mixed:
-            logits = call(x)
-        value = loss(logits, target)
-        return value.detach(), logits.detach(), torch.autograd.grad(value, list(model.parameters()))
+    def side(model: HNE) -> Callable[[Any], Side]:
+        return lambda wrap: lambda: [y for _, y in model.anytime(x)]
 
-    def side(model: HNE, x: Tensor) -> Callable[[Any], Side]:
-        def make(wrap: Any) -> Side:
-            call = wrap(model)
-            return lambda: step(call, model, x, target)[:2]
-
-        return make
-
-    fused, naive, last = (model.train() for model in models)
-    # A ReLU that rounding turns on or off changes gradients by per cents, on either side. In float64 hardly any turns.
-    if workload.device == "cpu":
-        doubles = (copy.deepcopy(model).double() for model in (fused, naive))
-        check_agreement(*(step(model, model, x[:4].double(), target[:4]) for model in doubles))
-    versus(
-        side(fused, x),
-        side(naive, x),
-        side(last, x.contiguous(memory_format=torch.channels_last)),
-        name="training step",
-        shape=_shape(f"n = {fused.num_models}", f"batch {batch}", dtype=dtype),
-        images=batch,
-        dtype=dtype,
-        work=lambda: roofline.of_training(fused, batch, workload.size, dtype.itemsize),
-        launched=True,
-        training=True,
-    )
+    with torch.no_grad():
+        versus(
+            side(fused),
+            side(naive),
+            kind="anytime",
+            name="anytime",
+            shape=_shape(network.name, f"batch {batch}", dtype=dtype),
+            images=batch,
+            dtype=dtype,
+            work=lambda: roofline.of_inference(fused, fused.num_models, batch, network.size, dtype.itemsize),
+            case=_case(network, fused, fused.num_models, batch),
+        )

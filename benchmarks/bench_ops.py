@@ -1,4 +1,5 @@
-"""Every op at the layers of HNE-ResNet (Table 2): forwards, and backwards through the gradients of all inputs.
+"""Every op at the layers of HNE-ResNet (Table 2): forwards, and backwards through the gradients of all inputs. Those of
+the head at that of HNE-MobileNetV2 (Table 3) as well.
 
 Naive is the reference: features copied for every child, one grouped convolution over the channels of all branches. Its
 inputs already lie in memory as it wants them ([batch, branch * channel, height, width]), so that no change of layout is
@@ -24,8 +25,6 @@ import hne_kernels as K
 from hne.fused import Fused
 from hne.layers import Bottleneck, Execution
 from hne.naive import Naive
-
-MODELS, CHANNELS, CLASSES = 16, 256, 100
 
 # layer: branches in, children each, size of the map, channels in and out, kernel, stride
 CONVOLUTIONS = {
@@ -59,8 +58,7 @@ BOTTLENECKS = {
 }
 
 Inputs = dict[str, Tensor]
-
-
+Head = tuple[int, int, int, int]
 Function = Callable[..., Any]
 
 
@@ -75,8 +73,8 @@ class Bench:
         """Random values, in the dtype of the features if none is given."""
         return torch.randn(shape, generator=self._rng).to(self._device, dtype or self.dtype)
 
-    def target(self) -> Tensor:
-        return torch.randint(CLASSES, (self.batch,), generator=self._rng).to(self._device)
+    def target(self, batch: int, classes: int) -> Tensor:
+        return torch.randint(classes, (batch,), generator=self._rng).to(self._device)
 
     def __call__(
         self,
@@ -333,31 +331,33 @@ def bench_fused_bottleneck(layer: str, bench: Bench) -> None:
 
 
 @ways
-def bench_prefix_mean(way: str, bench: Bench) -> None:
-    tensors = {"logits": bench.normal(MODELS, bench.batch, CLASSES)}
-    shape = f"{MODELS} x {bench.batch} x {CLASSES}"
-    bench(way, "prefix_mean", K.prefix_mean, tensors, shape=shape)
+def bench_prefix_mean(way: str, head: Head, bench: Bench) -> None:
+    models, batch, _, classes = head
+    tensors = {"logits": bench.normal(models, batch, classes)}
+    bench(way, "prefix_mean", K.prefix_mean, tensors, shape=f"{models} x {batch} x {classes}", images=batch)
 
 
 @ways
-def bench_prefix_logits(way: str, bench: Bench) -> None:
+def bench_prefix_logits(way: str, head: Head, bench: Bench) -> None:
+    models, batch, channels, classes = head
     tensors = {
-        "features": bench.normal(MODELS, bench.batch, CHANNELS),
-        "weight": bench.normal(MODELS, CLASSES, CHANNELS),
-        "bias": bench.normal(MODELS, CLASSES),
+        "features": bench.normal(models, batch, channels),
+        "weight": bench.normal(models, classes, channels),
+        "bias": bench.normal(models, classes),
     }
 
     def function(**given: Tensor) -> Tensor:
         return K.prefix_logits(**given)[1]
 
-    shape = f"{MODELS} x {bench.batch} x {CHANNELS}>{CLASSES}"
-    bench(way, "prefix_logits", function, tensors, shape=shape)
+    shape = f"{models} x {batch} x {channels}>{classes}"
+    bench(way, "prefix_logits", function, tensors, shape=shape, images=batch)
 
 
-def bench_hierarchical_distillation_loss(bench: Bench) -> None:
+def bench_hierarchical_distillation_loss(head: Head, bench: Bench) -> None:
     """Both ways at once: the fused op has the gradient ready after its forward pass."""
-    logits = bench.normal(MODELS, bench.batch, CLASSES, dtype=torch.float32)
-    target = bench.target()
+    models, batch, _, classes = head
+    logits = bench.normal(models, batch, classes, dtype=torch.float32)
+    target = bench.target(batch, classes)
 
     def both(wrap: Any) -> Side:
         call, ours = wrap(K.hierarchical_distillation_loss), logits.detach().requires_grad_()
@@ -372,7 +372,8 @@ def bench_hierarchical_distillation_loss(bench: Bench) -> None:
         both,
         both,
         name="hierarchical_distillation_loss both ways",
-        shape=f"{MODELS} x {bench.batch} x {CLASSES}",
+        shape=f"{models} x {batch} x {classes}",
+        images=batch,
         dtype=torch.float32,
         work=lambda: roofline.Work(2 * logits.nbytes, 0),
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from meters import Meter, Side
@@ -20,9 +20,18 @@ TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "tf32 training": 
 EAGER = "eager"
 
 
+class Case(TypedDict, total=False):
+    """What a row of a model is of, for the tables and plots that are made from several rows."""
+
+    network: str
+    num_models: int
+    batch: int
+    macs: int  # multiply-adds of an image
+
+
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a fused side, and naive ones."""
+    """A line of the table: a fused side, and those it is compared with."""
 
     name: str
     shape: str
@@ -31,21 +40,23 @@ class Row:
     images_per_s: float
     rounds: int
     backend: str = ""  # of the fused side; "" for the one that is chosen automatically
-    others_ms: dict[str, float] = field(default_factory=dict)  # naive by other means
-    floor_ms: float | None = None  # no fused side is faster, see roofline.py
+    others_ms: dict[str, float] = field(default_factory=dict)  # naive by other means, and other engines
+    floor_ms: float | None = None  # no side is faster, see roofline.py
+    case: Case = field(default_factory=Case)
+    memory_mib: dict[str, float] = field(default_factory=dict)  # of a call at its peak, by side
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the fastest naive side."""
+        """How many times as fast as the fastest other side."""
         return min(self.naive_ms, *self.others_ms.values(), float("inf")) / self.fused_ms
 
     @property
-    def of_roofline(self) -> float | None:
+    def of_peak(self) -> float | None:
         """Share of the time that cannot be saved."""
         return None if self.floor_ms is None else self.floor_ms / self.fused_ms
 
     def record(self) -> dict[str, Any]:
-        record = {**asdict(self), "ratio": self.ratio, "of_roofline": self.of_roofline}
+        record = {**asdict(self), "ratio": self.ratio, "of_peak": self.of_peak}
         return {name: value for name, value in record.items() if value not in ("", {}, None)}
 
 
@@ -92,12 +103,14 @@ def compare(
     precision: str,
     floor_ms: float | None,
     seconds: float | None,
+    case: Case | None = None,
+    memory_mib: Callable[[], dict[str, float]] = dict,
 ) -> list[Row]:
     """Check that all sides agree and time them alternately, for about ``seconds`` in all.
 
-    A round is as many calls as the first fused side takes at least 5 ms for, of one side after the other: what else the
-    machine does falls on all alike. pytest-benchmark keeps the rounds of the first fused side; its ``extra_info`` has
-    the rest.
+    A round is as many calls as the first fused side takes a turn of the meter for, of one side after the other: what
+    else the machine does falls on all alike. pytest-benchmark keeps the rounds of the first fused side; its
+    ``extra_info`` has the rest.
 
     Args:
         benchmark: Takes ``watch`` for its clock.
@@ -110,6 +123,8 @@ def compare(
         precision: Of :func:`check_agreement`.
         floor_ms: Of the rows.
         seconds: None for a single round, which shows only that everything runs.
+        case: Of the rows.
+        memory_mib: Tells that of the rows, once all is timed.
 
     Returns:
         A row for each fused side; none with ``--benchmark-disable``.
@@ -130,8 +145,8 @@ def compare(
     calls, rounds = 1, 1
     if seconds is not None:
         first = {side: meter.seconds(call, 1) for side, call in ready.items()}
-        calls = max(1, round(0.005 / first[next(iter(fused))]))
-        rounds = max(3, min(100, round(seconds / (calls * sum(first.values())))))
+        calls = max(1, round(meter.turn / first[next(iter(fused))]))
+        rounds = max(3, min(100, round(seconds / (calls * sum(first.values()) + meter.rest * len(first)))))
     turns: dict[str, list[float]] = {side: [] for side in ready}
 
     def turn(side: str) -> None:
@@ -152,10 +167,8 @@ def compare(
         return []
     ms = {side: median(taken) * 1e3 for side, taken in turns.items()}
     others = {side: ms[side] for side in naive if side != "naive"}
-    rows = [
-        Row(name, shape, ms[side], ms["naive"], images / ms[side] * 1e3, rounds, side, others, floor_ms)
-        for side in fused
-    ]
+    shared = {"others_ms": others, "floor_ms": floor_ms, "case": case or {}, "memory_mib": memory_mib()}
+    rows = [Row(name, shape, ms[side], ms["naive"], images / ms[side] * 1e3, rounds, side, **shared) for side in fused]
     for row in rows:
         benchmark.extra_info |= row.record() if row.backend == leader else {row.backend: row.record()}
     return rows

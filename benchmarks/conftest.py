@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from comparison import Row, Watch, compare
+from derived import is_in_large_table, small_tables
 from machine import describe, machine
+from memory import give_back
 from meters import Meter, Side
+from peers import missing
 from roofline import Rates, Work, measure
-from table import machine_line, save, summary, text
-from workload import WORKLOADS, Workload, default
+from table import aligned, machine_line, save, summary, text
+from workload import WORKLOADS, Network, Workload, default
 
 import hne_kernels as K
 
 _ROWS = pytest.StashKey[list[Row]]()
+_REMARKS = pytest.StashKey[list[str]]()
 _START = pytest.StashKey[float]()
 _QUICK = "Too few rounds to be figures: --benchmark-quick."
 
@@ -28,7 +35,7 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_ROWS] = []
+    config.stash[_ROWS], config.stash[_REMARKS] = [], []
     config.stash[_START] = time.monotonic()
     workload = _workload(config)
     if not workload.backends:
@@ -46,13 +53,18 @@ def _workload(config: pytest.Config) -> Workload:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     workload = _workload(metafunc.config)
-    for argument, cases in (("inference", workload.inference), ("training", workload.training)):
+    for argument, cases in {
+        "training": workload.training,
+        "inference": workload.inference,
+        "anytime": workload.anytime,
+        "head": workload.heads,
+    }.items():
         if argument in metafunc.fixturenames:
             metafunc.parametrize(argument, cases, ids=["-".join(map(_plain, case)) for case in cases])
 
 
 def _plain(value: object) -> str:
-    return str(value).removeprefix("torch.")
+    return value.name if isinstance(value, Network) else str(value).removeprefix("torch.")
 
 
 @pytest.fixture(scope="session")
@@ -66,17 +78,23 @@ def meter(workload: Workload) -> Meter:
 
 
 @pytest.fixture(scope="session")
-def rates(workload: Workload, meter: Meter) -> Callable[[torch.dtype], Rates | None]:
-    """What this machine was seen to do in a dtype, measured once; None where it is not asked for."""
+def rates(pytestconfig: pytest.Config, workload: Workload, meter: Meter) -> Callable[[torch.dtype], Rates]:
+    """What this machine was seen to do in a dtype, measured once."""
 
     @functools.cache
-    def of(dtype: torch.dtype) -> Rates | None:
-        if workload.rates is None:
-            return None
-        megabytes, size = workload.rates
-        return measure(meter, torch.device(workload.device), dtype, megabytes=megabytes, size=size)
+    def of(dtype: torch.dtype) -> Rates:
+        megabytes, sizes = workload.rates
+        found = measure(meter, torch.device(workload.device), dtype, megabytes=megabytes, sizes=sizes)
+        _remark(pytestconfig, f"peak in {_plain(dtype)}, measured: {found}")
+        return found
 
     return of
+
+
+def _remark(config: pytest.Config, line: str) -> None:
+    """Have a line written with the table, once."""
+    if line not in config.stash[_REMARKS]:
+        config.stash[_REMARKS].append(line)
 
 
 @pytest.fixture
@@ -92,14 +110,15 @@ def versus(
     request: pytest.FixtureRequest,
     workload: Workload,
     meter: Meter,
-    rates: Callable[[torch.dtype], Rates | None],
+    rates: Callable[[torch.dtype], Rates],
 ) -> Iterator[Versus]:
-    """``versus(fused, naive, channels_last=None, name=, shape=, images=, dtype=, work=None)``: see
+    """``versus(fused, naive, channels_last=None, peers={}, name=, shape=, images=, dtype=, work=)``: see
     :func:`comparison.compare`.
 
     A side is given by a function of what compiles (or leaves alone) what it calls; it is made and called with the
-    backend that it stands for. ``work()`` tells the least that a call must do. With ``launched``, naive is timed as it
-    is launched from Python as well, where it is a graph otherwise.
+    backend that it stands for. A peer is made by a function of nothing; so is what is timed ``beside`` the fused side,
+    and has a row of its own. ``kind`` tells which of the others take part, see :mod:`workload`. ``work()`` tells the
+    least that a call must do.
     """
     quick = request.config.getoption("--benchmark-quick")
     watch = Watch()
@@ -115,36 +134,45 @@ def versus(
         fused: Callable[[Wrap], Side],
         naive: Callable[[Wrap], Side],
         channels_last: Callable[[Wrap], Side] | None = None,
+        peers: Mapping[str, Callable[[], Side]] = MappingProxyType({}),
         *,
         dtype: torch.dtype,
         work: Callable[[], Work],
-        launched: bool = False,
+        kind: str = "op",
+        beside: Mapping[str, Callable[[], Side]] = MappingProxyType({}),
         training: bool = False,
         **options: Any,
     ) -> None:
-        reached = rates(dtype)
-        floor_ms = None if reached is None else work().floor_seconds(reached) * 1e3
+        floor_ms = work().floor_seconds(rates(dtype)) * 1e3
+        others = workload.others.get(kind, ())
         compiled = functools.partial(torch.compile, dynamic=False, **workload.compiler)
         makers = {
             "naive": (naive, _as_it_is),
-            "eager": (naive if launched else None, _as_it_is),
+            "eager": (naive, _as_it_is),
             "channels_last": (channels_last, _as_it_is),
             "compiled": (naive, compiled),
             "channels_last_compiled": (channels_last, compiled),
+            "frozen": (channels_last, compiled),
         }
-        with meter.running():
+        absent = {name: why for name in peers if name in others and (why := missing(name))}
+        for why in absent.values():
+            _remark(request.config, why)
+        give_back()  # the memory of earlier comparisons: all begin alike
+        with meter.running(), _freezing("frozen" in others):
             rows = compare(
                 benchmark,
-                {backend: side(backend, fused, _as_it_is) for backend in workload.backends},
+                {backend: side(backend, fused, _as_it_is) for backend in workload.backends}
+                | {name: side("", lambda wrap, make=make: make(), _as_it_is) for name, make in beside.items()},
                 {
                     name: side("reference", make, wrap)
                     for name, (make, wrap) in makers.items()
-                    if make is not None and name in ("naive", *workload.naive)
-                },
+                    if make is not None and name in ("naive", *others)
+                }
+                | {name: make() for name, make in peers.items() if name in others and name not in absent},
                 meter=meter,
                 watch=watch,
                 precision=workload.precision(dtype, training=training),
-                floor_ms=floor_ms,
+                floor_ms=floor_ms or None,
                 seconds=None if quick else workload.seconds,
                 **options,
             )
@@ -153,10 +181,25 @@ def versus(
 
     yield run
     torch._dynamo.reset()
+    gc.collect()
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
+
+
+def _freezing(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Whether what is compiled without gradients takes its parameters for constants: folds batch norms, packs weights.
+
+    As an option of ``torch.compile`` it comes too late: the tracer has made the parameters inputs, and nothing is
+    folded.
+    """
+    if not wanted:
+        return contextlib.nullcontext()
+    import torch._inductor.config
+
+    patch: contextlib.AbstractContextManager[Any] = torch._inductor.config.patch(freezing=True)
+    return patch
 
 
 def _served(backend: str, call: Side) -> Any:
@@ -181,7 +224,7 @@ def _save(config: pytest.Config) -> list[Any]:
     if path is None:
         return []
     note = _QUICK if config.getoption("--benchmark-quick") else ""
-    return save(path, config.stash[_ROWS], _facts(), note)
+    return save(path, config.stash[_ROWS], _facts(), note, config.stash[_REMARKS])
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
@@ -194,9 +237,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("fused against naive")
     terminalreporter.write_line(machine_line(_facts()))
-    for line, row in zip(text(rows), [None, *rows], strict=True):
-        terminalreporter.write_line(line, bold=row is None, red=row is not None and row.ratio < 1)
-    terminalreporter.write_line(summary(rows), bold=True)
+    large = [row for row in rows if is_in_large_table(row)]
+    if large:
+        for line, row in zip(text(large), [None, *large], strict=True):
+            terminalreporter.write_line(line, bold=row is None, red=row is not None and row.ratio < 1)
+        terminalreporter.write_line(summary(large), bold=True)
+    for table in small_tables(rows):
+        terminalreporter.section(table.title, sep="-")
+        for line in aligned(table.header, table.lines):
+            terminalreporter.write_line(line)
+    terminalreporter.section("remarks", sep="-")
+    for remark in config.stash[_REMARKS]:
+        terminalreporter.write_line(remark)
     if config.getoption("--benchmark-quick"):
         terminalreporter.write_line(_QUICK, yellow=True)
     for written in _save(config):

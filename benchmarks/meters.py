@@ -14,7 +14,15 @@ Side = Callable[[], Any]
 
 
 class Meter(Protocol):
-    """Times sides of a comparison."""
+    """Times sides of a comparison.
+
+    Attributes:
+        turn: Seconds that a turn of the fused side takes at least.
+        rest: Seconds that pass before each turn.
+    """
+
+    turn: float
+    rest: float
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
         """Everything of a comparison happens in here, the making of its inputs included."""
@@ -27,7 +35,13 @@ class Meter(Protocol):
 
 
 class HostMeter:
-    """For what is done when the call returns."""
+    """For what is done when the call returns.
+
+    Threads that have nothing to do spin for a while before they sleep (libgomp's for 6 ms), and would take a core from
+    the side that comes next. So each turn begins with a rest, and is long enough that waking up counts for nothing.
+    """
+
+    turn = rest = 0.02
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -36,6 +50,7 @@ class HostMeter:
         return side
 
     def seconds(self, side: Side, calls: int) -> float:
+        time.sleep(self.rest)
         start = time.perf_counter()
         for _ in range(calls):
             side()
@@ -47,6 +62,7 @@ class GpuMeter:
     around each replay, before which the L2 cache is overwritten."""
 
     WARM_UPS = 3
+    turn, rest = 0.005, 0.0
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

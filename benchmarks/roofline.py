@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, isinf, prod
 from typing import Any
 
 import torch
-from meters import Meter
+from meters import Meter, Side
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,21 +30,37 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured: a large copy, bytes read plus bytes written, and a large matrix product."""
+    """What was measured: a large copy, bytes read plus bytes written, and large matrix products."""
 
-    bytes_per_s: float
+    bytes_per_s: float  # infinite where it was not measured: what is in the caches is not bound by it
     flops_per_s: float
 
+    def __str__(self) -> str:
+        copied = "" if isinf(self.bytes_per_s) else f", {self.bytes_per_s / 1e9:,.0f} GB/s copied"
+        return f"{self.flops_per_s / 1e9:,.0f} GFLOP/s{copied}"
 
-def measure(meter: Meter, device: torch.device, dtype: torch.dtype, *, megabytes: int, size: int) -> Rates:
-    """Copy so many MiB, and multiply two random matrices of ``size`` x ``size`` (zeros would be faster)."""
-    with meter.running():
+
+def measure(
+    meter: Meter, device: torch.device, dtype: torch.dtype, *, megabytes: int | None, sizes: Sequence[int]
+) -> Rates:
+    """The best of several: copies of so many MiB, and products of random matrices of ``size`` x ``size`` (zeros would
+    be faster)."""
+
+    def best(side: Side) -> float:
+        ready = meter.prepare(side)
+        return min(meter.seconds(ready, 10) for _ in range(3))
+
+    def copied(megabytes: int) -> float:
         source = torch.empty(megabytes << 20, dtype=torch.int8, device=device).random_()
         target = torch.empty_like(source)
+        return 2 * source.nbytes / best(lambda: target.copy_(source))
+
+    def multiplied(size: int) -> float:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        sides = [lambda: target.copy_(source), lambda: a @ b]
-        copy, product = (min(meter.seconds(side, 10) for _ in range(3)) for side in map(meter.prepare, sides))
-    return Rates(2 * source.nbytes / copy, 2 * size**3 / product)
+        return 2 * size**3 / best(lambda: a @ b)
+
+    with meter.running():
+        return Rates(inf if megabytes is None else copied(megabytes), max(map(multiplied, sizes)))
 
 
 def of_op(function: Callable[..., Any], inputs: dict[str, Tensor], gradients: Sequence[str] = ()) -> Work:

@@ -1,4 +1,4 @@
-"""The table at the end of a run, on the terminal and as Markdown and JSON."""
+"""The tables at the end of a run, on the terminal and as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from comparison import Row
+from derived import Line, is_in_large_table, small_tables
 
-_WORDS = ("name", "shape", "backend", "")  # titles of what is no number
-_TITLES = {"eager": "naive eager", "channels_last": "channels-last"}  # naive sides; the others are called as they are
+_WORDS = ("name", "shape", "backend", "network", "op", "")  # titles of what is no number
+TITLES = {  # of sides; the others are called as they are
+    "eager": "naive eager",
+    "channels_last": "channels-last",
+    "channels_last_compiled": "channels-last, compiled",
+    "frozen": "torch.compile + freezing",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 
 
 def header(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -21,10 +30,10 @@ def header(rows: Sequence[Row]) -> tuple[str, ...]:
         *(["backend"] if any(row.backend for row in rows) else []),
         "fused ms",
         "naive ms",
-        *(f"{_TITLES.get(name, name)} ms" for name in _others(rows)),
+        *(f"{TITLES.get(name, name)} ms" for name in _others(rows)),
         "images/s",
         "ratio",
-        *(["of roofline"] if any(row.floor_ms for row in rows) else []),
+        *(["of peak"] if any(row.floor_ms for row in rows) else []),
         "",
     )
 
@@ -32,7 +41,7 @@ def header(rows: Sequence[Row]) -> tuple[str, ...]:
 def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     """A line under :func:`header`."""
     others = (row.others_ms.get(name) for name in _others(rows))
-    share = [] if row.of_roofline is None else [f"{row.of_roofline:.0%}"]
+    share = [] if row.of_peak is None else [f"{row.of_peak:.0%}"]
     return (
         row.name,
         row.shape,
@@ -57,41 +66,59 @@ def machine_line(machine: dict[str, str]) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     slower = sum(row.ratio < 1 for row in rows)
-    return f"{len(rows)} comparisons, fused slower than naive in {slower}"
+    return f"{len(rows)} comparisons, fused slower than another side in {slower}"
 
 
 def text(rows: Sequence[Row]) -> list[str]:
-    """Aligned columns, names on the left and numbers on the right."""
-    lines = [header(rows), *(cells(row, rows) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return ["  ".join(map(_aligned, line, widths, lines[0])).rstrip() for line in lines]
+    """The large table on the terminal."""
+    return aligned(header(rows), [cells(row, rows) for row in rows])
+
+
+def aligned(titles: Line, lines: Sequence[Line]) -> list[str]:
+    """Columns of a terminal: names on the left and numbers on the right."""
+    lines = [titles, *lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    return ["  ".join(map(_aligned, line, widths, titles)).rstrip() for line in lines]
 
 
 def _aligned(cell: str, width: int, title: str) -> str:
     return cell.ljust(width) if title in _WORDS else cell.rjust(width)
 
 
-def markdown(rows: Sequence[Row], machine: dict[str, str], note: str) -> str:
-    """A document: machine, table, how many are slower."""
-    titles = header(rows)
+def markdown(rows: Sequence[Row], machine: dict[str, str], note: str, remarks: Sequence[str] = ()) -> str:
+    """A document: machine, large table, how many are slower, small tables."""
+    large = [row for row in rows if is_in_large_table(row)]
     lines = [
         "# Fused against naive",
         "",
         *(f"- {name}: {value}" for name, value in machine.items()),
         "",
-        f"Medians of alternating rounds; ratio = naive / fused. {summary(rows)}. {note}".rstrip(),
+        f"Medians of alternating rounds; ratio = fastest other side / fused. {summary(large)}. {note}".rstrip(),
         "",
-        "| " + " | ".join(titles) + "|",
-        "|" + "|".join("---" if title in _WORDS else "---:" for title in titles) + "|",
-        *("| " + " | ".join(cells(row, rows)) + " |" for row in rows),
+        *(f"- {remark}" for remark in remarks),
+        *([""] if remarks else []),
+        *_markdown_table(header(large), [cells(row, large) for row in large]),
     ]
+    for table in small_tables(rows):
+        lines += ["", f"## {table.title}", "", *_markdown_table(table.header, table.lines)]
     return "\n".join(lines) + "\n"
 
 
-def save(path: Path, rows: Sequence[Row], machine: dict[str, str], note: str = "") -> list[Path]:
+def _markdown_table(titles: Line, lines: Sequence[Line]) -> list[str]:
+    return [
+        "| " + " | ".join(titles) + " |",
+        "|" + "|".join("---" if title in _WORDS else "---:" for title in titles) + "|",
+        *("| " + " | ".join(line) + " |" for line in lines),
+    ]
+
+
+def save(
+    path: Path, rows: Sequence[Row], machine: dict[str, str], note: str = "", remarks: Sequence[str] = ()
+) -> list[Path]:
     """Write ``path`` with the endings .md and .json; returns both paths.
 
-    Rows that are there of the same machine and commit, and that are not measured anew, stay.
+    Rows that are there of the same machine and commit, and that are not measured anew, stay. ``remarks`` say what else
+    was seen in this run.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [path.with_name(path.name + ending) for ending in (".md", ".json")]
@@ -100,8 +127,8 @@ def save(path: Path, rows: Sequence[Row], machine: dict[str, str], note: str = "
         *(row for row in _rows_of(written[1], machine, note) if (row.name, row.shape, row.backend) not in fresh),
         *rows,
     ]
-    written[0].write_text(markdown(rows, machine, note))
-    record = {"machine": machine, "note": note, "rows": [row.record() for row in rows]}
+    written[0].write_text(markdown(rows, machine, note, remarks))
+    record = {"machine": machine, "note": note, "remarks": list(remarks), "rows": [row.record() for row in rows]}
     written[1].write_text(json.dumps(record, indent=1) + "\n")
     return written
 
@@ -113,5 +140,10 @@ def _rows_of(path: Path, machine: dict[str, str], note: str) -> list[Row]:
     record = json.loads(path.read_text())
     if (record["machine"] | {"date": ""}, record["note"]) != (machine | {"date": ""}, note):
         return []
+    return read_rows(record)
+
+
+def read_rows(record: dict[str, Any]) -> list[Row]:
+    """The rows of a JSON file."""
     names = [f.name for f in fields(Row)]
     return [Row(**{name: row[name] for name in names if name in row}) for row in record["rows"]]

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from meters import GpuMeter, HostMeter, Meter
 
 import hne_kernels as K
+
+
+class Network(NamedTuple):
+    """A network, and the size of its images."""
+
+    name: str
+    size: int
+    preset: dict[str, Any]  # arguments of FusedHNE.from_preset
 
 
 @dataclass(frozen=True)
@@ -17,14 +25,15 @@ class Workload:
 
     device: str
     backends: tuple[str, ...]  # fused sides; "" is the one that is chosen automatically
-    naive: tuple[str, ...]  # naive sides besides `naive` itself
-    network: dict[str, Any]  # arguments of FusedHNE.from_preset
-    size: int  # of its images
+    others: dict[str, tuple[str, ...]]  # sides besides fused and naive, for "op", "inference" and "training"
     ops: tuple[int, torch.dtype]  # batch, and dtype of the features
-    inference: tuple[tuple[int, int, torch.dtype], ...]  # number of models, batch, dtype
-    training: tuple[tuple[int, torch.dtype], ...]  # batch, and float32 or what autocast lowers to
+    heads: tuple[tuple[int, int, int, int], ...]  # models, batch, channels, classes
+    training: tuple[tuple[Network, int, torch.dtype], ...]  # batch, and float32 or what autocast lowers to
+    inference: tuple[tuple[Network, int, int, torch.dtype], ...]  # number of models, batch, dtype
+    anytime: tuple[tuple[Network, int, torch.dtype], ...]  # batch, dtype
     compiler: dict[str, str]  # options of torch.compile
-    rates: tuple[int, int] | None  # MiB to copy and size of matrices, to measure what the machine can do
+    rates: tuple[int | None, tuple[int, ...]]  # MiB to copy and sizes of matrices, to measure what the machine can do
+    memory: bool = False  # measure that of a training step
     seconds: float = 1.5  # for a comparison
 
     @property
@@ -39,47 +48,59 @@ class Workload:
         return f"{name} training" if training else name
 
 
+RESNET = Network("HNE-ResNet", 32, {"name": "hne_resnet50_cifar", "num_classes": 100})
+MOBILENET = Network("HNE-MobileNetV2", 224, {"name": "hne_mobilenetv2_075", "num_classes": 1000})
+TINY = Network("HNE-tiny", 8, {"name": "hne_tiny", "num_classes": 10, "width": 0.25, "num_models": 2})
+
+_HEADS = ((16, 128, 256, 100), (8, 450, 1280, 1000))  # of both networks, at the batches that they are trained with
+
 _COMPILED = ("compiled", "channels_last_compiled")
+_LAUNCHED = ("eager", "channels_last", *_COMPILED)
+_PEERS = ("frozen", "onnxruntime", "openvino")
 _ON_GPU = tuple(name for name in ("cuda", "triton") if torch.cuda.is_available() and name in K.available_backends())
 
 CPU = Workload(
     device="cpu",
     backends=("",),
-    naive=(),
-    network={"name": "hne_resnet50_cifar", "num_classes": 100},
-    size=32,
+    others={"op": (), "inference": _PEERS, "training": ("channels_last", "channels_last_compiled")},
     ops=(32, torch.float32),
-    inference=tuple((n, batch, torch.float32) for batch in (1, 8, 64) for n in (1, 2, 4, 8, 16)),
-    training=((32, torch.float32),),
+    heads=_HEADS,
+    training=tuple((RESNET, batch, torch.float32) for batch in (32, 128)),
+    inference=(
+        *((RESNET, n, batch, torch.float32) for batch in (1, 8, 64) for n in (1, 2, 4, 8, 16)),
+        *((MOBILENET, n, batch, torch.float32) for batch in (1, 8) for n in (1, 2, 4, 8)),
+    ),
+    anytime=tuple((RESNET, batch, torch.float32) for batch in (1, 8)),
     compiler={},
-    rates=None,
+    rates=(None, (1024, 1536)),
+    memory=True,
 )
 GPU = Workload(
     device="cuda",
     backends=_ON_GPU,
-    naive=("eager", "channels_last", *_COMPILED),
-    network={"name": "hne_resnet50_cifar", "num_classes": 100},
-    size=32,
+    others={"op": ("channels_last", *_COMPILED), "inference": _LAUNCHED, "training": _LAUNCHED},
     ops=(128, torch.bfloat16),
+    heads=_HEADS,
+    training=tuple((RESNET, batch, dtype) for batch in (128, 512) for dtype in (torch.bfloat16, torch.float32)),
     # The goal first: it is what a budget is spent on first.
-    inference=tuple((n, batch, torch.bfloat16) for batch in (128, 1, 32, 1024) for n in (16, 4, 1)),
-    training=tuple((batch, dtype) for batch in (128, 512) for dtype in (torch.bfloat16, torch.float32)),
+    inference=tuple((RESNET, n, batch, torch.bfloat16) for batch in (128, 1, 32, 1024) for n in (16, 4, 1)),
+    anytime=((RESNET, 1, torch.bfloat16),),
     compiler={"mode": "max-autotune-no-cudagraphs"},  # the meter captures the graph, for every side alike
-    rates=(1024, 8192),
+    rates=(1024, (8192,)),
     seconds=0.5,
 )
-# Every side and step of GPU on a machine without one: shows that it runs and that the sides agree, not how fast.
+# Every side and step of both, tiny and on any machine: shows that it runs and that the sides agree, not how fast.
 REHEARSAL = Workload(
     device="cpu",
     backends=("cpp",),
-    naive=GPU.naive,
-    network={"name": "hne_tiny", "num_classes": 10, "width": 0.25, "num_models": 2},
-    size=8,
+    others=GPU.others | {"inference": (*_LAUNCHED, *_PEERS)},
     ops=(2, torch.bfloat16),
-    inference=((2, 2, torch.bfloat16), (1, 2, torch.float32)),
-    training=((4, torch.bfloat16), (4, torch.float32)),
+    heads=((2, 4, 8, 10),),
+    training=((TINY, 4, torch.bfloat16), (TINY, 4, torch.float32)),
+    inference=((TINY, 2, 2, torch.bfloat16), (TINY, 2, 2, torch.float32), (TINY, 1, 2, torch.float32)),
+    anytime=((TINY, 2, torch.float32),),
     compiler={"backend": "eager"},
-    rates=(1, 64),
+    rates=(1, (64,)),
 )
 WORKLOADS = {"cpu": CPU, "gpu": GPU, "rehearsal": REHEARSAL}
 

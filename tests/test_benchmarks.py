@@ -58,17 +58,18 @@ def test_table(tmp_path: Path) -> None:
         *("--benchmark-save-table", str(tmp_path / "new" / "table"), "--benchmark-json", str(tmp_path / "full.json")),
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "2 comparisons, fused slower than naive in" in result.stdout
+    assert "4 comparisons, fused slower than another side in" in result.stdout
+    assert "peak in float32, measured: " in result.stdout
     saved = json.loads((tmp_path / "new" / "table.json").read_text())
     assert {"cpu", "threads", "torch", "commit", "date"} <= saved["machine"].keys()
     assert "quick" in saved["note"]
     full = json.loads((tmp_path / "full.json").read_text())
     assert full["machine_info"]["hne"].items() <= saved["machine"].items()
-    kept = {bench["extra_info"]["name"]: bench for bench in full["benchmarks"]}
+    kept = {tuple(bench["extra_info"][key] for key in ("name", "shape")): bench for bench in full["benchmarks"]}
     document = (tmp_path / "new" / "table.md").read_text()
     for row in saved["rows"]:
         assert row["ratio"] == pytest.approx(row["naive_ms"] / row["fused_ms"])
-        bench = kept[row["name"]]
+        bench = kept[row["name"], row["shape"]]
         assert row["fused_ms"] == pytest.approx(bench["stats"]["median"] * 1e3)
         assert bench["extra_info"]["naive_ms"] == row["naive_ms"]
         numbers = f"{row['fused_ms']:.3f} | {row['naive_ms']:.3f}"
@@ -112,7 +113,7 @@ def test_the_fastest_naive_side_counts() -> None:
     assert [row.ratio for row in rows] == [1.5, 0.5]
     head, first, second = (line.split() for line in text(rows))
     assert " ".join(head[2:]) == (
-        "backend fused ms naive ms naive eager ms channels-last ms images/s ratio of roofline"
+        "backend fused ms naive ms naive eager ms channels-last ms images/s ratio of peak"
     )
     assert first[-6:] == ["2.000", "8.000", "1.500", "1", "1.50", "25%"]
     assert second[-4:] == ["2.000", "1", "0.50", "SLOWER"]
@@ -166,12 +167,12 @@ def test_rehearsal_of_the_gpu(tmp_path: Path) -> None:
     assert sides["inference"] == sides["training step"] == compiled | {"eager"}
     assert sides["branch_conv2d backward"] == sides["fused_conv2d"] == compiled
     assert sides["hierarchical_distillation_loss both ways"] == {"compiled"}
-    assert all(row["backend"] == "cpp" and row["of_roofline"] > 0 for row in rows)
+    assert all(row["backend"] == "cpp" and row["of_peak"] > 0 for row in rows)
 
 
 def test_no_comparison_begins_beyond_the_budget() -> None:
     result = _pytest("--benchmark", "--benchmark-quick", "--benchmark-budget", "0", "-k", "prefix_mean")
-    assert "2 skipped" in result.stdout, result.stdout
+    assert "4 skipped" in result.stdout, result.stdout
     assert "the budget of 0 s is used up" in result.stdout
 
 
@@ -276,6 +277,9 @@ def test_rates_are_measured() -> None:
     import roofline
     from meters import HostMeter
 
-    rates = roofline.measure(HostMeter(), torch.device("cpu"), torch.float32, megabytes=1, size=32)
+    rates = roofline.measure(HostMeter(), torch.device("cpu"), torch.float32, megabytes=1, sizes=(16, 32))
     assert 0 < rates.bytes_per_s < 1e13
     assert 0 < rates.flops_per_s < 1e15
+    assert str(roofline.Rates(2e9, 3e9)) == "3 GFLOP/s, 2 GB/s copied"
+    assert str(roofline.Rates(float("inf"), 3e9)) == "3 GFLOP/s"
+    assert roofline.Work(bytes=8, flops=6).floor_seconds(roofline.Rates(float("inf"), 3)) == 2

@@ -1,0 +1,107 @@
+"""Small tables that are made from the rows of the large one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from comparison import Row
+
+CALL, DISPATCHER = "op call", "dispatcher"  # name of the rows of bench_calls.py, and their second side
+
+Line = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SmallTable:
+    """A title, column titles, and lines."""
+
+    title: str
+    header: Line
+    lines: Sequence[Line]
+
+
+def is_in_large_table(row: Row) -> bool:
+    """Whether a row is not shown in a small table alone."""
+    return row.name != CALL
+
+
+def small_tables(rows: Sequence[Row]) -> list[SmallTable]:
+    """Those for which there are rows."""
+    tables = [
+        SmallTable(
+            "The first n models against all: time and multiply-adds",
+            ("network", "batch", "n", "time", "MACs", "deviation"),
+            list(_members(rows)),
+        ),
+        SmallTable(
+            "Time per image at batch 64 against batch 8",
+            ("network", "n", "batch 8 ms", "batch 64 ms", "64 / 8"),
+            list(_batches(rows)),
+        ),
+        SmallTable(
+            "Anytime, through all models, against one call for all",
+            ("network", "batch", "anytime ms", "one call ms", "anytime / one call"),
+            list(_anytime(rows)),
+        ),
+        SmallTable(
+            "An op call on tiny inputs, microseconds",
+            ("op", "call", "its dispatcher and kernel", "beside them", "plain PyTorch"),
+            list(_calls(rows)),
+        ),
+        SmallTable("Memory of a training step at its peak, MiB", *_memory(rows)),
+    ]
+    return [table for table in tables if table.lines]
+
+
+def _by_case(rows: Sequence[Row], name: str) -> dict[tuple[str, str, int, int], Row]:
+    """Rows by backend, network, number of models and batch."""
+    return {
+        (row.backend, row.case["network"], row.case["num_models"], row.case["batch"]): row
+        for row in rows
+        if row.name == name and row.case
+    }
+
+
+def _members(rows: Sequence[Row]) -> Iterator[Line]:
+    inference = _by_case(rows, "inference")
+    for (backend, network, n, batch), row in inference.items():
+        largest = max(models for b, net, models, size in inference if (b, net, size) == (backend, network, batch))
+        whole = inference[backend, network, largest, batch]
+        if n < largest:
+            time, macs = row.fused_ms / whole.fused_ms, row.case["macs"] / whole.case["macs"]
+            yield network, str(batch), f"{n} of {largest}", f"{time:.1%}", f"{macs:.1%}", f"{time / macs - 1:+.0%}"
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[Line]:
+    inference = _by_case(rows, "inference")
+    for (backend, network, n, batch), row in inference.items():
+        many = inference.get((backend, network, n, 64))
+        if batch == 8 and many is not None:
+            few_ms, many_ms = row.fused_ms / 8, many.fused_ms / 64
+            yield network, str(n), f"{few_ms:.3f}", f"{many_ms:.3f}", f"{many_ms / few_ms:.2f}"
+
+
+def _anytime(rows: Sequence[Row]) -> Iterator[Line]:
+    inference = _by_case(rows, "inference")
+    for case, row in _by_case(rows, "anytime").items():
+        if case in inference:
+            whole = inference[case].fused_ms
+            _, network, _, batch = case
+            yield network, str(batch), f"{row.fused_ms:.3f}", f"{whole:.3f}", f"{row.fused_ms / whole:.2f}"
+
+
+def _calls(rows: Sequence[Row]) -> Iterator[Line]:
+    rows = [row for row in rows if row.name == CALL]
+    dispatcher = {row.shape: row.fused_ms for row in rows if row.backend == DISPATCHER}
+    for row in rows:
+        if row.backend != DISPATCHER:
+            times = (row.fused_ms, dispatcher[row.shape], row.fused_ms - dispatcher[row.shape], row.naive_ms)
+            yield row.shape, *(f"{ms * 1e3:.1f}" for ms in times)
+
+
+def _memory(rows: Sequence[Row]) -> tuple[Line, list[Line]]:
+    rows = [row for row in rows if row.memory_mib]
+    sides = list(dict.fromkeys(side for row in rows for side in row.memory_mib))
+    lines = [(row.shape, *(f"{row.memory_mib[s]:,.0f}" if s in row.memory_mib else "" for s in sides)) for row in rows]
+    return ("shape", *sides), lines
