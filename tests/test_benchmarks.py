@@ -171,7 +171,7 @@ def test_rehearsal_of_the_gpu(tmp_path: Path) -> None:
 
 
 def test_no_comparison_begins_beyond_the_budget() -> None:
-    result = _pytest("--benchmark", "--benchmark-quick", "--benchmark-budget", "0", "-k", "prefix_mean")
+    result = _pytest("--benchmark", "--benchmark-quick", "--benchmark-budget", "0", "-k", "bench_prefix_mean")
     assert "4 skipped" in result.stdout, result.stdout
     assert "the budget of 0 s is used up" in result.stdout
 
