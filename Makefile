@@ -40,8 +40,10 @@ kernels: $(VENV)/.built ## compile all GPU kernels, without a GPU: a table of wh
 	TRITON_INTERPRET=0 $(BIN)/python tests/gpu_kernels.py
 
 .PHONY: bench
-bench: $(VENV)/.built ## compare the speed of fused and naive: a table in benchmarks/results
+bench: $(VENV)/.built ## compare the speed with that of others: tables and plots in benchmarks/results
+	$(BIN)/pip install --no-build-isolation -e '.[peers]'
 	$(BIN)/pytest --benchmark --benchmark-save-table benchmarks/results/$(RESULT)
+	$(BIN)/python benchmarks/plot.py benchmarks/results/$(RESULT).json
 
 .PHONY: gpu-check
 gpu-check: ## on a machine with a GPU: build, test, look for races, compare speed (GPU_CHECK=--help)

@@ -76,9 +76,14 @@ def _shape(*parts: str, dtype: torch.dtype) -> str:
     return ", ".join([*parts, *([] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")])])
 
 
-def _case(network: Network, model: HNE, num_models: int, batch: int) -> Case:
-    macs = model.macs(num_models, network.size)
-    return {"network": network.name, "num_models": num_models, "batch": batch, "macs": macs}
+def _case(network: Network, model: HNE, num_models: int, batch: int, dtype: torch.dtype) -> Case:
+    return {
+        "network": network.name,
+        "num_models": num_models,
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "macs": model.macs(num_models, network.size),
+    }
 
 
 def _images(batch: int, network: Network, rng: torch.Generator, device: str) -> Tensor:
@@ -151,7 +156,7 @@ def bench_training_step(
         dtype=dtype,
         work=lambda: roofline.of_training(fused, batch, network.size, dtype.itemsize),
         training=True,
-        case=_case(network, fused, fused.num_models, batch),
+        case=_case(network, fused, fused.num_models, batch, dtype),
         **({"memory_mib": memory_mib} if workload.memory else {}),
     )
 
@@ -190,7 +195,7 @@ def bench_inference(
             images=batch,
             dtype=dtype,
             work=lambda: roofline.of_inference(fused, n, batch, network.size, dtype.itemsize),
-            case=_case(network, fused, n, batch),
+            case=_case(network, fused, n, batch, dtype),
         )
 
 
@@ -216,5 +221,5 @@ def bench_anytime(
             images=batch,
             dtype=dtype,
             work=lambda: roofline.of_inference(fused, fused.num_models, batch, network.size, dtype.itemsize),
-            case=_case(network, fused, fused.num_models, batch),
+            case=_case(network, fused, fused.num_models, batch, dtype),
         )

@@ -26,6 +26,7 @@ class Case(TypedDict, total=False):
     network: str
     num_models: int
     batch: int
+    dtype: str
     macs: int  # multiply-adds of an image
 
 

@@ -54,32 +54,41 @@ def small_tables(rows: Sequence[Row]) -> list[SmallTable]:
     return [table for table in tables if table.lines]
 
 
-def _by_case(rows: Sequence[Row], name: str) -> dict[tuple[str, str, int, int], Row]:
-    """Rows by backend, network, number of models and batch."""
+Setting = tuple[str, str, str]  # backend, network, dtype
+
+
+def _by_case(rows: Sequence[Row], name: str) -> dict[tuple[Setting, int, int], Row]:
+    """Rows by setting, batch and number of models."""
     return {
-        (row.backend, row.case["network"], row.case["num_models"], row.case["batch"]): row
+        ((row.backend, row.case["network"], row.case["dtype"]), row.case["batch"], row.case["num_models"]): row
         for row in rows
         if row.name == name and row.case
     }
 
 
+def _title(setting: Setting) -> str:
+    backend, network, dtype = setting
+    return ", ".join([network, *([] if dtype == "float32" else [dtype]), *([backend] if backend else [])])
+
+
 def _members(rows: Sequence[Row]) -> Iterator[Line]:
     inference = _by_case(rows, "inference")
-    for (backend, network, n, batch), row in inference.items():
-        largest = max(models for b, net, models, size in inference if (b, net, size) == (backend, network, batch))
-        whole = inference[backend, network, largest, batch]
+    for (setting, batch, n), row in inference.items():
+        largest = max(models for *same, models in inference if same == [setting, batch])
+        whole = inference[setting, batch, largest]
         if n < largest:
             time, macs = row.fused_ms / whole.fused_ms, row.case["macs"] / whole.case["macs"]
-            yield network, str(batch), f"{n} of {largest}", f"{time:.1%}", f"{macs:.1%}", f"{time / macs - 1:+.0%}"
+            shares = f"{time:.1%}", f"{macs:.1%}", f"{time / macs - 1:+.0%}"
+            yield _title(setting), str(batch), f"{n} of {largest}", *shares
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[Line]:
     inference = _by_case(rows, "inference")
-    for (backend, network, n, batch), row in inference.items():
-        many = inference.get((backend, network, n, 64))
+    for (setting, batch, n), row in inference.items():
+        many = inference.get((setting, 64, n))
         if batch == 8 and many is not None:
             few_ms, many_ms = row.fused_ms / 8, many.fused_ms / 64
-            yield network, str(n), f"{few_ms:.3f}", f"{many_ms:.3f}", f"{many_ms / few_ms:.2f}"
+            yield _title(setting), str(n), f"{few_ms:.3f}", f"{many_ms:.3f}", f"{many_ms / few_ms:.2f}"
 
 
 def _anytime(rows: Sequence[Row]) -> Iterator[Line]:
@@ -87,8 +96,8 @@ def _anytime(rows: Sequence[Row]) -> Iterator[Line]:
     for case, row in _by_case(rows, "anytime").items():
         if case in inference:
             whole = inference[case].fused_ms
-            _, network, _, batch = case
-            yield network, str(batch), f"{row.fused_ms:.3f}", f"{whole:.3f}", f"{row.fused_ms / whole:.2f}"
+            setting, batch, _ = case
+            yield _title(setting), str(batch), f"{row.fused_ms:.3f}", f"{whole:.3f}", f"{row.fused_ms / whole:.2f}"
 
 
 def _calls(rows: Sequence[Row]) -> Iterator[Line]:

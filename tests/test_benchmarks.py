@@ -112,9 +112,7 @@ def test_the_fastest_naive_side_counts() -> None:
     ]
     assert [row.ratio for row in rows] == [1.5, 0.5]
     head, first, second = (line.split() for line in text(rows))
-    assert " ".join(head[2:]) == (
-        "backend fused ms naive ms naive eager ms channels-last ms images/s ratio of peak"
-    )
+    assert " ".join(head[2:]) == ("backend fused ms naive ms naive eager ms channels-last ms images/s ratio of peak")
     assert first[-6:] == ["2.000", "8.000", "1.500", "1", "1.50", "25%"]
     assert second[-4:] == ["2.000", "1", "0.50", "SLOWER"]
     table = [line for line in markdown(rows, {}, "").splitlines() if line.startswith("|")]
