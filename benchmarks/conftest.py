@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import time
@@ -17,7 +16,7 @@ from derived import is_in_large_table, small_tables
 from machine import describe, machine
 from memory import give_back
 from meters import Meter, Side
-from peers import missing
+from peers import freezing, missing
 from roofline import Rates, Work, measure
 from table import aligned, machine_line, save, summary, text
 from workload import WORKLOADS, Network, Workload, default
@@ -158,7 +157,7 @@ def versus(
         for why in absent.values():
             _remark(request.config, why)
         give_back()  # the memory of earlier comparisons: all begin alike
-        with meter.running(), _freezing("frozen" in others):
+        with meter.running(), freezing("frozen" in others):
             rows = compare(
                 benchmark,
                 {backend: side(backend, fused, _as_it_is) for backend in workload.backends}
@@ -186,20 +185,6 @@ def versus(
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
-
-
-def _freezing(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """Whether what is compiled without gradients takes its parameters for constants: folds batch norms, packs weights.
-
-    As an option of ``torch.compile`` it comes too late: the tracer has made the parameters inputs, and nothing is
-    folded.
-    """
-    if not wanted:
-        return contextlib.nullcontext()
-    import torch._inductor.config
-
-    patch: contextlib.AbstractContextManager[Any] = torch._inductor.config.patch(freezing=True)
-    return patch
 
 
 def _served(backend: str, call: Side) -> Any:

@@ -1,13 +1,15 @@
-"""Inference engines, each on the graph that ``hne export --format onnx`` writes.
+"""Inference engines: two on the graph that ``hne export --format onnx`` writes, and PyTorch's own compiler.
 
 They get what favours them: batches of one size, as many threads as PyTorch has, and images that are not copied.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from meters import Side
@@ -65,3 +67,18 @@ def missing(name: str) -> str | None:
     if not packages:
         return None
     return f"{' and '.join(packages)} {'is' if len(packages) == 1 else 'are'} not installed: pip install -e '.[peers]'"
+
+
+def freezing(wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Within it, what ``torch.compile`` compiles without gradients has its parameters for constants: batch norms are
+    folded, weights packed.
+
+    As an option of ``torch.compile`` it comes too late: the tracer has made the parameters inputs, and nothing is
+    folded.
+    """
+    if not wanted:
+        return contextlib.nullcontext()
+    import torch._inductor.config
+
+    patch: contextlib.AbstractContextManager[Any] = torch._inductor.config.patch(freezing=True)
+    return patch

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,21 +152,30 @@ def test_sides_that_disagree_are_not_timed() -> None:
 
 
 @pytest.mark.slow
-def test_rehearsal_of_the_gpu(tmp_path: Path) -> None:
-    """Every side that is compared on a GPU, tiny and on the CPU: all agree, and have a place in the table."""
+def test_rehearsal(tmp_path: Path) -> None:
+    """Every side that is compared anywhere, tiny and on the CPU: all agree, and have a place in the table."""
     result = _pytest(
         *("--benchmark", "--benchmark-workload", "rehearsal", "--benchmark-quick"),
         *("--benchmark-save-table", str(tmp_path / "table")),
-        *("-k", "(inference or training) and bfloat16 or hierarchical or conv2d and stem"),
+        *("-k", "(inference or training) and bfloat16 or 2-2-float32 or anytime or hierarchical or conv2d and stem"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    sides = {row["name"]: set(row["others_ms"]) for row in rows}
+    sides = {row["name"]: set(row.get("others_ms", {})) for row in rows}  # of inference, those of the float32 row
     compiled = {"compiled", "channels_last", "channels_last_compiled"}
-    assert sides["inference"] == sides["training step"] == compiled | {"eager"}
+    installed = {name for name in ("onnxruntime", "openvino") if find_spec(name)}
+    assert sides["inference"] == compiled | {"eager", "frozen"} | installed
+    assert sides["training step"] == compiled | {"eager"}
+    assert sides["anytime"] == set()
     assert sides["branch_conv2d backward"] == sides["fused_conv2d"] == compiled
     assert sides["hierarchical_distillation_loss both ways"] == {"compiled"}
-    assert all(row["backend"] == "cpp" and row["of_peak"] > 0 for row in rows)
+    assert all(row["of_peak"] > 0 for row in rows if row["name"] != "op call")
+    assert {row["backend"] for row in rows if row["name"] == "op call"} == {"cpp", "dispatcher"}
+    for title in ("Anytime, through all models", "An op call on tiny inputs"):
+        assert title in (tmp_path / "table.md").read_text()
+        assert title in result.stdout
+    table = [line for line in result.stdout.splitlines() if line.startswith("inference ")]
+    assert len(table) == 2, "both dtypes"
 
 
 def test_no_comparison_begins_beyond_the_budget() -> None:
@@ -281,3 +291,150 @@ def test_rates_are_measured() -> None:
     assert str(roofline.Rates(2e9, 3e9)) == "3 GFLOP/s, 2 GB/s copied"
     assert str(roofline.Rates(float("inf"), 3e9)) == "3 GFLOP/s"
     assert roofline.Work(bytes=8, flops=6).floor_seconds(roofline.Rates(float("inf"), 3)) == 2
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_a_turn_begins_with_a_call_that_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from meters import HostMeter
+
+    happened: list[str] = []
+    clock = iter((0.0, 6.0, 0.0, 6.0))
+    monkeypatch.setattr("time.sleep", lambda seconds: happened.append("rest"))
+    monkeypatch.setattr("time.perf_counter", lambda: happened.append("clock") or next(clock))
+    assert HostMeter().seconds(lambda: happened.append("call"), 3) == 2
+    assert happened == ["rest", "call", "clock", "call", "call", "call", "clock"]
+    happened.clear()
+    assert HostMeter().seconds(lambda: happened.append("call"), 1) == 6
+    assert happened == ["rest", "clock", "call", "clock"]
+
+
+def _inference(n: int, batch: int, fused_ms: float, **given: Any) -> Any:
+    case = {"network": "net", "num_models": n, "batch": batch, "dtype": "float32", "macs": 100 * n}
+    return _row(**{"name": "inference", "shape": f"n = {n}, batch {batch}", "fused_ms": fused_ms, "case": case} | given)
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_small_tables() -> None:
+    from derived import small_tables
+    from table import markdown, text
+
+    rows = [
+        *(_inference(n, batch, n * batch * (1.0 if n == 4 else 1.2)) for n in (2, 4) for batch in (8, 64)),
+        _inference(4, 8, 40.0, name="anytime"),
+        _row(name="op call", shape="an op", fused_ms=0.012),
+        _row(name="op call", shape="an op", fused_ms=0.004, backend="dispatcher"),
+        _row(name="training step", memory_mib={"fused": 1000.4, "naive": 2000.0}),
+    ]
+    tables = {table.title.partition(":")[0].partition(",")[0]: table for table in small_tables(rows)}
+    assert {title: list(table.lines) for title, table in tables.items()} == {
+        "The first n models against all": [("net", batch, "2 of 4", "60.0%", "50.0%", "+20%") for batch in ("8", "64")],
+        "Time per image at batch 64 against batch 8": [
+            ("net", n, ms, ms, "1.00") for n, ms in (("2", "2.400"), ("4", "4.000"))
+        ],
+        "Anytime": [("net", "8", "40.000", "32.000", "1.25")],
+        "An op call on tiny inputs": [("an op", "12.0", "4.0", "8.0", "2000.0")],
+        "Memory of a training step at its peak": [("1 x 1", "1,000", "2,000")],
+    }
+    assert small_tables([_row()]) == []
+    document = markdown(rows, {}, "")
+    assert all(f"## {table.title}" in document for table in tables.values())
+    assert "op call" not in document.partition("##")[0], "it has a table of its own"
+    assert "backend" not in text(rows[:4])[0]
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_peers_compute_the_exported_graph(tmp_path: Path, rng: torch.Generator) -> None:
+    import peers
+    from comparison import check_agreement
+
+    from hne.cli.export import Ensemble, write_onnx
+
+    installed = [name for name in peers.PEERS if peers.missing(name) is None]
+    if not installed:
+        pytest.skip("no inference engine is installed")
+    ensemble = Ensemble(build(NaiveHNE, TREES["doubling"], rng, torch.float32), 2).eval()
+    x = images(rng, dtype=torch.float32)
+    with torch.no_grad():
+        expected = ensemble(x)
+        write_onnx(ensemble, x[:2], tmp_path / "graph.onnx")
+    for name in installed:
+        side = peers.PEERS[name](tmp_path / "graph.onnx", x)
+        check_agreement(side(), expected)
+        x.neg_()  # it reads the images that it was given
+        with pytest.raises(AssertionError):
+            check_agreement(side(), expected)
+        x.neg_()
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_what_is_missing_of_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peers
+
+    monkeypatch.setattr(peers, "find_spec", lambda name: None if name == "openvino" else "there")
+    assert peers.missing("onnxruntime") is None
+    assert peers.missing("openvino") == "openvino is not installed: pip install -e '.[peers]'"
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    assert (peers.missing("openvino") or "").startswith("openvino and onnx and onnxscript are not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_benchmarks")
+def test_freezing_folds_batch_norms(rng: torch.Generator) -> None:
+    import channels_last
+    import peers
+    from torch._inductor.utils import run_and_get_code
+
+    model = channels_last.of(build(NaiveHNE, TREES["single"], rng, torch.float32))
+    x = images(rng, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), peers.freezing():
+        result, code = run_and_get_code(torch.compile(model, dynamic=False), x)
+    torch.testing.assert_close(result, model(x))
+    assert "batch_norm" not in "".join(code)
+
+
+@pytest.mark.usefixtures("_benchmarks")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+def test_memory_at_the_peak() -> None:
+    import memory
+
+    def call() -> None:
+        first = torch.ones(8 << 20)
+        del first
+        torch.ones(12 << 20)
+
+    assert 46 <= memory.peak_mib(call) < 78, "one at a time, 32 and 48 MiB"
+
+
+@pytest.mark.usefixtures("_benchmarks")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+def test_memory_of_a_training_step() -> None:
+    import memory
+    from bench_model import _memory_of_step
+    from workload import TINY
+
+    small, large = (memory.in_fresh_process(_memory_of_step, "fused", TINY, batch, {}, 1) for batch in (64, 1024))
+    assert 0 <= small < large
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_plots(tmp_path: Path) -> None:
+    from plot import save_plots, time_per_image
+    from table import save
+
+    others = {"onnxruntime": 3.0, "frozen": 4.0}
+    rows = [_inference(n, batch, 2.0 * batch, others_ms=others, floor_ms=1.0) for n in (1, 2) for batch in (1, 8)]
+    batch_1, batch_8 = time_per_image(rows, {}).get_axes()
+    lines = {line.get_label(): list(line.get_ydata()) for line in batch_8.get_lines()}
+    assert lines == {
+        "this package": [2, 2],
+        "ONNX Runtime": [3 / 8, 3 / 8],
+        "torch.compile + freezing": [0.5, 0.5],
+        "naive (PyTorch)": [0.25, 0.25],
+        "at the measured peak": [0.125, 0.125],
+    }
+    assert (batch_1.get_title(), batch_8.get_title()) == ("batch 1", "batch 8")
+    save(tmp_path / "cpu", rows, {})
+    assert [path.name for path in save_plots(tmp_path / "cpu.json")] == ["cpu-net.png", "cpu-net.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-net.png", "cpu-net.svg", "cpu.json", "cpu.md"]
+    save(tmp_path / "ops", [_row()], {})
+    assert save_plots(tmp_path / "ops.json") == [], "no inference, no plot"
