@@ -73,7 +73,6 @@ CPU = Workload(
     anytime=tuple((RESNET, batch, torch.float32) for batch in (1, 8)),
     compiler={},
     rates=(None, (1024, 1536)),
-    seconds=2,
     memory=True,
 )
 GPU = Workload(
