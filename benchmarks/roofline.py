@@ -48,7 +48,7 @@ def measure(
 
     def best(side: Side) -> float:
         ready = meter.prepare(side)
-        return min(meter.seconds(ready, 10) for _ in range(3))
+        return min(meter.seconds(ready, 3) for _ in range(10))
 
     def copied(megabytes: int) -> float:
         source = torch.empty(megabytes << 20, dtype=torch.int8, device=device).random_()
