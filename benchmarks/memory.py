@@ -10,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hne_kernels import extension
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -35,7 +37,8 @@ def peak_mib(call: Callable[[], Any]) -> float:
 
 
 def give_back() -> None:
-    """Let the C library return freed memory to the system, where it can be told to."""
+    """Return freed memory to the system: what our ops keep, and the C library, where it can be told to."""
+    extension.cpu_library().release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -18,8 +18,8 @@ from .fused import Fused, linear_parameters
 from .layers import BottleneckLayer, ConvLayer, Foldable, Layer, Linear, Unit, units
 from .snapshot import Snapshot
 
-# Of a part of the batch: eight images of CIFAR, and no fewer of any other size (weights are read once for a part).
-IMAGES, PIXELS = 8, 8 * 32 * 32
+# Of a part of the batch: 16 images of CIFAR, and of larger ones no fewer than eight (weights are read once for a part).
+IMAGES, PIXELS = 8, 16 * 32 * 32
 
 Weights = tuple[Any, ...]  # tensors (or None) of a layer, in the order in which its kernel takes them
 

@@ -171,7 +171,7 @@ def packed(name: str, weight: Tensor, bias_name: str, bias: Tensor, channels: in
 
 def no_gradient(op: str, *tensors: Tensor | None) -> None:
     """Raise if autograd would record an op that is for inference alone."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{op} is for inference and has no gradient: call it under torch.no_grad(), or use the unfused ops"
         )

@@ -182,3 +182,20 @@ def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
     if registered or checks.autocast_dtype(tensor.device.type) is None:
         return function
     return autocast.casting(op, function, tensor.device.type)
+
+
+def call(op: str, check: Callable[..., Any], first: Tensor, *arguments: Any) -> Any:
+    """Compute ``op`` of these arguments, whose errors ``check`` explains.
+
+    The C++ ops refuse what would not fit in memory themselves, quicker than Python: only then is it explained.
+    """
+    if torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_floating_point():
+        check(first, *arguments)
+    if select(first) != "cpp":
+        check(first, *arguments)
+        return implementation(op, first)(first, *arguments)
+    try:
+        return getattr(torch.ops.hne, op)(first, *arguments)
+    except Exception:
+        check(first, *arguments)
+        raise

@@ -53,10 +53,10 @@ def fused_bottleneck(
         RuntimeError: a gradient is asked for; this op is for inference.
     """
     weights = (expand, expand_bias, depthwise, depthwise_bias, project, project_bias, shortcut, shortcut_bias)
-    check(x, *weights, stride, replicate, activation, identity, final_activation)
     checks.no_gradient("fused_bottleneck", x, *weights)
-    op = dispatch.implementation("fused_bottleneck", x)
-    return op(x, *weights, stride, replicate, activation, identity, final_activation)
+    checks.at_least("stride", stride, 1)  # to the dispatcher, True is a number as well
+    options = stride, replicate, activation, identity, final_activation
+    return dispatch.call("fused_bottleneck", check, x, *weights, *options)
 
 
 def check(

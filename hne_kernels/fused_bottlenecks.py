@@ -54,11 +54,7 @@ def fused_bottlenecks(
         for layer in _layers(*arguments[1:]):
             x = dispatch.implementation("fused_bottleneck", x)(x, *layer)
         return x
-    try:
-        return torch.ops.hne.fused_bottlenecks(*arguments)
-    except RuntimeError:  # the op has found an argument that does not fit: say which
-        check(*arguments)
-        raise
+    return dispatch.call("fused_bottlenecks", check, *arguments)
 
 
 def check(

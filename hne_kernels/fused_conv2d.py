@@ -35,10 +35,10 @@ def fused_conv2d(
         TypeError: a dtype does not fit.
         RuntimeError: a gradient is asked for; this op is for inference.
     """
-    check(x, weight, bias, stride, padding, replicate, activation)
     checks.no_gradient("fused_conv2d", x, weight, bias)
-    op = dispatch.implementation("fused_conv2d", x)
-    return op(x, weight, bias, stride, padding, replicate, activation)
+    checks.at_least("stride", stride, 1)  # to the dispatcher, True is a number as well
+    checks.at_least("padding", padding, 0)
+    return dispatch.call("fused_conv2d", check, x, weight, bias, stride, padding, replicate, activation)
 
 
 def check(

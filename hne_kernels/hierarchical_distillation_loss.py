@@ -34,10 +34,12 @@ def hierarchical_distillation_loss(
         TypeError: a dtype does not fit.
         RuntimeError: on double backward, which is not implemented.
     """
+    return dispatch.call("hierarchical_distillation_loss", _check_values, logits, target, alpha, temperature)[0]
+
+
+def _check_values(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> None:
     check(logits, target, alpha, temperature)
     _check_range(target, logits.shape[2])
-    op = dispatch.implementation("hierarchical_distillation_loss", logits)
-    return op(logits, target, alpha, temperature)[0]
 
 
 def check(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> None:

@@ -39,7 +39,7 @@ HNE_INLINE void depthwise_pixels(const DepthwiseRow<T>& r, int64_t c, int64_t be
   }
 }
 
-// 3x3 with no edge in reach: PIXELS outputs at once share the columns they read.
+// 3x3 with no edge in reach: PIXELS outputs at once share the columns they read; what is left over goes by fewer.
 template <typename T, int W, int STRIDE, int PIXELS>
 HNE_INLINE int64_t depthwise_3x3(const DepthwiseRow<T>& r, int64_t c, int64_t ox, int64_t end) {
   Vec<T, W> w[9];
@@ -65,6 +65,9 @@ HNE_INLINE int64_t depthwise_3x3(const DepthwiseRow<T>& r, int64_t c, int64_t ox
 #pragma GCC unroll 8
     for (int i = 0; i < PIXELS; ++i) store<W>(out + i * r.channels, clamp(sum[i], r.clamp));
   }
+  if constexpr (PIXELS > 1) {
+    if (ox < end) return depthwise_3x3<T, W, STRIDE, PIXELS / 2>(r, c, ox, end);
+  }
   return ox;
 }
 
@@ -75,8 +78,9 @@ void depthwise_row(const DepthwiseRow<T>& r) {
     constexpr int W = decltype(width)::value;
     int64_t ox = inner.first;
     depthwise_pixels<T, W>(r, c, 0, ox);
-    if (r.kernel_size == 3 && r.stride == 1) ox = depthwise_3x3<T, W, 1, 4>(r, c, ox, inner.last);
-    if (r.kernel_size == 3 && r.stride == 2) ox = depthwise_3x3<T, W, 2, 2>(r, c, ox, inner.last);
+    if (r.kernel_size == 3 && r.stride == 1)
+      ox = depthwise_3x3<T, W, 1, HNE_REGISTERS == 32 ? 8 : 4>(r, c, ox, inner.last);
+    if (r.kernel_size == 3 && r.stride == 2) ox = depthwise_3x3<T, W, 2, 4>(r, c, ox, inner.last);
     depthwise_pixels<T, W>(r, c, ox, r.out_width);
   });
 }

@@ -55,20 +55,50 @@ HNE_INLINE Vec<double, W> exp_nonpositive(Vec<double, W> x) {
   return load<W>(values);
 }
 
+// Sums in double, one for each lane, added to vector by vector.
+template <typename T>
+struct LaneSums {
+  double sums[kLanes<T>] = {};
+
+  template <int W>
+  HNE_INLINE void add(Vec<T, W> v) {
+    T values[W];
+    store<W>(values, v);
+    for (int i = 0; i < W; ++i) sums[i] += double(values[i]);
+  }
+  double total() const {
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    return total;
+  }
+};
+
+template <typename T>
+T largest(const T* x, int64_t count) {
+  T most[kLanes<T>];
+  for (T& value : most) value = -std::numeric_limits<T>::infinity();
+  for_lanes<T>(count, [&](auto width, int64_t c) {
+    constexpr int W = decltype(width)::value;
+    const Vec<T, W> v = load<W>(x + c), m = load<W>(most);
+    store<W>(most, v > m ? v : m);
+  });
+  T peak = most[0];
+  for (const T value : most) peak = value > peak ? value : peak;
+  return peak;
+}
+
 // out = softmax(x * scale); returns log(sum of exp(x * scale - peak)), and peak = max(x * scale)
 template <typename T>
 double softmax(T* out, const T* x, T scale, int64_t count, T& peak) {
-  peak = -std::numeric_limits<T>::infinity();
-  for (int64_t c = 0; c < count; ++c) peak = x[c] * scale > peak ? x[c] * scale : peak;
-  double total = 0;
+  peak = largest(x, count) * scale;
+  LaneSums<T> sums;
   for_lanes<T>(count, [&](auto width, int64_t c) {
     constexpr int W = decltype(width)::value;
     const Vec<T, W> e = exp_nonpositive<W>(load<W>(x + c) * scale - peak);
     store<W>(out + c, e);
-    T values[W];
-    store<W>(values, e);
-    for (int i = 0; i < W; ++i) total += values[i];
+    sums.template add<W>(e);
   });
+  const double total = sums.total();
   store_scaled(out, out, T(1 / total), count);
   return std::log(total);
 }
@@ -106,12 +136,15 @@ double distill_sample(const DistillSample<T>& d) {
     for (int64_t p = d.num_students - 1; p >= 0; --p) {
       T* student = students + p * classes;
       const double log_sum = softmax(probability, student, softness, classes, peak);
-      double cross = 0;
-      for (int64_t c = 0; c < classes; ++c)
-        cross += double(teacher[c]) * (double(peak) - double(student[c] * softness));
-      distilled += log_sum + cross;
+      LaneSums<T> cross;
       const T scale = T(d.alpha * d.temperature / (d.batch * double(d.students[p])));
-      for (int64_t c = 0; c < classes; ++c) student[c] = (probability[c] - teacher[c]) * scale;
+      for_lanes<T>(classes, [&](auto width, int64_t c) {
+        constexpr int W = decltype(width)::value;
+        const Vec<T, W> label = load<W>(teacher + c);
+        cross.template add<W>(label * (peak - load<W>(student + c) * softness));
+        store<W>(student + c, (load<W>(probability + c) - label) * scale);
+      });
+      distilled += log_sum + cross.total();
       if (p + 1 < d.num_students) add_scaled(student, student + classes, T(1), classes);
       const int64_t first = p > 0 ? d.students[p - 1] : 0;
       for (int64_t n = first; n < d.students[p]; ++n) add_scaled(d.grad + n * d.stride, student, T(1), classes);

@@ -18,7 +18,7 @@ constexpr int kMaxPanels = HNE_REGISTERS == 32 && kVectorsPerPanel<T> == 1 ? 3 :
 template <typename T>
 constexpr int tile_rows(int panels, bool steps) {
   const int vectors = panels * kVectorsPerPanel<T>, most = steps ? 14 : 8;  // as many pointers as there are registers
-  if (HNE_REGISTERS == 32) return std::min(most, vectors >= 4 ? 6 : vectors == 3 ? 9 : 14);
+  if (HNE_REGISTERS == 32) return std::min(most, vectors >= 8 ? 2 : vectors >= 4 ? 6 : vectors == 3 ? 9 : 14);
   return vectors <= 2 ? 6 : vectors <= 4 ? 3 : 1;
 }
 
@@ -128,7 +128,10 @@ void gemm_panels(const Gemm<T>& g) {
   const int64_t panels = (g.channels + kPanel - 1) / kPanel;
   int64_t panel = 0;
   if constexpr (kMaxPanels<T> == 3) {
-    if (panels % 2 == 1 && panels > 1) gemm_columns<T, 3, STEPS>(g, panel), panel += 3;
+    // A few rows wait for their weights: many streams of them at once.
+    if (g.count <= tile_rows<T>(8, STEPS))
+      for (; panel + 8 <= panels; panel += 8) gemm_columns<T, 8, STEPS>(g, panel);
+    if ((panels - panel) % 2 == 1 && panels - panel > 1) gemm_columns<T, 3, STEPS>(g, panel), panel += 3;
     for (; panel + 2 <= panels; panel += 2) gemm_columns<T, 2, STEPS>(g, panel);
   }
   for (; panel < panels; ++panel) gemm_columns<T, 1, STEPS>(g, panel);

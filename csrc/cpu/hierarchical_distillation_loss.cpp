@@ -15,6 +15,8 @@ std::tuple<Tensor, Tensor> hierarchical_distillation_loss(const Tensor& logits_i
   STD_TORCH_CHECK(target_in.is_cpu() && target_in.scalar_type() == ScalarType::Long,
                   "target: expected int64 on the CPU");
   STD_TORCH_CHECK(models >= 1 && classes >= 1, "logits: expected at least one model and one class");
+  STD_TORCH_CHECK(alpha >= 0 && alpha <= 1, "alpha: expected a number from 0 to 1");
+  STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature), "temperature: expected a positive number");
   const Tensor logits = torch::stable::contiguous(widen(logits_in)), target = torch::stable::contiguous(target_in);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t label = data<int64_t>(target)[b];

@@ -5,7 +5,7 @@
 namespace hne {
 namespace {
 
-constexpr int64_t kRows = 24;  // samples a task
+constexpr int64_t kRows = 112;  // samples a task: the weights of a head are read from memory for each
 
 std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor& weight_in,
                                          const std::optional<Tensor>& bias_in, const std::vector<int64_t>& sizes) {
