@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hne_kernels import extension
+import hne_kernels as K
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -38,7 +38,7 @@ def peak_mib(call: Callable[[], Any]) -> float:
 
 def give_back() -> None:
     """Return freed memory to the system: what our ops keep, and the C library, where it can be told to."""
-    extension.cpu_library().release_memory()
+    K.release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -17,6 +17,7 @@ from .fused_bottleneck import fused_bottleneck
 from .fused_bottlenecks import fused_bottlenecks
 from .fused_conv2d import fused_conv2d
 from .hierarchical_distillation_loss import hierarchical_distillation_loss
+from .memory import release_memory
 from .packing import pack_weight, unpack_weight
 from .prefix_logits import prefix_logits
 from .prefix_mean import prefix_mean
@@ -42,6 +43,7 @@ __all__ = [
     "pack_weight",
     "prefix_logits",
     "prefix_mean",
+    "release_memory",
     "unavailable_backends",
     "unpack_weight",
     "use_backend",

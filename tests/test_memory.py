@@ -11,17 +11,15 @@ from torch import Tensor
 import hne_kernels as K
 from hne_kernels import extension
 
-_LIBRARY = extension.cpu_library()
-
 pytestmark = pytest.mark.skipif(
-    bool(_LIBRARY.build_info()["sanitizers"]) or extension.CUDA_EMULATED,
+    bool(K.build_info()["sanitizers"]) or extension.CUDA_EMULATED,
     reason="a build with sanitizers keeps no memory, and CUDA's kernels have PyTorch's",
 )
 
 
 @pytest.fixture(autouse=True)
 def _released() -> None:
-    _LIBRARY.release_memory()
+    K.release_memory()
 
 
 def _map(kib: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,24 +43,24 @@ def test_a_larger_tensor_takes_the_place_of_a_smaller_one() -> None:
     del_me = _map(1000)
     del del_me
     other = _map(3000)  # what was idle is given back for it
-    assert _LIBRARY.release_memory() == 0
+    assert K.release_memory() == 0
     del other
-    assert 3000 * 1024 <= _LIBRARY.release_memory() <= 3000 * 1024 * 9 // 8 + 4096
+    assert 3000 * 1024 <= K.release_memory() <= 3000 * 1024 * 9 // 8 + 4096
 
 
 def test_never_more_than_was_in_use() -> None:
     both = [_map(1000), _map(2000)]
     both.clear()
-    most = _LIBRARY.release_memory()
+    most = K.release_memory()
     for kib in (1000, 2000, 700, 1500, 100, 2500, 300, 1000):
         _map(kib)
-    assert 0 < _LIBRARY.release_memory() <= most
+    assert 0 < K.release_memory() <= most
 
 
 def test_small_tensors_are_left_to_the_system() -> None:
     del_me = _map(32)
     del del_me
-    assert _LIBRARY.release_memory() == 0
+    assert K.release_memory() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
