@@ -105,6 +105,8 @@ class Check:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    # Started in the background of a shell, this process ignores interrupts, and so would its children.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )
             except OSError as error:
                 raise Failure(str(error)) from None
