@@ -189,9 +189,8 @@ def call(op: str, check: Callable[..., Any], first: Tensor, *arguments: Any) -> 
 
     The C++ ops refuse what would not fit in memory themselves, quicker than Python: only then is it explained.
     """
-    if torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_floating_point():
-        check(first, *arguments)
-    if select(first) != "cpp":
+    floating = isinstance(first, Tensor) and first.is_floating_point()  # select() has no words for anything else
+    if torch.compiler.is_compiling() or not floating or select(first) != "cpp":
         check(first, *arguments)
         return implementation(op, first)(first, *arguments)
     try:

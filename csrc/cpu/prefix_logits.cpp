@@ -5,8 +5,6 @@
 namespace hne {
 namespace {
 
-constexpr int64_t kRows = 112;  // samples a task: the weights of a head are read from memory for each
-
 std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor& weight_in,
                                          const std::optional<Tensor>& bias_in, const std::vector<int64_t>& sizes) {
   STD_TORCH_CHECK(features_in.dim() == 3 && weight_in.dim() == 3, "features, weight: expected 3 dimensions");
@@ -33,10 +31,10 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
       pack(data<T>(weight) + n * classes * channels, classes, channels, 1, channels, 1, panel_stride,
            mutable_data<T>(packed) + n * head_size);
     });
-    const int64_t chunks = ceil_div(batch, kRows);
+    const int64_t chunks = ceil_div(batch, kBlockRows);
     parallel_tasks(models * chunks, [&](int64_t task) {
-      const int64_t n = task / chunks, first = task % chunks * kRows, count = std::min(kRows, batch - first);
-      T** out_rows = scratch<T*>(1, kRows);
+      const int64_t n = task / chunks, first = task % chunks * kBlockRows, count = std::min(kBlockRows, batch - first);
+      T** out_rows = scratch<T*>(1, kBlockRows);
       for (int64_t m = 0; m < count; ++m) out_rows[m] = mutable_data<T>(member) + (n * batch + first + m) * classes;
       const T* rows = data<T>(features) + (n * batch + first) * channels;
       const Tap<T> tap{&rows, data<T>(packed) + n * head_size, panel_stride, channels, channels};
