@@ -3,6 +3,7 @@
 
 #include "build_info.h"
 #include "cpu/capability.h"
+#include "cpu/fused_layers.h"
 #include "cpu/memory.h"
 
 namespace py = pybind11;
@@ -35,6 +36,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_capability", &hne::cpu_capability, "The instruction set that the kernels use.");
   module.def("cpu_capabilities_supported", &hne::cpu_capabilities_supported,
              "Those that this machine has, comma separated, best last.");
+  module.def("forget_layers", &hne::forget_layers, "Forget what the op prepare_layers gave this number for.");
   module.def("release_memory", &hne::release_memory,
              "Give memory that the CPU ops keep and no tensor uses back to the system; how many bytes.");
   module.def("poison_memory", &hne::poison_memory, "Whether the CPU ops fill their memory with NaN first (tests).");

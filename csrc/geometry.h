@@ -25,6 +25,8 @@ struct Geometry {
     STD_TORCH_CHECK(height + 2 * padding >= kernel_size && width + 2 * padding >= kernel_size,
                     "x: smaller than the kernel");
   }
+  std::vector<int64_t> out_shape() const { return {branches, batch, out_height, out_width, out_channels}; }
+
   static int64_t out_size(int64_t size, int64_t kernel_size, int64_t stride, int64_t padding) {
     return (size + 2 * padding - kernel_size) / stride + 1;
   }

@@ -51,9 +51,8 @@ STABLE_TORCH_LIBRARY(hne, m) {
       "fused_bottleneck(Tensor x, Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
       "Tensor project, Tensor project_bias, Tensor? shortcut, Tensor? shortcut_bias, int stride, int replicate, "
       "str activation, bool identity, str final_activation) -> Tensor");
-  m.def(
-      "fused_bottlenecks(Tensor x, Tensor?[] weights, int[] strides, int replicate, str activation, "
-      "bool[] identities, str final_activation) -> Tensor");
+  m.def("prepare_layers(Tensor?[] weights, int[] numbers) -> int");
+  m.def("fused_layers(Tensor x, int layers) -> Tensor[]");
 
   m.def("prefix_mean(Tensor logits, int[] sizes) -> Tensor");
   m.def("prefix_mean_backward(Tensor grad, int[] sizes, SymInt num_models) -> Tensor");

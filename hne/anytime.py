@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .layers import Runner
     from .model import HNE
 
 
@@ -16,7 +17,8 @@ class Anytime(Iterator[tuple[int, Tensor]]):
     """Evaluates the tree leaf by leaf, depth first, as the paper describes; see :meth:`HNE.anytime`.
 
     The outputs of the nodes on the path to the current leaf are kept: a later leaf branches off from one of them. No
-    node is computed twice, and none before the answer that needs it is asked for.
+    node is computed twice, and none before the answer that needs it is asked for. Whether parameters have changed is
+    looked at once, in the beginning: they are not to change before the end.
 
     Attributes:
         num_models: Leaves evaluated so far.
@@ -27,6 +29,8 @@ class Anytime(Iterator[tuple[int, Tensor]]):
         self.num_models = 0
         self.member: Tensor | None = None
         self._model = model
+        self._run: Runner = model.runner(x)
+        self._execution = model.execution()
         self._path = [model.enter(x)]  # _path[b + 1] is the output of block b
         self._total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
@@ -34,12 +38,13 @@ class Anytime(Iterator[tuple[int, Tensor]]):
         model, tree, path, leaf = self._model, self._model.hierarchy, self._path, self.num_models
         if leaf == tree.num_models:
             raise StopIteration
+        if model.execution() is not self._execution:  # whether gradients are recorded has changed
+            self._run, self._execution = model.runner(path[0]), model.execution()
         first = tree.first_new(leaf)
         del path[first + 1 :]
-        for block in range(first, tree.num_blocks):
-            branch = tree.ancestor(leaf, block)
-            path.append(model.run_block(block, path[-1], slice(branch, branch + 1)))
-        self.member = model.run_head(path[-1], slice(leaf, leaf + 1))[0]
+        *features, logits = self._run(path[-1], slice(leaf, leaf + 1), first, keep=True)
+        path += features
+        self.member = logits[0]
         self._total = self._total + self.member
         self.num_models += 1
         return self.num_models, (self._total / self.num_models).to(self.member.dtype)

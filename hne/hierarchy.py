@@ -116,15 +116,28 @@ class Hierarchy:
         Raises:
             TypeError, ValueError: ``num_models`` is not an int from 1 to ``self.num_models``.
         """
+        self.check_num_models(num_models)
+        return tuple(-(-num_models * count // self.num_models) for count in self.levels)
+
+    def check_num_models(self, num_models: int) -> None:
+        """Raise unless ``num_models`` is an int from 1 to ``self.num_models``."""
         if not isinstance(num_models, int) or isinstance(num_models, bool):
             raise TypeError(f"num_models must be an int, got {num_models!r}")
         if not 1 <= num_models <= self.num_models:
             raise ValueError(f"num_models must lie between 1 and {self.num_models}, got {num_models}")
-        return tuple(-(-num_models * count // self.num_models) for count in self.levels)
 
     def ancestor(self, leaf: int, level: int) -> int:
         """The node of ``level`` (a block, or ``num_blocks`` for the heads) that ``leaf`` (from 0) runs through."""
         return leaf * self.levels[level] // self.num_models
+
+    def nodes(self, leaves: slice, first: int = 0) -> list[tuple[slice, int]]:
+        """The nodes that ``leaves`` run through at each level from ``first`` on, and how many of them each node of the
+        level above has (the last one may have fewer). The leaves are the first ones, or one of them alone."""
+        found = []
+        for level, children in enumerate(self.replication[first:], first):
+            nodes = slice(self.ancestor(leaves.start, level), self.ancestor(leaves.stop - 1, level) + 1)
+            found.append((nodes, 1 if nodes.stop - nodes.start == 1 else children))
+        return found
 
     def first_new(self, leaf: int) -> int:
         """The first level at which ``leaf`` (from 0) leaves the path of its predecessor. All later levels are new to it

@@ -1,4 +1,4 @@
-"""Execution for inference: batch norms folded into packed weights, and a whole run of layers per kernel.
+"""Execution for inference: batch norms folded into packed weights, and one call for a whole layer, or for all of them.
 
 The folded tensors are derived once and kept with the layer until its parameters change.
 """
@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 import hne_kernels as K
+from hne_kernels import checks, dispatch
 
 from . import batch_norm
 from .fused import Fused, linear_parameters
-from .layers import BottleneckLayer, ConvLayer, Foldable, Layer, Linear, Unit, units
+from .hierarchy import Hierarchy
+from .layers import BottleneckLayer, ConvLayer, Foldable, Layer, Linear, PoolLinearLayer, Unit, units
 from .snapshot import Snapshot
 
 # Of a part of the batch: 16 images of CIFAR, and of larger ones no fewer than eight (weights are read once for a part).
@@ -32,68 +35,42 @@ class Inference(Fused):
         # their memory is used again. A traced program does not depend on the size of its batch.
         if images.device.type != "cpu" or torch.compiler.is_compiling():
             return (images,)
-        return images.split(max(IMAGES, PIXELS // images.shape[2:].numel()))
-
-    def block(self, layers: Sequence[Layer], x: Tensor, branches: slice, replicate: int) -> Tensor:
-        first = 0
-        while first < len(layers):
-            last, activations = first + 1, _activations(layers[first])
-            if activations is None:
-                x = self.layer(layers[first], x, branches, replicate)
-            else:
-                while last < len(layers) and _activations(layers[last]) == activations:
-                    last += 1
-                x = self._bottlenecks(layers[first:last], x, branches, replicate, *activations)
-            first, replicate = last, 1
-        return x
-
-    def _bottlenecks(
-        self,
-        layers: Sequence[Any],
-        x: Tensor,
-        branches: slice,
-        replicate: int,
-        activation: str,
-        final_activation: str,
-    ) -> Tensor:
-        return K.fused_bottlenecks(
-            x,
-            [folded(layer, branches) for layer in layers],
-            strides=[layer.description.stride for layer in layers],
-            identities=[layer.identity for layer in layers],
-            replicate=replicate,
-            activation=activation,
-            final_activation=final_activation,
-        )
+        batch, _, height, width = images.shape
+        most = max(IMAGES, PIXELS // (height * width))
+        return (images,) if batch <= most else images.split(most)
 
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
-        if isinstance(layer, ConvLayer):
-            c = layer.description
-            return K.fused_conv2d(
-                x,
-                *folded(layer, branches),
-                stride=c.stride,
-                padding=layer.unit.padding,
-                replicate=replicate,
-                activation=c.activation,
-            )
-        y: Tensor = layer(self, x, branches, replicate)
-        return y
+        return described(layer, branches, replicate)(x)
 
-    def linear(
-        self, linear: Linear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
-    ) -> Tensor:
-        return K.fused_conv2d(x, *folded(linear, branches), replicate=replicate, activation=activation)
+    def logits(self, head: Linear, x: Tensor, leaves: slice, replicate: int) -> Tensor:
+        return described_head(head, leaves, replicate)(x).flatten(2)
 
     def prefix_logits(self, head: Linear, x: Tensor, leaves: slice, replicate: int, sizes: Sequence[int]) -> Tensor:
         return K.prefix_mean(self.logits(head, x, leaves, replicate), sizes)
 
 
-def _activations(layer: Layer) -> tuple[str, str] | None:
-    """What bottlenecks in one run have in common; None for any other layer."""
-    if not isinstance(layer, BottleneckLayer):
-        return None
-    return layer.description.activation, layer.description.final_activation
+def described(layer: Layer, branches: slice, replicate: int) -> K.FusedLayer:
+    """A layer as the kernels take it, with the folded weights of some branches."""
+    if isinstance(layer, ConvLayer):
+        c = layer.description
+        return K.FusedLayer(folded(layer, branches), c.stride, layer.unit.padding, replicate, c.activation)
+    if isinstance(layer, BottleneckLayer):
+        b = layer.description
+        return K.FusedLayer(
+            folded(layer, branches),
+            stride=b.stride,
+            replicate=replicate,
+            activation=b.activation,
+            final_activation=b.final_activation,
+            identity=layer.identity,
+        )
+    assert isinstance(layer, PoolLinearLayer)
+    return described_head(layer.linear, branches, replicate, layer.description.activation)
+
+
+def described_head(linear: Linear, branches: slice, replicate: int, activation: str = "none") -> K.FusedLayer:
+    """A linear layer of the mean over the map, as the kernels take it."""
+    return K.FusedLayer(folded(linear, branches), replicate=replicate, activation=activation, mean=True)
 
 
 # Folding --------------------------------------------------------------------------------------------------------------
@@ -162,6 +139,57 @@ def folded(layer: Foldable, branches: slice) -> Weights:
 def is_capturing() -> bool:
     """Whether kernels that are launched now become part of a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+class Networks:
+    """The layers of a model for inference on a CPU, one call for each part of the tree that has been asked for."""
+
+    def __init__(self, hierarchy: Hierarchy, blocks: Sequence[Sequence[Layer]], head: Linear) -> None:
+        self._hierarchy, self._blocks, self._head = hierarchy, blocks, head
+        layers = [layer for block in blocks for layer in block]
+        self._parameters = Snapshot(
+            child for layer in (*layers, head) for unit in units(layer) for child in unit.children()
+        )
+        self._networks: dict[tuple[int, int, int, bool], K.FusedLayers] = {}
+
+    @staticmethod
+    def serve(x: Tensor) -> bool:
+        """Whether features like ``x`` can be computed so."""
+        return (
+            type(x) in (Tensor, Parameter)  # no stand-in that is not in memory
+            and not torch.compiler.is_compiling()
+            and not is_capturing()
+            and checks.autocast_dtype(x.device.type) is None
+            and dispatch.select(x) == "cpp"
+        )
+
+    def is_current(self) -> bool:
+        """Whether the parameters are unchanged, as far as that can be told: see :func:`folded`."""
+        return self._parameters.is_current()
+
+    def run(
+        self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """See :class:`hne.layers.Runner`."""
+        key = leaves.start, leaves.stop, first, keep
+        network = self._networks.get(key)
+        if network is None:
+            with torch.no_grad():
+                network = self._networks[key] = self._network(leaves, first, keep)
+        results = network(x)
+        logits = results[-1].flatten(2)
+        results[-1] = logits if sizes is None else K.prefix_mean(logits, sizes)
+        return results
+
+    def _network(self, leaves: slice, first: int, keep: bool) -> K.FusedLayers:
+        layers, ends = [], []
+        *nodes, (heads, replicate) = self._hierarchy.nodes(leaves, first)
+        for block, (branches, children) in zip(self._blocks[first:], nodes, strict=True):
+            for layer in block:
+                layers.append(described(layer, branches, children))
+                children = 1  # only the first layer branches
+            ends.append(len(layers) - 1)
+        return K.FusedLayers([*layers, described_head(self._head, heads, replicate)], ends if keep else ())
 
 
 class Folded:

@@ -41,13 +41,6 @@ class Execution(Protocol):
     def select(self, x: Tensor, samples: Tensor) -> Tensor:
         """The features of some samples of the batch, given by their indices."""
 
-    def block(self, layers: Sequence[Layer], x: Tensor, branches: slice, replicate: int) -> Tensor:
-        """Layers one after the other; ``replicate`` is of the first."""
-        for layer in layers:
-            x = self.layer(layer, x, branches, replicate)
-            replicate = 1
-        return x
-
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
         """A whole layer."""
 
@@ -83,6 +76,26 @@ class Execution(Protocol):
 
     def prefix_logits(self, head: Linear, x: Tensor, leaves: slice, replicate: int, sizes: Sequence[int]) -> Tensor:
         """Mean logits of the first ``n`` leaves for each ``n`` of ``sizes``, ``[len(sizes), batch, classes]``."""
+
+
+class Runner(Protocol):
+    """Computes a part of the tree."""
+
+    def __call__(
+        self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """The nodes that some leaves run through, from block ``first`` on.
+
+        Args:
+            x: Features that block ``first`` takes: of the parent of its nodes, or of the parents.
+            leaves: The first leaves, or one of them alone.
+            first: A block, or ``num_blocks`` for the heads alone.
+            keep: The features after every block are results as well.
+            sizes: For the logits of ensembles instead of the leaves', as in :meth:`HNE.prefix_logits`.
+
+        Returns:
+            The features of the blocks that are kept, and the logits ``[leaves, batch, classes]``.
+        """
 
 
 # Parameters -----------------------------------------------------------------------------------------------------------
@@ -147,9 +160,9 @@ class Unit(Branched):
 
 
 class Foldable(nn.Module):
-    """What the inference path folds.
+    """What the inference path folds: layers, and the model as a whole.
 
-    ``folded`` is where it keeps tensors derived from the parameters, ``captured`` those of them that CUDA graphs read.
+    ``folded`` is where it keeps what is derived from the parameters, ``captured`` what of it CUDA graphs read.
     They are no state: neither saved nor copied. The first are dropped whenever the parameters move or the mode changes.
     """
 

@@ -18,14 +18,14 @@ from . import architectures
 from .anytime import Anytime
 from .fused import Fused
 from .hierarchy import Hierarchy
-from .inference import Inference
-from .layers import Description, Execution, Layer, Linear, description, units
+from .inference import Inference, Networks
+from .layers import Description, Execution, Foldable, Layer, Linear, Runner, description, units
 from .naive import Naive
 
 _Model = TypeVar("_Model", bound="HNE")
 
 
-class HNE(nn.Module, ABC):
+class HNE(Foldable, ABC):
     """An ensemble of networks that share the branches of a tree: what :class:`FusedHNE` and :class:`NaiveHNE` have in
     common.
 
@@ -201,9 +201,7 @@ class HNE(nn.Module, ABC):
             TypeError: ``x`` is of another dtype, or ``num_models`` not an int.
         """
         n = self.num_models if num_models is None else num_models
-        replicate = self.hierarchy.replication[-1]
-        parts = [self.run_head(features, slice(0, n), replicate) for features in self._features(x, n)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return self._evaluate(x, n)
 
     def prefix_logits(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """Logits of nested ensembles: the mean over the first ``n`` leaves for each ``n`` of ``sizes`` (eq. 1 and 5).
@@ -219,13 +217,7 @@ class HNE(nn.Module, ABC):
         wanted = self.prefix_sizes if sizes is None else tuple(sizes)
         if not wanted or any(a >= b for a, b in itertools.pairwise((0, *wanted))):
             raise ValueError(f"sizes must rise from at least 1, got {wanted}")
-        n = wanted[-1]
-        replicate = self.hierarchy.replication[-1]
-        parts = [
-            self.execution().prefix_logits(self.head, features, slice(0, n), replicate, wanted)
-            for features in self._features(x, n)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return self._evaluate(x, wanted[-1], wanted)
 
     def anytime(self, x: Tensor) -> Anytime:
         """Answers that get better: yields ``(n, y)`` for n = 1, 2, ... ``num_models``.
@@ -257,30 +249,51 @@ class HNE(nn.Module, ABC):
             branches: The range wanted.
             replicate: Children that each parent in ``x`` has among them (the last one may have fewer).
         """
-        return self.execution().block(self._layers(block), x, branches, replicate)
+        execution = self.execution()
+        for layer in self._layers(block):
+            x = execution.layer(layer, x, branches, replicate)
+            replicate = 1  # only the first layer branches
+        return x
 
     def run_head(self, x: Tensor, leaves: slice, replicate: int = 1) -> Tensor:
         """Logits ``[leaves, batch, num_classes]`` of some leaves from the features of the last block; arguments as of
         :meth:`run_block`."""
         return self.execution().logits(self.head, x, leaves, replicate)
 
-    def _features(self, images: Tensor, num_models: int) -> Iterator[Tensor]:
-        """The last block's features that the first ``num_models`` leaves need, for one part of the batch at a time."""
+    def runner(self, x: Tensor) -> Runner:
+        """What computes parts of the tree for features like those of the images ``x``, with the parameters and the
+        :meth:`execution` of now."""
+        return self._run
+
+    def _run(
+        self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        results = []
+        *nodes, (heads, replicate) = self.hierarchy.nodes(leaves, first)
+        for block, (branches, children) in enumerate(nodes, first):
+            x = self.run_block(block, x, branches, children)
+            if keep:
+                results.append(x)
+        if sizes is None:
+            return [*results, self.run_head(x, heads, replicate)]
+        return [*results, self.execution().prefix_logits(self.head, x, heads, replicate, sizes)]
+
+    def _evaluate(self, images: Tensor, num_models: int, sizes: Sequence[int] | None = None) -> Tensor:
+        """Logits of the first leaves, or of ensembles of them; one part of the batch at a time."""
         self._check_images(images)
-        *needed, _ = self.hierarchy.needed(num_models)
-        for part in self.execution().parts(images):
-            x = self.enter(part)
-            for block, (branches, replicate) in enumerate(zip(needed, self.hierarchy.replication, strict=False)):
-                x = self.run_block(block, x, slice(0, branches), replicate)
-            yield x
+        self.hierarchy.check_num_models(num_models)
+        leaves, run = slice(0, num_models), self.runner(images)
+        parts = [run(self.enter(part), leaves, sizes=sizes)[-1] for part in self.execution().parts(images)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _check_images(self, x: Tensor) -> None:
-        if x.dim() != 4:
-            raise ValueError(f"x must have 4 dimensions [batch, channels, height, width], got shape {tuple(x.shape)}")
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"x must have {self.in_channels} channels (dimension 1), got shape {tuple(x.shape)}")
-        if x.shape[2] < 1 or x.shape[3] < 1:
-            raise ValueError(f"x must be images of at least 1x1 pixels, got shape {tuple(x.shape)}")
+        shape = x.shape
+        if len(shape) != 4:
+            raise ValueError(f"x must have 4 dimensions [batch, channels, height, width], got shape {tuple(shape)}")
+        if shape[1] != self.in_channels:
+            raise ValueError(f"x must have {self.in_channels} channels (dimension 1), got shape {tuple(shape)}")
+        if shape[2] < 1 or shape[3] < 1:
+            raise ValueError(f"x must be images of at least 1x1 pixels, got shape {tuple(shape)}")
         weight = self.head.conv.weight
         if x.device != weight.device:
             raise ValueError(f"x must be on the device of the model, {weight.device}, got {x.device}")
@@ -338,8 +351,8 @@ class FusedHNE(HNE):
     """The ensemble on the kernels of :mod:`hne_kernels`. See :class:`HNE`.
 
     In ``eval()`` and without gradients (``torch.no_grad()`` or ``torch.inference_mode()``) batch norms are folded into
-    the weights, and every layer (on a CPU, every run of bottlenecks) is one kernel. The folded weights are kept, and
-    renewed when the parameters have changed: see :func:`hne.inference.folded`.
+    the weights, and every layer is one kernel; on a CPU, the whole network is one call. The folded weights are kept,
+    and renewed when the parameters have changed: see :func:`hne.inference.folded`.
     """
 
     _FUSED: ClassVar = Fused()
@@ -347,6 +360,15 @@ class FusedHNE(HNE):
 
     def execution(self) -> Execution:
         return self._FUSED if self.training or torch.is_grad_enabled() else self._INFERENCE
+
+    def runner(self, x: Tensor) -> Runner:
+        if self.execution() is not self._INFERENCE or not Networks.serve(x):
+            return self._run
+        if self.folded is None or not self.folded.is_current():
+            with torch.no_grad():
+                self.folded = Networks(self.hierarchy, list(self._blocks()), self.head)
+        run: Runner = self.folded.run
+        return run
 
 
 def _check_network(

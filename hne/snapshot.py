@@ -36,9 +36,10 @@ class Snapshot:
         """
         return self._state is not None and self._state == self._current_state()
 
-    def _current_state(self) -> list[tuple[int, int]] | None:
+    def _current_state(self) -> tuple[list[int], list[int]] | None:
         """Address and version of every tensor, or None where one has no such thing."""
+        current = [tensors[name] for tensors, name in self._sources]
         try:
-            return [(tensors[name].data_ptr(), tensors[name]._version) for tensors, name in self._sources]
+            return [tensor.data_ptr() for tensor in current], [tensor._version for tensor in current]
         except RuntimeError:
             return None

@@ -14,8 +14,8 @@ from .checks import default_sizes
 from .dispatch import add_module, available_backends, unavailable_backends, use_backend
 from .extension import build_info
 from .fused_bottleneck import fused_bottleneck
-from .fused_bottlenecks import fused_bottlenecks
 from .fused_conv2d import fused_conv2d
+from .fused_layers import FusedLayer, FusedLayers
 from .hierarchical_distillation_loss import hierarchical_distillation_loss
 from .memory import release_memory
 from .packing import pack_weight, unpack_weight
@@ -28,6 +28,8 @@ if "triton" in available_backends():
     add_module("triton", _triton)
 
 __all__ = [
+    "FusedLayer",
+    "FusedLayers",
     "available_backends",
     "branch_conv2d",
     "branch_conv2d_stats",
@@ -37,7 +39,6 @@ __all__ = [
     "build_info",
     "default_sizes",
     "fused_bottleneck",
-    "fused_bottlenecks",
     "fused_conv2d",
     "hierarchical_distillation_loss",
     "pack_weight",

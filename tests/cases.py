@@ -52,8 +52,13 @@ class Case:
         return VECTORS if self.op in (*UNITS, "branch_normalize") else ()
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        result = getattr(K, self.op)(**self.arguments(inputs))
+        op = _fused_layers if self.op == "FusedLayers" else getattr(K, self.op)
+        result = op(**self.arguments(inputs))
         return result if isinstance(result, tuple) else (result,)
+
+
+def _fused_layers(x: Tensor, layers: Sequence[K.FusedLayer], keep: Sequence[int]) -> tuple[Tensor, ...]:
+    return tuple(K.FusedLayers(layers, keep)(x))
 
 
 @dataclass
@@ -331,24 +336,6 @@ BOTTLENECKS = [
     Bottleneck(1, 1, 1, 40, 30, 16, 128, 16, 5, 1, "identity", "relu6", "none"),
     Bottleneck(1, 1, 1, 6, 64, 3, 512, 4, 3, 1, "nothing", "relu", "none"),
 ]
-# More maps than threads, as many, and fewer; the last have some left over.
-RUNS = [
-    [Bottleneck(1, 1, 1, 7, 7, 4, 3, 4, 3, 1, "identity", "relu", "relu")],
-    [
-        Bottleneck(2, 2, 2, 7, 6, 5, 3, 9, 3, 2, "shortcut", "relu", "relu", missing=1),
-        Bottleneck(3, 1, 2, 4, 3, 9, 20, 9, 3, 1, "identity", "relu", "relu"),
-        Bottleneck(3, 1, 2, 4, 3, 9, 17, 33, 5, 1, "shortcut", "relu", "relu"),
-    ],
-    [
-        Bottleneck(1, 3, 1, 9, 8, 16, 32, 8, 3, 2, "nothing", "relu6", "none"),
-        Bottleneck(3, 1, 1, 5, 4, 8, 48, 8, 3, 1, "identity", "relu6", "none"),
-        Bottleneck(3, 1, 1, 5, 4, 8, 4, 6, 1, 2, "nothing", "relu6", "none"),
-    ],
-    [
-        Bottleneck(2, 2, 0, 4, 4, 3, 2, 3, 3, 1, "identity", "relu", "relu"),
-        Bottleneck(4, 1, 0, 4, 4, 3, 2, 5, 3, 1, "nothing", "relu", "relu"),
-    ],
-]
 
 
 def bottleneck(b: Bottleneck) -> Case:
@@ -382,26 +369,70 @@ def bottleneck(b: Bottleneck) -> Case:
     return Case("fused_bottleneck", str(b), make, (), terms, roundings=2, naive_roundings=6)
 
 
-def bottlenecks(*run: Bottleneck) -> Case:
-    """A run of bottlenecks with the same activations; the tensors of each are named by its number."""
-    singles = [bottleneck(b) for b in run]
-    weights = "expand", "depthwise", "project", "shortcut"
-    names = [name for weight in weights for name in (weight, f"{weight}_bias")]
+def layers(name: str, *singles: Case, keep: Sequence[int] = (), mean: Sequence[int] = ()) -> Case:
+    """Layers one after the other, the features after those of ``keep`` results as well, those of ``mean`` of the mean
+    over each map. The arguments of each are named by its number."""
 
     def make(rng: torch.Generator) -> Inputs:
         made = [single.make(rng) for single in singles]
-        common = {name: made[0][name] for name in ("x", "replicate", "activation", "final_activation")}
-        return common | {f"{name}_{i}": inputs[name] for i, inputs in enumerate(made) for name in names}
+        later = {f"{name}_{i}": value for i, one in enumerate(made) for name, value in one.items() if name != "x"}
+        return {"x": made[0]["x"], **later}
 
     def arguments(inputs: Inputs) -> Inputs:
-        each = [[inputs[f"{name}_{i}"] for name in names] for i in range(len(run))]
-        common = {name: inputs[name] for name in ("x", "replicate", "activation", "final_activation")}
-        strides, identities = [b.stride for b in run], [b.join == "identity" for b in run]
-        return common | {"weights": each, "strides": strides, "identities": identities}
+        described = []
+        for i in range(len(singles)):
+            own = {name.removesuffix(f"_{i}"): v for name, v in inputs.items() if name.endswith(f"_{i}")}
+            options = {name: own.pop(name) for name in K.FusedLayer._fields if name in own}
+            described.append(K.FusedLayer(tuple(own.values()), **options, mean=i in mean))
+        return {"x": inputs["x"], "layers": described, "keep": keep}
 
-    terms = sum(single.terms for single in singles)
-    name = "-then-".join(map(str, run))
-    return Case("fused_bottlenecks", name, make, (), terms, 2 * len(run), 6 * len(run), arguments)
+    terms = sum(single.terms for single in singles) + 100 * len(mean)
+    roundings = sum(single.roundings for single in singles) + len(mean)
+    naive_roundings = sum(single.naive_roundings for single in singles) + len(mean)
+    return Case("FusedLayers", name, make, (), terms, roundings, naive_roundings, arguments)
+
+
+# In the runs of bottlenecks: more maps than threads, as many, and fewer; the last have some left over.
+LAYERS = [
+    layers("one", bottleneck(Bottleneck(1, 1, 1, 7, 7, 4, 3, 4, 3, 1, "identity", "relu", "relu"))),
+    layers(
+        "run",
+        bottleneck(Bottleneck(2, 2, 2, 7, 6, 5, 3, 9, 3, 2, "shortcut", "relu", "relu", missing=1)),
+        bottleneck(Bottleneck(3, 1, 2, 4, 3, 9, 20, 9, 3, 1, "identity", "relu", "relu")),
+        bottleneck(Bottleneck(3, 1, 2, 4, 3, 9, 17, 33, 5, 1, "shortcut", "relu6", "none")),
+    ),
+    layers(
+        "network",
+        fused_convolution(Geometry(1, 1, 3, 9, 8, 3, 16, 3, 1, 1), "relu"),
+        bottleneck(Bottleneck(1, 3, 3, 9, 8, 16, 32, 8, 3, 2, "nothing", "relu6", "none")),
+        bottleneck(Bottleneck(3, 1, 3, 5, 4, 8, 48, 8, 3, 1, "identity", "relu6", "none")),
+        bottleneck(Bottleneck(3, 1, 3, 5, 4, 8, 4, 6, 1, 2, "nothing", "relu6", "none")),
+        fused_convolution(Geometry(3, 2, 3, 1, 1, 6, 37, 1, 1, 0), "none"),
+        mean=[4],
+    ),
+    layers(
+        "kept",
+        bottleneck(Bottleneck(1, 1, 1, 5, 7, 8, 3, 8, 3, 1, "identity", "relu", "relu")),
+        bottleneck(Bottleneck(1, 1, 1, 5, 7, 8, 4, 20, 3, 1, "shortcut", "relu", "relu")),
+        bottleneck(Bottleneck(1, 1, 1, 5, 7, 20, 3, 6, 3, 2, "shortcut", "relu", "relu")),
+        fused_convolution(Geometry(1, 1, 1, 1, 1, 6, 300, 1, 1, 0), "relu6"),
+        keep=[0, 2],
+        mean=[3],
+    ),
+    layers(
+        "mean-first",
+        fused_convolution(Geometry(2, 2, 2, 5, 4, 5, 70, 1, 1, 0, missing=1), "relu"),
+        fused_convolution(Geometry(3, 1, 2, 1, 1, 70, 130, 1, 1, 0), "none"),
+        mean=[0],
+    ),
+    layers(
+        "empty",
+        bottleneck(Bottleneck(2, 2, 0, 4, 4, 3, 2, 3, 3, 1, "identity", "relu", "relu")),
+        bottleneck(Bottleneck(4, 1, 0, 4, 4, 3, 2, 5, 3, 1, "nothing", "relu", "relu")),
+        fused_convolution(Geometry(4, 1, 0, 1, 1, 5, 3, 1, 1, 0), "none"),
+        mean=[2],
+    ),
+]
 
 
 def prefix_mean(models: int, batch: int, classes: int, sizes: tuple[int, ...] | None) -> Case:
@@ -461,7 +492,7 @@ CASES = [
     *(convolution("branch_depthwise_conv2d", g, not i % 2) for i, g in enumerate(GEOMETRIES)),
     *(fused_convolution(g, ("none", "relu", "relu6")[i % 3]) for i, g in enumerate(GEOMETRIES)),
     *(bottleneck(b) for b in BOTTLENECKS),
-    *(bottlenecks(*run) for run in RUNS),
+    *LAYERS,
     *(unit("branch_conv2d_stats", g, UNIT_OPTIONS[i % 4]) for i, g in enumerate(GEOMETRIES)),
     *(unit("branch_depthwise_conv2d_stats", g, UNIT_OPTIONS[(i + 1) % 4]) for i, g in enumerate(GEOMETRIES)),
     # Where a mean of squares minus a squared mean would cancel.
@@ -509,10 +540,6 @@ def representative(*, differentiable: bool = False) -> list[Case]:
         "branch_normalize": normalize((2, 2, 3, 2, 3), "relu", True),
         "fused_conv2d": fused_convolution(Geometry(2, 2, 2, 5, 4, 3, 18, 3, 2, 1), "relu"),
         "fused_bottleneck": bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
-        "fused_bottlenecks": bottlenecks(
-            Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu"),
-            Bottleneck(4, 1, 2, 3, 2, 18, 3, 18, 3, 1, "identity", "relu", "relu"),
-        ),
         "prefix_mean": prefix_mean(5, 2, 3, (1, 2, 4)),
         "prefix_logits": prefix_logits(5, 2, 3, 4, None, True),
         "hierarchical_distillation_loss": loss(5, 3, 4, 0.5, 2.0),

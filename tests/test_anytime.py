@@ -49,9 +49,11 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.macs = 0
         self.weights: list[int] = []
-        for name in ("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d", "fused_bottleneck"):
+        for name in ("branch_conv2d", "branch_depthwise_conv2d"):
             monkeypatch.setattr(K, name, self._counted(name, getattr(K, name)))
-        monkeypatch.setattr(K, "fused_bottlenecks", _one_by_one)
+        for name in ("fused_conv2d", "fused_bottleneck"):
+            monkeypatch.setattr(K.fused_layers, name, self._counted(name, getattr(K, name)))
+        monkeypatch.setattr(K.FusedLayers, "__call__", K.FusedLayers._in_turn)
 
     def _counted(self, name: str, op: Any) -> Any:
         def call(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -72,15 +74,6 @@ class Calls:
             return y
 
         return call
-
-
-def _one_by_one(
-    x: Tensor, weights: Any, *, strides: Any, identities: Any, replicate: int, **activations: str
-) -> Tensor:
-    for layer, stride, identity in zip(weights, strides, identities, strict=True):
-        x = K.fused_bottleneck(x, *layer, stride=stride, replicate=replicate, identity=identity, **activations)
-        replicate = 1
-    return x
 
 
 @each_tree

@@ -230,4 +230,4 @@ def test_model_export(model: FusedHNE, rng: torch.Generator) -> None:
             x = torch.randn(size, 3, 12, 12, generator=rng)
             torch.testing.assert_close(exported(x), model(x))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "hne.fused_bottlenecks.default" in called
+    assert "hne.fused_bottleneck.default" in called

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-INFERENCE = {"fused_conv2d", "fused_bottleneck", "fused_bottlenecks"}
+INFERENCE = {"fused_conv2d", "fused_bottleneck"}
+# No functions of tensors alone, and nothing that is traced: see test_fused_layers.py.
+PREPARED = {"prepare_layers", "fused_layers"}
 # Differentiable once: opcheck would sum every result and go backwards through it, which these refuse.
 UNITS_BACKWARD = {f"{op}_backward_{what}" for op in UNITS for what in ("input", "weight")}
 ONCE = {*UNITS_BACKWARD, "hierarchical_distillation_loss"}
@@ -68,7 +70,7 @@ def _record(case: Case, place: Placement, rng: torch.Generator) -> dict[str, lis
 def _registered(backend: str) -> set[str]:
     names = {name.removeprefix("hne::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("hne::")}
     triton = {name for name in names if name.startswith("triton_")}
-    return triton if backend == "triton" else names - triton
+    return triton if backend == "triton" else names - triton - PREPARED
 
 
 def _samples() -> list[Case]:

@@ -7,6 +7,7 @@ namespace hne {
 namespace {
 
 constexpr int64_t kFewChannels = 8;  // below: an image rather than features
+constexpr int64_t kSharePanels = 8;  // of a thread, where threads share the channels
 
 }  // namespace
 
@@ -19,15 +20,24 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
   const int64_t line_size = g.kernel_size * g.in_channels;
   const bool by_lines = g.in_channels < kFewChannels && !x.computed();
   const std::vector<T> zeros(line_size, T(0));
-  parallel_tasks(g.branches * chunks, [&](int64_t task) {
-    const int64_t branch = task / chunks, first = task % chunks * kBlockRows;
+  // Where there are fewer blocks of rows than threads, these share the channels.
+  const int64_t blocks = g.branches * chunks, panels = ceil_div(g.out_channels, kPanel);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts =
+      written || blocks == 0 ? 1 : std::clamp<int64_t>(threads / blocks, 1, ceil_div(panels, kSharePanels));
+  const int64_t share = ceil_div(panels, parts);
+  parallel_tasks(blocks * parts, [&](int64_t task) {
+    const int64_t branch = task / parts / chunks, first = task / parts % chunks * kBlockRows;
     const int64_t count = std::min(kBlockRows, total - first), parent = branch / g.replicate;
+    const int64_t panel = task % parts * share, channel = panel * kPanel;
+    const int64_t channels = std::min(share * kPanel, g.out_channels - channel);
+    if (channels <= 0) return;
     const T* branch_x = x.x + parent * g.batch * g.pixels() * g.in_channels;
-    const T* branch_weight = packed + branch * branch_size;
+    const T* branch_weight = packed + branch * branch_size + panel * panel_stride;
     const T** rows = scratch<const T*>(0, g.taps() * kBlockRows);
     T** out_rows = scratch<T*>(1, kBlockRows);
     Tap<T>* taps = scratch<Tap<T>>(2, g.taps());
-    for (int64_t m = 0; m < count; ++m) out_rows[m] = out + (branch * total + first + m) * g.out_channels;
+    for (int64_t m = 0; m < count; ++m) out_rows[m] = out + (branch * total + first + m) * g.out_channels + channel;
     if (by_lines) {
       gather_lines(g, branch_x, zeros.data(), first, count, scratch<T>(3, kBlockRows * g.kernel_size * line_size), rows,
                    kBlockRows);
@@ -43,9 +53,9 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
         taps[t] = {rows + t * kBlockRows, branch_weight + t * tap_size, panel_stride, g.in_channels,
                    g.pointwise() ? g.in_channels : 0};
     }
-    const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels : nullptr;
+    const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels + channel : nullptr;
     kernels<T>().gemm(
-        {taps, by_lines ? g.kernel_size : g.taps(), count, g.out_channels, out_rows, branch_bias, nullptr, clamp});
+        {taps, by_lines ? g.kernel_size : g.taps(), count, channels, out_rows, branch_bias, nullptr, clamp});
     if (written) written(branch, first, count);
   });
 }

@@ -2,6 +2,7 @@
 #include "../depthwise.h"
 #include "../distillation.h"
 #include "../gemm.h"
+#include "../mean.h"
 #include "../normalize.h"
 
 namespace hne::HNE_ISA {
@@ -17,6 +18,7 @@ const Kernels<T>& table() {
       normalize<T>,
       normalize_backward<T>,
       moments<T>,
+      mean_rows<T>,
       add_scaled<T>,
       store_scaled<T>,
       distill_sample<T>,
