@@ -15,6 +15,10 @@ void pack(const T* weight, int64_t channels, int64_t depth, int64_t taps, int64_
       T* out = packed + panel * panel_stride + tap * depth * kPanel;
       const T* in = weight + n0 * stride_n + tap;
       const int64_t present = std::min(kPanel, channels - n0);
+      if (stride_k == 1 && present == kPanel) {
+        kernels<T>().transpose_panel(in, stride_n, depth, out);
+        continue;
+      }
       for (int64_t k = 0; k < depth; ++k, out += kPanel) {
         for (int64_t n = 0; n < present; ++n) out[n] = in[n * stride_n + k * stride_k];
         for (int64_t n = present; n < kPanel; ++n) out[n] = T(0);

@@ -117,10 +117,11 @@ struct Kernels {
   void (*normalize)(const NormRows<T>&);
   void (*normalize_backward)(const NormRows<T>&);
   void (*moments)(const NormRows<T>&);
-  void (*mean_rows)(const T* rows, int64_t count, int64_t channels, T* out);  // out[c] = mean over m of rows[m][c]
-  void (*add_scaled)(T* out, const T* x, T scale, int64_t count);             // out += scale * x
-  void (*store_scaled)(T* out, const T* x, T scale, int64_t count);           // out = scale * x
-  double (*distill_sample)(const DistillSample<T>&);                          // the sample's loss
+  void (*mean_rows)(const T* rows, int64_t count, int64_t channels, T* out);    // out[c] = mean over m of rows[m][c]
+  void (*transpose_panel)(const T* in, int64_t stride, int64_t depth, T* out);  // out[k][n] = in[n * stride + k]
+  void (*add_scaled)(T* out, const T* x, T scale, int64_t count);               // out += scale * x
+  void (*store_scaled)(T* out, const T* x, T scale, int64_t count);             // out = scale * x
+  double (*distill_sample)(const DistillSample<T>&);                            // the sample's loss
 };
 
 namespace portable {

@@ -5,6 +5,8 @@
 namespace hne {
 namespace {
 
+constexpr int64_t kPackedBytes = 512 * 1024;  // of packed weights, beside the features in the second cache
+
 std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor& weight_in,
                                          const std::optional<Tensor>& bias_in, const std::vector<int64_t>& sizes) {
   STD_TORCH_CHECK(features_in.dim() == 3 && weight_in.dim() == 3, "features, weight: expected 3 dimensions");
@@ -25,21 +27,26 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
   Tensor prefix = empty(features, {int64_t(sizes.size()), batch, classes});
   dispatch(features, [&](auto type) {
     using T = decltype(type);
-    const int64_t panel_stride = channels * kPanel, head_size = ceil_div(classes, kPanel) * panel_stride;
-    const Tensor packed = empty(weight, {models * head_size});
-    parallel_tasks(models, [&](int64_t n) {
-      pack(data<T>(weight) + n * classes * channels, classes, channels, 1, channels, 1, panel_stride,
-           mutable_data<T>(packed) + n * head_size);
-    });
-    const int64_t chunks = ceil_div(batch, kBlockRows);
-    parallel_tasks(models * chunks, [&](int64_t task) {
-      const int64_t n = task / chunks, first = task % chunks * kBlockRows, count = std::min(kBlockRows, batch - first);
+    // A few panels of a head are packed and used for the whole batch, a block of it at a time: both stay in the cache.
+    const int64_t panel_size = channels * kPanel, panels = ceil_div(classes, kPanel);
+    const int64_t room = kPackedBytes / int64_t(sizeof(T)) / std::max<int64_t>(panel_size, 1);
+    const int64_t together = std::clamp<int64_t>(room, 1, std::max<int64_t>(panels, 1));
+    const int64_t groups = ceil_div(panels, together), blocks = ceil_div(batch, kBlockRows);
+    parallel_tasks(batch == 0 ? 0 : models * groups, [&](int64_t task) {
+      const int64_t n = task / groups, column = task % groups * together * kPanel;
+      const int64_t columns = std::min(together * kPanel, classes - column);
+      T* packed = scratch<T>(0, together * panel_size);
+      pack(data<T>(weight) + (n * classes + column) * channels, columns, channels, 1, channels, 1, panel_size, packed);
+      const T* head_bias = bias.has_value() ? data<T>(bias) + n * classes + column : nullptr;
       T** out_rows = scratch<T*>(1, kBlockRows);
-      for (int64_t m = 0; m < count; ++m) out_rows[m] = mutable_data<T>(member) + (n * batch + first + m) * classes;
-      const T* rows = data<T>(features) + (n * batch + first) * channels;
-      const Tap<T> tap{&rows, data<T>(packed) + n * head_size, panel_stride, channels, channels};
-      const T* head_bias = bias.has_value() ? data<T>(bias) + n * classes : nullptr;
-      kernels<T>().gemm({&tap, 1, count, classes, out_rows, head_bias, nullptr, Clamp<T>{}});
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = batch * block / blocks, count = batch * (block + 1) / blocks - first;
+        for (int64_t m = 0; m < count; ++m)
+          out_rows[m] = mutable_data<T>(member) + (n * batch + first + m) * classes + column;
+        const T* rows = data<T>(features) + (n * batch + first) * channels;
+        const Tap<T> tap{&rows, packed, panel_size, channels, channels};
+        kernels<T>().gemm({&tap, 1, count, columns, out_rows, head_bias, nullptr, Clamp<T>{}});
+      }
     });
     const int64_t values = batch * classes, share = 2048;
     parallel_tasks(ceil_div(values, share), [&](int64_t task) {

@@ -4,6 +4,7 @@
 #include "../gemm.h"
 #include "../mean.h"
 #include "../normalize.h"
+#include "../transpose.h"
 
 namespace hne::HNE_ISA {
 
@@ -19,6 +20,7 @@ const Kernels<T>& table() {
       normalize_backward<T>,
       moments<T>,
       mean_rows<T>,
+      transpose_panel<T>,
       add_scaled<T>,
       store_scaled<T>,
       distill_sample<T>,
