@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True, init=False)
@@ -97,12 +99,12 @@ class Hierarchy:
     def num_blocks(self) -> int:
         return len(self.branches)
 
-    @property
+    @cached_property
     def levels(self) -> tuple[int, ...]:
         """Nodes of the tree at each level: the branches of every block, then the leaves (one head each)."""
         return (*self.branches, self.num_models)
 
-    @property
+    @cached_property
     def replication(self) -> tuple[int, ...]:
         """Children of a node of the level above, per level: how often features are replicated on entering each block,
         and the heads. The input image is the single node above block 0."""
@@ -142,13 +144,13 @@ class Hierarchy:
     def first_new(self, leaf: int) -> int:
         """The first level at which ``leaf`` (from 0) leaves the path of its predecessor. All later levels are new to it
         as well, all earlier ones have been computed already (anytime inference)."""
-        if leaf == 0:
-            return 0
-        return next(
-            level
-            for level in range(self.num_blocks + 1)
-            if self.ancestor(leaf, level) != self.ancestor(leaf - 1, level)
-        )
+        return self._first_new[leaf]
+
+    @cached_property
+    def _first_new(self) -> tuple[int, ...]:
+        paths = [[self.ancestor(leaf, level) for level in range(len(self.levels))] for leaf in range(self.num_models)]
+        differ = ([a != b for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(paths))
+        return 0, *(levels.index(True) for levels in differ)
 
 
 def _at_least_one(name: str, value: int) -> int:
