@@ -131,6 +131,11 @@ def _gpu_too_old(device: torch.device) -> str | None:
     return extension.gpu_too_old(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def serves(backend: str, tensor: Tensor) -> bool:
+    """Whether ``backend`` can serve tensors of this device and dtype."""
+    return _rejects(backend, tensor.device, tensor.dtype) is None
+
+
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(f"hne_kernels: {reason}; the reference implementation serves it, slowly", stacklevel=4)

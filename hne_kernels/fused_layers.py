@@ -102,13 +102,15 @@ class FusedLayers:
         assert weight is not None
         checks.at_least("layer 0: replicate", self.layers[0].replicate, 1)
         parents = -(-weight.shape[0] // self.layers[0].replicate)
-        self._x = weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4])
-        self._check(self._x)
+        self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]))
         self._prepared: int | None = None
         self._call = torch.ops.hne.fused_layers.default
-        if weight.device.type == "cpu" and "cpp" in dispatch.available_backends():
+        if dispatch.serves("cpp", weight):
             self._prepared = self._prepare()
             weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FusedLayers, (self.layers, sorted(self._kept))  # what is prepared is of this object alone
 
     def _prepare(self) -> int:
         weights: list[Tensor | None] = []

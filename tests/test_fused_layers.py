@@ -3,6 +3,7 @@ with those of the ops, see ``cases.LAYERS``."""
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -95,6 +96,23 @@ def test_layers_are_forgotten_with_their_object(rng: torch.Generator) -> None:
     gc.collect()
     with pytest.raises(RuntimeError, match=f"layers: expected a number of prepare_layers, got {number}"):
         torch.ops.hne.fused_layers(x, number)
+
+
+def test_a_copy_is_prepared_by_itself(rng: torch.Generator) -> None:
+    x, described, keep = arguments("kept", rng)
+    layers = K.FusedLayers(described, keep)
+    want = layers(x)
+    twin = copy.deepcopy(layers)
+    assert twin._prepared != layers._prepared
+    del layers
+    gc.collect()
+    assert all(map(torch.equal, twin(x), want))
+
+
+def test_a_dtype_that_only_the_reference_serves(rng: torch.Generator) -> None:
+    x, described, keep = arguments("one", rng, torch.float16)
+    (result,) = K.FusedLayers(described, keep)(x)
+    assert torch.equal(result, described[0](x))
 
 
 def test_weights_are_kept_alive(rng: torch.Generator) -> None:
