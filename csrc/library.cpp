@@ -30,11 +30,9 @@ STABLE_TORCH_LIBRARY(hne, m) {
     const std::string geometry = "int stride, int padding, int replicate";
     m.def((op + "(Tensor x, Tensor weight, " + normalization + geometry + ") -> (Tensor y, Tensor mean, Tensor var)")
               .c_str());
-    m.def((op + "_backward_input(" + above + "Tensor weight, Tensor x, " + normalization + geometry +
-           ") -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift)")
-              .c_str());
-    m.def((op + "_backward_weight(" + above + "Tensor x, " + normalization + "int kernel_size, " + geometry +
-           ") -> Tensor")
+    m.def((op + "_backward(" + above + "Tensor weight, Tensor x, " + normalization + geometry +
+           ", bool need_input, bool need_weight) -> "
+           "(Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_weight)")
               .c_str());
   }
   m.def(

@@ -64,7 +64,7 @@ def check(
 
 
 def register(op: str, *, depthwise: bool) -> None:
-    """Register fake, autograd and autocast of ``op``, ``op_backward_input`` and ``op_backward_weight``."""
+    """Register fake, autograd and autocast of ``op`` and ``op_backward``."""
 
     @torch.library.register_fake(f"hne::{op}")
     def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +72,7 @@ def register(op: str, *, depthwise: bool) -> None:
         statistics = [x.new_empty(shape[0], shape[4], dtype=statistics_dtype(x)) for _ in range(2)]
         return x.new_empty(shape), statistics[0], statistics[1]
 
-    @torch.library.register_fake(f"hne::{op}_backward_input")
+    @torch.library.register_fake(f"hne::{op}_backward")
     def _(
         grad: Tensor,
         grad_mean: Tensor,
@@ -83,35 +83,22 @@ def register(op: str, *, depthwise: bool) -> None:
         x: Tensor,
         mean: Tensor | None,
         *rest: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        vectors = [x.new_empty(0 if mean is None else mean.shape, dtype=statistics_dtype(x)) for _ in range(2)]
-        return x.new_empty(x.shape), vectors[0], vectors[1]
-
-    @torch.library.register_fake(f"hne::{op}_backward_weight")
-    def _(
-        grad: Tensor,
-        grad_mean: Tensor,
-        grad_var: Tensor,
-        y: Tensor,
-        y_mean: Tensor,
-        x: Tensor,
-        mean: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        activation: str,
-        kernel_size: int,
-        *rest: Any,
-    ) -> Tensor:
-        channels = (grad.shape[4],) if depthwise else (grad.shape[4], x.shape[4])
-        return grad.new_empty(grad.shape[0], *channels, kernel_size, kernel_size)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        need_input, need_weight = rest[-2:]
+        vector = mean.shape if mean is not None and need_input else 0
+        return (
+            x.new_empty(x.shape if need_input else 0),
+            x.new_empty(vector, dtype=statistics_dtype(x)),
+            x.new_empty(vector, dtype=statistics_dtype(x)),
+            weight.new_empty(weight.shape if need_weight else 0),
+        )
 
     differentiate(op)
 
 
 def differentiate(op: str) -> None:
-    """Register autograd and autocast of ``op``; its gradient is the ops ``op_backward_input`` and ``.._weight``."""
-    backward_input = getattr(torch.ops.hne, f"{op}_backward_input")
-    backward_weight = getattr(torch.ops.hne, f"{op}_backward_weight")
+    """Register autograd and autocast of ``op``, whose gradient is the op ``op_backward``."""
+    backward_op = getattr(torch.ops.hne, f"{op}_backward")
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, mean, scale, shift, ctx.activation, *ctx.geometry = inputs
@@ -121,22 +108,18 @@ def differentiate(op: str) -> None:
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight, mean, scale, shift, y, y_mean = ctx.saved_tensors
         need_x, need_weight, *need_vectors = ctx.needs_input_grad[:5]
-        from_above = (*grads, y, y_mean)
+        need_input = need_x or any(need_vectors)
         normalization = (mean, scale, shift, ctx.activation)
-        grad_x = grad_weight = grad_mean = grad_scale = grad_shift = None
-        if need_x or any(need_vectors):
-            grad_x, grad_scale, grad_shift = backward_input(*from_above, weight, x, *normalization, *ctx.geometry)
-        if mean is None:
-            grad_scale = grad_shift = None
-        elif need_vectors[0]:
-            grad_mean = -scale * grad_shift
-        if need_weight:
-            grad_weight = backward_weight(*from_above, x, *normalization, weight.shape[-1], *ctx.geometry)
-        return grad_x, grad_weight, grad_mean, grad_scale, grad_shift, None, None, None, None
+        grad_x, grad_scale, grad_shift, grad_weight = backward_op(
+            *grads, y, y_mean, weight, x, *normalization, *ctx.geometry, need_input, need_weight
+        )
+        vectors = (None, None, None)
+        if mean is not None and need_input:
+            vectors = (-scale * grad_shift if need_vectors[0] else None, grad_scale, grad_shift)
+        return grad_x if need_input else None, grad_weight if need_weight else None, *vectors, None, None, None, None
 
     torch.library.register_autograd(f"hne::{op}", backward, setup_context=setup)
-    for name in ("backward_input", "backward_weight"):
-        no_double_backward(f"{op}_{name}", op)
+    no_double_backward(f"{op}_backward", op)
     autocast.register(op, tensors=2)
 
 

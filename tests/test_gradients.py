@@ -64,6 +64,18 @@ def test_gradients_of_a_training_unit(case: Case, double: Placement, rng: torch.
     assert gradcheck(function, leaves, fast_mode=case.terms > 100)
 
 
+@pytest.mark.parametrize("case", [c for op in UNITS for c in _tiny(op)], ids=str)
+def test_a_gradient_does_not_depend_on_which_others_are_wanted(
+    case: Case, double: Placement, rng: torch.Generator
+) -> None:
+    function, leaves = _leaves(case, case.inputs(rng, torch.float64, double.device))
+    together = torch.autograd.grad(sum(y.square().sum() for y in function(*leaves)), leaves)
+    for i, expected in enumerate(together):
+        alone = [leaf.detach().requires_grad_(j == i) for j, leaf in enumerate(leaves)]
+        (gradient,) = torch.autograd.grad(sum(y.square().sum() for y in function(*alone)), alone[i])
+        torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize("models", [1, 2, 3, 5, 16])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_loss_gradient(models: int, alpha: float, double: Placement, rng: torch.Generator) -> None:

@@ -21,7 +21,7 @@ INFERENCE = {"fused_conv2d", "fused_bottleneck"}
 # No functions of tensors alone, and nothing that is traced: see test_fused_layers.py.
 PREPARED = {"prepare_layers", "fused_layers"}
 # Differentiable once: opcheck would sum every result and go backwards through it, which these refuse.
-UNITS_BACKWARD = {f"{op}_backward_{what}" for op in UNITS for what in ("input", "weight")}
+UNITS_BACKWARD = {f"{op}_backward" for op in UNITS}
 ONCE = {*UNITS_BACKWARD, "hierarchical_distillation_loss"}
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -49,8 +49,7 @@ def _unit(
     normal = (*(None if activation is None else vector for _ in range(3)), activation or "none")
     grads = (y, above, above, y, above)
     yield getattr(_OPS, f"triton_{name}"), (x, weight, *normal, *geometry)
-    yield getattr(_OPS, f"triton_{name}_backward_input"), (*grads, weight, x, *normal, *geometry)
-    yield getattr(_OPS, f"triton_{name}_backward_weight"), (*grads, x, *normal, weight.shape[-1], *geometry)
+    yield getattr(_OPS, f"triton_{name}_backward"), (*grads, weight, x, *normal, *geometry, True, True)
 
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:

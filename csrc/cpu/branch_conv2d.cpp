@@ -137,10 +137,9 @@ void convolve_input_packed(const Geometry& g, const Map<T>& grad, const T* packe
   });
 }
 
-}  // namespace
-
+// The weights of all children of a parent as one matrix from their output channels to the parent's channels.
 template <typename T>
-void convolve_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
+Tensor pack_transposed(const Geometry& g, const Tensor& weight) {
   const int64_t child_size = g.taps() * g.out_channels * kPanel, panel_stride = g.replicate * child_size;
   const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
   const Tensor packed = empty(weight, {g.parents * parent_size});
@@ -149,6 +148,14 @@ void convolve_input(const Geometry& g, const Map<T>& grad, const Tensor& weight,
          g.taps(), g.in_channels * g.taps(), panel_stride,
          mutable_data<T>(packed) + branch / g.replicate * parent_size + branch % g.replicate * child_size);
   });
+  return packed;
+}
+
+}  // namespace
+
+template <typename T>
+void convolve_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
+  const Tensor packed = pack_transposed<T>(g, weight);
   Tensor hold = weight;
   const Map<T> source = g.pointwise() ? grad : in_memory(grad, g.branches, hold);
   convolve_input_packed(g, source, data<T>(packed), out, written);
@@ -243,11 +250,85 @@ void convolve_weight(const Geometry& g, const Map<T>& grad_in, const Map<T>& x_i
   convolve_weight_shares(g, grad, x, mutable_data<T>(partial), shares, mutable_data<T>(out));
 }
 
+namespace {
+
+// Of a pointwise convolution: a task takes a share of a parent's rows, a block of them at a time.
+template <typename T>
+void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
+                        const Tensor* grad_weight, const Written& written) {
+  const int64_t rows = g.batch * g.pixels(), chunks = ceil_div(rows, kBlockRows);
+  const int64_t size = g.out_channels * g.in_channels, branches_size = g.branches * size;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(g.parents, 1))));
+  const Tensor packed = grad_x != nullptr ? pack_transposed<T>(g, weight) : weight;
+  const int64_t tap_size = g.out_channels * kPanel, panel_stride = g.replicate * tap_size;
+  const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
+  // The first share is summed in the result, and the others are then added to it in order.
+  const Tensor partial = empty(weight, {grad_weight != nullptr ? (shares - 1) * branches_size : 0});
+  T* const total = grad_weight != nullptr ? mutable_data<T>(*grad_weight) : nullptr;
+  parallel_tasks(g.parents * shares, [&](int64_t task) {
+    const int64_t parent = task / shares, share = task % shares, first_child = parent * g.replicate;
+    const int64_t children = std::min(g.replicate, g.branches - first_child);
+    T* sums = total;
+    if (total != nullptr) {
+      if (share > 0) sums = mutable_data<T>(partial) + (share - 1) * branches_size;
+      sums += first_child * size;
+      std::fill(sums, sums + children * size, T(0));
+    }
+    Tap<T>* taps = scratch<Tap<T>>(2, g.replicate);
+    const T** blocks = scratch<const T*>(0, g.replicate);
+    T** out_rows = scratch<T*>(1, kBlockRows);
+    const T** grad_rows = scratch<const T*>(7, kBlockRows);
+    const T** x_rows = scratch<const T*>(8, kBlockRows);
+    T* memory = scratch<T>(4, g.replicate * kBlockRows * g.out_channels);
+    for (int64_t child = 0; child < children; ++child)
+      taps[child] = {blocks + child, data<T>(packed) + parent * parent_size + child * tap_size, panel_stride,
+                     g.out_channels, g.out_channels};
+    for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
+      const int64_t first = chunk * kBlockRows, count = std::min(kBlockRows, rows - first);
+      for (int64_t child = 0; child < children; ++child)
+        blocks[child] = grad.read(first_child + child, first, count, memory + child * kBlockRows * g.out_channels);
+      if (total != nullptr) {
+        const T* x_block = x.read(parent, first, count, scratch<T>(5, kBlockRows * g.in_channels));
+        for (int64_t m = 0; m < count; ++m) x_rows[m] = x_block + m * g.in_channels;
+        for (int64_t child = 0; child < children; ++child) {
+          for (int64_t m = 0; m < count; ++m) grad_rows[m] = blocks[child] + m * g.out_channels;
+          kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sums + child * size});
+        }
+      }
+      if (grad_x == nullptr) continue;
+      for (int64_t m = 0; m < count; ++m) out_rows[m] = grad_x + (parent * rows + first + m) * g.in_channels;
+      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, nullptr, Clamp<T>{}});
+      if (written) written(parent, first, count);
+    }
+  });
+  if (total == nullptr || shares == 1) return;
+  parallel_tasks(g.branches, [&](int64_t branch) {
+    for (int64_t share = 1; share < shares; ++share)
+      kernels<T>().add_scaled(total + branch * size, data<T>(partial) + (share - 1) * branches_size + branch * size,
+                              T(1), size);
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void convolve_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
+                       const Tensor* grad_weight, const Written& written) {
+  if (g.pointwise()) return pointwise_backward(g, grad, x, weight, grad_x, grad_weight, written);
+  Tensor hold = weight;
+  const Map<T> read = grad_x != nullptr && grad_weight != nullptr ? in_memory(grad, g.branches, hold) : grad;
+  if (grad_x != nullptr) convolve_input(g, read, weight, grad_x, written);
+  if (grad_weight != nullptr) convolve_weight(g, read, x, *grad_weight);
+}
+
 #define HNE_INSTANTIATE(T)                                                                                         \
   template void convolve_packed(const Geometry&, const Map<T>&, const T*, const T*, Clamp<T>, T*, const Written&); \
   template void convolve(const Geometry&, const Map<T>&, const Tensor&, const T*, T*, const Written&);             \
   template void convolve_input(const Geometry&, const Map<T>&, const Tensor&, T*, const Written&);                 \
-  template void convolve_weight(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&);
+  template void convolve_weight(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&);                     \
+  template void convolve_backward(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&, T*, const Tensor*, \
+                                  const Written&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
 #undef HNE_INSTANTIATE

@@ -48,4 +48,9 @@ void convolve_input(const Geometry& g, const Map<T>& grad, const Tensor& weight,
 template <typename T>
 void convolve_weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out);
 
+// Both gradients, from one reading of that of the output and of x; the one that is null is left out.
+template <typename T>
+void convolve_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
+                       const Tensor* grad_weight, const Written& written);
+
 }  // namespace hne

@@ -22,12 +22,9 @@ struct Dense {
     convolve<T>(g, x, weight, nullptr, out, written);
   }
   template <typename T>
-  static void input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
-    convolve_input(g, grad, weight, out, written);
-  }
-  template <typename T>
-  static void weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out) {
-    convolve_weight(g, grad, x, out);
+  static void backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
+                       const Tensor* grad_weight, const Written& written) {
+    convolve_backward(g, grad, x, weight, grad_x, grad_weight, written);
   }
 };
 
@@ -35,8 +32,7 @@ struct Dense {
 
 STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
   m.impl("branch_conv2d_stats", TORCH_BOX(&Unit<Dense>::forward));
-  m.impl("branch_conv2d_stats_backward_input", TORCH_BOX(&Unit<Dense>::backward_input));
-  m.impl("branch_conv2d_stats_backward_weight", TORCH_BOX(&Unit<Dense>::backward_weight));
+  m.impl("branch_conv2d_stats_backward", TORCH_BOX(&Unit<Dense>::backward));
 }
 
 }  // namespace hne

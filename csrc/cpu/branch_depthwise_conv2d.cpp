@@ -68,77 +68,106 @@ void filter(const Geometry& g, const Map<T>& x, const Tensor& weight, const T* b
   });
 }
 
+namespace {
+
+// The gradient of x, a row of pixels at a time.
 template <typename T>
-void filter_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
-  // With stride 1 it is the convolution of the gradient with the flipped filter, padded to the full overlap.
-  const bool correlate = g.stride == 1 && g.padding < g.kernel_size;
-  const Tensor filters = channels_last<T>(weight, g.taps(), correlate);
-  const int64_t channels = g.in_channels, k = g.kernel_size, size = g.pixels() * channels;
-  const std::vector<T> zeros(g.out_width * channels, T(0));
+class InputGradient {
+ public:
+  InputGradient(const Geometry& g, const Tensor& weight)
+      : g_(g),
+        correlate_(g.stride == 1 && g.padding < g.kernel_size),
+        filters_(channels_last<T>(weight, g.taps(), correlate_)),
+        zeros_(g.out_width * g.in_channels, T(0)) {}
+
+  // What `branch` adds to row `iy` of its parent's `sample`; the first child starts it.
+  void row(int64_t branch, int64_t iy, Rows<T>& grad, T* sample) const {
+    const int64_t k = g_.kernel_size, channels = g_.in_channels, size = g_.width * channels;
+    const bool first = branch % g_.replicate == 0;
+    const T* filter = data<T>(filters_) + branch * g_.taps() * channels;
+    const T** rows = scratch<const T*>(0, k);
+    T* out = sample + iy * size;
+    for (int64_t ky = 0; ky < k; ++ky) {
+      const int64_t dy = iy + g_.padding - (correlate_ ? k - 1 - ky : ky);
+      const bool inside = dy >= 0 && dy % g_.stride == 0 && dy / g_.stride < g_.out_height;
+      rows[ky] = inside ? grad[dy / g_.stride] : correlate_ ? zeros_.data() : nullptr;
+    }
+    if (correlate_) {
+      kernels<T>().depthwise_row(
+          {rows, filter, nullptr, out, g_.out_width, g_.width, channels, k, 1, k - 1 - g_.padding, !first, Clamp<T>{}});
+      return;
+    }
+    if (first) std::fill(out, out + size, T(0));
+    kernels<T>().depthwise_input_row({rows, filter, out, g_.width, g_.out_width, channels, k, g_.stride, g_.padding});
+  }
+
+ private:
+  const Geometry& g_;
+  bool correlate_;  // with stride 1 it is the convolution with the flipped filter, padded to the full overlap
+  Tensor filters_;
+  std::vector<T> zeros_;
+};
+
+// What row `oy` of a sample's gradient adds to that of the weight, [tap][channel].
+template <typename T>
+void add_weight_gradient(const Geometry& g, int64_t oy, Rows<T>& grad, Rows<T>& x, T* sum) {
+  const T** rows = scratch<const T*>(0, g.kernel_size);
+  for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
+    const int64_t iy = oy * g.stride + ky - g.padding;
+    rows[ky] = iy >= 0 && iy < g.height ? x[iy] : nullptr;
+  }
+  kernels<T>().depthwise_weight_row(
+      {grad[oy], rows, sum, g.width, g.out_width, g.in_channels, g.kernel_size, g.stride, g.padding});
+}
+
+}  // namespace
+
+template <typename T>
+void filter_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
+                     const Tensor* grad_weight, const Written& written) {
+  const int64_t channels = g.in_channels, size = g.taps() * channels;
+  std::optional<InputGradient<T>> input;
+  if (grad_x != nullptr) input.emplace(g, weight);
+  // Sums per sample, added over the batch in order: the same for any number of threads.
+  const Tensor partial = empty(weight, {grad_weight != nullptr ? g.branches * g.batch * size : 0});
   parallel_tasks(g.parents * g.batch, [&](int64_t task) {
     const int64_t parent = task / g.batch, b = task % g.batch;
-    const T** rows = scratch<const T*>(0, k);
-    T* out_sample = out + task * size;
-    if (!correlate) std::fill(out_sample, out_sample + size, T(0));
+    T* sample = grad_x != nullptr ? grad_x + task * g.pixels() * channels : nullptr;
     const int64_t last = std::min(g.branches, (parent + 1) * g.replicate);
     for (int64_t branch = parent * g.replicate; branch < last; ++branch) {
-      Rows<T> sample(grad, branch, b * g.out_pixels(), g.out_width, k, 4);
-      const T* filter = data<T>(filters) + branch * g.taps() * channels;
+      // Each row is computed once: both gradients go through the rows together.
+      Rows<T> grads(grad, branch, b * g.out_pixels(), g.out_width, g.kernel_size, 4);
+      Rows<T> values(x, parent, b * g.pixels(), g.width, g.kernel_size, 5);
+      T* sum = nullptr;
+      if (grad_weight != nullptr) {
+        sum = mutable_data<T>(partial) + (branch * g.batch + b) * size;
+        std::fill(sum, sum + size, T(0));
+      }
+      int64_t oy = 0;
       for (int64_t iy = 0; iy < g.height; ++iy) {
-        T* out_row = out_sample + iy * g.width * channels;
-        for (int64_t ky = 0; ky < k; ++ky) {
-          const int64_t dy = iy + g.padding - (correlate ? k - 1 - ky : ky);
-          const bool inside = dy >= 0 && dy % g.stride == 0 && dy / g.stride < g.out_height;
-          rows[ky] = inside ? sample[dy / g.stride] : correlate ? zeros.data() : nullptr;
-        }
-        if (correlate)
-          kernels<T>().depthwise_row({rows, filter, nullptr, out_row, g.out_width, g.width, channels, k, 1,
-                                      k - 1 - g.padding, branch > parent * g.replicate, Clamp<T>{}});
-        else
-          kernels<T>().depthwise_input_row(
-              {rows, filter, out_row, g.width, g.out_width, channels, k, g.stride, g.padding});
+        if (input) input->row(branch, iy, grads, sample);
+        for (; sum != nullptr && oy < g.out_height && (oy * g.stride <= iy || iy == g.height - 1); ++oy)
+          add_weight_gradient(g, oy, grads, values, sum);
       }
     }
     if (written) written(parent, b * g.pixels(), g.pixels());
   });
-}
-
-template <typename T>
-void filter_weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out) {
-  const int64_t channels = g.in_channels, size = g.taps() * channels;
-  // Sums per sample, added over the batch in order: the same for any number of threads.
-  const Tensor partial = empty(out, {g.branches * g.batch, size});
-  parallel_tasks(g.branches * g.batch, [&](int64_t task) {
-    const int64_t branch = task / g.batch, b = task % g.batch;
-    Rows<T> sample(x, branch / g.replicate, b * g.pixels(), g.width, g.kernel_size, 4);
-    Rows<T> grad_sample(grad, branch, b * g.out_pixels(), g.out_width, 1, 5);
-    T* sum = mutable_data<T>(partial) + task * size;
-    std::fill(sum, sum + size, T(0));
-    const T** rows = scratch<const T*>(0, g.kernel_size);
-    for (int64_t oy = 0; oy < g.out_height; ++oy) {
-      for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
-        const int64_t iy = oy * g.stride + ky - g.padding;
-        rows[ky] = iy >= 0 && iy < g.height ? sample[iy] : nullptr;
-      }
-      kernels<T>().depthwise_weight_row(
-          {grad_sample[oy], rows, sum, g.width, g.out_width, channels, g.kernel_size, g.stride, g.padding});
-    }
-  });
+  if (grad_weight == nullptr) return;
   parallel_tasks(g.branches, [&](int64_t branch) {
     T* sum = scratch<T>(0, size);
     std::fill(sum, sum + size, T(0));
     for (int64_t b = 0; b < g.batch; ++b)
       kernels<T>().add_scaled(sum, data<T>(partial) + (branch * g.batch + b) * size, T(1), size);
-    T* weight = mutable_data<T>(out) + branch * size;
+    T* out = mutable_data<T>(*grad_weight) + branch * size;
     for (int64_t tap = 0; tap < g.taps(); ++tap)
-      for (int64_t c = 0; c < channels; ++c) weight[c * g.taps() + tap] = sum[tap * channels + c];
+      for (int64_t c = 0; c < channels; ++c) out[c * g.taps() + tap] = sum[tap * channels + c];
   });
 }
 
-#define HNE_INSTANTIATE(T)                                                                           \
-  template void filter(const Geometry&, const Map<T>&, const Tensor&, const T*, T*, const Written&); \
-  template void filter_input(const Geometry&, const Map<T>&, const Tensor&, T*, const Written&);     \
-  template void filter_weight(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&);
+#define HNE_INSTANTIATE(T)                                                                                       \
+  template void filter(const Geometry&, const Map<T>&, const Tensor&, const T*, T*, const Written&);             \
+  template void filter_backward(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&, T*, const Tensor*, \
+                                const Written&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
 #undef HNE_INSTANTIATE
@@ -184,7 +213,8 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
   Tensor out = empty(grad, {g.parents, g.batch, height, width, g.in_channels});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
-    filter_input<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels}, weight, mutable_data<T>(out));
+    filter_backward<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels}, {}, weight, mutable_data<T>(out),
+                       nullptr);
   });
   return round_to(out, grad_in.scalar_type());
 }
@@ -202,8 +232,8 @@ Tensor branch_depthwise_conv2d_backward_weight(const Tensor& grad_in, const Tens
   Tensor out = empty(grad, {g.branches, g.in_channels, kernel_size, kernel_size});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);
-    filter_weight<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels},
-                     {data<T>(x), g.batch * g.pixels(), g.in_channels}, out);
+    filter_backward<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels},
+                       {data<T>(x), g.batch * g.pixels(), g.in_channels}, out, nullptr, &out);
   });
   return round_to(out, grad_in.scalar_type());
 }

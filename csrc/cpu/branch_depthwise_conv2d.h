@@ -12,12 +12,10 @@ template <typename T>
 void filter(const Geometry& g, const Map<T>& x, const Tensor& weight, const T* bias, T* out,
             const Written& written = {});
 
-// The gradient of x, from that of the output.
+// Both gradients, from one reading of that of the output and of x. The one that is null is left out: without `grad_x`
+// the weight is not read, without `grad_weight` x is not.
 template <typename T>
-void filter_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written = {});
-
-// The gradient of the weight.
-template <typename T>
-void filter_weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out);
+void filter_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
+                     const Tensor* grad_weight, const Written& written = {});
 
 }  // namespace hne

@@ -23,12 +23,9 @@ struct Depthwise {
     filter<T>(g, x, weight, nullptr, out, written);
   }
   template <typename T>
-  static void input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
-    filter_input(g, grad, weight, out, written);
-  }
-  template <typename T>
-  static void weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out) {
-    filter_weight(g, grad, x, out);
+  static void backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
+                       const Tensor* grad_weight, const Written& written) {
+    filter_backward(g, grad, x, weight, grad_x, grad_weight, written);
   }
 };
 
@@ -36,8 +33,7 @@ struct Depthwise {
 
 STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
   m.impl("branch_depthwise_conv2d_stats", TORCH_BOX(&Unit<Depthwise>::forward));
-  m.impl("branch_depthwise_conv2d_stats_backward_input", TORCH_BOX(&Unit<Depthwise>::backward_input));
-  m.impl("branch_depthwise_conv2d_stats_backward_weight", TORCH_BOX(&Unit<Depthwise>::backward_weight));
+  m.impl("branch_depthwise_conv2d_stats_backward", TORCH_BOX(&Unit<Depthwise>::backward));
 }
 
 }  // namespace hne

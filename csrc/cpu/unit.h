@@ -71,8 +71,8 @@ struct OutputGradient {
   }
 };
 
-// The ops of a unit. `Convolution` has forward, input and weight, as in branch_conv2d.h, and says how many rows it
-// writes at once, of maps of so many pixels.
+// The ops of a unit. `Convolution` has forward and backward, as in branch_conv2d.h, and says how many rows it writes at
+// once, of maps of so many pixels.
 template <typename Convolution>
 struct Unit {
   static std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in,
@@ -101,11 +101,12 @@ struct Unit {
     return {round_to(y, x_in.scalar_type()), y_mean, y_var};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> backward_input(
+  // Both gradients, empty where not needed: the output's gradient and x are read once.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       const Tensor& grad, const Tensor& grad_mean, const Tensor& grad_var, const Tensor& y_in, const Tensor& y_mean,
       const Tensor& weight_in, const Tensor& x_in, const std::optional<Tensor>& mean,
       const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, const std::string& activation,
-      int64_t stride, int64_t padding, int64_t replicate) {
+      int64_t stride, int64_t padding, int64_t replicate, bool need_input, bool need_weight) {
     const Normalization normalization(x_in, mean, scale, shift, activation);
     const OutputGradient above(grad, grad_mean, grad_var, y_in, y_mean);
     check_kind("x", x_in, y_in);
@@ -113,48 +114,33 @@ struct Unit {
     const Geometry g = Convolution::geometry(x_in, weight_in, stride, padding, replicate);
     check_shape("y", y_in, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
     const Tensor weight = torch::stable::contiguous(widen(weight_in)), x = torch::stable::contiguous(widen(x_in));
-    const Tensor grad_x = empty(x, x_in.sizes());
-    const std::vector<int64_t> vector =
-        mean.has_value() ? std::vector<int64_t>{g.parents, g.in_channels} : std::vector<int64_t>{0};
-    const Tensor grad_scale = empty(x, vector), grad_shift = empty(x, vector);
+    const bool need_vectors = need_input && mean.has_value();
+    const auto gradient = [&](bool needed, const Tensor& of) {
+      return needed ? empty(weight, of.sizes()) : empty(weight, {0});
+    };
+    const Tensor grad_x = gradient(need_input, x), grad_weight = gradient(need_weight, weight);
+    const Tensor grad_scale = gradient(need_vectors, need_vectors ? *scale : x);
+    const Tensor grad_shift = gradient(need_vectors, need_vectors ? *shift : x);
     dispatch(x, [&](auto type) {
       using T = decltype(type);
-      T* out = mutable_data<T>(grad_x);
-      if (!mean.has_value()) {
-        Convolution::input(g, above.map<T>(), weight, out, {});
+      T* out = need_input ? mutable_data<T>(grad_x) : nullptr;
+      const Tensor* out_weight = need_weight ? &grad_weight : nullptr;
+      const Map<T> map = normalization.of<T>(x);
+      if (!need_vectors) {
+        Convolution::backward(g, above.map<T>(), map, weight, out, out_weight, {});
         return;
       }
-      const Map<T> map = normalization.of<T>(x);
       const int64_t block = Convolution::block_rows(g.pixels());
       ChannelSums<T> sums(g.parents, ceil_div(map.rows, block), g.in_channels);
-      Convolution::input(g, above.map<T>(), weight, out, [&](int64_t branch, int64_t first, int64_t count) {
-        NormRows<T> r = map.norm(branch, first, count);
-        r.grad = r.out = out + (branch * map.rows + first) * g.in_channels;
-        sums.add(branch, first / block, r, kernels<T>().normalize_backward);
-      });
+      Convolution::backward(g, above.map<T>(), map, weight, out, out_weight,
+                            [&](int64_t branch, int64_t first, int64_t count) {
+                              NormRows<T> r = map.norm(branch, first, count);
+                              r.grad = r.out = out + (branch * map.rows + first) * g.in_channels;
+                              sums.add(branch, first / block, r, kernels<T>().normalize_backward);
+                            });
       sums.finish(g.parents, mutable_data<T>(grad_shift), mutable_data<T>(grad_scale));
     });
-    return {round_to(grad_x, x_in.scalar_type()), grad_scale, grad_shift};
-  }
-
-  static Tensor backward_weight(const Tensor& grad, const Tensor& grad_mean, const Tensor& grad_var, const Tensor& y_in,
-                                const Tensor& y_mean, const Tensor& x_in, const std::optional<Tensor>& mean,
-                                const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                                const std::string& activation, int64_t kernel_size, int64_t stride, int64_t padding,
-                                int64_t replicate) {
-    const Normalization normalization(x_in, mean, scale, shift, activation);
-    const OutputGradient above(grad, grad_mean, grad_var, y_in, y_mean);
-    check_kind("x", x_in, y_in);
-    const Geometry g =
-        backward_geometry(y_in, x_in.size(4), x_in.size(2), x_in.size(3), kernel_size, stride, padding, replicate);
-    check_shape("x", x_in, {g.parents, g.batch, g.height, g.width, g.in_channels});
-    const Tensor x = torch::stable::contiguous(widen(x_in));
-    const Tensor out = empty(x, Convolution::weight_shape(g));
-    dispatch(x, [&](auto type) {
-      using T = decltype(type);
-      Convolution::weight(g, above.map<T>(), normalization.of<T>(x), out);
-    });
-    return round_to(out, x_in.scalar_type());
+    return {round_to(grad_x, x_in.scalar_type()), grad_scale, grad_shift, round_to(grad_weight, x_in.scalar_type())};
   }
 };
 

@@ -164,6 +164,8 @@ Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_
   return out;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> branch_conv2d_stats_backward_input(
     const Tensor& grad_in, const Tensor& grad_mean, const Tensor& grad_var, const Tensor& y, const Tensor& y_mean,
     const Tensor& weight_in, const Tensor& x_in, const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
@@ -201,11 +203,8 @@ std::tuple<Tensor, Tensor, Tensor> branch_conv2d_stats_backward_input(
   return {grad_x, vectors.first, vectors.second};
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(hne, HNE_DISPATCH_KEY, m) {
   m.impl("branch_conv2d_backward_input", TORCH_BOX(&branch_conv2d_backward_input));
-  m.impl("branch_conv2d_stats_backward_input", TORCH_BOX(&branch_conv2d_stats_backward_input));
 }
 
 }  // namespace hne

@@ -4,6 +4,7 @@
 //   plain                              grad + x + weight (+ partial sums, twice)       G M C_out C_in k^2
 //   training unit                      grad + y + x + weight (+ partial sums, twice)   the same
 #include "convolution.h"
+#include "unit.h"
 
 namespace hne {
 namespace {
@@ -168,11 +169,14 @@ Tensor branch_conv2d_stats_backward_weight(const Tensor& grad_in, const Tensor& 
   return out;
 }
 
+constexpr auto branch_conv2d_stats_backward =
+    unit_backward<branch_conv2d_stats_backward_input, branch_conv2d_stats_backward_weight>;
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hne, HNE_DISPATCH_KEY, m) {
   m.impl("branch_conv2d_backward_weight", TORCH_BOX(&branch_conv2d_backward_weight));
-  m.impl("branch_conv2d_stats_backward_weight", TORCH_BOX(&branch_conv2d_stats_backward_weight));
+  m.impl("branch_conv2d_stats_backward", TORCH_BOX(branch_conv2d_stats_backward));
 }
 
 }  // namespace hne

@@ -3,8 +3,7 @@
 //   G branches, M output pixels each   bytes moved at least       multiply-adds
 //   plain                              grad + weight + x          G M C k^2
 //   training unit                      grad + y + weight + 2 x    the same
-#include "normalization.h"
-#include "shape.h"
+#include "depthwise.h"
 #include "transpose.h"
 
 namespace hne {
@@ -111,6 +110,8 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
   return out;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> branch_depthwise_conv2d_stats_backward_input(
     const Tensor& grad_in, const Tensor& grad_mean, const Tensor& grad_var, const Tensor& y, const Tensor& y_mean,
     const Tensor& weight_in, const Tensor& x_in, const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
@@ -148,11 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> branch_depthwise_conv2d_stats_backward_input(
   return {grad_x, vectors.first, vectors.second};
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(hne, HNE_DISPATCH_KEY, m) {
   m.impl("branch_depthwise_conv2d_backward_input", TORCH_BOX(&branch_depthwise_conv2d_backward_input));
-  m.impl("branch_depthwise_conv2d_stats_backward_input", TORCH_BOX(&branch_depthwise_conv2d_stats_backward_input));
 }
 
 }  // namespace hne

@@ -3,8 +3,8 @@
 //   G branches, M output pixels each   bytes moved at least                            multiply-adds
 //   plain                              grad + x + weight (+ partial sums, twice)       G M C k^2
 //   training unit                      grad + y + x + weight (+ partial sums, twice)   the same
-#include "normalization.h"
-#include "shape.h"
+#include "depthwise.h"
+#include "unit.h"
 
 namespace hne {
 namespace {
@@ -155,11 +155,14 @@ Tensor branch_depthwise_conv2d_stats_backward_weight(const Tensor& grad_in, cons
   return out;
 }
 
+constexpr auto branch_depthwise_conv2d_stats_backward =
+    unit_backward<branch_depthwise_conv2d_stats_backward_input, branch_depthwise_conv2d_stats_backward_weight>;
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hne, HNE_DISPATCH_KEY, m) {
   m.impl("branch_depthwise_conv2d_backward_weight", TORCH_BOX(&branch_depthwise_conv2d_backward_weight));
-  m.impl("branch_depthwise_conv2d_stats_backward_weight", TORCH_BOX(&branch_depthwise_conv2d_stats_backward_weight));
+  m.impl("branch_depthwise_conv2d_stats_backward", TORCH_BOX(branch_depthwise_conv2d_stats_backward));
 }
 
 }  // namespace hne

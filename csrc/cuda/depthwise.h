@@ -25,4 +25,11 @@ struct Depthwise {
 template <typename T>
 void run_depthwise(const Device& device, const Depthwise<T>& d, OverPixels* statistics = nullptr);
 
+// The gradients of a training unit, which branch_depthwise_conv2d_stats_backward gives together.
+std::tuple<Tensor, Tensor, Tensor> branch_depthwise_conv2d_stats_backward_input(
+    const Tensor& grad_in, const Tensor& grad_mean, const Tensor& grad_var, const Tensor& y, const Tensor& y_mean,
+    const Tensor& weight_in, const Tensor& x_in, const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, const std::string& activation, int64_t stride, int64_t padding,
+    int64_t replicate);
+
 }  // namespace hne

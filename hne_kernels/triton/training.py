@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..stats_convolution import PER_CHANNEL, check_normalization
+from ..stats_convolution import PER_CHANNEL
 from .launch import contiguous
 from .statistics import entries
 
@@ -89,21 +89,3 @@ def check_above(above: Above) -> None:
             raise ValueError(f"{name}: expected to be on the device of grad, {grad.device}, got {vector.device}")
         if vector.dtype != torch.float32:
             raise TypeError(f"{name}: expected torch.float32, got {vector.dtype}")
-
-
-def check_weight_gradient(
-    above: Above, x: Tensor, normalization: Normalization, activation: str, out_channels: int,
-    kernel_size: int, stride: int, padding: int, replicate: int,
-) -> None:  # fmt: skip
-    """Check the arguments of the gradient of a weight; the other two ops have a weight to check against."""
-    grad = above[0]
-    checks.rank("x", x, 5, checks.CONV_INPUT)
-    checks.rank("grad", grad, 5, checks.CONV_INPUT)
-    checks.same_kind("x", x, grad=grad)
-    checks.family(x, grad, replicate)
-    checks.convolution_gradient(
-        grad, grad.shape[0], out_channels, x.shape[2], x.shape[3], kernel_size, stride, padding, replicate
-    )
-    checks.activation("activation", activation)
-    check_normalization(x, *normalization)
-    check_above(above)

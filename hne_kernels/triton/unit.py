@@ -16,7 +16,7 @@ from .statistics import combine
 
 
 def define(name: str, convolve: Callable[..., None], weigh: Callable[..., Tensor], *, depthwise: bool) -> Any:
-    """Register the op ``name`` and its gradients, and return it.
+    """Register the op ``name`` and its gradient, and return it.
 
     Args:
         convolve: ``(source, weight, out, parents, replicate, stride, padding, transposed=, training=)`` writes ``out``.
@@ -43,7 +43,7 @@ def define(name: str, convolve: Callable[..., None], weigh: Callable[..., Tensor
         convolve(x, weight, y, x.shape[0], replicate, stride, padding, transposed=False, training=unit)
         return y, *combine(*parts, y)
 
-    def backward_input(
+    def backward(
         grad: Tensor,
         grad_mean: Tensor,
         grad_var: Tensor,
@@ -58,49 +58,30 @@ def define(name: str, convolve: Callable[..., None], weigh: Callable[..., Tensor
         stride: int,
         padding: int,
         replicate: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        need_input: bool,
+        need_weight: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = stats_convolution.check(
             x, weight, mean, scale, shift, activation, stride, padding, replicate, depthwise=depthwise
         )
-        above = (grad, grad_mean, grad_var, y, y_mean)
+        above, normalization = (grad, grad_mean, grad_var, y, y_mean), (mean, scale, shift)
         checks.shape("grad", grad, shape, checks.CONV_INPUT)
         checks.same_kind("x", x, grad=grad)
         training.check_above(above)
         check_pixels("x", x.shape)
-        grad_x = x.new_empty(x.shape)
-        unit, parts = training.to_input(above, x, (mean, scale, shift), activation)
-        convolve(grad, weight, grad_x, x.shape[0], replicate, stride, padding, transposed=True, training=unit)
-        return grad_x, *training.sums(x, parts)
+        grad_x, grad_weight = (like.new_empty(0) for like in (x, weight))
+        grad_scale, grad_shift = training.sums(x, None)
+        if need_input:
+            grad_x = x.new_empty(x.shape)
+            unit, parts = training.to_input(above, x, normalization, activation)
+            convolve(grad, weight, grad_x, x.shape[0], replicate, stride, padding, transposed=True, training=unit)
+            grad_scale, grad_shift = training.sums(x, parts)
+        if need_weight:
+            unit = training.to_weight(above, normalization, activation)
+            grad_weight = weigh(grad, x, weight.shape[-1], stride, padding, replicate, unit)
+        return grad_x, grad_scale, grad_shift, grad_weight
 
-    def backward_weight(
-        grad: Tensor,
-        grad_mean: Tensor,
-        grad_var: Tensor,
-        y: Tensor,
-        y_mean: Tensor,
-        x: Tensor,
-        mean: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        activation: str,
-        kernel_size: int,
-        stride: int,
-        padding: int,
-        replicate: int,
-    ) -> Tensor:
-        above, normalization = (grad, grad_mean, grad_var, y, y_mean), (mean, scale, shift)
-        out_channels = x.shape[4] if depthwise else grad.shape[4]
-        training.check_weight_gradient(
-            above, x, normalization, activation, out_channels, kernel_size, stride, padding, replicate
-        )
-        unit = training.to_weight(above, normalization, activation)
-        return weigh(grad, x, kernel_size, stride, padding, replicate, unit)
-
-    ops: dict[str, Callable[..., Any]] = {
-        "": forward,
-        "_backward_input": backward_input,
-        "_backward_weight": backward_weight,
-    }
+    ops: dict[str, Callable[..., Any]] = {"": forward, "_backward": backward}
     for suffix, function in ops.items():
         function.__name__ = name + suffix
     unit, *_ = map(op, ops.values())
