@@ -36,6 +36,14 @@ STABLE_TORCH_LIBRARY(hne, m) {
               .c_str());
   }
   m.def(
+      "branch_residual_conv2d_stats(Tensor x, Tensor weight, Tensor? residual, Tensor mean, Tensor scale, "
+      "Tensor shift, str activation) -> (Tensor z, Tensor y, Tensor mean, Tensor var)");
+  m.def(
+      "branch_residual_conv2d_stats_backward(Tensor grad_z, Tensor grad_y, Tensor grad_mean, Tensor grad_var, "
+      "Tensor z, Tensor y, Tensor y_mean, Tensor x, Tensor weight, Tensor mean, Tensor scale, Tensor shift, "
+      "str activation, bool has_residual) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, "
+      "Tensor grad_residual, Tensor grad_weight)");
+  m.def(
       "branch_normalize(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor? residual, str activation) -> "
       "Tensor");
   m.def(

@@ -14,7 +14,7 @@ from .layers import ACTIVATIONS, Execution, Features, Layer, Linear, Unit
 
 
 class Normalized(NamedTuple):
-    """``activation((x - mean) * scale + shift)``: what a unit of a layer hands to the next, who normalises as it reads.
+    """``activation((x - mean) * scale + shift + residual)``: what a unit hands to the next, who normalises as it reads.
 
     Vectors are ``[branches, channels]``.
     """
@@ -24,6 +24,7 @@ class Normalized(NamedTuple):
     scale: Tensor
     shift: Tensor
     activation: str
+    residual: Tensor | None = None
 
 
 class Fused(Execution):
@@ -39,6 +40,13 @@ class Fused(Execution):
 
     def select(self, x: Tensor, samples: Tensor) -> Tensor:
         return x.index_select(1, samples)
+
+    def block(self, layers: Sequence[Layer], x: Tensor, branches: slice, replicate: int) -> Tensor:
+        features: Features = x
+        for layer in layers:
+            features = layer(self, features, branches, replicate)
+            replicate = 1
+        return written(features)
 
     def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
         return written(layer(self, x, branches, replicate))
@@ -57,13 +65,22 @@ class Fused(Execution):
         geometry: dict[str, Any] = {"stride": unit.stride, "padding": unit.padding, "replicate": replicate}
         if unit.bn.training:
             convolve = K.branch_depthwise_conv2d_stats if unit.depthwise else K.branch_conv2d_stats
-            y, mean, var = convolve(weight=weight, **_read(x), **geometry)
-            mean, var = batch_norm.of_batch(unit, branches, mean, var, y.shape[1:4].numel())
+            normalized = _normalized(unit, branches, activation, *convolve(weight=weight, **_read(x), **geometry))
         else:
             y = (K.branch_depthwise_conv2d if unit.depthwise else K.branch_conv2d)(written(x), weight, **geometry)
             mean, var = batch_norm.running(unit, branches)
-        normalized = Normalized(y, mean, *batch_norm.scale_and_shift(unit, branches, var), activation)
-        return normalized if residual is None else written(normalized, written(residual))
+            normalized = Normalized(y, mean, *batch_norm.scale_and_shift(unit, branches, var), activation)
+        return normalized if residual is None else normalized._replace(residual=written(residual))
+
+    def first_unit(
+        self, unit: Unit, x: Features, branches: slice, replicate: int, activation: str
+    ) -> tuple[Tensor, Features]:
+        if isinstance(x, Tensor) or not unit.bn.training or replicate > 1:
+            x = written(x)
+            return x, self.unit(unit, x, branches, replicate, activation)
+        weight = unit.part(unit.conv.weight, branches)
+        x, *y = K.branch_residual_conv2d_stats(weight=weight, **x._asdict())
+        return x, _normalized(unit, branches, activation, *y)
 
     def linear(
         self, linear: Linear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
@@ -71,8 +88,8 @@ class Fused(Execution):
         weight, bias = linear_parameters(linear, branches)
         return ACTIVATIONS[activation](K.branch_conv2d(x, weight, bias, replicate=replicate))
 
-    def pool(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3), keepdim=True)
+    def pool(self, x: Features) -> Tensor:
+        return written(x).mean((2, 3), keepdim=True)
 
     def replicate(self, x: Tensor, branches: slice, replicate: int, channels: int) -> Tensor:
         if replicate == 1:
@@ -88,16 +105,24 @@ class Fused(Execution):
         return K.prefix_logits(features, weight[..., 0, 0], bias, sizes)[1]
 
 
-def written(x: Tensor | Normalized, residual: Tensor | None = None) -> Tensor:
-    """The features as a tensor; ``residual`` is added before the activation."""
-    if isinstance(x, Tensor):
-        return x
-    return K.branch_normalize(x.x, x.mean, x.scale, x.shift, residual=residual, activation=x.activation)
+def _normalized(unit: Unit, branches: slice, activation: str, y: Tensor, mean: Tensor, var: Tensor) -> Normalized:
+    """The batch norm of ``y``, in training: by the statistics of the batch, which are given."""
+    mean, var = batch_norm.of_batch(unit, branches, mean, var, y.shape[1:4].numel())
+    return Normalized(y, mean, *batch_norm.scale_and_shift(unit, branches, var), activation)
 
 
-def _read(x: Tensor | Normalized) -> dict[str, Any]:
+def written(x: Features) -> Tensor:
+    """The features as a tensor."""
+    return x if isinstance(x, Tensor) else K.branch_normalize(**x._asdict())
+
+
+def _read(x: Features) -> dict[str, Any]:
     """Features as the arguments of a convolution that normalises what it reads."""
-    return {"x": x} if isinstance(x, Tensor) else x._asdict()
+    if isinstance(x, Tensor) or x.residual is not None:
+        return {"x": written(x)}
+    arguments: dict[str, Any] = x._asdict()
+    del arguments["residual"]
+    return arguments
 
 
 def linear_parameters(linear: Linear, branches: slice) -> tuple[Tensor, Tensor]:

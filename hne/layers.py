@@ -55,6 +55,12 @@ class Execution(Protocol):
     ) -> Features:
         """``activation(batch_norm(conv(x)) + residual)``."""
 
+    def first_unit(
+        self, unit: Unit, x: Features, branches: slice, replicate: int, activation: str
+    ) -> tuple[Features, Features]:
+        """``x``, for others to read as well, and the unit that a layer begins with."""
+        return x, self.unit(unit, x, branches, replicate, activation)
+
     def linear(
         self,
         linear: Linear,
@@ -255,12 +261,12 @@ class BottleneckLayer(Foldable, Layer):
 
     def forward(self, run: Execution, x: Tensor, branches: slice, replicate: int) -> Features:
         d = self.description
+        x, y = run.first_unit(self.expand, x, branches, replicate, d.activation)
         residual = None
         if self.shortcut is not None:
             residual = run.unit(self.shortcut, x, branches, replicate)
         elif self.identity:
             residual = run.replicate(x, branches, replicate, d.channels)
-        y = run.unit(self.expand, x, branches, replicate, d.activation)
         y = run.unit(self.depthwise, y, branches, 1, d.activation)
         return run.unit(self.project, y, branches, 1, d.final_activation, residual)
 

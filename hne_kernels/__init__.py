@@ -10,6 +10,7 @@ from .branch_conv2d_stats import branch_conv2d_stats
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
 from .branch_depthwise_conv2d_stats import branch_depthwise_conv2d_stats
 from .branch_normalize import branch_normalize
+from .branch_residual_conv2d_stats import branch_residual_conv2d_stats
 from .checks import default_sizes
 from .dispatch import add_module, available_backends, unavailable_backends, use_backend
 from .extension import build_info
@@ -36,6 +37,7 @@ __all__ = [
     "branch_depthwise_conv2d",
     "branch_depthwise_conv2d_stats",
     "branch_normalize",
+    "branch_residual_conv2d_stats",
     "build_info",
     "default_sizes",
     "fused_bottleneck",

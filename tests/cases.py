@@ -18,7 +18,7 @@ from torch import Tensor
 import hne_kernels as K
 
 Inputs = dict[str, Any]
-UNITS = ("branch_conv2d_stats", "branch_depthwise_conv2d_stats")
+UNITS = ("branch_conv2d_stats", "branch_depthwise_conv2d_stats", "branch_residual_conv2d_stats")
 VECTORS = ("mean", "scale", "shift")
 KINK = 0.05  # gradients are not compared this close to where an activation bends
 
@@ -193,9 +193,10 @@ def convolution(op: str, geometry: Geometry, bias: bool) -> Case:
     )
 
 
-def _away_from_kinks(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _away_from_kinks(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | float = 0.0) -> Tensor:
     """``x`` moved to where the normalised values are not near 0 or 6, where an activation bends."""
     mean, scale, shift = (vector[:, None, None, None] for vector in (mean, scale, shift))
+    shift = shift + residual
     normal_x = (x - mean) * scale + shift
     for kink in (0, 6):
         near = (normal_x - kink).abs() < 2 * KINK
@@ -234,6 +235,47 @@ def unit(op: str, geometry: Geometry, activation: str | None, offset: float = 0.
 
 
 UNIT_OPTIONS = ("relu", None, "relu6", "none")
+
+
+def residual_unit(shape: Sequence[int], out_channels: int, activation: str, residual: bool) -> Case:
+    """The end of one bottleneck and the training unit that begins the next."""
+    branches, batch, height, width, channels = shape
+
+    def make(rng: torch.Generator) -> Inputs:
+        x, mean, shift = normal(rng, *shape), normal(rng, branches, channels), normal(rng, branches, channels)
+        scale = normal(rng, branches, channels).sign() * (0.5 + normal(rng, branches, channels).abs())
+        added = normal(rng, *shape) if residual else None
+        return {
+            "x": _away_from_kinks(x, mean, scale, shift, 0.0 if added is None else added),
+            "weight": normal(rng, branches, out_channels, channels, 1, 1),
+            "mean": mean,
+            "scale": scale,
+            "shift": shift,
+            "residual": added,
+            "activation": activation,
+        }
+
+    positions = batch * height * width
+    return Case(
+        "branch_residual_conv2d_stats",
+        f"{'x'.join(map(str, shape))}to{out_channels}-{activation}{'-residual' if residual else ''}",
+        make,
+        ("x", "weight", *VECTORS, *(("residual",) if residual else ())),
+        channels + out_channels + 2 * positions + 16,
+        roundings=5,
+        naive_roundings=8,
+    )
+
+
+RESIDUAL_UNITS = [
+    residual_unit((1, 1, 1, 1, 1), 1, "none", True),
+    residual_unit((1, 2, 2, 1, 3), 2, "relu", True),
+    residual_unit((3, 1, 7, 7, 33), 17, "relu", True),
+    residual_unit((2, 3, 8, 7, 16), 40, "relu6", True),
+    residual_unit((2, 0, 4, 4, 8), 3, "relu", True),
+    residual_unit((1, 2, 9, 13, 64), 16, "relu6", False),
+    residual_unit((5, 2, 5, 3, 5), 33, "none", False),
+]
 
 
 def normalize(shape: Sequence[int], activation: str, residual: bool, offset: float = 0.0) -> Case:
@@ -496,7 +538,8 @@ CASES = [
     *(unit("branch_conv2d_stats", g, UNIT_OPTIONS[i % 4]) for i, g in enumerate(GEOMETRIES)),
     *(unit("branch_depthwise_conv2d_stats", g, UNIT_OPTIONS[(i + 1) % 4]) for i, g in enumerate(GEOMETRIES)),
     # Where a mean of squares minus a squared mean would cancel.
-    *(unit(op, Geometry(2, 2, 2, 6, 5, 17, 17, 1, 1, 0), None, offset=300.0) for op in UNITS),
+    *(unit(op, Geometry(2, 2, 2, 6, 5, 17, 17, 1, 1, 0), None, offset=300.0) for op in UNITS[:2]),
+    *RESIDUAL_UNITS,
     *NORMALIZES,
     prefix_mean(1, 1, 1, None),
     prefix_mean(2, 3, 5, None),
@@ -537,6 +580,7 @@ def representative(*, differentiable: bool = False) -> list[Case]:
         "branch_depthwise_conv2d_stats": unit(
             "branch_depthwise_conv2d_stats", Geometry(2, 2, 2, 5, 4, 3, 3, 3, 2, 1), "relu6"
         ),
+        "branch_residual_conv2d_stats": residual_unit((2, 2, 3, 2, 3), 4, "relu", True),
         "branch_normalize": normalize((2, 2, 3, 2, 3), "relu", True),
         "fused_conv2d": fused_convolution(Geometry(2, 2, 2, 5, 4, 3, 18, 3, 2, 1), "relu"),
         "fused_bottleneck": bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
@@ -602,20 +646,20 @@ def magnitude(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outco
 def _unit_magnitude(case: Case, inputs: Inputs, absolute: Inputs, rounding: float, grads: Sequence[Tensor]) -> Outcome:
     """Sizes of what a training unit adds up; the map that it writes is rounded by ``rounding``."""
     over = (1, 2, 3)
-    y, mean, _ = expected(case, inputs).results
-    size, mean_size, _ = expected(case, absolute).results
+    *_, y, mean, _ = expected(case, inputs).results
+    *before, size, mean_size, _ = expected(case, absolute).results
     values = max(y.shape[1:4].numel(), 1)
     both = size + mean_size[:, None, None, None]
     apart = (y - mean[:, None, None, None]).abs()
     # A deviation y - mean carries the rounding of both, once more for its other factor.
     spread = (both * (2 * apart + rounding * both)).sum(over) / values
     if not grads:
-        return Outcome((size, mean_size, spread))
-    grad, grad_mean, grad_var = grads
+        return Outcome((*before, size, mean_size, spread))
+    *others, grad, grad_mean, grad_var = grads
     total = grad + (grad_mean[:, None, None, None] + grad_var[:, None, None, None] * 2 * both) / values
     none = torch.zeros_like(mean_size)
-    outcome = expected(case, absolute, (total, none, none))
-    outcome.results = (size, mean_size, spread)
+    outcome = expected(case, absolute, (*others, total, none, none))
+    outcome.results = (*before, size, mean_size, spread)
     return outcome
 
 

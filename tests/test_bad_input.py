@@ -32,8 +32,9 @@ def _wrong(ops: str | tuple[str, ...], error: type[Exception], *rows: tuple[str,
 
 
 UNITS = ("branch_conv2d_stats", "branch_depthwise_conv2d_stats")
-NORMALIZING = (*UNITS, "branch_normalize")
-MAPS = (*CONVOLUTIONS, *UNITS, "fused_bottleneck", "branch_normalize")
+RESIDUAL = ("branch_residual_conv2d_stats", "branch_normalize")
+NORMALIZING = (*UNITS, *RESIDUAL)
+MAPS = (*CONVOLUTIONS, *UNITS, "fused_bottleneck", *RESIDUAL)
 _wrong(
     MAPS,
     ValueError,
@@ -165,7 +166,7 @@ for _name in ("mean", "scale", "shift"):
     )
     _wrong(NORMALIZING, TypeError, (_name, lambda v: v.double(), rf"{_name}: expected torch.float32 \(the statistics"))
     _wrong(UNITS, ValueError, (_name, None, r"expected with mean, scale and shift all given or none, got"))
-for _op in UNITS:
+for _op in (*UNITS, "branch_residual_conv2d_stats"):
     _wrong(
         _op,
         ValueError,
@@ -176,12 +177,17 @@ for _op in UNITS:
     )
     _wrong(_op, TypeError, ("weight", lambda w: w.double(), r"weight: expected .*torch.float32.* got torch.float64"))
 _wrong(
-    "branch_normalize",
+    "branch_residual_conv2d_stats",
+    ValueError,
+    ("weight", lambda w: w.expand(-1, -1, -1, 3, 3), r"weight: expected a 1x1 kernel, got shape"),
+)
+_wrong(
+    RESIDUAL,
     ValueError,
     ("residual", lambda r: r[:, :1], r"residual: expected shape"),
     ("residual", lambda r: r.to("meta"), r"residual: expected to be on the device"),
 )
-_wrong("branch_normalize", TypeError, ("residual", lambda r: r.double(), r"residual: expected the dtype of x"))
+_wrong(RESIDUAL, TypeError, ("residual", lambda r: r.double(), r"residual: expected the dtype of x"))
 
 # Ensembles.
 for _op, _first in (("prefix_mean", "logits"), ("prefix_logits", "features")):
@@ -334,7 +340,10 @@ UNCHECKED = [
     *((op, "activation", "gelu") for op in NORMALIZING),
     ("branch_conv2d_stats", "weight", lambda w: w[:, :, :2]),
     ("branch_depthwise_conv2d_stats", "weight", lambda w: w[:, :2]),
-    ("branch_normalize", "residual", lambda r: r[:, :1]),
+    ("branch_residual_conv2d_stats", "weight", lambda w: w[:1]),
+    ("branch_residual_conv2d_stats", "weight", lambda w: w[:, :, :2]),
+    ("branch_residual_conv2d_stats", "weight", lambda w: w.double()),
+    *((op, "residual", lambda r: r[:, :1]) for op in RESIDUAL),
     ("prefix_mean", "sizes", [1, 6]),
     ("prefix_mean", "sizes", [0]),
     ("prefix_logits", "sizes", [6]),

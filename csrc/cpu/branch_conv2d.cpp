@@ -250,12 +250,10 @@ void convolve_weight(const Geometry& g, const Map<T>& grad_in, const Map<T>& x_i
   convolve_weight_shares(g, grad, x, mutable_data<T>(partial), shares, mutable_data<T>(out));
 }
 
-namespace {
-
-// Of a pointwise convolution: a task takes a share of a parent's rows, a block of them at a time.
+// A task takes a share of a parent's rows, a block of them at a time.
 template <typename T>
-void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
-                        const Tensor* grad_weight, const Written& written) {
+void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, const T* add,
+                        T* grad_x, const Tensor* grad_weight, const Written& written) {
   const int64_t rows = g.batch * g.pixels(), chunks = ceil_div(rows, kBlockRows);
   const int64_t size = g.out_channels * g.in_channels, branches_size = g.branches * size;
   const int64_t threads = torch::stable::get_num_threads();
@@ -278,6 +276,7 @@ void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, 
     Tap<T>* taps = scratch<Tap<T>>(2, g.replicate);
     const T** blocks = scratch<const T*>(0, g.replicate);
     T** out_rows = scratch<T*>(1, kBlockRows);
+    const T** add_rows = scratch<const T*>(3, kBlockRows);
     const T** grad_rows = scratch<const T*>(7, kBlockRows);
     const T** x_rows = scratch<const T*>(8, kBlockRows);
     T* memory = scratch<T>(4, g.replicate * kBlockRows * g.out_channels);
@@ -297,8 +296,13 @@ void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, 
         }
       }
       if (grad_x == nullptr) continue;
-      for (int64_t m = 0; m < count; ++m) out_rows[m] = grad_x + (parent * rows + first + m) * g.in_channels;
-      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, nullptr, Clamp<T>{}});
+      for (int64_t m = 0; m < count; ++m) {
+        const int64_t at = (parent * rows + first + m) * g.in_channels;
+        out_rows[m] = grad_x + at;
+        if (add != nullptr) add_rows[m] = add + at;
+      }
+      const T* const* added = add != nullptr ? add_rows : nullptr;
+      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, added, Clamp<T>{}});
       if (written) written(parent, first, count);
     }
   });
@@ -310,12 +314,10 @@ void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, 
   });
 }
 
-}  // namespace
-
 template <typename T>
 void convolve_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
                        const Tensor* grad_weight, const Written& written) {
-  if (g.pointwise()) return pointwise_backward(g, grad, x, weight, grad_x, grad_weight, written);
+  if (g.pointwise()) return pointwise_backward<T>(g, grad, x, weight, nullptr, grad_x, grad_weight, written);
   Tensor hold = weight;
   const Map<T> read = grad_x != nullptr && grad_weight != nullptr ? in_memory(grad, g.branches, hold) : grad;
   if (grad_x != nullptr) convolve_input(g, read, weight, grad_x, written);
@@ -327,6 +329,8 @@ void convolve_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, c
   template void convolve(const Geometry&, const Map<T>&, const Tensor&, const T*, T*, const Written&);             \
   template void convolve_input(const Geometry&, const Map<T>&, const Tensor&, T*, const Written&);                 \
   template void convolve_weight(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&);                     \
+  template void pointwise_backward(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&, const T*, T*,     \
+                                   const Tensor*, const Written&);                                                 \
   template void convolve_backward(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&, T*, const Tensor*, \
                                   const Written&);
 HNE_INSTANTIATE(float)

@@ -53,4 +53,9 @@ template <typename T>
 void convolve_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
                        const Tensor* grad_weight, const Written& written);
 
+// The same of a pointwise convolution; `add`, which may be null, is added to the gradient of x.
+template <typename T>
+void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, const T* add,
+                        T* grad_x, const Tensor* grad_weight, const Written& written);
+
 }  // namespace hne

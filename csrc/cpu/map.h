@@ -22,6 +22,7 @@ inline void check_vector(const char* name, const Tensor& t, const Tensor& x, int
 
 // A map [branch][row][channel] as a convolution reads it: as it lies in memory, or, where there is a mean,
 // clamp((x - mean) * scale + shift + add). The vectors are [branch][channel].
+// What is computed can be kept: for maps that are read once.
 template <typename T>
 struct Map {
   const T* x;
@@ -31,6 +32,7 @@ struct Map {
   const T* shift = nullptr;
   const T* add = nullptr;
   Clamp<T> clamp = {};
+  T* kept = nullptr;
 
   bool computed() const { return mean != nullptr; }
 
@@ -43,13 +45,13 @@ struct Map {
     return r;
   }
 
-  // Rows of a branch; if they are computed, then into `memory`, [count][channels].
+  // Rows of a branch; if they are computed, then where they are kept, or into `memory`, [count][channels].
   const T* read(int64_t branch, int64_t first, int64_t count, T* memory) const {
     if (!computed()) return x + (branch * rows + first) * channels;
     NormRows<T> r = norm(branch, first, count);
-    r.out = memory;
+    r.out = kept != nullptr ? kept + (branch * rows + first) * channels : memory;
     kernels<T>().normalize(r);
-    return memory;
+    return r.out;
   }
 
   void write(int64_t branches, T* out) const {

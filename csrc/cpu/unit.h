@@ -71,6 +71,19 @@ struct OutputGradient {
   }
 };
 
+// Mean and variance of a convolution's output, which `convolve(written)` writes, at most `block` rows at once.
+template <typename T, typename F>
+std::tuple<Tensor, Tensor> statistics(const Geometry& g, const Tensor& y, int64_t block, const F& convolve) {
+  const int64_t rows = g.batch * g.out_pixels();
+  const Tensor mean = empty(y, {g.branches, g.out_channels}), var = empty(y, {g.branches, g.out_channels});
+  Moments<T> moments(g.branches, ceil_div(rows, block), g.out_channels);
+  convolve([&](int64_t branch, int64_t first, int64_t count) {
+    moments.add(branch, first / block, data<T>(y) + (branch * rows + first) * g.out_channels, count);
+  });
+  moments.finish(g.branches, mutable_data<T>(mean), mutable_data<T>(var));
+  return {mean, var};
+}
+
 // The ops of a unit. `Convolution` has forward and backward, as in branch_conv2d.h, and says how many rows it writes at
 // once, of maps of so many pixels.
 template <typename Convolution>
@@ -86,17 +99,11 @@ struct Unit {
     const Geometry g = Convolution::geometry(x_in, weight_in, stride, padding, replicate);
     const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
     const Tensor y = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
-    const Tensor y_mean = empty(x, {g.branches, g.out_channels});
-    const Tensor y_var = empty(x, {g.branches, g.out_channels});
-    dispatch(x, [&](auto type) {
+    const auto [y_mean, y_var] = dispatch(x, [&](auto type) {
       using T = decltype(type);
-      const int64_t rows = g.batch * g.out_pixels(), block = Convolution::block_rows(g.out_pixels());
-      T* out = mutable_data<T>(y);
-      Moments<T> moments(g.branches, ceil_div(rows, block), g.out_channels);
-      Convolution::forward(g, normalization.of<T>(x), weight, out, [&](int64_t branch, int64_t first, int64_t count) {
-        moments.add(branch, first / block, out + (branch * rows + first) * g.out_channels, count);
+      return statistics<T>(g, y, Convolution::block_rows(g.out_pixels()), [&](const Written& written) {
+        Convolution::forward(g, normalization.of<T>(x), weight, mutable_data<T>(y), written);
       });
-      moments.finish(g.branches, mutable_data<T>(y_mean), mutable_data<T>(y_var));
     });
     return {round_to(y, x_in.scalar_type()), y_mean, y_var};
   }
