@@ -9,7 +9,7 @@ def release_memory() -> int:
     """Give the memory that no tensor uses back to the system.
 
     What the CPU ops write (64 KiB and more) comes from memory of earlier tensors that are gone: fresh memory costs a
-    page fault for every 4 KiB. In use or not, it is at most an eighth more than was in use at one time; this is for a
+    page fault for every 4 KiB. In use or not, it is at most a quarter more than was in use at one time; this is for a
     program that has passed its peak.
 
     Returns:

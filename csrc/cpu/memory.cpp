@@ -1,7 +1,8 @@
 #include "memory.h"
 
+#include <sys/mman.h>
+
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <new>
@@ -18,35 +19,30 @@ constexpr bool kKept = false;  // AddressSanitizer watches over memory that is g
 constexpr bool kKept = true;
 #endif
 
-// Blocks that no tensor uses, for the next ones that do. All memory together, in use or not, is never more than an
-// eighth above what was in use at one time: with that much room, the blocks that a training step leaves are those that
-// the next one needs.
+// Blocks that no tensor uses, for the next ones that do. All memory together, in use or not, is never more than what
+// tensors asked for at one time, but for what blocks are larger than their tensors: up to a quarter. With that much
+// freedom, the blocks that a training step leaves are those that the next one needs.
 class Blocks {
  public:
   void* take(size_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
     bytes = rounded(bytes + kHeader);
-    size_t best = idle_.size();
-    for (size_t i = 0; i < idle_.size(); ++i) {
-      const size_t size = idle_[i]->bytes;
-      if (size >= bytes && size <= bytes + bytes / 4 && (best == idle_.size() || size < idle_[best]->bytes)) best = i;
+    Block* block = take_idle(bytes, bytes + bytes / 4);
+    const bool room = used_bytes_ + idle_bytes_ + bytes <= most_used_;
+    if (block == nullptr && !room) {
+      // One that is larger, as long as not too much of those in use is idle itself.
+      const size_t wasted = used_bytes_ - asked_bytes_, most = most_used_ / 4;
+      if (wasted < most) block = take_idle(bytes, bytes + (most - wasted));
     }
-    Block* block = nullptr;
-    if (best < idle_.size()) {
-      block = idle_[best];
-      idle_.erase(idle_.begin() + int64_t(best));
-      idle_bytes_ -= block->bytes;
-    } else {
+    if (block == nullptr) {
       size_t oldest = 0;
-      const size_t most = most_used_ + most_used_ / 8;
-      while (oldest < idle_.size() && used_bytes_ + idle_bytes_ + bytes > most) free_block(idle_[oldest++]);
+      while (oldest < idle_.size() && used_bytes_ + idle_bytes_ + bytes > most_used_) free_block(idle_[oldest++]);
       idle_.erase(idle_.begin(), idle_.begin() + int64_t(oldest));
-      block = static_cast<Block*>(std::aligned_alloc(kHeader, bytes));
-      if (block == nullptr) throw std::bad_alloc();
-      block->bytes = bytes;
+      block = new_block(bytes);
     }
     used_bytes_ += block->bytes;
-    most_used_ = std::max(most_used_, used_bytes_);
+    asked_bytes_ += block->asked = bytes;
+    most_used_ = std::max(most_used_, asked_bytes_);
     return reinterpret_cast<char*>(block) + kHeader;
   }
 
@@ -54,6 +50,7 @@ class Blocks {
     const std::lock_guard<std::mutex> guard(mutex_);
     Block* block = reinterpret_cast<Block*>(static_cast<char*>(values) - kHeader);
     used_bytes_ -= block->bytes;
+    asked_bytes_ -= block->asked;
     idle_bytes_ += block->bytes;
     idle_.push_back(block);
   }
@@ -63,14 +60,29 @@ class Blocks {
     const size_t released = idle_bytes_;
     for (Block* block : idle_) free_block(block);
     idle_.clear();
-    most_used_ = used_bytes_;
+    most_used_ = asked_bytes_;
     return int64_t(released);
   }
 
  private:
   struct Block {
     size_t bytes;  // of the header and what follows
+    size_t asked;  // of them, by the tensor that uses it
   };
+
+  // The smallest idle block of so many bytes, or null.
+  Block* take_idle(size_t least, size_t most) {
+    size_t best = idle_.size();
+    for (size_t i = 0; i < idle_.size(); ++i) {
+      const size_t size = idle_[i]->bytes;
+      if (size >= least && size <= most && (best == idle_.size() || size < idle_[best]->bytes)) best = i;
+    }
+    if (best == idle_.size()) return nullptr;
+    Block* block = idle_[best];
+    idle_.erase(idle_.begin() + int64_t(best));
+    idle_bytes_ -= block->bytes;
+    return block;
+  }
 
   // Eight sizes for every doubling: a tensor finds the block of one that was nearly as large.
   static size_t rounded(size_t bytes) {
@@ -79,14 +91,23 @@ class Blocks {
     return (bytes + step - 1) / step * step;
   }
 
+  // From the system itself: between its blocks, malloc would keep what is left of others, more and more of it.
+  static Block* new_block(size_t bytes) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    Block* block = static_cast<Block*>(memory);
+    block->bytes = bytes;
+    return block;
+  }
+
   void free_block(Block* block) {
     idle_bytes_ -= block->bytes;
-    std::free(block);
+    munmap(block, block->bytes);
   }
 
   std::mutex mutex_;
   std::vector<Block*> idle_;  // by the time they were given back, the oldest first
-  size_t used_bytes_ = 0, idle_bytes_ = 0, most_used_ = 0;
+  size_t used_bytes_ = 0, asked_bytes_ = 0, idle_bytes_ = 0, most_used_ = 0;
 };
 
 // Never destroyed: tensors give back their memory until the process ends.
