@@ -234,7 +234,7 @@ def bench_training_unit(layer: str, bench: Bench) -> None:
             return y if y.dim() == 5 else y.unflatten(1, (branches, -1)).permute(1, 0, 3, 4, 2)
 
         def make(wrap: Any) -> Side:
-            call = wrap(lambda x: execution.layer(ours, x, slice(0, children), r))
+            call = wrap(lambda x: execution.block([ours], x, slice(0, children), r))
 
             def step() -> Any:
                 y = call(leaves[0])

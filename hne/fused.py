@@ -45,11 +45,8 @@ class Fused(Execution):
         features: Features = x
         for layer in layers:
             features = layer(self, features, branches, replicate)
-            replicate = 1
+            replicate = 1  # only the first layer branches
         return written(features)
-
-    def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
-        return written(layer(self, x, branches, replicate))
 
     def unit(
         self,

@@ -39,8 +39,11 @@ class Inference(Fused):
         most = max(IMAGES, PIXELS // (height * width))
         return (images,) if batch <= most else images.split(most)
 
-    def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
-        return described(layer, branches, replicate)(x)
+    def block(self, layers: Sequence[Layer], x: Tensor, branches: slice, replicate: int) -> Tensor:
+        for layer in layers:
+            x = described(layer, branches, replicate)(x)
+            replicate = 1  # only the first layer branches
+        return x
 
     def logits(self, head: Linear, x: Tensor, leaves: slice, replicate: int) -> Tensor:
         return described_head(head, leaves, replicate)(x).flatten(2)

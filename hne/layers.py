@@ -41,8 +41,8 @@ class Execution(Protocol):
     def select(self, x: Tensor, samples: Tensor) -> Tensor:
         """The features of some samples of the batch, given by their indices."""
 
-    def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
-        """A whole layer."""
+    def block(self, layers: Sequence[Layer], x: Tensor, branches: slice, replicate: int) -> Tensor:
+        """Layers one after the other; ``replicate`` is of the first."""
 
     def unit(
         self,

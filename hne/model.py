@@ -249,11 +249,7 @@ class HNE(Foldable, ABC):
             branches: The range wanted.
             replicate: Children that each parent in ``x`` has among them (the last one may have fewer).
         """
-        execution = self.execution()
-        for layer in self._layers(block):
-            x = execution.layer(layer, x, branches, replicate)
-            replicate = 1  # only the first layer branches
-        return x
+        return self.execution().block(self._layers(block), x, branches, replicate)
 
     def run_head(self, x: Tensor, leaves: slice, replicate: int = 1) -> Tensor:
         """Logits ``[leaves, batch, num_classes]`` of some leaves from the features of the last block; arguments as of

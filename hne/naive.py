@@ -26,9 +26,11 @@ class Naive(Execution):
     def select(self, x: Tensor, samples: Tensor) -> Tensor:
         return x.index_select(0, samples)
 
-    def layer(self, layer: Layer, x: Tensor, branches: slice, replicate: int) -> Tensor:
-        y: Tensor = layer(self, x, branches, replicate)
-        return y
+    def block(self, layers: Sequence[Layer], x: Tensor, branches: slice, replicate: int) -> Tensor:
+        for layer in layers:
+            x = layer(self, x, branches, replicate)
+            replicate = 1  # only the first layer branches
+        return x
 
     def unit(
         self,
