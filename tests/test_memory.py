@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(
     reason="a build with sanitizers keeps no memory, and CUDA's kernels have PyTorch's",
 )
 
+SPARE = 64 * 1024  # KiB that are kept beside what was in use at one time
+
 
 @pytest.fixture(autouse=True)
 def _released() -> None:
@@ -42,21 +44,31 @@ def test_memory_is_used_again() -> None:
 
 
 def test_a_larger_tensor_takes_the_place_of_a_smaller_one() -> None:
-    del_me = _map(1000)
-    del del_me
-    other = _map(3000)  # what was idle is given back for it
+    small = _map(SPARE + 8000)
+    del small
+    large = _map(2 * SPARE)  # what was idle is given back for it
     assert K.release_memory() == 0
-    del other
-    assert 3000 * 1024 <= K.release_memory() <= 3000 * 1024 * 9 // 8 + 4096
+    del large
+    assert 2 * SPARE * 1024 <= K.release_memory() <= 2 * SPARE * 1024 * 9 // 8 + 4096
 
 
 def test_hardly_more_than_was_in_use() -> None:
-    both = [_map(1000), _map(2000)]
+    both = [_map(10_000), _map(20_000)]
     both.clear()
     most = K.release_memory()
-    for kib in (1000, 2000, 700, 1500, 100, 2500, 300, 1000):
-        _map(kib)
-    assert 0 < K.release_memory() <= most * 5 // 4
+    for mib in (10, 20, 7, 15, 1, 25, 3, 12, 14, 17, 19, 22, 5, 9):
+        _map(mib * 1000)
+    assert 0 < K.release_memory() <= most * 5 // 4 + SPARE * 1024
+
+
+def test_a_call_finds_what_the_last_one_left() -> None:
+    """However many sizes follow each other: nothing is mapped and unmapped in every call."""
+
+    def call() -> set[int]:
+        return {_map(kib).data_ptr() for kib in (1000, 4000, 2000, 500, 300, 3000, 100)}
+
+    first = call()
+    assert all(call() == first for _ in range(5))
 
 
 def test_what_is_released_goes_back_to_the_system(rng: torch.Generator) -> None:

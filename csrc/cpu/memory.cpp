@@ -19,24 +19,25 @@ constexpr bool kKept = false;  // AddressSanitizer watches over memory that is g
 constexpr bool kKept = true;
 #endif
 
+constexpr size_t kSpare = 64 * 1024 * 1024;  // a small network's maps of all sizes
+
 // Blocks that no tensor uses, for the next ones that do. All memory together, in use or not, is never more than what
-// tensors asked for at one time, but for what blocks are larger than their tensors: up to a quarter. With that much
-// freedom, the blocks that a training step leaves are those that the next one needs.
+// tensors asked for at one time and kSpare, but for what blocks are larger than their tensors: up to a quarter. With
+// that much freedom, the blocks that a training step or a call leaves are those that the next one needs.
 class Blocks {
  public:
   void* take(size_t bytes) {
     const std::lock_guard<std::mutex> guard(mutex_);
     bytes = rounded(bytes + kHeader);
     Block* block = take_idle(bytes, bytes + bytes / 4);
-    const bool room = used_bytes_ + idle_bytes_ + bytes <= most_used_;
-    if (block == nullptr && !room) {
+    if (block == nullptr && !has_room(bytes)) {
       // One that is larger, as long as not too much of those in use is idle itself.
       const size_t wasted = used_bytes_ - asked_bytes_, most = most_used_ / 4;
       if (wasted < most) block = take_idle(bytes, bytes + (most - wasted));
     }
     if (block == nullptr) {
       size_t oldest = 0;
-      while (oldest < idle_.size() && used_bytes_ + idle_bytes_ + bytes > most_used_) free_block(idle_[oldest++]);
+      while (oldest < idle_.size() && !has_room(bytes)) free_block(idle_[oldest++]);
       idle_.erase(idle_.begin(), idle_.begin() + int64_t(oldest));
       block = new_block(bytes);
     }
@@ -70,12 +71,14 @@ class Blocks {
     size_t asked;  // of them, by the tensor that uses it
   };
 
-  // The smallest idle block of so many bytes, or null.
+  bool has_room(size_t bytes) const { return used_bytes_ + idle_bytes_ + bytes <= most_used_ + kSpare; }
+
+  // The smallest idle block of so many bytes, or null. Of several that which was used last: it is still in the cache.
   Block* take_idle(size_t least, size_t most) {
     size_t best = idle_.size();
     for (size_t i = 0; i < idle_.size(); ++i) {
       const size_t size = idle_[i]->bytes;
-      if (size >= least && size <= most && (best == idle_.size() || size < idle_[best]->bytes)) best = i;
+      if (size >= least && size <= most && (best == idle_.size() || size <= idle_[best]->bytes)) best = i;
     }
     if (best == idle_.size()) return nullptr;
     Block* block = idle_[best];
