@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from called import OpsOfOurs
 from cases import CASES, cast, check, cotangents, evaluate, representative
 from placements import PLACEMENTS, Placement
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hne_kernels as K
 from hne_kernels import dispatch, extension
@@ -21,26 +21,11 @@ from hne_kernels import dispatch, extension
 NAMES = ("reference", "cpp", "cuda", "triton")
 
 
-class _OpsOfOurs(TorchDispatchMode):
-    """Names of the registered ops that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace == "hne":
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def _served_by_ours(backend: str | None = None) -> bool:
     """Whether prefix_mean, called now, is computed by a registered op."""
-    with _OpsOfOurs() as ops:
+    with OpsOfOurs() as ops:
         K.prefix_mean(torch.ones(2, 1, 1))
-    return bool(ops.names)
+    return bool(ops.called)
 
 
 def test_every_backend_is_usable_or_says_why_not() -> None:
@@ -80,9 +65,9 @@ def test_use_backend_nests_and_restores() -> None:
 def test_every_op_follows_the_choice(case: Any, rng: torch.Generator) -> None:
     inputs = case.inputs(rng)
     for name, ours in (("cpp", True), ("reference", False)):
-        with K.use_backend(name), _OpsOfOurs() as ops:
+        with K.use_backend(name), OpsOfOurs() as ops:
             case(inputs)
-        assert (f"hne::{case.op}" in ops.names) == ours
+        assert (case.op in ops.called) == ours
 
 
 @pytest.mark.parametrize("name", ["cudnn", "", "CPP"])

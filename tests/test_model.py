@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import io
 import json
 import pickle
-from typing import Any
 
 import networks
 import pytest
 import torch
+from called import OpsOfOurs
 from networks import IN_CHANNELS, NUM_CLASSES, build, each_tree, images
 from placements import Placement
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import hne_kernels as K
@@ -539,25 +537,12 @@ def test_prefix_sizes_are_those_of_the_kernels() -> None:
     assert model.prefix_sizes == K.default_sizes(6) == (1, 2, 4, 6)
 
 
-class _Ops(TorchDispatchMode):
-    """The ops of ours that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "hne":
-            self.called[func.name().removeprefix("hne::")] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_ops_of_a_step_and_of_a_call(rng: torch.Generator) -> None:
     """No map is written that the next op could normalise as it reads, and inference is one op."""
     layers = [Bottleneck(4, 8)] * 3
     model = FusedHNE(Hierarchy([1, 2]), [[Conv(8)], layers], num_classes=3).train()
     x = torch.randn(2, 3, 8, 8, generator=rng)
-    with _Ops() as ops:
+    with OpsOfOurs() as ops:
         model(x).sum().backward()
     # The first convolution, three projections, a shortcut and an expansion: where a bottleneck follows another, its
     # expansion comes with the end of that one.
@@ -565,7 +550,7 @@ def test_ops_of_a_step_and_of_a_call(rng: torch.Generator) -> None:
     assert ops.called["branch_depthwise_conv2d_stats"] == ops.called["branch_depthwise_conv2d_stats_backward"] == 3
     assert ops.called["branch_conv2d_stats"] == ops.called["branch_conv2d_stats_backward"] == 6
     model.eval()
-    with torch.no_grad(), _Ops() as ops:
+    with torch.no_grad(), OpsOfOurs() as ops:
         model(x)
         model(x, 1)
         assert ops.called == {"prepare_layers": 2, "fused_layers": 2}
