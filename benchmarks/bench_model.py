@@ -183,7 +183,7 @@ def bench_inference(
     def peer(name: str) -> Side:
         return peers.PEERS[name](ours.graph(n), x)
 
-    with torch.no_grad():
+    with torch.no_grad(), fused.frozen_parameters():  # as those of the graphs are
         versus(
             side(fused, x),
             side(naive, x),
@@ -211,7 +211,7 @@ def bench_anytime(
     def side(model: HNE) -> Callable[[Any], Side]:
         return lambda wrap: lambda: [y for _, y in model.anytime(x)]
 
-    with torch.no_grad():
+    with torch.no_grad(), fused.frozen_parameters():
         versus(
             side(fused),
             side(naive),

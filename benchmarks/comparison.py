@@ -91,6 +91,12 @@ class Watch:
         return self.now
 
 
+def _seconds_of_a_call(side: Side, meter: Meter) -> float:
+    """Once it is warm, which it is not in the call that shows how many a turn may have."""
+    first = meter.seconds(side, 1)
+    return first if first >= meter.turn else meter.seconds(side, max(2, int(meter.turn / first)))
+
+
 def compare(
     benchmark: BenchmarkFixture,
     fused: Mapping[str, Side],
@@ -109,7 +115,7 @@ def compare(
 ) -> list[Row]:
     """Check that all sides agree and time them alternately, for about ``seconds`` in all.
 
-    A round is as many calls as the first fused side takes a turn of the meter for, of one side after the other: what
+    In a round, one side after the other has a turn of the meter, with as many calls as it manages in that time: what
     else the machine does falls on all alike. pytest-benchmark keeps the rounds of the first fused side; its
     ``extra_info`` has the rest.
 
@@ -143,15 +149,16 @@ def compare(
             except AssertionError as error:
                 raise AssertionError(f"{side or 'fused'}: {error}") from None
     del right
-    calls, rounds = 1, 1
+    calls, rounds = dict.fromkeys(ready, 1), 1
     if seconds is not None:
-        first = {side: meter.seconds(call, 1) for side, call in ready.items()}
-        calls = max(1, round(meter.turn / first[next(iter(fused))]))
-        rounds = max(3, min(100, round(seconds / (calls * sum(first.values()) + meter.rest * len(first)))))
+        taken = {side: _seconds_of_a_call(call, meter) for side, call in ready.items()}
+        calls = {side: max(1, round(meter.turn / once)) for side, once in taken.items()}
+        of_a_round = sum(calls[side] * once + meter.before_turn for side, once in taken.items())
+        rounds = max(3, min(100, round(seconds / of_a_round)))
     turns: dict[str, list[float]] = {side: [] for side in ready}
 
     def turn(side: str) -> None:
-        turns[side].append(meter.seconds(ready[side], calls))
+        turns[side].append(meter.seconds(ready[side], calls[side]))
 
     def first_turn() -> None:
         turn(leader)
@@ -166,7 +173,7 @@ def compare(
     benchmark.pedantic(first_turn, teardown=other_turns, rounds=rounds)
     if benchmark.disabled:
         return []
-    ms = {side: median(taken) * 1e3 for side, taken in turns.items()}
+    ms = {side: median(of_side) * 1e3 for side, of_side in turns.items()}
     others = {side: ms[side] for side in naive if side != "naive"}
     shared = {"others_ms": others, "floor_ms": floor_ms, "case": case or {}, "memory_mib": memory_mib()}
     rows = [Row(name, shape, ms[side], ms["naive"], images / ms[side] * 1e3, rounds, side, **shared) for side in fused]

@@ -17,12 +17,12 @@ class Meter(Protocol):
     """Times sides of a comparison.
 
     Attributes:
-        turn: Seconds that a turn of the fused side takes at least.
-        rest: Seconds that pass before each turn.
+        turn: Seconds that a turn of a side is to take.
+        before_turn: Seconds that pass before each turn.
     """
 
     turn: float
-    rest: float
+    before_turn: float
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
         """Everything of a comparison happens in here, the making of its inputs included."""
@@ -38,11 +38,12 @@ class HostMeter:
     """For what is done when the call returns.
 
     Threads that have nothing to do spin for a while before they sleep (libgomp's for 6 ms), and would take a core from
-    the side that comes next. So each turn begins with a rest. Then a call that is not timed wakes the threads of this
-    side and has its weights in the cache; where a single call is a turn, that counts for nothing.
+    the side that comes next. So each turn begins with a rest. Then calls that are not timed wake the threads of this
+    side and have its weights in the cache; where a single call is a turn, that counts for nothing.
     """
 
-    turn, rest = 0.05, 0.02
+    REST, WARM_UP = 0.02, 0.01
+    turn, before_turn = 0.05, REST + WARM_UP
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -51,9 +52,11 @@ class HostMeter:
         return side
 
     def seconds(self, side: Side, calls: int) -> float:
-        time.sleep(self.rest)
+        time.sleep(self.REST)
         if calls > 1:
-            side()
+            warm = time.perf_counter() + self.WARM_UP
+            while time.perf_counter() < warm:
+                side()
         start = time.perf_counter()
         for _ in range(calls):
             side()
@@ -65,7 +68,7 @@ class GpuMeter:
     around each replay, before which the L2 cache is overwritten."""
 
     WARM_UPS = 3
-    turn, rest = 0.005, 0.0
+    turn, before_turn = 0.005, 0.0
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

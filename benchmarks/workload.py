@@ -74,6 +74,7 @@ CPU = Workload(
     compiler={},
     rates=(None, (1024, 1536)),
     memory=True,
+    seconds=3.0,
 )
 GPU = Workload(
     device="cuda",

@@ -36,7 +36,7 @@ class Fused(Execution):
         return (images,)
 
     def enter(self, image: Tensor) -> Tensor:
-        return image.permute(0, 2, 3, 1)[None]
+        return image.permute(0, 2, 3, 1).unsqueeze(0)
 
     def select(self, x: Tensor, samples: Tensor) -> Tensor:
         return x.index_select(1, samples)

@@ -126,9 +126,9 @@ def folded(layer: Foldable, branches: slice) -> Weights:
     """
     if torch.compiler.is_compiling():
         return _slice(fold(layer), branches)
-    kept: Folded | None = layer.folded
+    kept: Folded | None = layer.kept()
     capturing = is_capturing()
-    if kept is None or not kept.is_current():
+    if kept is None:
         if capturing:  # what a graph computes is there when it is replayed, not now
             return _slice(fold(layer), branches)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from abc import ABC, abstractmethod
@@ -293,9 +294,9 @@ class HNE(Foldable, ABC):
         weight = self.head.conv.weight
         if x.device != weight.device:
             raise ValueError(f"x must be on the device of the model, {weight.device}, got {x.device}")
-        mixed = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
-        if x.dtype != weight.dtype and not mixed:
-            raise TypeError(f"x must have the dtype of the model, {weight.dtype}, got {x.dtype}")
+        if x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            return
+        raise TypeError(f"x must have the dtype of the model, {weight.dtype}, got {x.dtype}")
 
     # Copies and text --------------------------------------------------------------------------------------------------
 
@@ -360,11 +361,28 @@ class FusedHNE(HNE):
     def runner(self, x: Tensor) -> Runner:
         if self.execution() is not self._INFERENCE or not Networks.serve(x):
             return self._run
-        if self.folded is None or not self.folded.is_current():
+        networks: Networks | None = self.kept()
+        if networks is None:
             with torch.no_grad():
-                self.folded = Networks(self.hierarchy, list(self._blocks()), self.head)
-        run: Runner = self.folded.run
-        return run
+                self.folded = networks = Networks(self.hierarchy, list(self._blocks()), self.head)
+        return networks.run
+
+    @contextlib.contextmanager
+    def frozen_parameters(self) -> Iterator[Self]:
+        """Promise that parameters and buffers stay as they are until the end of the ``with`` block.
+
+        For inference they are then looked at once, in the beginning, and not in every call, which takes 0.05 to 0.1 ms
+        of it. What is changed within the block nevertheless takes effect after it.
+        """
+        layers = [module for module in self.modules() if isinstance(module, Foldable)]
+        before = [layer.frozen for layer in layers]
+        for layer in layers:
+            layer.folded, layer.frozen = layer.kept(), True
+        try:
+            yield self
+        finally:
+            for layer, frozen in zip(layers, before, strict=True):
+                layer.frozen = frozen
 
 
 def _check_network(

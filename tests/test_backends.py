@@ -178,6 +178,36 @@ def test_any_number_of_threads(case: Any, threads: int, rng: torch.Generator) ->
     check(case, "cpp", inputs, outcome, grads)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_keep_the_cores_that_they_may_use(threads: int) -> None:
+    """Two threads of a loop that meet on a core part, and are as free as before."""
+    result = _python(f"THREADS = {threads}\n{_MEETING}")
+    assert result.stdout.split() == ["right", "free"], result.stderr
+
+
+_MEETING = """
+import os
+import torch
+import hne_kernels as K
+
+torch.set_num_threads(THREADS)
+cores = os.sched_getaffinity(0)
+x, weight = torch.randn(4, 8, 9, 9, 16), torch.randn(8, 16, 16, 1, 1)
+want = K.branch_conv2d(x, weight, replicate=2)
+right = True
+for _ in range(20):
+    tasks = [int(task) for task in os.listdir("/proc/self/task")]
+    for allowed in ({min(cores)}, cores):  # all of them are on one core now, and need not be
+        for task in tasks:
+            os.sched_setaffinity(task, allowed)
+    right &= torch.equal(K.branch_conv2d(x, weight, replicate=2), want)
+tasks = [int(task) for task in os.listdir("/proc/self/task")]
+free = all(os.sched_getaffinity(task) == cores for task in tasks)
+print("right" if right else "wrong", "free" if free else "bound")
+"""
+
+
 def test_two_python_threads_at_once(backend: Placement, rng: torch.Generator) -> None:
     """Kernels share no scratch memory: each thread gets what it gets alone."""
     work = []

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import hne.inference
+import hne.snapshot
 from hne import FusedHNE
+from hne.layers import Foldable
 
 
 @pytest.fixture
@@ -113,6 +115,45 @@ def test_changes_are_noticed(change: Callable[[FusedHNE], object], rng: torch.Ge
     after = model(x)
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, with_gradients(model, x))
+
+
+@torch.no_grad()
+def test_frozen_parameters_are_looked_at_once(
+    folds: list[nn.Module], monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    before = model(x)
+    model.head.conv.weight.mul_(2)
+    with model.frozen_parameters() as same:
+        assert same is model
+        frozen = model(x)
+        assert not torch.equal(frozen, before), "a change before the block is seen in it"
+        with model.frozen_parameters():
+            assert torch.equal(model(x), frozen)
+        with monkeypatch.context() as patched:
+            patched.setattr(hne.snapshot.Snapshot, "is_current", lambda _: pytest.fail("parameters were looked at"))
+            assert torch.equal(model(x), frozen)
+            list(model.anytime(x))
+        for change in (lambda: model.head.conv.weight.mul_(2), lambda: model.train().eval()):
+            seen = len(folds)
+            change()
+            model(x)
+        assert len(folds) > seen, "a change of mode is always noticed"
+        assert not any(module.frozen for module in copy.deepcopy(model).modules() if isinstance(module, Foldable))
+        latest = model(x)
+        model.head.conv.weight.mul_(2)
+        assert torch.equal(model(x), latest)
+    after = model(x)
+    assert not torch.equal(after, latest), "a change within the block is seen after it"
+    torch.testing.assert_close(after, with_gradients(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_parameters_end_with_an_error(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    with pytest.raises(KeyError), model.frozen_parameters():
+        raise KeyError
+    assert not any(module.frozen for module in model.modules() if isinstance(module, Foldable))
 
 
 @torch.no_grad()

@@ -69,28 +69,29 @@ class Bottleneck {
 
   // Output rows [first, last) of a branch, from the map x to the map out.
   void run(int64_t branch, const T* x, T* out, int64_t first, int64_t last) const {
-    const int64_t most = std::max(rows_read(band_) * g_.width, band_ * g_.out_width);
-    Buffers buffers{scratch<T>(3, rows_read(band_) * row_size()), scratch<T>(4, band_ * g_.out_width * middle_),
-                    bias_of_sum(branch), scratch<const T*>(0, most), scratch<T*>(2, most)};
+    T* const expanded = scratch<T>(3, rows_read(band_) * row_size());
     for (int64_t begin = first, ready = 0; begin < last; begin += band_) {
-      const int64_t count = std::min(band_, last - begin);
-      expand(branch, x, begin * g_.stride - g_.padding, ready, rows_read(count), buffers);
-      filter(branch, count, buffers);
-      project(branch, x, out, begin, count, buffers);
+      const int64_t count = std::min(band_, last - begin), rows = rows_read(count);
+      expand(branch, x, begin * g_.stride - g_.padding, ready, rows, expanded);
+      finish(branch, x, expanded, out, begin, count);
       ready = std::max<int64_t>(0, g_.kernel_size - g_.stride);  // rows that the band below reads as well
-      T* end = buffers.expanded + rows_read(count) * row_size();
-      std::copy(end - ready * row_size(), end, buffers.expanded);
+      std::copy(expanded + (rows - ready) * row_size(), expanded + rows * row_size(), expanded);
     }
   }
 
- private:
-  struct Buffers {
-    T *expanded, *filtered;
-    const T* bias;
-    const T** rows;
-    T** out_rows;
-  };
+  // The same in two steps, for threads that share a map. What the second one reads is the whole expanded map: no thread
+  // expands rows of another.
+  bool shared(int64_t share) const { return share <= band_; }  // so many output rows are of one thread
+  int64_t expanded_rows() const { return rows_read(g_.out_height); }
+  int64_t expanded_size() const { return expanded_rows() * row_size(); }
+  void run_expand(int64_t branch, const T* x, T* expanded, int64_t first, int64_t last) const {
+    expand(branch, x, -g_.padding, first, last, expanded);
+  }
+  void run_finish(int64_t branch, const T* x, const T* expanded, T* out, int64_t first, int64_t last) const {
+    finish(branch, x, expanded + first * g_.stride * row_size(), out, first, last - first);
+  }
 
+ private:
   // Rows of the map that a band of `rows` output rows reads.
   int64_t rows_read(int64_t rows) const { return (rows - 1) * g_.stride + g_.kernel_size; }
   // A row of the expanded map has columns of zeros at both ends.
@@ -110,42 +111,50 @@ class Bottleneck {
     return both;
   }
 
-  // Rows [top, top + rows) of the map; the first `ready` of them are left from the band above.
-  void expand(int64_t branch, const T* x, int64_t top, int64_t ready, int64_t rows, const Buffers& buffers) const {
+  // Lines [first, last) of an expanded map whose line 0 is row `top` of the map.
+  void expand(int64_t branch, const T* x, int64_t top, int64_t first, int64_t last, T* expanded) const {
     const int64_t middle = middle_;
+    T** const out_rows = scratch<T*>(2, std::max<int64_t>(last - first, 0) * g_.width);
     int64_t pixels = 0;
-    for (int64_t r = ready; r < rows; ++r) {
-      T* line = buffers.expanded + r * row_size();
+    for (int64_t r = first; r < last; ++r) {
+      T* line = expanded + r * row_size();
       if (top + r < 0 || top + r >= g_.height) {
         std::fill(line, line + row_size(), T(0));
         continue;
       }
       std::fill(line, line + g_.padding * middle, T(0));
       std::fill(line + (g_.padding + g_.width) * middle, line + row_size(), T(0));
-      for (int64_t ix = 0; ix < g_.width; ++ix) buffers.out_rows[pixels++] = line + (g_.padding + ix) * middle;
+      for (int64_t ix = 0; ix < g_.width; ++ix) out_rows[pixels++] = line + (g_.padding + ix) * middle;
     }
-    const T* first_row = x + std::max<int64_t>(top + ready, 0) * g_.width * g_.in_channels;
+    const T* first_row = x + std::max<int64_t>(top + first, 0) * g_.width * g_.in_channels;
     const Tap<T> tap = pointwise(w_.expand, branch, middle, g_.in_channels, &first_row);
-    kernels<T>().gemm(
-        {&tap, 1, pixels, middle, buffers.out_rows, data<T>(w_.expand_bias) + branch * middle, nullptr, clamp_});
+    kernels<T>().gemm({&tap, 1, pixels, middle, out_rows, data<T>(w_.expand_bias) + branch * middle, nullptr, clamp_});
   }
 
-  void filter(int64_t branch, int64_t count, const Buffers& buffers) const {
+  // Output rows [begin, begin + count), from the lines of the expanded map that they read.
+  void finish(int64_t branch, const T* x, const T* expanded, T* out, int64_t begin, int64_t count) const {
+    T* const filtered = scratch<T>(4, count * g_.out_width * middle_);
+    filter(branch, expanded, count, filtered);
+    project(branch, x, filtered, out, begin, count);
+  }
+
+  void filter(int64_t branch, const T* expanded, int64_t count, T* filtered) const {
     const int64_t middle = middle_;
     const T** rows = scratch<const T*>(5, g_.kernel_size);
     for (int64_t r = 0; r < count; ++r) {
-      for (int64_t ky = 0; ky < g_.kernel_size; ++ky) rows[ky] = buffers.expanded + (r * g_.stride + ky) * row_size();
+      for (int64_t ky = 0; ky < g_.kernel_size; ++ky) rows[ky] = expanded + (r * g_.stride + ky) * row_size();
       kernels<T>().depthwise_row({rows, data<T>(w_.depthwise) + branch * g_.taps() * middle,
-                                  data<T>(w_.depthwise_bias) + branch * middle,
-                                  buffers.filtered + r * g_.out_width * middle, g_.width + 2 * g_.padding, g_.out_width,
-                                  middle, g_.kernel_size, g_.stride, 0, false, clamp_});
+                                  data<T>(w_.depthwise_bias) + branch * middle, filtered + r * g_.out_width * middle,
+                                  g_.width + 2 * g_.padding, g_.out_width, middle, g_.kernel_size, g_.stride, 0, false,
+                                  clamp_});
     }
   }
 
-  void project(int64_t branch, const T* x, T* out, int64_t begin, int64_t count, const Buffers& buffers) const {
+  void project(int64_t branch, const T* x, const T* filtered, T* out, int64_t begin, int64_t count) const {
     const int64_t pixels = count * g_.out_width, channels = g_.in_channels;
-    for (int64_t m = 0; m < pixels; ++m) buffers.out_rows[m] = out + (begin * g_.out_width + m) * g_.out_channels;
-    const T* filtered = buffers.filtered;
+    const T** const rows = scratch<const T*>(0, pixels);
+    T** const out_rows = scratch<T*>(2, pixels);
+    for (int64_t m = 0; m < pixels; ++m) out_rows[m] = out + (begin * g_.out_width + m) * g_.out_channels;
     const T* source = x + begin * g_.width * channels;  // what the shortcut reads
     Tap<T> taps[2] = {pointwise(w_.project, branch, g_.out_channels, middle_, &filtered), {}};
     if (w_.shortcut.has_value()) {
@@ -161,9 +170,9 @@ class Bottleneck {
       taps[1] = pointwise(*w_.shortcut, branch, g_.out_channels, channels, &source);
     }
     if (w_.identity)
-      for (int64_t m = 0; m < pixels; ++m) buffers.rows[m] = source + m * channels;
-    kernels<T>().gemm({taps, w_.shortcut.has_value() ? 2 : 1, pixels, g_.out_channels, buffers.out_rows, buffers.bias,
-                       w_.identity ? buffers.rows : nullptr, final_clamp_});
+      for (int64_t m = 0; m < pixels; ++m) rows[m] = source + m * channels;
+    kernels<T>().gemm({taps, w_.shortcut.has_value() ? 2 : 1, pixels, g_.out_channels, out_rows, bias_of_sum(branch),
+                       w_.identity ? rows : nullptr, final_clamp_});
   }
 
   const BottleneckWeights& w_;
@@ -178,7 +187,7 @@ class Bottleneck {
 template <typename T>
 void run_bottlenecks(const std::vector<Bottleneck<T>>& layers, const T* x, T* out, bool mean, const Tensor& like) {
   const Geometry& g = layers.front().geometry();
-  const int64_t maps = g.branches * g.batch, threads = torch::stable::get_num_threads();
+  const int64_t maps = g.branches * g.batch, threads = num_threads();
   const auto input = [&](int64_t map) {
     return x + (map / g.batch / g.replicate * g.batch + map % g.batch) * layers.front().in_size();
   };
@@ -210,15 +219,36 @@ void run_bottlenecks(const std::vector<Bottleneck<T>>& layers, const T* x, T* ou
     return mutable_data<T>(between) + (int64_t(layer % 2) * rest + map) * largest;
   };
   for (size_t i = 0; i < layers.size(); ++i) {
-    const int64_t height = layers[i].geometry().out_height;
+    const Bottleneck<T>& layer = layers[i];
+    const int64_t height = layer.geometry().out_height;
     const int64_t parts = std::clamp<int64_t>(ceil_div(threads, rest), 1, std::max<int64_t>(height, 1));
     const int64_t share = ceil_div(height, parts);
-    parallel_tasks(rest * parts, [&](int64_t task) {
-      const int64_t map = task / parts, first = task % parts * share;
-      layers[i].run((each + map) / g.batch, i == 0 ? input(each + map) : buffer(i - 1, map),
-                    i + 1 == layers.size() && !mean ? output(each + map) : buffer(i, map), first,
-                    std::min(first + share, height));
-    });
+    const auto source = [&](int64_t map) { return i == 0 ? input(each + map) : buffer(i - 1, map); };
+    const auto target = [&](int64_t map) {
+      return i + 1 == layers.size() && !mean ? output(each + map) : buffer(i, map);
+    };
+    // f(map, first, last) for all `rows` of each map
+    const auto split = [&](int64_t rows, const auto& f) {
+      const int64_t most = ceil_div(rows, parts);
+      parallel_tasks(rest * parts, [&](int64_t task) {
+        const int64_t first = std::min(task % parts * most, rows);
+        f(task / parts, first, std::min(first + most, rows));
+      });
+    };
+    if (parts > 1 && layer.shared(share)) {
+      T* const expanded = scratch<T>(9, rest * layer.expanded_size());
+      const auto map_of = [&](int64_t map) { return expanded + map * layer.expanded_size(); };
+      split(layer.expanded_rows(), [&](int64_t map, int64_t first, int64_t last) {
+        layer.run_expand((each + map) / g.batch, source(map), map_of(map), first, last);
+      });
+      split(height, [&](int64_t map, int64_t first, int64_t last) {
+        layer.run_finish((each + map) / g.batch, source(map), map_of(map), target(map), first, last);
+      });
+    } else {
+      split(height, [&](int64_t map, int64_t first, int64_t last) {
+        layer.run((each + map) / g.batch, source(map), target(map), first, last);
+      });
+    }
   }
   for (int64_t map = 0; map < rest; ++map) finish(buffer(layers.size() - 1, map), each + map);
 }

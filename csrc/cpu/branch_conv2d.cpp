@@ -22,7 +22,7 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
   const std::vector<T> zeros(line_size, T(0));
   // Where there are fewer blocks of rows than threads, these share the channels.
   const int64_t blocks = g.branches * chunks, panels = ceil_div(g.out_channels, kPanel);
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   const int64_t parts =
       written || blocks == 0 ? 1 : std::clamp<int64_t>(threads / blocks, 1, ceil_div(panels, kSharePanels));
   const int64_t share = ceil_div(panels, parts);
@@ -242,7 +242,7 @@ void convolve_weight(const Geometry& g, const Map<T>& grad_in, const Map<T>& x_i
   const Map<T> x = g.pointwise() ? x_in : in_memory(x_in, g.parents, hold_x);
   const WeightSums sums(g, x.computed());
   const Map<T> grad = sums.matrices == 1 ? grad_in : in_memory(grad_in, g.branches, hold_grad);
-  const int64_t threads = torch::stable::get_num_threads(), matrices = g.branches * sums.matrices;
+  const int64_t threads = num_threads(), matrices = g.branches * sums.matrices;
   const int64_t chunks = ceil_div(g.batch * g.out_pixels(), kBlockRows);
   const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
   const bool direct = sums.matrices == 1 && shares == 1 && !sums.by_lines;  // the one sum is the result
@@ -256,7 +256,7 @@ void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, 
                         T* grad_x, const Tensor* grad_weight, const Written& written) {
   const int64_t rows = g.batch * g.pixels(), chunks = ceil_div(rows, kBlockRows);
   const int64_t size = g.out_channels * g.in_channels, branches_size = g.branches * size;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(g.parents, 1))));
   const Tensor packed = grad_x != nullptr ? pack_transposed<T>(g, weight) : weight;
   const int64_t tap_size = g.out_channels * kPanel, panel_stride = g.replicate * tap_size;

@@ -75,7 +75,8 @@ class Layers {
     STD_TORCH_CHECK(x_in.is_cpu() && x_in.scalar_type() == type_, "x: expected the dtype of the weights, on the CPU");
     const Tensor x = torch::stable::contiguous(widen(x_in));
     std::vector<Tensor> kept;
-    dispatch(x, [&](auto type) { run<decltype(type)>(x, kept); });
+    Team::gather([&] { dispatch(x, [&](auto type) { run<decltype(type)>(x, kept); }); });
+    for (Tensor& features : kept) features = round_to(features, type_);
     return kept;
   }
 
@@ -115,7 +116,7 @@ class Layers {
     STD_TORCH_CHECK(shape.size() == 5, "x: expected 5 dimensions");
     for (const Step& step : steps_) {
       x = std::visit([&](const auto& what) { return compute<T>(what, x, shape); }, step.what);
-      if (step.kept) kept.push_back(round_to(x, type_));
+      if (step.kept) kept.push_back(x);
     }
   }
 

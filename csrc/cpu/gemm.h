@@ -38,8 +38,9 @@ struct LeftRows {
   }
 };
 
+// `ahead` is a panel that is read later: it is fetched into the second cache meanwhile.
 template <typename T, int ROWS, int PANELS, bool STEPS>
-void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel) {
+void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead) {
   constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel;
   constexpr int PER_PANEL = kVectorsPerPanel<T>, VECTORS = PANELS * PER_PANEL;
   // What the end of the tile reads and writes is fetched during the sums.
@@ -55,6 +56,7 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel) {
     const Tap<T>& tap = g.taps[t];
     LeftRows<T, ROWS, STEPS> left(tap, row);
     const T* right = tap.weight + panel * tap.panel_stride;
+    const T* later = tap.weight + ahead * tap.panel_stride;
     const auto column = [&](int64_t k) __attribute__((always_inline)) {
       Vec<T, W> w[VECTORS];
 #pragma GCC unroll 16
@@ -67,7 +69,10 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel) {
         for (int j = 0; j < VECTORS; ++j) sum[i][j] += x * w[j];
       }
     };
-    for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel) column(0);
+    for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel, later += kPanel) {
+      __builtin_prefetch(later, 0, 2);
+      column(0);
+    }
   }
   const int64_t first = panel * kPanel, columns = g.channels - first;
   T* const* out = g.out + row;
@@ -106,19 +111,21 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel) {
 
 // All rows, in the fewest tiles, of sizes as equal as can be.
 template <typename T, int PANELS, bool STEPS, int ROWS = tile_rows<T>(PANELS, STEPS)>
-void gemm_rows(const Gemm<T>& g, int64_t panel, int64_t row, int64_t rows) {
+void gemm_rows(const Gemm<T>& g, int64_t panel, int64_t ahead, int64_t row, int64_t rows) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return gemm_rows<T, PANELS, STEPS, ROWS - 1>(g, panel, row, rows);
+    if (rows < ROWS) return gemm_rows<T, PANELS, STEPS, ROWS - 1>(g, panel, ahead, row, rows);
   }
-  gemm_tile<T, ROWS, PANELS, STEPS>(g, row, panel);
+  gemm_tile<T, ROWS, PANELS, STEPS>(g, row, panel, ahead);
 }
 
 template <typename T, int PANELS, bool STEPS>
 void gemm_columns(const Gemm<T>& g, int64_t panel) {
   constexpr int ROWS = tile_rows<T>(PANELS, STEPS);
-  for (int64_t row = 0, tiles = (g.count + ROWS - 1) / ROWS; tiles > 0; --tiles) {
+  const int64_t panels = (g.channels + kPanel - 1) / kPanel;
+  int64_t ahead = panel + PANELS;  // each tile fetches one of the panels that come next
+  for (int64_t row = 0, tiles = (g.count + ROWS - 1) / ROWS; tiles > 0; --tiles, ++ahead) {
     const int64_t rows = (g.count - row + tiles - 1) / tiles;
-    gemm_rows<T, PANELS, STEPS>(g, panel, row, rows);
+    gemm_rows<T, PANELS, STEPS>(g, panel, ahead < std::min(panel + 2 * PANELS, panels) ? ahead : panel, row, rows);
     row += rows;
   }
 }

@@ -6,6 +6,8 @@
 namespace hne {
 namespace {
 
+constexpr int64_t kSamples = 4;  // of a task
+
 std::tuple<Tensor, Tensor> hierarchical_distillation_loss(const Tensor& logits_in, const Tensor& target_in,
                                                           double alpha, double temperature) {
   STD_TORCH_CHECK(logits_in.dim() == 3, "logits: expected 3 dimensions");
@@ -30,8 +32,8 @@ std::tuple<Tensor, Tensor> hierarchical_distillation_loss(const Tensor& logits_i
   dispatch(logits, [&](auto type) {
     using T = decltype(type);
     std::vector<double> losses(batch);
-    torch::stable::parallel_for(0, batch, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
+    parallel_tasks(ceil_div(batch, kSamples), [&](int64_t task) {
+      for (int64_t b = task * kSamples; b < std::min(batch, (task + 1) * kSamples); ++b) {
         DistillSample<T> d{};
         d.logits = data<T>(logits) + b * classes, d.grad = mutable_data<T>(grad) + b * classes;
         d.scratch = scratch<T>(0, (int64_t(students.size()) + 2) * classes);

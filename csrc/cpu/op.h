@@ -1,4 +1,4 @@
-// What every op needs: argument checks, dtype dispatch, scratch memory, parallel loops.
+// What every op needs: argument checks, dtype dispatch, scratch memory; with team.h, parallel loops.
 #pragma once
 
 #include <cstdlib>
@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "team.h"
 #include "tensor.h"
 
 namespace hne {
@@ -51,15 +52,6 @@ T* scratch(int slot, int64_t count) {
     buffer.bytes = bytes;
   }
   return static_cast<T*>(buffer.memory);
-}
-
-// f(task) for every task, by all threads of torch.set_num_threads.
-template <typename F>
-void parallel_tasks(int64_t tasks, const F& f) {
-  if (tasks <= 0) return;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) f(task);
-  });
 }
 
 }  // namespace hne
