@@ -294,18 +294,65 @@ def test_rates_are_measured() -> None:
 
 
 @pytest.mark.usefixtures("_benchmarks")
-def test_a_turn_begins_with_a_call_that_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_begins_with_calls_that_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from meters import HostMeter
 
-    happened: list[str] = []
-    clock = iter((0.0, 6.0, 0.0, 6.0))
+    now, happened = [0.0], []
+
+    def side() -> None:
+        happened.append("call")
+        now[0] += HostMeter.WARM_UP * 0.4
+
     monkeypatch.setattr("time.sleep", lambda seconds: happened.append("rest"))
-    monkeypatch.setattr("time.perf_counter", lambda: happened.append("clock") or next(clock))
-    assert HostMeter().seconds(lambda: happened.append("call"), 3) == 2
-    assert happened == ["rest", "call", "clock", "call", "call", "call", "clock"]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    assert HostMeter().seconds(side, 2) == pytest.approx(HostMeter.WARM_UP * 0.4)
+    assert happened == ["rest", *["call"] * (3 + 2)]
     happened.clear()
-    assert HostMeter().seconds(lambda: happened.append("call"), 1) == 6
-    assert happened == ["rest", "clock", "call", "clock"]
+    assert HostMeter().seconds(side, 1) == pytest.approx(HostMeter.WARM_UP * 0.4)
+    assert happened == ["rest", "call"]
+
+
+@pytest.mark.usefixtures("_benchmarks")
+def test_turns_take_as_long_for_every_side() -> None:
+    from comparison import Watch, compare
+
+    seconds = {"fused": 0.01, "naive": 0.2, "quick": 0.0001}
+    turns: list[tuple[str, int]] = []
+
+    class Meter:
+        turn, before_turn = 0.05, 0.03
+
+        def prepare(self, call: Any) -> Any:
+            return call
+
+        def seconds(self, call: Any, calls: int) -> float:
+            name = call.__name__
+            turns.append((name, calls))
+            return seconds[name] * (3 if calls == 1 and name != "naive" else 1)  # a first call is slow
+
+    def side(name: str) -> Any:
+        def call() -> torch.Tensor:
+            return torch.ones(2)
+
+        call.__name__ = name
+        return call
+
+    def pedantic(target: Any, teardown: Any, rounds: int) -> None:
+        for _ in range(rounds):
+            target()
+            teardown()
+
+    benchmark: Any = SimpleNamespace(pedantic=pedantic, disabled=False, extra_info={})
+    meter: Any = Meter()
+    naive = {"naive": side("naive"), "quick": side("quick")}
+    (row,) = compare(
+        benchmark, {"": side("fused")}, naive, meter=meter, watch=Watch(), name="", shape="", images=1,
+        precision="float32", floor_ms=None, seconds=2.0,
+    )  # fmt: skip
+    assert row.rounds == 5, "2 s at 50 + 200 + 50 ms and three times 30 ms a round"
+    assert turns[-3:] == [("fused", 5), ("naive", 1), ("quick", 500)]
+    assert row.fused_ms == pytest.approx(10)
+    assert row.others_ms == pytest.approx({"quick": 0.1})
 
 
 def _inference(n: int, batch: int, fused_ms: float, **given: Any) -> Any:

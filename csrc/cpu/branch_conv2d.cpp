@@ -7,6 +7,7 @@ namespace hne {
 namespace {
 
 constexpr int64_t kFewChannels = 8;  // below: an image rather than features
+constexpr int64_t kFewPixels = 14;   // below: less than a tile of them in a row
 constexpr int64_t kSharePanels = 8;  // of a thread, where threads share the channels
 
 }  // namespace
@@ -39,10 +40,10 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
     Tap<T>* taps = scratch<Tap<T>>(2, g.taps());
     for (int64_t m = 0; m < count; ++m) out_rows[m] = out + (branch * total + first + m) * g.out_channels + channel;
     if (by_lines) {
-      gather_lines(g, branch_x, zeros.data(), first, count, scratch<T>(3, kBlockRows * g.kernel_size * line_size), rows,
-                   kBlockRows);
+      gather_lines(g, branch_x, first, count, scratch<T>(3, lines_size(g, kBlockRows)), rows, kBlockRows);
       for (int64_t ky = 0; ky < g.kernel_size; ++ky)
-        taps[ky] = {rows + ky * kBlockRows, branch_weight + ky * line_size * kPanel, panel_stride, line_size};
+        taps[ky] = {rows + ky * kBlockRows, branch_weight + ky * line_size * kPanel, panel_stride, line_size,
+                    g.out_width >= kFewPixels ? line_step(g) : 0};
     } else {
       if (g.pointwise()) {
         rows[0] = x.read(parent, first, count, scratch<T>(4, kBlockRows * g.in_channels));
@@ -54,8 +55,14 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
                    g.pointwise() ? g.in_channels : 0};
     }
     const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels + channel : nullptr;
-    kernels<T>().gemm(
-        {taps, by_lines ? g.kernel_size : g.taps(), count, channels, out_rows, branch_bias, nullptr, clamp});
+    // In a row of output pixels lines follow each other at one distance, which is quicker where they are many.
+    const bool by_rows = by_lines && g.out_width >= kFewPixels;
+    for (int64_t m = 0, pixels; m < count; m += pixels) {
+      pixels = by_rows ? std::min(count - m, g.out_width - (first + m) % g.out_width) : count;
+      kernels<T>().gemm(
+          {taps, by_lines ? g.kernel_size : g.taps(), pixels, channels, out_rows + m, branch_bias, nullptr, clamp});
+      for (int64_t ky = 0; by_rows && ky < g.kernel_size; ++ky) taps[ky].rows += pixels;
+    }
     if (written) written(branch, first, count);
   });
 }
@@ -188,7 +195,6 @@ void convolve_weight_shares(const Geometry& g, const Map<T>& grad, const Map<T>&
     std::fill(sum, sum + sums.size, T(0));
     const T** grad_rows = scratch<const T*>(0, kBlockRows);
     const T** x_rows = scratch<const T*>(1, g.kernel_size * kBlockRows);
-    T* edges = scratch<T>(3, sums.by_lines ? kBlockRows * g.kernel_size * line_size : 0);
     const int64_t parent = branch / g.replicate;
     const T* branch_x = x.x + parent * g.batch * g.pixels() * g.in_channels;
     const int64_t ky = tap / g.kernel_size, kx = tap % g.kernel_size;
@@ -203,7 +209,7 @@ void convolve_weight_shares(const Geometry& g, const Map<T>& grad, const Map<T>&
         continue;
       }
       if (sums.by_lines) {
-        gather_lines(g, branch_x, zeros.data(), first, count, edges, x_rows, kBlockRows);
+        gather_lines(g, branch_x, first, count, scratch<T>(3, lines_size(g, kBlockRows)), x_rows, kBlockRows);
         for (int64_t line = 0; line < g.kernel_size; ++line)
           kernels<T>().outer({x_rows + line * kBlockRows, grad_rows, count, line_size, g.out_channels,
                               sum + line * line_size * g.out_channels});

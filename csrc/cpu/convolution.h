@@ -11,8 +11,10 @@ struct PixelWalk {
   int64_t height, width, b, y, x;
   PixelWalk(int64_t height, int64_t width, int64_t first)
       : height(height), width(width), b(first / (height * width)), y(first / width % height), x(first % width) {}
-  void next() {
-    if (++x < width) return;
+  void next() { skip(1); }
+  // Past pixels of the same row.
+  void skip(int64_t pixels) {
+    if ((x += pixels) < width) return;
     x = 0;
     if (++y < height) return;
     y = 0, ++b;
@@ -38,33 +40,35 @@ void gather_rows(const Geometry& g, const T* x, const T* zeros, int64_t first, i
   }
 }
 
-// The same for a row of the kernel at a time, whose taps [kx][channel] lie together in x: lines[ky * stride_of_line +
-// m]. For a few channels (an image) that is quicker than a pointer for every tap. What juts out of the map at the left
-// or right is copied to `edges`, which has room for count * kernel_size lines; `zeros` is a line.
+// The same for a row of the kernel at a time, whose taps [kx][channel] lie together: lines[ky * stride_of_line + m].
+// For a few channels (an image) that is quicker than a pointer for every tap. What a row of output pixels reads is
+// copied to `memory` with the zeros around it: its lines follow each other at a distance of line_step.
+inline int64_t line_step(const Geometry& g) { return g.stride * g.in_channels; }
+inline int64_t read_width(const Geometry& g) {
+  return std::max<int64_t>(g.out_width - 1, 0) * g.stride + g.kernel_size;
+}
+inline int64_t lines_size(const Geometry& g, int64_t count) {
+  return (ceil_div(count, std::max<int64_t>(g.out_width, 1)) + 1) * g.kernel_size * read_width(g) * g.in_channels;
+}
+
 template <typename T>
-void gather_lines(const Geometry& g, const T* x, const T* zeros, int64_t first, int64_t count, T* edges,
-                  const T** lines, int64_t stride_of_line) {
-  const int64_t line_size = g.kernel_size * g.in_channels;
+void gather_lines(const Geometry& g, const T* x, int64_t first, int64_t count, T* memory, const T** lines,
+                  int64_t stride_of_line) {
+  const int64_t c = g.in_channels, before = std::min(g.padding, read_width(g));
+  const int64_t inside = std::clamp<int64_t>(read_width(g) - before, 0, g.width);
   PixelWalk out(g.out_height, g.out_width, first);
-  for (int64_t m = 0; m < count; ++m, out.next()) {
-    const int64_t left = out.x * g.stride - g.padding;
-    const int64_t begin = std::clamp<int64_t>(-left, 0, g.kernel_size) * g.in_channels;
-    const int64_t end = std::clamp<int64_t>(g.width - left, 0, g.kernel_size) * g.in_channels;
-    for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
+  for (int64_t m = 0, pixels; m < count; m += pixels, out.skip(pixels)) {
+    pixels = std::min(count - m, g.out_width - out.x);
+    for (int64_t ky = 0; ky < g.kernel_size; ++ky, memory += read_width(g) * c) {
       const int64_t iy = out.y * g.stride + ky - g.padding;
-      const int64_t at = ((out.b * g.height + iy) * g.width + left) * g.in_channels;
-      const T*& line = lines[ky * stride_of_line + m];
-      if (iy < 0 || iy >= g.height || begin >= end) {
-        line = zeros;
-      } else if (end - begin == line_size) {
-        line = x + at;
+      if (iy < 0 || iy >= g.height) {
+        std::fill_n(memory, read_width(g) * c, T(0));
       } else {
-        std::fill(edges, edges + begin, T(0));
-        std::copy(x + (at + begin), x + (at + end), edges + begin);
-        std::fill(edges + end, edges + line_size, T(0));
-        line = edges;
-        edges += line_size;
+        std::fill_n(memory, before * c, T(0));
+        std::copy_n(x + (out.b * g.height + iy) * g.width * c, inside * c, memory + before * c);
+        std::fill(memory + (before + inside) * c, memory + read_width(g) * c, T(0));
       }
+      for (int64_t i = 0; i < pixels; ++i) lines[ky * stride_of_line + m + i] = memory + (out.x + i) * line_step(g);
     }
   }
 }

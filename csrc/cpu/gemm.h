@@ -51,7 +51,21 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead) {
       __builtin_prefetch(g.out[row + i] + (panel + j) * kPanel, 1);
       if (g.add != nullptr) __builtin_prefetch(g.add[row + i] + (panel + j) * kPanel);
     }
-  Vec<T, W> sum[ROWS][VECTORS] = {};
+  const int64_t first = panel * kPanel, columns = g.channels - first;
+  const bool whole = columns >= PANELS * kPanel;
+  Vec<T, W> bias[VECTORS] = {};
+  if (g.bias != nullptr) {
+    T present[VECTORS * W] = {};
+    const T* from = g.bias + first;
+    if (!whole) from = std::copy_n(from, columns, present) - columns;
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) bias[j] = load<W>(from + j * W);
+  }
+  Vec<T, W> sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) sum[i][j] = bias[j];
   for (int64_t t = 0; t < g.num_taps; ++t) {
     const Tap<T>& tap = g.taps[t];
     LeftRows<T, ROWS, STEPS> left(tap, row);
@@ -74,21 +88,16 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead) {
       column(0);
     }
   }
-  const int64_t first = panel * kPanel, columns = g.channels - first;
   T* const* out = g.out + row;
   const T* const* add = g.add != nullptr ? g.add + row : nullptr;
-  const T* bias = g.bias != nullptr ? g.bias + first : nullptr;
   const Clamp<T> range = g.clamp;
-  if (columns >= PANELS * kPanel) {
-    Vec<T, W> offset[VECTORS] = {};
-#pragma GCC unroll 16
-    for (int j = 0; j < VECTORS && bias != nullptr; ++j) offset[j] = load<W>(bias + j * W);
+  if (whole) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       T* to = out[i] + first;
 #pragma GCC unroll 16
       for (int j = 0; j < VECTORS; ++j) {
-        Vec<T, W> v = sum[i][j] + offset[j];
+        Vec<T, W> v = sum[i][j];
         if (add != nullptr) v += load<W>(add[i] + first + j * W);
         store<W>(to + j * W, clamp(v, range));
       }
@@ -103,7 +112,6 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead) {
   for (int i = 0; i < ROWS; ++i)
     for (int64_t c = 0; c < columns; ++c) {
       T v = values[i][c];
-      if (bias != nullptr) v += bias[c];
       if (add != nullptr) v += add[i][first + c];
       out[i][first + c] = clamp(v, range);
     }

@@ -15,6 +15,8 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <thread>
+#include <utility>
 
 #ifdef __linux__
 #include <sched.h>
@@ -102,7 +104,7 @@ class Team {
         asm volatile("yield");
 #endif
       } else {
-        yield();
+        std::this_thread::yield();
       }
     }
 
@@ -111,12 +113,6 @@ class Team {
   };
 
   explicit Team(int64_t threads) : threads_(threads), leader_(&led()), shares_(new Share[threads]) {}
-
-  static void yield() {
-#ifdef __linux__
-    sched_yield();
-#endif
-  }
 
   void help() {
     take_core();
@@ -155,7 +151,7 @@ class Team {
   // The end: a thread that has not come by now may be waiting for this core.
   void dismiss(int64_t helpers) {
     loop_.store(kOver);
-    for (int times = 0; times < kYields && helpers_.load() < helpers; ++times) yield();
+    for (int times = 0; times < kYields && helpers_.load() < helpers; ++times) std::this_thread::yield();
   }
 
   void take_core() {
