@@ -93,8 +93,13 @@ class Watch:
 
 def _seconds_of_a_call(side: Side, meter: Meter) -> float:
     """Once it is warm, which it is not in the call that shows how many a turn may have."""
-    first = meter.seconds(side, 1)
-    return first if first >= meter.turn else meter.seconds(side, max(2, int(meter.turn / first)))
+    first = meter.seconds(side, 1, warm=False)
+    return first if _is_long(first, meter) else meter.seconds(side, max(1, int(meter.turn / first)))
+
+
+def _is_long(seconds: float, meter: Meter) -> bool:
+    """So long a call would not be quicker for another one before it."""
+    return seconds >= 10 * meter.turn
 
 
 def compare(
@@ -149,16 +154,17 @@ def compare(
             except AssertionError as error:
                 raise AssertionError(f"{side or 'fused'}: {error}") from None
     del right
-    calls, rounds = dict.fromkeys(ready, 1), 1
+    calls, long, rounds = dict.fromkeys(ready, 1), dict.fromkeys(ready, True), 1
     if seconds is not None:
         taken = {side: _seconds_of_a_call(call, meter) for side, call in ready.items()}
         calls = {side: max(1, round(meter.turn / once)) for side, once in taken.items()}
+        long = {side: _is_long(once, meter) for side, once in taken.items()}
         of_a_round = sum(calls[side] * once + meter.before_turn for side, once in taken.items())
         rounds = max(3, min(100, round(seconds / of_a_round)))
     turns: dict[str, list[float]] = {side: [] for side in ready}
 
     def turn(side: str) -> None:
-        turns[side].append(meter.seconds(ready[side], calls[side]))
+        turns[side].append(meter.seconds(ready[side], calls[side], warm=not long[side]))
 
     def first_turn() -> None:
         turn(leader)

@@ -30,8 +30,8 @@ class Meter(Protocol):
     def prepare(self, side: Side) -> Side:
         """Warm up, and return what is to be timed: it gives the same result."""
 
-    def seconds(self, side: Side, calls: int) -> float:
-        """Mean time of a call."""
+    def seconds(self, side: Side, calls: int, *, warm: bool = True) -> float:
+        """Mean time of a call; of a first one, if it is not to be ``warm``."""
 
 
 class HostMeter:
@@ -39,7 +39,7 @@ class HostMeter:
 
     Threads that have nothing to do spin for a while before they sleep (libgomp's for 6 ms), and would take a core from
     the side that comes next. So each turn begins with a rest. Then calls that are not timed wake the threads of this
-    side and have its weights in the cache; where a single call is a turn, that counts for nothing.
+    side and have its weights in the cache.
     """
 
     REST, WARM_UP = 0.02, 0.01
@@ -51,12 +51,11 @@ class HostMeter:
     def prepare(self, side: Side) -> Side:
         return side
 
-    def seconds(self, side: Side, calls: int) -> float:
+    def seconds(self, side: Side, calls: int, *, warm: bool = True) -> float:
         time.sleep(self.REST)
-        if calls > 1:
-            warm = time.perf_counter() + self.WARM_UP
-            while time.perf_counter() < warm:
-                side()
+        ready = time.perf_counter() + self.WARM_UP
+        while warm and time.perf_counter() < ready:
+            side()
         start = time.perf_counter()
         for _ in range(calls):
             side()
@@ -101,7 +100,7 @@ class GpuMeter:
 
         return replay
 
-    def seconds(self, side: Side, calls: int) -> float:
+    def seconds(self, side: Side, calls: int, *, warm: bool = True) -> float:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         for start, end in events:
             self._flushing.zero_()

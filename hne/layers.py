@@ -170,19 +170,19 @@ class Foldable(nn.Module):
 
     ``folded`` is where it keeps what is derived from the parameters, ``captured`` what of it CUDA graphs read.
     They are no state: neither saved nor copied. The first are dropped whenever the parameters move or the mode changes.
-    While it is ``frozen``, the parameters are taken to be as they were.
+    While it is ``frozen`` (how many times over), the parameters are taken to be as they were.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.folded: Any = None
         self.captured: list[Any] = []
-        self.frozen = False
+        self.frozen = 0
 
     def kept(self) -> Any:
         """What is folded, or None where it is not of the parameters as they are now."""
-        current = self.folded is not None and (self.frozen or self.folded.is_current())
-        return self.folded if current else None
+        folded = self.folded  # another thread may drop it meanwhile
+        return folded if folded is not None and (self.frozen or folded.is_current()) else None
 
     def train(self, mode: bool = True) -> Self:
         self.folded = None
@@ -193,11 +193,11 @@ class Foldable(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "folded": None, "captured": [], "frozen": False}
+        return {**self.__dict__, "folded": None, "captured": [], "frozen": 0}
 
     def _replicate_for_data_parallel(self) -> Self:
         replica = super()._replicate_for_data_parallel()
-        replica.folded, replica.captured, replica.frozen = None, [], False
+        replica.folded, replica.captured, replica.frozen = None, [], 0
         return replica
 
 

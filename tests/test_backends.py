@@ -181,7 +181,7 @@ def test_any_number_of_threads(case: Any, threads: int, rng: torch.Generator) ->
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_keep_the_cores_that_they_may_use(threads: int) -> None:
-    """Two threads of a loop that meet on a core part, and are as free as before."""
+    """Threads that may meet on a core are as free afterwards as before."""
     result = _python(f"THREADS = {threads}\n{_MEETING}")
     assert result.stdout.split() == ["right", "free"], result.stderr
 
@@ -198,7 +198,7 @@ want = K.branch_conv2d(x, weight, replicate=2)
 right = True
 for _ in range(20):
     tasks = [int(task) for task in os.listdir("/proc/self/task")]
-    for allowed in ({min(cores)}, cores):  # all of them are on one core now, and need not be
+    for allowed in ({min(cores)}, cores):  # those that run now are on one core, and need not be
         for task in tasks:
             os.sched_setaffinity(task, allowed)
     right &= torch.equal(K.branch_conv2d(x, weight, replicate=2), want)

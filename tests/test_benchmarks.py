@@ -308,7 +308,7 @@ def test_a_turn_begins_with_calls_that_are_not_timed(monkeypatch: pytest.MonkeyP
     assert HostMeter().seconds(side, 2) == pytest.approx(HostMeter.WARM_UP * 0.4)
     assert happened == ["rest", *["call"] * (3 + 2)]
     happened.clear()
-    assert HostMeter().seconds(side, 1) == pytest.approx(HostMeter.WARM_UP * 0.4)
+    assert HostMeter().seconds(side, 1, warm=False) == pytest.approx(HostMeter.WARM_UP * 0.4)
     assert happened == ["rest", "call"]
 
 
@@ -316,8 +316,8 @@ def test_a_turn_begins_with_calls_that_are_not_timed(monkeypatch: pytest.MonkeyP
 def test_turns_take_as_long_for_every_side() -> None:
     from comparison import Watch, compare
 
-    seconds = {"fused": 0.01, "naive": 0.2, "quick": 0.0001}
-    turns: list[tuple[str, int]] = []
+    seconds = {"fused": 0.01, "naive": 1.0, "quick": 0.0001}
+    turns: list[tuple[str, int, bool]] = []
 
     class Meter:
         turn, before_turn = 0.05, 0.03
@@ -325,10 +325,10 @@ def test_turns_take_as_long_for_every_side() -> None:
         def prepare(self, call: Any) -> Any:
             return call
 
-        def seconds(self, call: Any, calls: int) -> float:
+        def seconds(self, call: Any, calls: int, *, warm: bool = True) -> float:
             name = call.__name__
-            turns.append((name, calls))
-            return seconds[name] * (3 if calls == 1 and name != "naive" else 1)  # a first call is slow
+            turns.append((name, calls, warm))
+            return seconds[name] + (0 if warm else 0.1)  # a first call is slow
 
     def side(name: str) -> Any:
         def call() -> torch.Tensor:
@@ -347,10 +347,10 @@ def test_turns_take_as_long_for_every_side() -> None:
     naive = {"naive": side("naive"), "quick": side("quick")}
     (row,) = compare(
         benchmark, {"": side("fused")}, naive, meter=meter, watch=Watch(), name="", shape="", images=1,
-        precision="float32", floor_ms=None, seconds=2.0,
+        precision="float32", floor_ms=None, seconds=6.45,
     )  # fmt: skip
-    assert row.rounds == 5, "2 s at 50 + 200 + 50 ms and three times 30 ms a round"
-    assert turns[-3:] == [("fused", 5), ("naive", 1), ("quick", 500)]
+    assert row.rounds == 5, "6.45 s at 50 + 1100 + 50 ms and three times 30 ms a round"
+    assert turns[-3:] == [("fused", 5, True), ("naive", 1, False), ("quick", 500, True)]
     assert row.fused_ms == pytest.approx(10)
     assert row.others_ms == pytest.approx({"quick": 0.1})
 

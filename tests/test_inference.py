@@ -135,11 +135,11 @@ def test_frozen_parameters_are_looked_at_once(
             patched.setattr(hne.snapshot.Snapshot, "is_current", lambda _: pytest.fail("parameters were looked at"))
             assert torch.equal(model(x), frozen)
             list(model.anytime(x))
-        for change in (lambda: model.head.conv.weight.mul_(2), lambda: model.train().eval()):
-            seen = len(folds)
-            change()
-            model(x)
-        assert len(folds) > seen, "a change of mode is always noticed"
+        seen = len(folds)
+        model(x)
+        assert len(folds) == seen
+        model.train().eval()(x)
+        assert len(folds) == seen + layers(model), "a change of mode is always noticed"
         assert not any(module.frozen for module in copy.deepcopy(model).modules() if isinstance(module, Foldable))
         latest = model(x)
         model.head.conv.weight.mul_(2)
@@ -147,6 +147,29 @@ def test_frozen_parameters_are_looked_at_once(
     after = model(x)
     assert not torch.equal(after, latest), "a change within the block is seen after it"
     torch.testing.assert_close(after, with_gradients(model, x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_nothing_of_two_states_outlives_frozen_parameters(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    model(x)
+    model.head.conv.weight.mul_(2)  # the network is folded anew within the block, of layers that are kept
+    with model.frozen_parameters():
+        next(model.blocks[0].parameters()).mul_(2)
+        model(x)
+    torch.testing.assert_close(model(x), with_gradients(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_parameters_may_overlap(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    one, other = model.frozen_parameters(), model.frozen_parameters()
+    for block in (one, other):
+        block.__enter__()
+    for block in (one, other):
+        assert model.frozen
+        block.__exit__(None, None, None)
+    assert not model.frozen
 
 
 def test_frozen_parameters_end_with_an_error(rng: torch.Generator) -> None:

@@ -20,7 +20,9 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
   const int64_t line_size = g.kernel_size * g.in_channels;
   const bool by_lines = g.in_channels < kFewChannels && !x.computed();
-  const std::vector<T> zeros(line_size, T(0));
+  // In a row of output pixels lines follow each other at one distance, which is quicker where they are many.
+  const bool by_rows = by_lines && g.out_width >= kFewPixels;
+  const std::vector<T> zeros(g.in_channels, T(0));
   // Where there are fewer blocks of rows than threads, these share the channels.
   const int64_t blocks = g.branches * chunks, panels = ceil_div(g.out_channels, kPanel);
   const int64_t threads = num_threads();
@@ -43,7 +45,7 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
       gather_lines(g, branch_x, first, count, scratch<T>(3, lines_size(g, kBlockRows)), rows, kBlockRows);
       for (int64_t ky = 0; ky < g.kernel_size; ++ky)
         taps[ky] = {rows + ky * kBlockRows, branch_weight + ky * line_size * kPanel, panel_stride, line_size,
-                    g.out_width >= kFewPixels ? line_step(g) : 0};
+                    by_rows ? line_step(g) : 0};
     } else {
       if (g.pointwise()) {
         rows[0] = x.read(parent, first, count, scratch<T>(4, kBlockRows * g.in_channels));
@@ -55,8 +57,6 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
                    g.pointwise() ? g.in_channels : 0};
     }
     const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels + channel : nullptr;
-    // In a row of output pixels lines follow each other at one distance, which is quicker where they are many.
-    const bool by_rows = by_lines && g.out_width >= kFewPixels;
     for (int64_t m = 0, pixels; m < count; m += pixels) {
       pixels = by_rows ? std::min(count - m, g.out_width - (first + m) % g.out_width) : count;
       kernels<T>().gemm(
@@ -188,7 +188,7 @@ void convolve_weight_shares(const Geometry& g, const Map<T>& grad, const Map<T>&
   const WeightSums sums(g, x.computed());
   const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kBlockRows);
   const int64_t line_size = g.kernel_size * g.in_channels;
-  const std::vector<T> zeros(line_size, T(0));
+  const std::vector<T> zeros(g.in_channels, T(0));
   parallel_tasks(g.branches * sums.matrices * shares, [&](int64_t task) {
     const int64_t branch = task / (sums.matrices * shares), tap = task / shares % sums.matrices, share = task % shares;
     T* sum = partial + task * sums.size;

@@ -41,34 +41,33 @@ void gather_rows(const Geometry& g, const T* x, const T* zeros, int64_t first, i
 }
 
 // The same for a row of the kernel at a time, whose taps [kx][channel] lie together: lines[ky * stride_of_line + m].
-// For a few channels (an image) that is quicker than a pointer for every tap. What a row of output pixels reads is
-// copied to `memory` with the zeros around it: its lines follow each other at a distance of line_step.
+// For a few channels (an image) that is quicker than a pointer for every tap. What output pixels of one row read is
+// copied to `memory`, with the zeros around the map: their lines follow each other at a distance of line_step.
 inline int64_t line_step(const Geometry& g) { return g.stride * g.in_channels; }
-inline int64_t read_width(const Geometry& g) {
-  return std::max<int64_t>(g.out_width - 1, 0) * g.stride + g.kernel_size;
-}
 inline int64_t lines_size(const Geometry& g, int64_t count) {
-  return (ceil_div(count, std::max<int64_t>(g.out_width, 1)) + 1) * g.kernel_size * read_width(g) * g.in_channels;
+  const int64_t rows = ceil_div(count, std::max<int64_t>(g.out_width, 1)) + 1;  // that the pixels are of
+  return g.kernel_size * (count * g.stride + rows * g.kernel_size) * g.in_channels;
 }
 
 template <typename T>
 void gather_lines(const Geometry& g, const T* x, int64_t first, int64_t count, T* memory, const T** lines,
                   int64_t stride_of_line) {
-  const int64_t c = g.in_channels, before = std::min(g.padding, read_width(g));
-  const int64_t inside = std::clamp<int64_t>(read_width(g) - before, 0, g.width);
+  const int64_t c = g.in_channels;
   PixelWalk out(g.out_height, g.out_width, first);
   for (int64_t m = 0, pixels; m < count; m += pixels, out.skip(pixels)) {
     pixels = std::min(count - m, g.out_width - out.x);
-    for (int64_t ky = 0; ky < g.kernel_size; ++ky, memory += read_width(g) * c) {
+    const int64_t columns = (pixels - 1) * g.stride + g.kernel_size, left = out.x * g.stride - g.padding;
+    const int64_t begin = std::clamp<int64_t>(-left, 0, columns), end = std::clamp(g.width - left, begin, columns);
+    for (int64_t ky = 0; ky < g.kernel_size; ++ky, memory += columns * c) {
       const int64_t iy = out.y * g.stride + ky - g.padding;
-      if (iy < 0 || iy >= g.height) {
-        std::fill_n(memory, read_width(g) * c, T(0));
+      if (iy < 0 || iy >= g.height || begin == end) {
+        std::fill_n(memory, columns * c, T(0));
       } else {
-        std::fill_n(memory, before * c, T(0));
-        std::copy_n(x + (out.b * g.height + iy) * g.width * c, inside * c, memory + before * c);
-        std::fill(memory + (before + inside) * c, memory + read_width(g) * c, T(0));
+        std::fill_n(memory, begin * c, T(0));
+        std::copy_n(x + ((out.b * g.height + iy) * g.width + left + begin) * c, (end - begin) * c, memory + begin * c);
+        std::fill_n(memory + end * c, (columns - end) * c, T(0));
       }
-      for (int64_t i = 0; i < pixels; ++i) lines[ky * stride_of_line + m + i] = memory + (out.x + i) * line_step(g);
+      for (int64_t i = 0; i < pixels; ++i) lines[ky * stride_of_line + m + i] = memory + i * line_step(g);
     }
   }
 }

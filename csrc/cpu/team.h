@@ -6,8 +6,9 @@
 //
 // Linux may wake a thread on the core of the one that woke it, though another core has nothing to do, and libgomp's
 // threads spin for milliseconds where they wait for each other: the second one would get that core only when the time
-// slice of the first one ends, and an op of microseconds takes 4 ms or 8. So a thread that finds another one of its
-// team on its core goes elsewhere, and the leader lets those that have not come have its core, before it waits.
+// slice of the first one ends, and an op of microseconds takes 4 ms or 8. So a helper that finds another thread of its
+// team on its core goes elsewhere, and the leader lets those that have not come have its core, before it waits. (A
+// thread that has once been moved keeps the cores that it was allowed then, even if its cpuset grows.)
 #pragma once
 
 #include <atomic>
@@ -34,13 +35,13 @@ class Team {
     const int64_t threads = torch::stable::get_num_threads();
     if (led() != nullptr || threads <= 1) return lead();
     Team team(threads);
+    team.take_core();
     std::exception_ptr failure;
     bool ready = true;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      if (&led() != team.leader_) return team.help();
+      if (&led() != team.leader_) return team.help(begin, end);
       if (!ready) return;  // it is given several of the threads' parts one after the other
       ready = false;
-      team.take_core();
       led() = &team;
       try {
         lead();
@@ -114,9 +115,10 @@ class Team {
 
   explicit Team(int64_t threads) : threads_(threads), leader_(&led()), shares_(new Share[threads]) {}
 
-  void help() {
-    take_core();
-    const int64_t self = 1 + helpers_.fetch_add(1);
+  // By the thread that stands for some of all threads.
+  void help(int64_t begin, int64_t end) {
+    if (!take_core()) leave_core();
+    present_.fetch_add(end - begin);
     Patience patience;
     for (int64_t seen = 0;;) {
       const int64_t loop = loop_.load();
@@ -126,7 +128,7 @@ class Team {
         continue;
       }
       inside_.fetch_add(1);
-      if (loop_.load() == loop) work(self);
+      if (loop_.load() == loop) work(begin);
       inside_.fetch_sub(1);
       seen = loop, patience = {};
     }
@@ -149,24 +151,32 @@ class Team {
   }
 
   // The end: a thread that has not come by now may be waiting for this core.
-  void dismiss(int64_t helpers) {
+  void dismiss(int64_t others) {
     loop_.store(kOver);
-    for (int times = 0; times < kYields && helpers_.load() < helpers; ++times) std::this_thread::yield();
+    for (int times = 0; times < kYields && present_.load() < others; ++times) std::this_thread::yield();
   }
 
-  void take_core() {
+  // Whether no other thread of the team has taken the core that this one is on.
+  bool take_core() {
 #ifdef __linux__
     const int core = sched_getcpu();
-    if (core < 0 || core >= kCores) return;
+    if (core < 0 || core >= kCores) return true;
     const uint64_t bit = uint64_t(1) << (core % kBits);
-    if ((taken_[core / kBits].fetch_or(bit) & bit) == 0) return;
+    return (taken_[core / kBits].fetch_or(bit) & bit) == 0;
+#else
+    return true;
+#endif
+  }
+
+  // For one that none has taken. It goes at once, and may go on from there to wherever it was allowed to be.
+  void leave_core() {
+#ifdef __linux__
     cpu_set_t allowed, free;
     if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;  // more cores than a set holds
     free = allowed;
     for (int other = 0; other < kCores; ++other)
       if (taken_[other / kBits].load() >> (other % kBits) & 1) CPU_CLR(other, &free);
     if (CPU_COUNT(&free) == 0) return;
-    // It goes at once, and may go on from there to wherever it was allowed to be.
     if (sched_setaffinity(0, sizeof free, &free) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
 #endif
   }
@@ -183,7 +193,7 @@ class Team {
   void (*call_)(const void*, int64_t) = nullptr;
   const void* context_ = nullptr;
   alignas(64) std::atomic<int64_t> inside_{0};  // threads that help with it
-  std::atomic<int64_t> helpers_{0};             // threads that have come
+  std::atomic<int64_t> present_{0};             // of all threads but the leader, those that have come
   std::atomic<uint64_t> taken_[kCores / kBits] = {};
 };
 
