@@ -456,6 +456,13 @@ LAYERS = [
         mean=[4],
     ),
     layers(
+        "images",
+        fused_convolution(Geometry(1, 1, 5, 9, 17, 3, 18, 3, 2, 1), "relu"),
+        fused_convolution(Geometry(1, 1, 5, 5, 9, 18, 7, 1, 1, 0), "relu6"),
+        bottleneck(Bottleneck(1, 1, 5, 5, 9, 7, 3, 7, 3, 1, "identity", "relu", "relu")),
+        bottleneck(Bottleneck(1, 1, 5, 5, 9, 7, 20, 9, 3, 2, "shortcut", "relu", "none")),
+    ),
+    layers(
         "kept",
         bottleneck(Bottleneck(1, 1, 1, 5, 7, 8, 3, 8, 3, 1, "identity", "relu", "relu")),
         bottleneck(Bottleneck(1, 1, 1, 5, 7, 8, 4, 20, 3, 1, "shortcut", "relu", "relu")),

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "convolution.h"
+#include "packed_convolution.h"
 
 namespace hne {
 
@@ -39,6 +40,7 @@ struct BottleneckWeights {
     shortcut = contiguous(widen(given[6])), shortcut_bias = contiguous(widen(given[7]));
   }
 
+  int64_t branches() const { return expand.size(0); }
   int64_t middle() const { return depthwise.size(3); }
 
   // Of the depthwise convolution, between the channels of x and of the output; `shape` is that of x.
@@ -182,10 +184,11 @@ class Bottleneck {
   int64_t band_;
 };
 
-// One bottleneck after the other, from x to out: maps, or with `mean` what each map is on average. `like` is for the
-// memory between them.
+// One bottleneck after the other, from x to out: maps, or with `mean` what each map is on average. Convolutions may
+// come before, where there is one branch. `like` is for the memory between them.
 template <typename T>
-void run_bottlenecks(const std::vector<Bottleneck<T>>& layers, const T* x, T* out, bool mean, const Tensor& like) {
+void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck<T>>& layers, const T* x, T* out,
+                     bool mean, const Tensor& like) {
   const Geometry& g = layers.front().geometry();
   const int64_t maps = g.branches * g.batch, threads = num_threads();
   const auto input = [&](int64_t map) {
@@ -202,7 +205,9 @@ void run_bottlenecks(const std::vector<Bottleneck<T>>& layers, const T* x, T* ou
   // As many maps for each thread,
   const int64_t each = maps - maps % threads;
   parallel_tasks(each, [&](int64_t map) {
-    const T* from = input(map);
+    const T* from = before.empty() ? input(map)
+                                   : before.run(x + map * before.in_size(), 1, scratch<T>(10, before.largest()),
+                                                scratch<T>(11, before.largest()));
     for (size_t i = 0; i < layers.size(); ++i) {
       T* to = i + 1 == layers.size() && !mean ? output(map) : scratch<T>(8 + i % 2, largest);
       layers[i].run(map / g.batch, from, to, 0, layers[i].geometry().out_height);
@@ -214,7 +219,10 @@ void run_bottlenecks(const std::vector<Bottleneck<T>>& layers, const T* x, T* ou
 
   // and the rest layer by layer, so that all threads share a map.
   const int64_t rest = maps - each;
-  const Tensor between = empty(like, {2, rest * largest});
+  const Tensor between = empty(like, {2, rest * largest}), first = empty(like, {2, rest * before.largest()});
+  const T* const first_maps = before.empty() ? nullptr
+                                             : before.run(x + each * before.in_size(), rest, mutable_data<T>(first),
+                                                          mutable_data<T>(first) + rest * before.largest());
   const auto buffer = [&](size_t layer, int64_t map) {
     return mutable_data<T>(between) + (int64_t(layer % 2) * rest + map) * largest;
   };
@@ -223,7 +231,10 @@ void run_bottlenecks(const std::vector<Bottleneck<T>>& layers, const T* x, T* ou
     const int64_t height = layer.geometry().out_height;
     const int64_t parts = std::clamp<int64_t>(ceil_div(threads, rest), 1, std::max<int64_t>(height, 1));
     const int64_t share = ceil_div(height, parts);
-    const auto source = [&](int64_t map) { return i == 0 ? input(each + map) : buffer(i - 1, map); };
+    const auto source = [&](int64_t map) {
+      if (i > 0) return static_cast<const T*>(buffer(i - 1, map));
+      return before.empty() ? input(each + map) : first_maps + map * layer.in_size();
+    };
     const auto target = [&](int64_t map) {
       return i + 1 == layers.size() && !mean ? output(each + map) : buffer(i, map);
     };

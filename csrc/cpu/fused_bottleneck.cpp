@@ -19,7 +19,9 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand, const Tensor& 
   const Tensor out = empty(x, weights.geometry(shape).out_shape());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    run_bottlenecks<T>({Bottleneck<T>(weights, shape)}, data<T>(x), mutable_data<T>(out), false, out);
+    std::vector<int64_t> in_shape = shape;
+    run_bottlenecks<T>(Convolutions<T>({}, in_shape), {Bottleneck<T>(weights, shape)}, data<T>(x), mutable_data<T>(out),
+                       false, out);
   });
   return round_to(out, x_in.scalar_type());
 }

@@ -41,8 +41,10 @@ std::string activation_name(int64_t number) {
 // The mean over every map.
 struct Mean {};
 
-// Bottlenecks one after the other, and the mean over the maps of the last if it is wanted.
+// Bottlenecks one after the other, the convolutions before them where all of it is one branch, and the mean over the
+// maps of the last if it is wanted.
 struct Run {
+  std::vector<PackedConvolution> before;
   std::vector<BottleneckWeights> bottlenecks;
   bool mean = false;
 };
@@ -105,8 +107,22 @@ class Layers {
       run->bottlenecks.push_back(bottleneck);
       steps_.back().kept = layer.kept != 0;
     } else {
-      steps_.push_back({Run{{bottleneck}}, layer.kept != 0});
+      std::vector<PackedConvolution> before;
+      if (bottleneck.branches() == 1) before = take_convolutions();
+      steps_.push_back({Run{std::move(before), {bottleneck}}, layer.kept != 0});
     }
+  }
+
+  // The last steps, as far as they are convolutions whose features are no result.
+  std::vector<PackedConvolution> take_convolutions() {
+    std::vector<PackedConvolution> taken;
+    while (!steps_.empty() && !steps_.back().kept) {
+      auto* convolution = std::get_if<PackedConvolution>(&steps_.back().what);
+      if (convolution == nullptr || convolution->bias.size(0) != 1) break;
+      taken.insert(taken.begin(), *convolution);
+      steps_.pop_back();
+    }
+    return taken;
   }
 
   template <typename T>
@@ -132,6 +148,7 @@ class Layers {
 
   template <typename T>
   static Tensor compute(const Run& run, const Tensor& x, std::vector<int64_t>& shape) {
+    const Convolutions<T> before(run.before, shape);
     std::vector<Bottleneck<T>> layers;
     layers.reserve(run.bottlenecks.size());
     for (const BottleneckWeights& weights : run.bottlenecks) {
@@ -140,7 +157,7 @@ class Layers {
     }
     if (run.mean) to_one_pixel(shape);
     Tensor out = empty(x, shape);
-    run_bottlenecks<T>(layers, data<T>(x), mutable_data<T>(out), run.mean, out);
+    run_bottlenecks<T>(before, layers, data<T>(x), mutable_data<T>(out), run.mean, out);
     return out;
   }
 

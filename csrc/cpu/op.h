@@ -41,7 +41,7 @@ T* scratch(int slot, int64_t count) {
     size_t bytes = 0;
     ~Buffer() { std::free(memory); }
   };
-  thread_local Buffer buffers[10];
+  thread_local Buffer buffers[12];
   Buffer& buffer = buffers[slot];
   const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
   if (bytes > buffer.bytes) {

@@ -34,4 +34,40 @@ struct PackedConvolution {
   }
 };
 
+// Convolutions of one branch, one after the other: what comes before a run of bottlenecks.
+template <typename T>
+class Convolutions {
+ public:
+  // `shape` is that of x, and then of the result.
+  Convolutions(const std::vector<PackedConvolution>& layers, std::vector<int64_t>& shape) : layers_(layers) {
+    for (const PackedConvolution& layer : layers) {
+      geometry_.push_back(layer.geometry(shape));
+      shape = geometry_.back().out_shape();
+      largest_ = std::max(largest_, size(shape));
+    }
+  }
+
+  bool empty() const { return layers_.empty(); }
+  int64_t in_size() const { return geometry_.front().pixels() * geometry_.front().in_channels; }  // values of a map
+  int64_t largest() const { return largest_; }  // values of the largest map that is not x
+
+  // The features of some maps that follow each other, in one of two pieces of memory.
+  const T* run(const T* x, int64_t maps, T* one, T* other) const {
+    for (size_t i = 0; i < layers_.size(); ++i, std::swap(one, other)) {
+      Geometry g = geometry_[i];
+      g.batch = maps;
+      layers_[i].template run<T>(g, x, one);
+      x = one;
+    }
+    return x;
+  }
+
+ private:
+  static int64_t size(const std::vector<int64_t>& shape) { return shape[2] * shape[3] * shape[4]; }
+
+  const std::vector<PackedConvolution>& layers_;
+  std::vector<Geometry> geometry_;
+  int64_t largest_ = 0;
+};
+
 }  // namespace hne
