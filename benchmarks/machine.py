@@ -26,7 +26,8 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a ``+`` if files differ from it; outside of git what HNE_COMMIT says."""
+    """Short hash of the checkout, with a ``+`` if files differ from it (but for figures of an earlier call); outside of
+    git what HNE_COMMIT says."""
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -34,7 +35,7 @@ def commit() -> str:
         return result.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("HNE_COMMIT", "unknown")
