@@ -43,6 +43,27 @@ STABLE_TORCH_LIBRARY(hne, m) {
       "Tensor z, Tensor y, Tensor y_mean, Tensor x, Tensor weight, Tensor mean, Tensor scale, Tensor shift, "
       "str activation, bool has_residual) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, "
       "Tensor grad_residual, Tensor grad_weight)");
+  {
+    const std::string normalization = "Tensor mean, Tensor scale, Tensor shift, str activation";
+    const std::string out = "Tensor out_mean, Tensor out_scale, Tensor out_shift, str out_activation";
+    m.def(("branch_conv2d_moments(Tensor x, Tensor weight, " + normalization +
+           ") -> (Tensor mean, Tensor var, Tensor x_mean, Tensor product)")
+              .c_str());
+    m.def(("branch_conv2d_moments_backward(Tensor grad_mean, Tensor grad_var, Tensor x_mean, Tensor product, "
+           "Tensor x, Tensor weight, " +
+           normalization + ") -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_weight)")
+              .c_str());
+    m.def(("branch_projection(Tensor x, Tensor weight, Tensor? residual, Tensor? next_weight, " + normalization + ", " +
+           out + ") -> (Tensor z, Tensor y, Tensor mean, Tensor var)")
+              .c_str());
+    m.def(("branch_projection_backward(Tensor grad_z, Tensor grad_y, Tensor grad_mean, Tensor grad_var, Tensor z, "
+           "Tensor y, Tensor y_mean, Tensor x, Tensor weight, Tensor? next_weight, " +
+           normalization + ", " + out +
+           ", bool has_residual) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_residual, "
+           "Tensor grad_next_weight, Tensor grad_scale, Tensor grad_shift, Tensor grad_out_scale, "
+           "Tensor grad_out_shift)")
+              .c_str());
+  }
   m.def(
       "branch_normalize(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor? residual, str activation) -> "
       "Tensor");

@@ -27,9 +27,37 @@ class Normalized(NamedTuple):
     residual: Tensor | None = None
 
 
+class Projected(NamedTuple):
+    """``activation((conv(x) - mean) * scale + shift + residual)`` of a pointwise convolution, computed where this is
+    read: a map wider than the one that it is made of need not lie in memory.
+    """
+
+    x: Normalized
+    weight: Tensor
+    mean: Tensor
+    scale: Tensor
+    shift: Tensor
+    activation: str
+    residual: Tensor | None = None
+
+    def written(self, next_weight: Tensor | None = None) -> list[Tensor]:
+        """The map, and with ``next_weight`` the convolution that reads it, with mean and variance."""
+        results = K.branch_projection(
+            weight=self.weight,
+            out_mean=self.mean,
+            out_scale=self.scale,
+            out_shift=self.shift,
+            out_activation=self.activation,
+            residual=self.residual,
+            next_weight=next_weight,
+            **_read(self.x),
+        )
+        return [result for result in results if result is not None]
+
+
 class Fused(Execution):
-    """Features are ``[branches, batch, height, width, channels]``; inside a layer they may be :class:`Normalized`.
-    Differentiable: for training, and wherever gradients are wanted.
+    """Features are ``[branches, batch, height, width, channels]``; inside a layer they may be :class:`Normalized`
+    or :class:`Projected`. Differentiable: for training, and wherever gradients are wanted.
     """
 
     def parts(self, images: Tensor) -> Sequence[Tensor]:
@@ -60,7 +88,10 @@ class Fused(Execution):
         weight = unit.part(unit.conv.weight, branches)
         weight = weight.squeeze(2) if unit.depthwise else weight
         geometry: dict[str, Any] = {"stride": unit.stride, "padding": unit.padding, "replicate": replicate}
-        if unit.bn.training:
+        if unit.bn.training and replicate == 1 and _projects(unit, x):
+            statistics = K.branch_conv2d_moments(weight=weight, **_read(x))
+            normalized: Features = Projected(x, weight, *_normalization(unit, branches, x.x, *statistics), activation)
+        elif unit.bn.training:
             convolve = K.branch_depthwise_conv2d_stats if unit.depthwise else K.branch_conv2d_stats
             normalized = _normalized(unit, branches, activation, *convolve(weight=weight, **_read(x), **geometry))
         else:
@@ -76,7 +107,10 @@ class Fused(Execution):
             x = written(x)
             return x, self.unit(unit, x, branches, replicate, activation)
         weight = unit.part(unit.conv.weight, branches)
-        x, *y = K.branch_residual_conv2d_stats(weight=weight, **x._asdict())
+        if isinstance(x, Projected):
+            x, *y = x.written(weight)
+        else:
+            x, *y = K.branch_residual_conv2d_stats(weight=weight, **x._asdict())
         return x, _normalized(unit, branches, activation, *y)
 
     def linear(
@@ -102,20 +136,35 @@ class Fused(Execution):
         return K.prefix_logits(features, weight[..., 0, 0], bias, sizes)[1]
 
 
+def _projects(unit: Unit, x: Features) -> bool:
+    """Whether ``unit`` is the wide end of a bottleneck that is better computed where it is read."""
+    pointwise = unit.kernel_size == unit.stride == 1 and not unit.depthwise
+    return pointwise and isinstance(x, Normalized) and x.residual is None and K.projects(x.x, unit.channels)
+
+
+def _normalization(
+    unit: Unit, branches: slice, like: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(mean, scale, shift)`` of the batch norm in training: by statistics of a batch of maps as large as ``like``."""
+    mean, var = batch_norm.of_batch(unit, branches, mean, var, like.shape[1:4].numel())
+    return mean, *batch_norm.scale_and_shift(unit, branches, var)
+
+
 def _normalized(unit: Unit, branches: slice, activation: str, y: Tensor, mean: Tensor, var: Tensor) -> Normalized:
     """The batch norm of ``y``, in training: by the statistics of the batch, which are given."""
-    mean, var = batch_norm.of_batch(unit, branches, mean, var, y.shape[1:4].numel())
-    return Normalized(y, mean, *batch_norm.scale_and_shift(unit, branches, var), activation)
+    return Normalized(y, *_normalization(unit, branches, y, mean, var), activation)
 
 
 def written(x: Features) -> Tensor:
     """The features as a tensor."""
+    if isinstance(x, Projected):
+        return x.written()[0]
     return x if isinstance(x, Tensor) else K.branch_normalize(**x._asdict())
 
 
 def _read(x: Features) -> dict[str, Any]:
     """Features as the arguments of a convolution that normalises what it reads."""
-    if isinstance(x, Tensor) or x.residual is not None:
+    if not isinstance(x, Normalized) or x.residual is not None:
         return {"x": written(x)}
     arguments: dict[str, Any] = x._asdict()
     del arguments["residual"]

@@ -6,10 +6,12 @@ leading slice of features and weights, and the replication of a branching layer 
 
 from . import extension as _extension  # noqa: F401  (loads the compiled ops; must come first)
 from .branch_conv2d import branch_conv2d
+from .branch_conv2d_moments import branch_conv2d_moments
 from .branch_conv2d_stats import branch_conv2d_stats
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
 from .branch_depthwise_conv2d_stats import branch_depthwise_conv2d_stats
 from .branch_normalize import branch_normalize
+from .branch_projection import branch_projection, projects
 from .branch_residual_conv2d_stats import branch_residual_conv2d_stats
 from .checks import default_sizes
 from .dispatch import add_module, available_backends, unavailable_backends, use_backend
@@ -33,10 +35,12 @@ __all__ = [
     "FusedLayers",
     "available_backends",
     "branch_conv2d",
+    "branch_conv2d_moments",
     "branch_conv2d_stats",
     "branch_depthwise_conv2d",
     "branch_depthwise_conv2d_stats",
     "branch_normalize",
+    "branch_projection",
     "branch_residual_conv2d_stats",
     "build_info",
     "default_sizes",
@@ -46,6 +50,7 @@ __all__ = [
     "pack_weight",
     "prefix_logits",
     "prefix_mean",
+    "projects",
     "release_memory",
     "unavailable_backends",
     "unpack_weight",

@@ -30,15 +30,17 @@ def check_normalization(x: Tensor, mean: Tensor | None, scale: Tensor | None, sh
     if len(given) not in (0, 3):
         raise ValueError(f"{given[0]}: expected with mean, scale and shift all given or none, got {', '.join(given)}")
     for name, vector in vectors.items():
-        if vector is None:
-            continue
-        checks.shape(name, vector, (x.shape[0], x.shape[4]), PER_CHANNEL)
-        if vector.device != x.device:
-            raise ValueError(f"{name}: expected to be on the device of x, {x.device}, got {vector.device}")
-        if vector.dtype != statistics_dtype(x):
-            raise TypeError(
-                f"{name}: expected {statistics_dtype(x)} (the statistics of a {x.dtype} x), got {vector.dtype}"
-            )
+        if vector is not None:
+            check_vector(name, vector, x, x.shape[0], x.shape[4])
+
+
+def check_vector(name: str, vector: Tensor, x: Tensor, branches: int, channels: int) -> None:
+    """Raise unless ``vector`` has a value for every channel, as the statistics of ``x`` are kept."""
+    checks.shape(name, vector, (branches, channels), PER_CHANNEL)
+    if vector.device != x.device:
+        raise ValueError(f"{name}: expected to be on the device of x, {x.device}, got {vector.device}")
+    if vector.dtype != statistics_dtype(x):
+        raise TypeError(f"{name}: expected {statistics_dtype(x)} (the statistics of a {x.dtype} x), got {vector.dtype}")
 
 
 def check(

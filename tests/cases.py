@@ -8,6 +8,7 @@ or small the inputs are.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,15 @@ from torch import Tensor
 import hne_kernels as K
 
 Inputs = dict[str, Any]
-UNITS = ("branch_conv2d_stats", "branch_depthwise_conv2d_stats", "branch_residual_conv2d_stats")
+UNITS = (
+    "branch_conv2d_stats",
+    "branch_depthwise_conv2d_stats",
+    "branch_residual_conv2d_stats",
+    "branch_conv2d_moments",
+    "branch_projection",
+)
 VECTORS = ("mean", "scale", "shift")
+OUT_VECTORS = ("out_mean", "out_scale", "out_shift")
 KINK = 0.05  # gradients are not compared this close to where an activation bends
 
 
@@ -49,12 +57,12 @@ class Case:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Inputs that are kept in float32 or better."""
-        return VECTORS if self.op in (*UNITS, "branch_normalize") else ()
+        return (*VECTORS, *OUT_VECTORS) if self.op in (*UNITS, "branch_normalize") else ()
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         op = _fused_layers if self.op == "FusedLayers" else getattr(K, self.op)
         result = op(**self.arguments(inputs))
-        return result if isinstance(result, tuple) else (result,)
+        return tuple(r for r in result if r is not None) if isinstance(result, tuple) else (result,)
 
 
 def _fused_layers(x: Tensor, layers: Sequence[K.FusedLayer], keep: Sequence[int]) -> tuple[Tensor, ...]:
@@ -278,6 +286,98 @@ RESIDUAL_UNITS = [
     residual_unit((2, 0, 4, 4, 8), 3, "relu", True),
     residual_unit((1, 2, 9, 13, 64), 16, "relu6", False),
     residual_unit((5, 2, 5, 3, 5), 33, "none", False),
+]
+
+
+def moments(shape: Sequence[int], out_channels: int, activation: str, offset: float = 0.0) -> Case:
+    """Statistics of a pointwise training unit whose map is not wanted; ``offset`` moves what it reads."""
+    branches, batch, height, width, channels = shape
+
+    def make(rng: torch.Generator) -> Inputs:
+        mean, shift = normal(rng, branches, channels), normal(rng, branches, channels) + offset
+        scale = normal(rng, branches, channels).sign() * (0.5 + normal(rng, branches, channels).abs())
+        return {
+            "x": _away_from_kinks(normal(rng, *shape), mean, scale, shift),
+            "weight": normal(rng, branches, out_channels, channels, 1, 1),
+            "mean": mean,
+            "scale": scale,
+            "shift": shift,
+            "activation": activation,
+        }
+
+    positions = batch * height * width
+    return Case(
+        "branch_conv2d_moments",
+        f"{'x'.join(map(str, shape))}to{out_channels}-{activation}" + (f"-offset{offset:g}" if offset else ""),
+        make,
+        ("x", "weight", *VECTORS),
+        2 * channels + 2 * out_channels + 2 * positions + 16,
+        roundings=4,
+        naive_roundings=6,
+    )
+
+
+MOMENTS = [
+    moments((1, 1, 1, 1, 1), 1, "none"),
+    moments((1, 2, 2, 1, 3), 2, "relu"),
+    moments((3, 1, 7, 7, 33), 17, "relu"),
+    moments((2, 3, 8, 7, 16), 40, "relu6"),
+    moments((2, 0, 4, 4, 8), 3, "relu"),
+    moments((1, 4, 9, 13, 16), 64, "relu", offset=100.0),
+    moments((5, 2, 5, 3, 5), 33, "none"),
+]
+
+
+def projection(
+    shape: Sequence[int], out_channels: int, next_channels: int, activations: tuple[str, str], residual: bool
+) -> Case:
+    """The end of a bottleneck from the map before its last convolution, and the unit after it (of 0 channels: none)."""
+    branches, batch, height, width, channels = shape
+    activation, out_activation = activations
+
+    def make(rng: torch.Generator) -> Inputs:
+        def vectors(channels: int) -> list[Tensor]:
+            scale = normal(rng, branches, channels).sign() * (0.5 + normal(rng, branches, channels).abs())
+            return [normal(rng, branches, channels), scale, normal(rng, branches, channels)]
+
+        inputs: Inputs = {"x": normal(rng, *shape), "weight": normal(rng, branches, out_channels, channels, 1, 1)}
+        inputs |= dict(zip(VECTORS, vectors(channels), strict=True))
+        inputs |= dict(zip(OUT_VECTORS, vectors(out_channels), strict=True))
+        inputs["x"] = _away_from_kinks(inputs["x"], *(inputs[name] for name in VECTORS))
+        inputs |= {"activation": activation, "out_activation": out_activation, "residual": None, "next_weight": None}
+        if residual:
+            with K.use_backend("reference"):
+                sums = K.branch_projection(**{**inputs, "out_activation": "none"})[0]
+            added = normal(rng, *sums.shape)
+            moved = _away_from_kinks(sums + added, *(torch.tensor([[v]]) for v in (0.0, 1.0, 0.0)))
+            inputs["residual"] = moved - sums
+        if next_channels:
+            inputs["next_weight"] = normal(rng, branches, next_channels, out_channels, 1, 1)
+        return inputs
+
+    positions = batch * height * width
+    following = ("next_weight",) if next_channels else ()
+    return Case(
+        "branch_projection",
+        f"{'x'.join(map(str, shape))}to{out_channels}to{next_channels}-{activation}-{out_activation}"
+        f"{'-residual' if residual else ''}",
+        make,
+        ("x", "weight", *VECTORS, *OUT_VECTORS, *(("residual",) if residual else ()), *following),
+        2 * channels + 2 * out_channels + next_channels + 2 * positions + 16,
+        roundings=6,
+        naive_roundings=12,
+    )
+
+
+PROJECTIONS = [
+    projection((1, 1, 1, 1, 1), 1, 1, ("none", "none"), True),
+    projection((1, 2, 2, 1, 3), 2, 2, ("relu", "relu"), True),
+    projection((3, 1, 7, 7, 17), 33, 5, ("relu", "relu"), True),
+    projection((2, 3, 8, 7, 16), 40, 16, ("relu6", "relu6"), True),
+    projection((2, 0, 4, 4, 8), 3, 2, ("relu", "relu"), True),
+    projection((2, 2, 5, 3, 5), 33, 0, ("relu", "relu"), True),
+    projection((1, 2, 9, 13, 16), 64, 7, ("relu6", "none"), False),
+    projection((5, 2, 5, 3, 5), 6, 0, ("none", "none"), False),
 ]
 
 
@@ -550,6 +650,8 @@ CASES = [
     # Where a mean of squares minus a squared mean would cancel.
     *(unit(op, Geometry(2, 2, 2, 6, 5, 17, 17, 1, 1, 0), None, offset=300.0) for op in UNITS[:2]),
     *RESIDUAL_UNITS,
+    *MOMENTS,
+    *PROJECTIONS,
     *NORMALIZES,
     prefix_mean(1, 1, 1, None),
     prefix_mean(2, 3, 5, None),
@@ -591,6 +693,8 @@ def representative(*, differentiable: bool = False) -> list[Case]:
             "branch_depthwise_conv2d_stats", Geometry(2, 2, 2, 5, 4, 3, 3, 3, 2, 1), "relu6"
         ),
         "branch_residual_conv2d_stats": residual_unit((2, 2, 3, 2, 3), 4, "relu", True),
+        "branch_conv2d_moments": moments((2, 2, 3, 2, 3), 4, "relu"),
+        "branch_projection": projection((2, 2, 3, 2, 3), 4, 2, ("relu", "relu"), True),
         "branch_normalize": normalize((2, 2, 3, 2, 3), "relu", True),
         "fused_conv2d": fused_convolution(Geometry(2, 2, 2, 5, 4, 3, 18, 3, 2, 1), "relu"),
         "fused_bottleneck": bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
@@ -640,12 +744,15 @@ def magnitude(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outco
     if case.op == "hierarchical_distillation_loss":
         return _loss_magnitude(inputs, grads)
     absolute = {name: value.abs() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    if "mean" in absolute and absolute["mean"] is not None:
-        absolute["mean"] *= -1  # x - mean is then the sum of their sizes
-    for option in ("activation", "final_activation"):
+    for name in ("mean", "out_mean"):
+        if absolute.get(name) is not None:
+            absolute[name] *= -1  # x - mean is then the sum of their sizes
+    for option in ("activation", "final_activation", "out_activation"):
         if option in absolute:
             absolute[option] = "none"
-    if case.op in UNITS:
+    if case.op == "branch_conv2d_moments":
+        outcome = _moments_magnitude(case, inputs, absolute, rounding, grads)
+    elif case.op in UNITS and absolute.get("next_weight", "") is not None:
         outcome = _unit_magnitude(case, inputs, absolute, rounding, grads)
     else:
         outcome = expected(case, absolute, grads)
@@ -673,6 +780,24 @@ def _unit_magnitude(case: Case, inputs: Inputs, absolute: Inputs, rounding: floa
     return outcome
 
 
+def _moments_magnitude(
+    case: Case, inputs: Inputs, absolute: Inputs, rounding: float, grads: Sequence[Tensor]
+) -> Outcome:
+    """Sizes of what the statistics of a map are made of: the variance is of products of distances from a mean."""
+    unit = dataclasses.replace(case, op="branch_conv2d_stats")
+    size, mean_size, _ = expected(unit, absolute).results
+    of_map = (torch.zeros_like(size), *grads) if grads else ()
+    outcome = _unit_magnitude(unit, inputs, absolute, rounding, of_map)
+    with torch.no_grad(), K.use_backend("reference"):
+        read = K.branch_normalize(*(inputs[name] for name in ("x", *VECTORS)), activation=inputs["activation"])
+        distances = read - read.mean((1, 2, 3), keepdim=True).nan_to_num()
+        apart = K.branch_conv2d(distances.abs(), absolute["weight"])
+    # A distance carries the rounding of what it is the distance of, and of the mean.
+    spread = (apart * (apart + 2 * (size + mean_size[:, None, None, None]))).sum((1, 2, 3))
+    outcome.results = (mean_size, spread / max(size.shape[1:4].numel(), 1))
+    return outcome
+
+
 def _loss_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
     """Every exponent is off by eps times the largest logit; a probability, relatively, by as much."""
     logits, alpha, temperature = inputs["logits"], inputs["alpha"], inputs["temperature"]
@@ -691,7 +816,8 @@ def tolerance(case: Case, backend: str, dtype: torch.dtype, size: Tensor) -> Ten
     """Rounding that ``case`` may show: sums are kept in float32 or better, values stored in ``dtype``."""
     sums = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     stored = torch.finfo(dtype)
-    naive = backend == "reference" or (backend, case.op) == ("triton", "fused_bottleneck")  # a kernel for each step
+    composed = (("triton", "fused_bottleneck"), ("triton", "branch_projection"), ("cuda", "branch_projection"))
+    naive = backend == "reference" or (backend, case.op) in composed  # a kernel for each step
     roundings = case.naive_roundings if naive else case.roundings
     subnormal = roundings * stored.tiny * stored.eps  # the smallest numbers lie a fixed distance apart
     return (case.terms * sums + roundings * stored.eps) * size + subnormal

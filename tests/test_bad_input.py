@@ -33,8 +33,9 @@ def _wrong(ops: str | tuple[str, ...], error: type[Exception], *rows: tuple[str,
 
 UNITS = ("branch_conv2d_stats", "branch_depthwise_conv2d_stats")
 RESIDUAL = ("branch_residual_conv2d_stats", "branch_normalize")
-NORMALIZING = (*UNITS, *RESIDUAL)
-MAPS = (*CONVOLUTIONS, *UNITS, "fused_bottleneck", *RESIDUAL)
+PROJECTING = ("branch_conv2d_moments", "branch_projection")
+NORMALIZING = (*UNITS, *RESIDUAL, *PROJECTING)
+MAPS = (*CONVOLUTIONS, *UNITS, "fused_bottleneck", *RESIDUAL, *PROJECTING)
 _wrong(
     MAPS,
     ValueError,
@@ -166,7 +167,7 @@ for _name in ("mean", "scale", "shift"):
     )
     _wrong(NORMALIZING, TypeError, (_name, lambda v: v.double(), rf"{_name}: expected torch.float32 \(the statistics"))
     _wrong(UNITS, ValueError, (_name, None, r"expected with mean, scale and shift all given or none, got"))
-for _op in (*UNITS, "branch_residual_conv2d_stats"):
+for _op in (*UNITS, "branch_residual_conv2d_stats", *PROJECTING):
     _wrong(
         _op,
         ValueError,
@@ -177,17 +178,41 @@ for _op in (*UNITS, "branch_residual_conv2d_stats"):
     )
     _wrong(_op, TypeError, ("weight", lambda w: w.double(), r"weight: expected .*torch.float32.* got torch.float64"))
 _wrong(
-    "branch_residual_conv2d_stats",
+    ("branch_residual_conv2d_stats", *PROJECTING),
     ValueError,
     ("weight", lambda w: w.expand(-1, -1, -1, 3, 3), r"weight: expected a 1x1 kernel, got shape"),
 )
+_wrong(PROJECTING, TypeError, ("mean", None, r"mean: expected a tensor"))
+for _name in ("out_mean", "out_scale", "out_shift"):
+    _wrong(
+        "branch_projection",
+        ValueError,
+        (_name, lambda v: v[0], rf"{_name}: expected 2 dimensions .*got 1"),
+        (_name, lambda v: _wider(v, 1), rf"{_name}: expected shape .*got"),
+        (_name, lambda v: v.to("meta"), rf"{_name}: expected to be on the device of x"),
+    )
+    _wrong("branch_projection", TypeError, (_name, lambda v: v.double(), rf"{_name}: expected torch.float32 \(the"))
 _wrong(
-    RESIDUAL,
+    "branch_projection",
+    ValueError,
+    ("out_activation", "gelu", r"out_activation: expected one of none, relu, relu6, got 'gelu'"),
+    ("next_weight", lambda w: w[0], r"next_weight: expected 5 dimensions"),
+    ("next_weight", lambda w: _wider(w, 0), r"next_weight: expected shape"),
+    ("next_weight", lambda w: _wider(w, 2), r"next_weight: expected shape"),
+    ("next_weight", lambda w: w.expand(-1, -1, -1, 3, 3), r"next_weight: expected a 1x1 kernel"),
+)
+_wrong("branch_projection", TypeError, ("next_weight", lambda w: w.double(), r"next_weight: expected the dtype of x"))
+_wrong(
+    (*RESIDUAL, "branch_projection"),
     ValueError,
     ("residual", lambda r: r[:, :1], r"residual: expected shape"),
     ("residual", lambda r: r.to("meta"), r"residual: expected to be on the device"),
 )
-_wrong(RESIDUAL, TypeError, ("residual", lambda r: r.double(), r"residual: expected the dtype of x"))
+_wrong(
+    (*RESIDUAL, "branch_projection"),
+    TypeError,
+    ("residual", lambda r: r.double(), r"residual: expected the dtype of x"),
+)
 
 # Ensembles.
 for _op, _first in (("prefix_mean", "logits"), ("prefix_logits", "features")):
@@ -343,7 +368,15 @@ UNCHECKED = [
     ("branch_residual_conv2d_stats", "weight", lambda w: w[:1]),
     ("branch_residual_conv2d_stats", "weight", lambda w: w[:, :, :2]),
     ("branch_residual_conv2d_stats", "weight", lambda w: w.double()),
-    *((op, "residual", lambda r: r[:, :1]) for op in RESIDUAL),
+    *((op, "residual", lambda r: r[:, :1]) for op in (*RESIDUAL, "branch_projection")),
+    *((op, "weight", lambda w: w[:1]) for op in PROJECTING),
+    *((op, "weight", lambda w: w[:, :, :2]) for op in PROJECTING),
+    *((op, "weight", lambda w: w.double()) for op in PROJECTING),
+    *(("branch_projection", name, lambda v: v[:, :1]) for name in ("out_mean", "out_scale", "out_shift")),
+    ("branch_projection", "out_activation", "gelu"),
+    ("branch_projection", "next_weight", lambda w: w[:1]),
+    ("branch_projection", "next_weight", lambda w: w[:, :, :2]),
+    ("branch_projection", "next_weight", lambda w: w.double()),
     ("prefix_mean", "sizes", [1, 6]),
     ("prefix_mean", "sizes", [0]),
     ("prefix_logits", "sizes", [6]),

@@ -539,16 +539,24 @@ def test_prefix_sizes_are_those_of_the_kernels() -> None:
 
 def test_ops_of_a_step_and_of_a_call(rng: torch.Generator) -> None:
     """No map is written that the next op could normalise as it reads, and inference is one op."""
-    layers = [Bottleneck(4, 8)] * 3
-    model = FusedHNE(Hierarchy([1, 2]), [[Conv(8)], layers], num_classes=3).train()
     x = torch.randn(2, 3, 8, 8, generator=rng)
-    with OpsOfOurs() as ops:
-        model(x).sum().backward()
-    # The first convolution, three projections, a shortcut and an expansion: where a bottleneck follows another, its
-    # expansion comes with the end of that one.
-    assert ops.called["branch_residual_conv2d_stats"] == ops.called["branch_residual_conv2d_stats_backward"] == 2
-    assert ops.called["branch_depthwise_conv2d_stats"] == ops.called["branch_depthwise_conv2d_stats_backward"] == 3
-    assert ops.called["branch_conv2d_stats"] == ops.called["branch_conv2d_stats_backward"] == 6
+    # Where a bottleneck follows another, its expansion comes with the end of that one. Where the end is wider than what
+    # it is made of, so does the last convolution, after its statistics.
+    inverted = {"branch_residual_conv2d_stats": 2, "branch_depthwise_conv2d_stats": 3, "branch_conv2d_stats": 6}
+    wide = {
+        "branch_projection": 3,
+        "branch_conv2d_moments": 3,
+        "branch_depthwise_conv2d_stats": 3,
+        "branch_conv2d_stats": 3,
+    }
+    for layer, calls in ((Bottleneck(4, 8), inverted), (Bottleneck(8, 4), wide)):
+        model = FusedHNE(Hierarchy([1, 2]), [[Conv(8)], [layer] * 3], num_classes=3).train()
+        with OpsOfOurs() as ops:
+            model(x).sum().backward()
+        units = {
+            op: n for op, n in ops.called.items() if any(name in op for name in ("stats", "moments", "projection"))
+        }
+        assert units == calls | {f"{op}_backward": n for op, n in calls.items()}
     model.eval()
     with torch.no_grad(), OpsOfOurs() as ops:
         model(x)

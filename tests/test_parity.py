@@ -21,6 +21,8 @@ from cases import (
 from placements import Placement
 from torch import Tensor
 
+import hne_kernels as K
+
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients(case: Case, placement: Placement, rng: torch.Generator) -> None:
@@ -35,7 +37,8 @@ def test_results_and_gradients(case: Case, placement: Placement, rng: torch.Gene
     actual = evaluate(case, inputs, grads)
     check(case, placement.backend, inputs, actual, grads)
     first = next(iter(tensors(inputs).values()))
-    assert actual.results[0].dtype == first.dtype
+    statistics = case.op == "branch_conv2d_moments"  # which are kept in float32 or better
+    assert actual.results[0].dtype == (torch.promote_types(first.dtype, torch.float32) if statistics else first.dtype)
     assert actual.results[0].is_contiguous() or placement.backend == "reference"
 
 
@@ -153,6 +156,36 @@ def test_one_result_differentiated_alone(backend: Placement, rng: torch.Generato
         got = torch.autograd.grad(result, list(leaves.values()), grad, retain_graph=True)
         for gradient, right in zip(got, want.values(), strict=True):
             torch.testing.assert_close(gradient.cpu().double(), right, rtol=1e-4, atol=1e-4)
+
+
+def test_variances_do_not_cancel(double: Placement, rng: torch.Generator) -> None:
+    """Of a map that is not computed the variance is found from distances, not from squares of large values."""
+    x = torch.randn(2, 3, 7, 5, 16, generator=rng).to(double.device)
+    weight = torch.randn(2, 40, 16, 1, 1, generator=rng).to(double.device)
+    mean, scale = (torch.full((2, 16), value).to(double.device) for value in (0.0, 1.0))
+    _, var = K.branch_conv2d_moments(x, weight, mean, scale, 1000 * scale)
+    want = torch.einsum("gbhwi,goi->gbhwo", x.double(), weight[..., 0, 0].double()).flatten(1, 3).var(1, correction=0)
+    torch.testing.assert_close(var.double(), want, rtol=2e-3, atol=0)
+
+
+def test_a_large_map_is_written_past_the_cache(double: Placement, rng: torch.Generator) -> None:
+    """Of a map that no cache holds: the same gradients, and no other memory is written."""
+    if double.backend != "cpp":
+        pytest.skip("the other backends have no such map")
+    x, weight = torch.randn(2, 8, 32, 32, 3, generator=rng), torch.randn(2, 64, 3, 1, 1, generator=rng)
+    vectors = [torch.randn(2, channels, generator=rng) for channels in (3, 3, 3, 64, 64, 64)]
+    residual, cotangent = (torch.randn(2, 8, 32, 32, 64, generator=rng) for _ in range(2))
+
+    def gradients(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, *vectors, residual)]
+        z = K.branch_projection(*leaves[:-1], residual=leaves[-1])[0]
+        return list(torch.autograd.grad(z, leaves, cotangent.to(dtype)))
+
+    got = gradients(torch.float32)
+    with K.use_backend("reference"):
+        want = gradients(torch.float64)
+    for one, right in zip(got, want, strict=True):
+        torch.testing.assert_close(one.double(), right, rtol=1e-4, atol=2e-5 * right.abs().max().item())
 
 
 # --- the same again ----------------------------------------------------------------------------------------

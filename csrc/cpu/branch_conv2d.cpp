@@ -298,7 +298,14 @@ void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, 
         for (int64_t m = 0; m < count; ++m) x_rows[m] = x_block + m * g.in_channels;
         for (int64_t child = 0; child < children; ++child) {
           for (int64_t m = 0; m < count; ++m) grad_rows[m] = blocks[child] + m * g.out_channels;
-          kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sums + child * size});
+          kernels<T>().outer({grad_rows,
+                              x_rows,
+                              count,
+                              g.out_channels,
+                              g.in_channels,
+                              sums + child * size,
+                              {rows_after(grad.x, rows, g.out_channels, first_child + child, first, count),
+                               rows_after(grad.add, rows, g.out_channels, first_child + child, first, count)}});
         }
       }
       if (grad_x == nullptr) continue;
@@ -308,7 +315,8 @@ void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, 
         if (add != nullptr) add_rows[m] = add + at;
       }
       const T* const* added = add != nullptr ? add_rows : nullptr;
-      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, added, Clamp<T>{}});
+      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, added, Clamp<T>{},
+                         rows_after(x.x, rows, g.in_channels, parent, first, count)});
       if (written) written(parent, first, count);
     }
   });

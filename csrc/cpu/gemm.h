@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "simd.h"
 
@@ -38,9 +39,10 @@ struct LeftRows {
   }
 };
 
-// `ahead` is a panel that is read later: it is fetched into the second cache meanwhile.
+// `fetched`, if it is not null, is fetched into the second cache meanwhile, and else `ahead`, a panel that is read
+// later.
 template <typename T, int ROWS, int PANELS, bool STEPS>
-void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead) {
+void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead, const T* fetched) {
   constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel;
   constexpr int PER_PANEL = kVectorsPerPanel<T>, VECTORS = PANELS * PER_PANEL;
   // What the end of the tile reads and writes is fetched during the sums.
@@ -70,7 +72,7 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead) {
     const Tap<T>& tap = g.taps[t];
     LeftRows<T, ROWS, STEPS> left(tap, row);
     const T* right = tap.weight + panel * tap.panel_stride;
-    const T* later = tap.weight + ahead * tap.panel_stride;
+    const T* later = fetched != nullptr ? fetched : tap.weight + ahead * tap.panel_stride;
     const auto column = [&](int64_t k) __attribute__((always_inline)) {
       Vec<T, W> w[VECTORS];
 #pragma GCC unroll 16
@@ -119,21 +121,24 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead) {
 
 // All rows, in the fewest tiles, of sizes as equal as can be.
 template <typename T, int PANELS, bool STEPS, int ROWS = tile_rows<T>(PANELS, STEPS)>
-void gemm_rows(const Gemm<T>& g, int64_t panel, int64_t ahead, int64_t row, int64_t rows) {
+void gemm_rows(const Gemm<T>& g, int64_t panel, int64_t ahead, const T* fetched, int64_t row, int64_t rows) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return gemm_rows<T, PANELS, STEPS, ROWS - 1>(g, panel, ahead, row, rows);
+    if (rows < ROWS) return gemm_rows<T, PANELS, STEPS, ROWS - 1>(g, panel, ahead, fetched, row, rows);
   }
-  gemm_tile<T, ROWS, PANELS, STEPS>(g, row, panel, ahead);
+  gemm_tile<T, ROWS, PANELS, STEPS>(g, row, panel, ahead, fetched);
 }
 
 template <typename T, int PANELS, bool STEPS>
 void gemm_columns(const Gemm<T>& g, int64_t panel) {
   constexpr int ROWS = tile_rows<T>(PANELS, STEPS);
   const int64_t panels = (g.channels + kPanel - 1) / kPanel;
+  const int64_t tiles = (g.count + ROWS - 1) / ROWS;
   int64_t ahead = panel + PANELS;  // each tile fetches one of the panels that come next
-  for (int64_t row = 0, tiles = (g.count + ROWS - 1) / ROWS; tiles > 0; --tiles, ++ahead) {
-    const int64_t rows = (g.count - row + tiles - 1) / tiles;
-    gemm_rows<T, PANELS, STEPS>(g, panel, ahead < std::min(panel + 2 * PANELS, panels) ? ahead : panel, row, rows);
+  for (int64_t row = 0, tile = 0; tile < tiles; ++tile, ++ahead) {
+    const int64_t rows = (g.count - row + tiles - tile - 1) / (tiles - tile);
+    const int64_t fetched = (panel / PANELS * tiles + tile) * g.taps[0].depth * kPanel;
+    gemm_rows<T, PANELS, STEPS>(g, panel, ahead < std::min(panel + 2 * PANELS, panels) ? ahead : panel,
+                                fetched < g.ahead.count ? g.ahead.at + fetched : nullptr, row, rows);
     row += rows;
   }
 }
@@ -159,12 +164,35 @@ void gemm(const Gemm<T>& g) {
   steps ? gemm_panels<T, true>(g) : gemm_panels<T, false>(g);
 }
 
+// What a product fetches for those after it, a line of the cache at a time.
+template <typename T>
+class Fetch {
+ public:
+  explicit Fetch(const Outer<T>& o) : ranges_(o.ahead), nothing_(o.sum) {}
+
+  // Of so many lines the first one, and the distance to the next.
+  std::pair<const T*, int64_t> take(int64_t lines) {
+    while (range_ < 2 && from_ >= ranges_[range_].count) ++range_, from_ = 0;
+    if (range_ == 2) return {nothing_, 0};
+    const T* at = ranges_[range_].at + from_;
+    from_ += lines * kLine;
+    return {at, kLine};
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  const Ahead<T>* ranges_;
+  const T* nothing_;
+  int64_t range_ = 0, from_ = 0;
+};
+
 template <typename T, int ROWS, int W, int VECTORS>
-void outer_tile(const Outer<T>& o, int64_t i0, int64_t j0) {
+void outer_tile(const Outer<T>& o, int64_t i0, int64_t j0, const T* ahead, int64_t line) {
   Vec<T, W> sum[ROWS][VECTORS] = {};
-  for (int64_t m = 0; m < o.count; ++m) {
-    const T* left = o.left[m] + i0;
-    const T* right = o.right[m] + j0;
+  for (int64_t m = 0; m < o.count; ++m, ahead += line) {
+    __builtin_prefetch(ahead, 0, 2);
+    const T* left = opaque(o.left[m] + i0);
+    const T* right = opaque(o.right[m] + j0);
     Vec<T, W> r[VECTORS];
 #pragma GCC unroll 16
     for (int j = 0; j < VECTORS; ++j) r[j] = load<W>(right + j * W);
@@ -175,28 +203,40 @@ void outer_tile(const Outer<T>& o, int64_t i0, int64_t j0) {
       for (int j = 0; j < VECTORS; ++j) sum[i][j] += l * r[j];
     }
   }
-  for (int i = 0; i < ROWS; ++i) {
-    T* out = o.sum + (i0 + i) * o.right_channels + j0;
+  T* out = o.sum + i0 * o.right_channels + j0;
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i, out += o.right_channels)
+#pragma GCC unroll 16
     for (int j = 0; j < VECTORS; ++j) store<W>(out + j * W, load<W>(out + j * W) + sum[i][j]);
-  }
 }
 
 template <typename T, int ROWS, int W, int VECTORS>
-void outer_columns(const Outer<T>& o, int64_t j0, int64_t i0 = 0) {
-  for (; i0 + ROWS <= o.left_channels; i0 += ROWS) outer_tile<T, ROWS, W, VECTORS>(o, i0, j0);
+void outer_rows(const Outer<T>& o, int64_t i0, int64_t rows, int64_t j0, const T* ahead, int64_t line) {
   if constexpr (ROWS > 1) {
-    if (i0 < o.left_channels) outer_columns<T, ROWS / 2, W, VECTORS>(o, j0, i0);
+    if (rows < ROWS) return outer_rows<T, ROWS - 1, W, VECTORS>(o, i0, rows, j0, ahead, line);
+  }
+  outer_tile<T, ROWS, W, VECTORS>(o, i0, j0, ahead, line);
+}
+
+// All channels on the left, in the fewest tiles, of sizes as equal as can be.
+template <typename T, int ROWS, int W, int VECTORS>
+void outer_columns(const Outer<T>& o, int64_t j0, Fetch<T>& fetch) {
+  const int64_t tiles = (o.left_channels + ROWS - 1) / ROWS;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t i0 = o.left_channels * tile / tiles, rows = o.left_channels * (tile + 1) / tiles - i0;
+    const auto [ahead, line] = fetch.take(o.count);
+    outer_rows<T, ROWS, W, VECTORS>(o, i0, rows, j0, ahead, line);
   }
 }
 
 template <typename T>
 void outer(const Outer<T>& o) {
-  constexpr int W = kLanes<T>, VECTORS = HNE_REGISTERS == 32 ? 4 : 2;
+  constexpr int W = kLanes<T>, VECTORS = HNE_REGISTERS == 32 ? 4 : 2, ROWS = HNE_REGISTERS == 32 ? 6 : 4;
+  Fetch<T> fetch(o);
   int64_t j = 0;
-  for (; j + VECTORS * W <= o.right_channels; j += VECTORS * W)
-    outer_columns<T, HNE_REGISTERS == 32 ? 6 : 4, W, VECTORS>(o, j);
+  for (; j + VECTORS * W <= o.right_channels; j += VECTORS * W) outer_columns<T, ROWS, W, VECTORS>(o, j, fetch);
   if (j < o.right_channels)
-    for_lanes<T>(o.right_channels, [&](auto width, int64_t c) { outer_columns<T, 8, width.value, 1>(o, c); }, j);
+    for_lanes<T>(o.right_channels, [&](auto width, int64_t c) { outer_columns<T, 8, width.value, 1>(o, c, fetch); }, j);
 }
 
 }  // namespace hne::HNE_ISA

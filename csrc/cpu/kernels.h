@@ -22,6 +22,13 @@ struct Tap {
   int64_t step = 0;  // from one row to the next where it is always the same: rows[0] is then enough
 };
 
+// Values that are read next: fetched into the second cache while others are computed with.
+template <typename T>
+struct Ahead {
+  const T* at;
+  int64_t count;
+};
+
 // out[m][n] = clamp(sum over taps + bias[n] + add[m][n])
 template <typename T>
 struct Gemm {
@@ -33,6 +40,7 @@ struct Gemm {
   const T* bias;        // [channels] or null
   const T* const* add;  // [count] rows or null
   Clamp<T> clamp;
+  Ahead<T> ahead = {};
 };
 
 // sum[i][j] += over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights
@@ -44,6 +52,7 @@ struct Outer {
   int64_t left_channels;
   int64_t right_channels;
   T* sum;  // [left_channels][right_channels]
+  Ahead<T> ahead[2] = {};
 };
 
 // One row of pixels of a depthwise convolution. rows[ky] are the input rows (zeros where outside the map).
@@ -91,6 +100,7 @@ struct NormRows {
   const T* grad;  // of the output
   const T* y;     // the output, to know where the activation was flat; null: it is computed again
   T* out_masked;  // gradient behind the activation, or null
+  T* streamed;    // copy of it that is not read soon: rows of whole cache lines, or null
   double* sums;   // [2][channels], added to
   T* partial;     // [2][channels] of scratch memory
   int64_t count, channels;
@@ -116,6 +126,7 @@ struct Kernels {
   void (*depthwise_weight_row)(const DepthwiseWeightRow<T>&);
   void (*normalize)(const NormRows<T>&);
   void (*normalize_backward)(const NormRows<T>&);
+  void (*mask)(const NormRows<T>&);
   void (*moments)(const NormRows<T>&);
   void (*mean_rows)(const T* rows, int64_t count, int64_t channels, T* out);    // out[c] = mean over m of rows[m][c]
   void (*transpose_panel)(const T* in, int64_t stride, int64_t depth, T* out);  // out[k][n] = in[n * stride + k]

@@ -20,6 +20,13 @@ inline void check_vector(const char* name, const Tensor& t, const Tensor& x, int
   STD_TORCH_CHECK(t.scalar_type() == statistics_type(x), name, ": expected the dtype of the statistics of x");
 }
 
+// Of a map [branch][row][channel] the rows that come after some of them, to be fetched; of no map none.
+template <typename T>
+Ahead<T> rows_after(const T* map, int64_t rows, int64_t channels, int64_t branch, int64_t first, int64_t count) {
+  if (map == nullptr || first + count >= rows) return {};
+  return {map + (branch * rows + first + count) * channels, std::min(count, rows - first - count) * channels};
+}
+
 // A map [branch][row][channel] as a convolution reads it: as it lies in memory, or, where there is a mean,
 // clamp((x - mean) * scale + shift + add). The vectors are [branch][channel].
 // What is computed can be kept: for maps that are read once.
@@ -93,7 +100,7 @@ class ChannelSums {
     for (int64_t left = r.count; left > 0; left -= kSumRows) {
       r.count = std::min(kSumRows, left);
       kernel(r);
-      next(r.x), next(r.grad), next(r.y), next(r.out), next(r.out_masked);
+      next(r.x), next(r.grad), next(r.y), next(r.out), next(r.out_masked), next(r.streamed);
     }
   }
 

@@ -33,12 +33,13 @@ HNE_INLINE void sum_rows(const NormRows<T>& r, const F& f) {
   for (int64_t c = 0; c < 2 * r.channels; ++c) r.sums[c] += r.partial[c];
 }
 
-// sums[0] += x - shift, sums[1] += (x - shift)^2
+// sums[0] += x - shift, sums[1] += (x - shift)^2; where there is an out, out = x - shift
 template <typename T>
 void moments(const NormRows<T>& r) {
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& square) {
     constexpr int W = decltype(width)::value;
     const Vec<T, W> x = load<W>(r.x + m * r.channels + c) - load<W>(r.shift + c);
+    if (r.out != nullptr) store<W>(r.out + m * r.channels + c, x);
     sum += x;
     square += x * x;
   });
@@ -58,7 +59,30 @@ void normalize(const NormRows<T>& r) {
     });
 }
 
-// masked = grad, zero where the activation was flat: at an end of the clamp
+// grad, zero where the activation was flat: where its result y is an end of the clamp
+template <typename V, typename T>
+HNE_INLINE V masked_by(V grad, V y, const Clamp<T>& range) {
+  const V zero = {}, low = range.low - V{}, high = range.high - V{};
+  grad = y <= low ? zero : grad;
+  return y >= high ? zero : grad;
+}
+
+// out = grad where the activation was not flat, sums[0] += out; the same to `streamed`, where it is given
+template <typename T>
+void mask(const NormRows<T>& r) {
+  sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto&) {
+    constexpr int W = decltype(width)::value;
+    const int64_t at = m * r.channels + c;
+    Vec<T, W> masked = load<W>(r.grad + at);
+    if (r.clamp.active()) masked = masked_by(masked, load<W>(r.y + at), r.clamp);
+    store<W>(r.out + at, masked);
+    if (r.streamed != nullptr) stream<W>(r.streamed + at, masked);
+    sum += masked;
+  });
+  finish_stream();
+}
+
+// masked = grad where the activation was not flat
 // out = masked * scale, sums[0] += masked, sums[1] += masked * (x - mean)
 template <typename T>
 void normalize_backward(const NormRows<T>& r) {
@@ -69,9 +93,7 @@ void normalize_backward(const NormRows<T>& r) {
     Vec<T, W> masked = load<W>(r.grad + at);
     if (r.clamp.active()) {
       const Vec<T, W> y = r.y != nullptr ? load<W>(r.y + at) : apart * scale + load<W>(r.shift + c);
-      const Vec<T, W> zero = {}, low = splat<W>(r.clamp.low), high = splat<W>(r.clamp.high);
-      masked = y <= low ? zero : masked;
-      masked = y >= high ? zero : masked;
+      masked = masked_by(masked, y, r.clamp);
     }
     if (r.out_masked != nullptr) store<W>(r.out_masked + at, masked);
     store<W>(r.out + at, masked * scale);

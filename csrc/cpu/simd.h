@@ -37,9 +37,32 @@ HNE_INLINE void store(T* p, Vec<T, W> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Past the caches, where a vector is a whole line of them: memory that is not read soon is not read first, either.
+template <int W, typename T>
+HNE_INLINE void stream(T* p, Vec<T, W> v) {
+#if HNE_VECTOR_BYTES == 64
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#endif
+  store<W>(p, v);
+}
+
+// What was streamed is there for other threads.
+HNE_INLINE void finish_stream() {
+#if HNE_VECTOR_BYTES == 64
+  _mm_sfence();
+#endif
+}
+
 template <int W, typename T>
 HNE_INLINE Vec<T, W> splat(T value) {
   return value - Vec<T, W>{};
+}
+
+// Keeps the compiler from making a register of every address beside p, where a distance would do.
+template <typename T>
+HNE_INLINE T* opaque(T* p) {
+  asm("" : "+r"(p));
+  return p;
 }
 
 // NaN stays NaN: both comparisons are then false.

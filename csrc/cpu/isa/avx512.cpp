@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 
 // The standard headers come before the target: what they define must run on any machine.
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <limits>

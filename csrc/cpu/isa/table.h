@@ -18,6 +18,7 @@ const Kernels<T>& table() {
       depthwise_weight_row<T>,
       normalize<T>,
       normalize_backward<T>,
+      mask<T>,
       moments<T>,
       mean_rows<T>,
       transpose_panel<T>,

@@ -1,0 +1,199 @@
+// Mean and variance of a pointwise convolution that is not computed: those of y = W s are W mean(s) and the diagonal of
+// W cov(s) W^T.
+#include "pointwise.h"
+#include "unit.h"
+
+namespace hne {
+namespace {
+
+struct Sizes {
+  int64_t branches, rows, in, out;
+  Sizes(const Tensor& x, const Tensor& weight) {
+    STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 5, "x, weight: expected 5 dimensions");
+    branches = x.size(0), rows = x.size(1) * x.size(2) * x.size(3), in = x.size(4), out = weight.size(1);
+    check_shape("weight", weight, {branches, out, in, 1, 1});
+    check_kind("x", x, x);
+    check_kind("weight", weight, x);
+  }
+};
+
+// Mean and biased covariance of the channels of a branch. A share sums distances from its first row, and shares are
+// united by the formula of Chan et al. (1979): nothing cancels where a mean is large.
+template <typename T>
+class Covariance {
+ public:
+  Covariance(const Map<T>& map, const Sizes& sizes, const Tensor& like)
+      : map_(map),
+        channels_(sizes.in),
+        shares_(sizes.branches, sizes.rows),
+        sums_(sizes.branches, shares_.count, channels_),
+        origins_(empty(like, {sizes.branches * shares_.count, channels_})),
+        products_(empty(like, {sizes.branches * shares_.count, channels_ * channels_})) {
+    parallel_tasks(sizes.branches * shares_.count, [&](int64_t task) { sum(task); });
+  }
+
+  // mean [in], covariance [in][in] of a branch
+  void finish(int64_t branch, double* mean, double* covariance) {
+    std::fill(mean, mean + channels_, 0.0);
+    std::fill(covariance, covariance + channels_ * channels_, 0.0);
+    std::vector<double> apart(channels_);
+    double before = 0;
+    for (int64_t share = 0; share < shares_.count; ++share) {
+      const int64_t task = branch * shares_.count + share;
+      double count = 0;
+      shares_.each(share, [&](int64_t, int64_t, int64_t rows) { count += double(rows); });
+      if (count == 0) continue;
+      const double *sums = sums_.share_of(branch, share), both = before + count;
+      const T* origin = data<T>(origins_) + task * channels_;
+      const T* product = data<T>(products_) + task * channels_ * channels_;
+      for (int64_t c = 0; c < channels_; ++c) apart[c] = double(origin[c]) + sums[c] / count - mean[c];
+      for (int64_t i = 0; i < channels_; ++i)
+        for (int64_t j = 0; j < channels_; ++j)
+          covariance[i * channels_ + j] += double(product[i * channels_ + j]) - sums[i] * (sums[j] / count) +
+                                           apart[i] * (apart[j] * (before * count / both));
+      for (int64_t c = 0; c < channels_; ++c) mean[c] += apart[c] * (count / both);
+      before = both;
+    }
+    for (int64_t i = 0; i < channels_ * channels_; ++i) covariance[i] /= std::max(before, 1.0);
+  }
+
+ private:
+  void sum(int64_t task) {
+    const int64_t branch = task / shares_.count, share = task % shares_.count;
+    T* const origin = mutable_data<T>(origins_) + task * channels_;
+    T* const product = mutable_data<T>(products_) + task * channels_ * channels_;
+    std::fill(product, product + channels_ * channels_, T(0));
+    bool begins = true;
+    shares_.each(share, [&](int64_t, int64_t first, int64_t count) {
+      T* const distances = scratch<T>(4, kBlockRows * channels_);
+      const T* rows = map_.read(branch, first, count, distances);
+      if (std::exchange(begins, false)) std::copy(rows, rows + channels_, origin);
+      NormRows<T> r{};
+      r.x = rows, r.shift = origin, r.out = distances, r.count = count, r.channels = channels_;
+      sums_.add(branch, share, r, kernels<T>().moments);
+      add_outer<T>(distances, channels_, distances, channels_, count, product);
+    });
+  }
+
+  const Map<T>& map_;
+  int64_t channels_;
+  Shares shares_;
+  ChannelSums<T> sums_;
+  Tensor origins_, products_;
+};
+
+// Beside mean and variance of y: the mean of s, and W cov(s), for the way back.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in, const Tensor& mean,
+                                                   const Tensor& scale, const Tensor& shift,
+                                                   const std::string& activation) {
+  const Normalization normalization(x_in, mean, scale, shift, activation);
+  const Sizes s(x_in, weight_in);
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor y_mean = empty(mean, {s.branches, s.out}), y_var = empty(mean, {s.branches, s.out});
+  const Tensor x_mean = empty(mean, {s.branches, s.in}), product = empty(mean, {s.branches, s.out, s.in});
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const Map<T> map = normalization.of<T>(x);
+    Covariance<T> moments(map, s, x);
+    const Tensor covariance = empty(x, {s.branches, s.in, s.in});
+    parallel_tasks(s.branches, [&](int64_t branch) {
+      std::vector<double> average(s.in), square(s.in * s.in);
+      moments.finish(branch, average.data(), square.data());
+      std::copy(average.begin(), average.end(), mutable_data<T>(x_mean) + branch * s.in);
+      std::copy(square.begin(), square.end(), mutable_data<T>(covariance) + branch * s.in * s.in);
+      for (int64_t c = 0; c < s.out; ++c) {
+        const T* w = data<T>(weight) + (branch * s.out + c) * s.in;
+        double sum = 0;
+        for (int64_t k = 0; k < s.in; ++k) sum += double(w[k]) * average[k];
+        mutable_data<T>(y_mean)[branch * s.out + c] = T(sum);
+      }
+    });
+    const PackedMatrices<T> packed(covariance, false);  // it is symmetric
+    parallel_tasks(s.branches, [&](int64_t branch) {
+      const T* w = data<T>(weight) + branch * s.out * s.in;
+      T* const to = mutable_data<T>(product) + branch * s.out * s.in;
+      packed.multiply(branch, w, s.out, to);
+      for (int64_t c = 0; c < s.out; ++c) {
+        double sum = 0;
+        for (int64_t k = 0; k < s.in; ++k) sum += double(w[c * s.in + k]) * double(to[c * s.in + k]);
+        mutable_data<T>(y_var)[branch * s.out + c] = T(std::max(sum, 0.0));
+      }
+    });
+  });
+  return {y_mean, y_var, x_mean, product};
+}
+
+// With n rows, the gradient of each row s is W^T (grad_mean / n) + B (s - mean(s)), B = W^T diag(2 grad_var / n) W,
+// and that of W grad_mean mean(s)^T + diag(2 grad_var) W cov(s).
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, const Tensor& grad_var_in,
+                                                    const Tensor& x_mean_in, const Tensor& product_in,
+                                                    const Tensor& x_in, const Tensor& weight_in, const Tensor& mean,
+                                                    const Tensor& scale, const Tensor& shift,
+                                                    const std::string& activation) {
+  const Normalization normalization(x_in, mean, scale, shift, activation);
+  const Sizes s(x_in, weight_in);
+  for (const auto& [name, t] : {std::pair{"grad_mean", &grad_mean_in}, {"grad_var", &grad_var_in}})
+    check_vector(name, *t, x_in, s.branches, s.out);
+  check_vector("x_mean", x_mean_in, x_in, s.branches, s.in);
+  check_shape("product", product_in, {s.branches, s.out, s.in});
+  check_kind("product", product_in, mean);
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor grad_mean = torch::stable::contiguous(grad_mean_in), grad_var = torch::stable::contiguous(grad_var_in);
+  const Tensor x_mean = torch::stable::contiguous(x_mean_in), product = torch::stable::contiguous(product_in);
+  const Tensor grad_x = empty(x, x_in.sizes()), grad_weight = empty(weight, weight_in.sizes());
+  const Tensor grad_scale = empty(x, scale.sizes()), grad_shift = empty(x, shift.sizes());
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const Map<T> map = normalization.of<T>(x);
+    const double rows = double(std::max<int64_t>(s.rows, 1));
+    const Tensor square = empty(x, {s.branches, s.in, s.in}), constant = empty(x, {s.branches, s.in});
+    parallel_tasks(s.branches, [&](int64_t branch) {
+      const T* w = data<T>(weight) + branch * s.out * s.in;
+      const T* average = data<T>(x_mean) + branch * s.in;
+      T* const scaled = scratch<T>(4, s.out * s.in);
+      T* const b = mutable_data<T>(square) + branch * s.in * s.in;
+      std::vector<double> sum(s.in, 0.0);
+      for (int64_t c = 0; c < s.out; ++c) {
+        const double of_mean = data<T>(grad_mean)[branch * s.out + c];
+        const double of_var = 2 * double(data<T>(grad_var)[branch * s.out + c]);
+        const T* above = data<T>(product) + (branch * s.out + c) * s.in;
+        T* const to = mutable_data<T>(grad_weight) + (branch * s.out + c) * s.in;
+        for (int64_t k = 0; k < s.in; ++k) {
+          to[k] = T(of_mean * average[k] + of_var * above[k]);
+          scaled[c * s.in + k] = T(of_var / rows * w[c * s.in + k]);
+          sum[k] += of_mean / rows * w[c * s.in + k];
+        }
+      }
+      std::fill(b, b + s.in * s.in, T(0));
+      add_outer<T>(scaled, s.in, w, s.in, s.out, b);
+      for (int64_t j = 0; j < s.in; ++j)
+        for (int64_t k = 0; k < s.in; ++k) sum[k] -= double(average[j]) * b[j * s.in + k];
+      std::copy(sum.begin(), sum.end(), mutable_data<T>(constant) + branch * s.in);
+    });
+    const PackedMatrices<T> packed(square, true);
+    const int64_t blocks = ceil_div(s.rows, kBlockRows);
+    ChannelSums<T> sums(s.branches, blocks, s.in);
+    parallel_tasks(s.branches * blocks, [&](int64_t task) {
+      const int64_t branch = task / blocks, first = task % blocks * kBlockRows;
+      const int64_t count = std::min(kBlockRows, s.rows - first);
+      T* const grad = scratch<T>(7, kBlockRows * s.in);
+      packed.multiply(branch, map.read(branch, first, count, scratch<T>(5, kBlockRows * s.in)), count, grad,
+                      data<T>(constant) + branch * s.in);
+      NormRows<T> r = map.norm(branch, first, count);
+      r.grad = grad, r.out = mutable_data<T>(grad_x) + (branch * s.rows + first) * s.in;
+      sums.add(branch, task % blocks, r, kernels<T>().normalize_backward);
+    });
+    sums.finish(s.branches, mutable_data<T>(grad_shift), mutable_data<T>(grad_scale));
+  });
+  const ScalarType dtype = x_in.scalar_type();
+  return {round_to(grad_x, dtype), grad_scale, grad_shift, round_to(grad_weight, dtype)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
+  m.impl("branch_conv2d_moments", TORCH_BOX(&forward));
+  m.impl("branch_conv2d_moments_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace hne

@@ -1,0 +1,226 @@
+// The end of a bottleneck, from the map s before its last convolution:
+// z = clamp((conv(s) - mean) * scale + shift + residual), and y = next_conv(z) with its statistics. The wide map
+// conv(s) exists in the cache alone: on the way back, what its gradient sums is known from the product of the gradient
+// and s.
+#include "pointwise.h"
+#include "unit.h"
+
+namespace hne {
+namespace {
+
+constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
+
+struct Sizes {
+  int64_t branches, rows, in, out, next;  // next is 0 where no convolution follows
+  std::vector<int64_t> maps;              // of x
+  Sizes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& next_weight) : next(0) {
+    STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 5, "x, weight: expected 5 dimensions");
+    const auto sizes = x.sizes();
+    maps.assign(sizes.begin(), sizes.end());
+    branches = x.size(0), rows = x.size(1) * x.size(2) * x.size(3), in = x.size(4), out = weight.size(1);
+    check_shape("weight", weight, {branches, out, in, 1, 1});
+    check_kind("x", x, x);
+    check_kind("weight", weight, x);
+    if (!next_weight.has_value()) return;
+    STD_TORCH_CHECK(next_weight->dim() == 5, "next_weight: expected 5 dimensions");
+    next = next_weight->size(1);
+    check_shape("next_weight", *next_weight, {branches, next, out, 1, 1});
+    check_kind("next_weight", *next_weight, x);
+  }
+
+  std::vector<int64_t> map(int64_t channels) const { return {maps[0], maps[1], maps[2], maps[3], channels}; }
+};
+
+// The convolution and the normalisation after it as one convolution with a bias.
+struct Folded {
+  Tensor weight, bias;  // [branch][out][in], [branch][out]
+
+  Folded(const Sizes& s, const Tensor& from, const Tensor& mean_in, const Tensor& scale_in, const Tensor& shift_in)
+      : weight(empty(from, {s.branches, s.out, s.in})), bias(empty(from, {s.branches, s.out})) {
+    const Tensor mean = torch::stable::contiguous(mean_in), scale = torch::stable::contiguous(scale_in);
+    const Tensor shift = torch::stable::contiguous(shift_in);
+    dispatch(from, [&](auto type) {
+      using T = decltype(type);
+      parallel_tasks(s.branches, [&](int64_t branch) {
+        for (int64_t i = branch * s.out; i < (branch + 1) * s.out; ++i) {
+          kernels<T>().store_scaled(mutable_data<T>(weight) + i * s.in, data<T>(from) + i * s.in, data<T>(scale)[i],
+                                    s.in);
+          mutable_data<T>(bias)[i] = data<T>(shift)[i] - data<T>(mean)[i] * data<T>(scale)[i];
+        }
+      });
+    });
+  }
+};
+
+Tensor matrices(const Tensor& weight) {
+  return torch::stable::view(weight, {weight.size(0), weight.size(1), weight.size(2)});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in,
+                                                   const std::optional<Tensor>& residual_in,
+                                                   const std::optional<Tensor>& next_in, const Tensor& mean,
+                                                   const Tensor& scale, const Tensor& shift,
+                                                   const std::string& activation, const Tensor& out_mean,
+                                                   const Tensor& out_scale, const Tensor& out_shift,
+                                                   const std::string& out_activation) {
+  const Normalization normalization(x_in, mean, scale, shift, activation);
+  const Sizes s(x_in, weight_in, next_in);
+  for (const auto& [name, t] : {std::pair{"out_mean", &out_mean}, {"out_scale", &out_scale}, {"out_shift", &out_shift}})
+    check_vector(name, *t, x_in, s.branches, s.out);
+  if (residual_in.has_value()) {
+    check_shape("residual", *residual_in, s.map(s.out));
+    check_kind("residual", *residual_in, x_in);
+  }
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const std::optional<Tensor> residual = contiguous(widen(residual_in)), next = contiguous(widen(next_in));
+  const Folded folded(s, weight, out_mean, out_scale, out_shift);
+  const Tensor z = empty(x, s.map(s.out)), y = empty(x, s.map(s.next));
+  const Tensor y_mean = empty(mean, {s.branches, s.next}), y_var = empty(mean, {s.branches, s.next});
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const Map<T> map = normalization.of<T>(x);
+    const Clamp<T> clamp = Clamp<T>::named(out_activation);
+    const PackedMatrices<T> project(folded.weight, false);
+    std::optional<PackedMatrices<T>> expand;
+    if (next.has_value()) expand.emplace(matrices(*next), false);
+    const int64_t blocks = ceil_div(s.rows, kBlockRows);
+    Moments<T> moments(s.branches, blocks, s.next);
+    parallel_tasks(s.branches * blocks, [&](int64_t task) {
+      const int64_t branch = task / blocks, first = task % blocks * kBlockRows;
+      const int64_t count = std::min(kBlockRows, s.rows - first), at = branch * s.rows + first;
+      T* const to = mutable_data<T>(z) + at * s.out;
+      const T* const add = data<T>(residual);
+      project.multiply(branch, map.read(branch, first, count, scratch<T>(4, kBlockRows * s.in)), count, to,
+                       data<T>(folded.bias) + branch * s.out, add != nullptr ? add + at * s.out : nullptr, clamp,
+                       rows_after(add, s.rows, s.out, branch, first, count));
+      if (!expand) return;
+      T* const next_to = mutable_data<T>(y) + at * s.next;
+      expand->multiply(branch, to, count, next_to, nullptr, nullptr, {},
+                       rows_after(data<T>(z), s.rows, s.out, branch, first, count));
+      moments.add(branch, task % blocks, next_to, count);
+    });
+    moments.finish(s.branches, mutable_data<T>(y_mean), mutable_data<T>(y_var));
+  });
+  const ScalarType dtype = x_in.scalar_type();
+  return {round_to(z, dtype), round_to(y, dtype), y_mean, y_var};
+}
+
+// With m the gradient of z behind the activation: m is that of the residual, sum m of out_shift, sum m (conv(s) - mean)
+// = diag(W (sum s m^T)) - mean sum m of out_scale, diag(scale) sum m s^T of W, and m diag(scale) W of s.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_z_in, const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var, const Tensor& z_in,
+    const Tensor& y_in, const Tensor& y_mean, const Tensor& x_in, const Tensor& weight_in,
+    const std::optional<Tensor>& next_in, const Tensor& mean, const Tensor& scale, const Tensor& shift,
+    const std::string& activation, const Tensor& out_mean, const Tensor& out_scale, const Tensor& out_shift,
+    const std::string& out_activation, bool has_residual) {
+  const Normalization normalization(x_in, mean, scale, shift, activation);
+  const Sizes s(x_in, weight_in, next_in);
+  const OutputGradient above(grad_y, grad_mean, grad_var, y_in, y_mean);
+  check_shape("y", y_in, s.map(s.next));
+  for (const auto& [name, t] : {std::pair{"z", &z_in}, {"grad_z", &grad_z_in}}) {
+    check_shape(name, *t, s.map(s.out));
+    check_kind(name, *t, x_in);
+  }
+  for (const auto& [name, t] : {std::pair{"out_mean", &out_mean}, {"out_scale", &out_scale}, {"out_shift", &out_shift}})
+    check_vector(name, *t, x_in, s.branches, s.out);
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor z = torch::stable::contiguous(widen(z_in)), grad_z = torch::stable::contiguous(widen(grad_z_in));
+  const std::optional<Tensor> next = contiguous(widen(next_in));
+  const Tensor centre = torch::stable::contiguous(out_mean), factor = torch::stable::contiguous(out_scale);
+  const Folded folded(s, weight, out_mean, out_scale, out_shift);
+  const Tensor grad_x = empty(x, x_in.sizes()), grad_weight = empty(weight, weight_in.sizes());
+  const Tensor grad_scale = empty(x, scale.sizes()), grad_shift = empty(x, shift.sizes());
+  const Tensor grad_out_scale = empty(x, out_scale.sizes()), grad_out_shift = empty(x, out_shift.sizes());
+  const Tensor grad_residual = has_residual ? empty(x, s.map(s.out)) : empty(x, {0});
+  const Tensor grad_next = next.has_value() ? empty(x, next_in->sizes()) : empty(x, {0});
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const Map<T> map = normalization.of<T>(x), above_map = above.map<T>();
+    const PackedMatrices<T> project(folded.weight, true);
+    std::optional<PackedMatrices<T>> expand;
+    if (next.has_value()) expand.emplace(matrices(*next), true);
+    const Shares shares(s.branches, s.rows);
+    // A map that no cache holds goes past them; it is read by the op before.
+    const bool streams =
+        has_residual && s.rows * s.branches * s.out * int64_t(sizeof(T)) >= kStreamBytes && s.out * sizeof(T) % 64 == 0;
+    const int64_t size = s.in * s.out, next_size = s.next * s.out;
+    const Tensor products = empty(x, {s.branches * shares.count, size});  // of s and m, [in][out]
+    const Tensor next_products = empty(x, {s.branches * shares.count, next_size});
+    ChannelSums<T> sums(s.branches, shares.blocks, s.in), out_sums(s.branches, shares.blocks, s.out);
+    parallel_tasks(s.branches * shares.count, [&](int64_t task) {
+      const int64_t branch = task / shares.count;
+      T* const product = mutable_data<T>(products) + task * size;
+      T* const next_product = mutable_data<T>(next_products) + task * next_size;
+      std::fill(product, product + size, T(0));
+      std::fill(next_product, next_product + next_size, T(0));
+      shares.each(task % shares.count, [&](int64_t block, int64_t first, int64_t count) {
+        const int64_t at = branch * s.rows + first;
+        const T* rows = data<T>(z) + at * s.out;
+        const T* grad = data<T>(grad_z) + at * s.out;
+        const auto after = [&](const Tensor& map) {
+          return rows_after(data<T>(map), s.rows, s.out, branch, first, count);
+        };
+        T* const memory = scratch<T>(8, kBlockRows * s.out);
+        if (expand) {
+          const T* grad_after = above_map.read(branch, first, count, scratch<T>(4, kBlockRows * s.next));
+          add_outer(grad_after, s.next, rows, s.out, count, next_product, after(grad_z));
+          expand->multiply(branch, grad_after, count, memory, nullptr, grad);
+          grad = memory;
+        }
+        T* const there = has_residual ? mutable_data<T>(grad_residual) + at * s.out : nullptr;
+        T* const masked = has_residual && !streams ? there : memory;
+        NormRows<T> r{};
+        r.grad = grad, r.y = rows, r.out = masked, r.clamp = Clamp<T>::named(out_activation);
+        r.streamed = streams ? there : nullptr, r.count = count, r.channels = s.out;
+        out_sums.add(branch, block, r, kernels<T>().mask);
+        const T* before = map.read(branch, first, count, scratch<T>(5, kBlockRows * s.in));
+        add_outer<T>(before, s.in, masked, s.out, count, product, after(z));
+        T* const grad_before = scratch<T>(7, kBlockRows * s.in);
+        project.multiply(branch, masked, count, grad_before);
+        r = map.norm(branch, first, count);
+        r.grad = grad_before, r.out = mutable_data<T>(grad_x) + at * s.in;
+        sums.add(branch, block, r, kernels<T>().normalize_backward);
+      });
+    });
+    sums.finish(s.branches, mutable_data<T>(grad_shift), mutable_data<T>(grad_scale));
+    out_sums.finish(s.branches, mutable_data<T>(grad_out_shift), mutable_data<T>(grad_out_scale));
+    parallel_tasks(s.branches, [&](int64_t branch) {
+      T* const product = mutable_data<T>(products) + branch * shares.count * size;
+      T* const next_product = mutable_data<T>(next_products) + branch * shares.count * next_size;
+      for (int64_t share = 1; share < shares.count; ++share) {
+        kernels<T>().add_scaled(product, product + share * size, T(1), size);
+        kernels<T>().add_scaled(next_product, next_product + share * next_size, T(1), next_size);
+      }
+      if (next.has_value())
+        std::copy(next_product, next_product + next_size, mutable_data<T>(grad_next) + branch * next_size);
+      for (int64_t c = 0; c < s.out; ++c) {
+        const int64_t i = branch * s.out + c;
+        double sum = -double(data<T>(centre)[i]) * double(data<T>(grad_out_shift)[i]);
+        for (int64_t k = 0; k < s.in; ++k) {
+          const T value = product[k * s.out + c];
+          sum += double(value) * double(data<T>(weight)[i * s.in + k]);
+          mutable_data<T>(grad_weight)[i * s.in + k] = value * data<T>(factor)[i];
+        }
+        mutable_data<T>(grad_out_scale)[i] = T(sum);
+      }
+    });
+  });
+  const ScalarType dtype = x_in.scalar_type();
+  return {round_to(grad_x, dtype),
+          round_to(grad_weight, dtype),
+          round_to(grad_residual, dtype),
+          round_to(grad_next, dtype),
+          grad_scale,
+          grad_shift,
+          grad_out_scale,
+          grad_out_shift};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
+  m.impl("branch_projection", TORCH_BOX(&forward));
+  m.impl("branch_projection_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace hne

@@ -1,0 +1,71 @@
+// Products with a matrix per branch, rows of channels against rows of channels: what the pointwise convolutions of the
+// end of a bottleneck are made of.
+#pragma once
+
+#include "branch_conv2d.h"
+
+namespace hne {
+
+// Pointers to rows that follow each other.
+template <typename T>
+T** row_pointers(T* first, int64_t count, int64_t channels, int slot) {
+  T** rows = scratch<T*>(slot, count);
+  for (int64_t m = 0; m < count; ++m) rows[m] = first + m * channels;
+  return rows;
+}
+
+// Matrices [branch][out][in], packed: of rows x, `multiply` gives x W^T, or x W where they are transposed.
+template <typename T>
+class PackedMatrices {
+ public:
+  PackedMatrices(const Tensor& matrices, bool transposed)
+      : out_(matrices.size(transposed ? 2 : 1)),
+        in_(matrices.size(transposed ? 1 : 2)),
+        size_(ceil_div(out_, kPanel) * in_ * kPanel),
+        packed_(empty(matrices, {matrices.size(0), size_})) {
+    parallel_tasks(matrices.size(0), [&](int64_t branch) {
+      pack(data<T>(matrices) + branch * out_ * in_, out_, in_, 1, transposed ? 1 : in_, transposed ? out_ : 1,
+           in_ * kPanel, mutable_data<T>(packed_) + branch * size_);
+    });
+  }
+
+  // to = clamp(rows x matrix + bias + add); bias and add may be null.
+  void multiply(int64_t branch, const T* rows, int64_t count, T* to, const T* bias = nullptr, const T* add = nullptr,
+                Clamp<T> clamp = {}, Ahead<T> ahead = {}) const {
+    const Tap<T> tap{&rows, data<T>(packed_) + branch * size_, in_ * kPanel, in_, in_};
+    const T* const* added = add != nullptr ? row_pointers(add, count, out_, 0) : nullptr;
+    kernels<T>().gemm({&tap, 1, count, out_, row_pointers(to, count, out_, 1), bias, added, clamp, ahead});
+  }
+
+ private:
+  int64_t out_, in_, size_;
+  Tensor packed_;
+};
+
+// sum[i][j] += over rows of left[i] * right[j]
+template <typename T>
+void add_outer(const T* left, int64_t left_channels, const T* right, int64_t right_channels, int64_t count, T* sum,
+               Ahead<T> ahead = {}) {
+  const T* const* left_rows = row_pointers(left, count, left_channels, 0);
+  const T* const* right_rows = row_pointers(right, count, right_channels, 1);
+  kernels<T>().outer({left_rows, right_rows, count, left_channels, right_channels, sum, {ahead}});
+}
+
+// Blocks of rows of a branch, shared by tasks: sums of a share are of its own, and added in order.
+struct Shares {
+  int64_t rows, blocks, count;  // count of a branch
+  Shares(int64_t branches, int64_t rows)
+      : rows(rows),
+        blocks(ceil_div(rows, kBlockRows)),
+        count(std::clamp<int64_t>(ceil_div(2 * num_threads(), std::max<int64_t>(branches, 1)), 1,
+                                  std::max<int64_t>(blocks, 1))) {}
+
+  // f(block, first, count) for the blocks of a share
+  template <typename F>
+  void each(int64_t share, const F& f) const {
+    for (int64_t block = blocks * share / count; block < blocks * (share + 1) / count; ++block)
+      f(block, block * kBlockRows, std::min(kBlockRows, rows - block * kBlockRows));
+  }
+};
+
+}  // namespace hne
