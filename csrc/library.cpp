@@ -46,6 +46,7 @@ STABLE_TORCH_LIBRARY(hne, m) {
   {
     const std::string normalization = "Tensor mean, Tensor scale, Tensor shift, str activation";
     const std::string out = "Tensor out_mean, Tensor out_scale, Tensor out_shift, str out_activation";
+    const std::string added = "Tensor? residual_mean, Tensor? residual_scale, Tensor? residual_shift";
     m.def(("branch_conv2d_moments(Tensor x, Tensor weight, " + normalization +
            ") -> (Tensor mean, Tensor var, Tensor x_mean, Tensor product)")
               .c_str());
@@ -54,14 +55,14 @@ STABLE_TORCH_LIBRARY(hne, m) {
            normalization + ") -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_weight)")
               .c_str());
     m.def(("branch_projection(Tensor x, Tensor weight, Tensor? residual, Tensor? next_weight, " + normalization + ", " +
-           out + ") -> (Tensor z, Tensor y, Tensor mean, Tensor var)")
+           out + ", " + added + ") -> (Tensor z, Tensor y, Tensor mean, Tensor var)")
               .c_str());
     m.def(("branch_projection_backward(Tensor grad_z, Tensor grad_y, Tensor grad_mean, Tensor grad_var, Tensor z, "
-           "Tensor y, Tensor y_mean, Tensor x, Tensor weight, Tensor? next_weight, " +
-           normalization + ", " + out +
+           "Tensor y, Tensor y_mean, Tensor x, Tensor weight, Tensor? residual, Tensor? next_weight, " +
+           normalization + ", " + out + ", " + added +
            ", bool has_residual) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_residual, "
            "Tensor grad_next_weight, Tensor grad_scale, Tensor grad_shift, Tensor grad_out_scale, "
-           "Tensor grad_out_shift)")
+           "Tensor grad_out_shift, Tensor grad_residual_scale)")
               .c_str());
   }
   m.def(

@@ -38,18 +38,24 @@ class Projected(NamedTuple):
     scale: Tensor
     shift: Tensor
     activation: str
-    residual: Tensor | None = None
+    residual: Tensor | Normalized | None = None
 
     def written(self, next_weight: Tensor | None = None) -> list[Tensor]:
         """The map, and with ``next_weight`` the convolution that reads it, with mean and variance."""
+        added = self.residual
+        if isinstance(added, Normalized):
+            vectors = {"residual_mean": added.mean, "residual_scale": added.scale, "residual_shift": added.shift}
+            residual: dict[str, Any] = {"residual": added.x, **vectors}
+        else:
+            residual = {"residual": added}
         results = K.branch_projection(
             weight=self.weight,
             out_mean=self.mean,
             out_scale=self.scale,
             out_shift=self.shift,
             out_activation=self.activation,
-            residual=self.residual,
             next_weight=next_weight,
+            **residual,
             **_read(self.x),
         )
         return [result for result in results if result is not None]
@@ -98,7 +104,11 @@ class Fused(Execution):
             y = (K.branch_depthwise_conv2d if unit.depthwise else K.branch_conv2d)(written(x), weight, **geometry)
             mean, var = batch_norm.running(unit, branches)
             normalized = Normalized(y, mean, *batch_norm.scale_and_shift(unit, branches, var), activation)
-        return normalized if residual is None else normalized._replace(residual=written(residual))
+        if residual is None:
+            return normalized
+        if isinstance(normalized, Projected) and _is_affine(residual):
+            return normalized._replace(residual=residual)
+        return normalized._replace(residual=written(residual))
 
     def first_unit(
         self, unit: Unit, x: Features, branches: slice, replicate: int, activation: str
@@ -120,7 +130,9 @@ class Fused(Execution):
         return ACTIVATIONS[activation](K.branch_conv2d(x, weight, bias, replicate=replicate))
 
     def pool(self, x: Features) -> Tensor:
-        return written(x).mean((2, 3), keepdim=True)
+        x = written(x)
+        # The gradient of a sum, other than that of a mean, is no map in memory.
+        return x.sum((2, 3), keepdim=True) / x.shape[2:4].numel()
 
     def replicate(self, x: Tensor, branches: slice, replicate: int, channels: int) -> Tensor:
         if replicate == 1:
@@ -140,6 +152,11 @@ def _projects(unit: Unit, x: Features) -> bool:
     """Whether ``unit`` is the wide end of a bottleneck that is better computed where it is read."""
     pointwise = unit.kernel_size == unit.stride == 1 and not unit.depthwise
     return pointwise and isinstance(x, Normalized) and x.residual is None and K.projects(x.x, unit.channels)
+
+
+def _is_affine(x: Features) -> bool:
+    """Whether ``x`` is normalised and nothing else: it can be added as it is read."""
+    return isinstance(x, Normalized) and x.activation == "none" and x.residual is None
 
 
 def _normalization(

@@ -87,10 +87,13 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.activation = inputs
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # of the product of weights and covariance they would be megabytes of zeros
     ctx.save_for_backward(*output[2:], *tensors)
 
 
-def _backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    weight, mean = ctx.saved_tensors[3:5]
+    grad_mean, grad_var = (mean.new_zeros(weight.shape[:2]) if grad is None else grad for grad in (grad_mean, grad_var))
     grad_x, grad_scale, grad_shift, grad_weight = torch.ops.hne.branch_conv2d_moments_backward(
         grad_mean, grad_var, *ctx.saved_tensors, ctx.activation
     )

@@ -26,6 +26,9 @@ def branch_projection(
     activation: str = "none",
     out_activation: str = "none",
     residual: Tensor | None = None,
+    residual_mean: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
     next_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``z = out_activation((conv(s) - out_mean) * out_scale + out_shift + residual)``, and with a ``next_weight``
@@ -42,6 +45,8 @@ def branch_projection(
         out_mean, out_scale, out_shift: the same for the channels of ``conv(s)``, ``[G, C_out]``.
         activation, out_activation: ``none``, ``relu`` or ``relu6``.
         residual: added before the activation, ``[G, B, H, W, C_out]``, dtype of ``x``, or None.
+        residual_mean, residual_scale, residual_shift: all three, like ``out_mean``, for a residual that is normalised
+            as it is read; or none.
         next_weight: filters ``[G, C_next, C_out, 1, 1]``, dtype of ``x``, or None.
 
     Returns:
@@ -56,14 +61,17 @@ def branch_projection(
     """
     normalization = (mean, scale, shift, activation)
     out = (out_mean, out_scale, out_shift)
-    arguments = (x, weight, residual, next_weight, *normalization, *out, out_activation)
+    added = (residual_mean, residual_scale, residual_shift)
+    arguments = (x, weight, residual, next_weight, *normalization, *out, out_activation, *added)
     check(*arguments)
     if dispatch.select(x) == "cpp":
         z, *y = torch.ops.hne.branch_projection(*arguments)
     else:
         convolve = dispatch.implementation("branch_conv2d_stats", x)
         wide = convolve(x, weight, *normalization, 1, 0, 1)[0]
-        z = dispatch.implementation("branch_normalize", x)(wide, *out, residual, out_activation)
+        normalize = dispatch.implementation("branch_normalize", x)
+        summand = residual if residual_mean is None else normalize(residual, *added, None, "none")
+        z = normalize(wide, *out, summand, out_activation)
         y = [] if next_weight is None else convolve(z, next_weight, None, None, None, "none", 1, 0, 1)
     return (z, *y) if next_weight is not None else (z, None, None, None)
 
@@ -88,15 +96,27 @@ def check(
     out_scale: Tensor,
     out_shift: Tensor,
     out_activation: str,
+    residual_mean: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
 ) -> tuple[int, int, int, int, int]:
     """Check the arguments of :func:`branch_projection` and return the shape of ``z``."""
     shape = check_unit(x, weight, mean, scale, shift, activation)
     checks.activation("out_activation", out_activation)
     for name, vector in (("out_mean", out_mean), ("out_scale", out_scale), ("out_shift", out_shift)):
         check_vector(name, vector, x, shape[0], shape[4])
+    added = {"residual_mean": residual_mean, "residual_scale": residual_scale, "residual_shift": residual_shift}
+    given = [name for name, vector in added.items() if vector is not None]
+    if len(given) not in (0, 3):
+        raise ValueError(f"{given[0]}: expected with all three of {', '.join(added)}, got {', '.join(given)}")
+    for name, given_vector in added.items():
+        if given_vector is not None:
+            check_vector(name, given_vector, x, shape[0], shape[4])
     if residual is not None:
         checks.shape("residual", residual, shape, "as the convolution's output")
         checks.same_kind("x", x, residual=residual)
+    elif given:
+        raise ValueError("residual: expected one where residual_mean is given, got None")
     if next_weight is not None:
         check_pointwise("next_weight", next_weight)
         expected = (shape[0], next_weight.shape[1], shape[4], 1, 1)
@@ -117,12 +137,8 @@ def _(
 
 @torch.library.register_fake("hne::branch_projection_backward")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    z, (x, weight, next_weight, mean), out_mean, has_residual = (
-        arguments[4],
-        arguments[7:11],
-        arguments[14],
-        arguments[-1],
-    )
+    z, (x, weight, _, next_weight, mean), out_mean = arguments[4], arguments[7:12], arguments[15]
+    normalized, has_residual = arguments[-4] is not None, arguments[-1]
     vectors = [vector.new_empty(vector.shape) for vector in (mean, mean, out_mean, out_mean)]
     return (
         x.new_empty(x.shape),
@@ -130,29 +146,59 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         x.new_empty(z.shape if has_residual else 0),
         x.new_empty(0 if next_weight is None else next_weight.shape),
         *vectors,
+        out_mean.new_empty(out_mean.shape if normalized else 0),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, residual, next_weight, *unit, ctx.activation, out_mean, out_scale, out_shift, ctx.out_activation = inputs
+    x, weight, residual, next_weight, mean, scale, shift, ctx.activation, *out, ctx.out_activation = inputs[:12]
     z, y, y_mean, _ = output
     ctx.has_residual = residual is not None
-    ctx.save_for_backward(z, y, y_mean, x, weight, next_weight, *unit, out_mean, out_scale, out_shift)
+    added = inputs[12:]
+    read = residual if added[0] is not None else None  # the gradient of a plain sum does not need it
+    ctx.save_for_backward(z, y, y_mean, x, weight, read, next_weight, mean, scale, shift, *out, *added)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    *saved, out_mean, out_scale, out_shift = ctx.saved_tensors
-    next_weight, _, scale, _ = saved[5:]
-    grad_x, grad_weight, grad_residual, grad_next, grad_scale, grad_shift, grad_out_scale, grad_out_shift = (
-        torch.ops.hne.branch_projection_backward(
-            *grads, *saved, ctx.activation, out_mean, out_scale, out_shift, ctx.out_activation, ctx.has_residual
-        )
+    *saved, out_mean, out_scale, out_shift, residual_mean, residual_scale, residual_shift = ctx.saved_tensors
+    (
+        grad_x,
+        grad_weight,
+        residual,
+        following,
+        grad_scale,
+        grad_shift,
+        grad_out_scale,
+        grad_out_shift,
+        of_residual,
+    ) = torch.ops.hne.branch_projection_backward(
+        *grads,
+        *saved,
+        ctx.activation,
+        out_mean,
+        out_scale,
+        out_shift,
+        ctx.out_activation,
+        residual_mean,
+        residual_scale,
+        residual_shift,
+        ctx.has_residual,
     )
-    residual = grad_residual if ctx.has_residual else None
-    following = None if next_weight is None else grad_next
+    next_weight, _, scale, _ = saved[6:]
     vectors = (-scale * grad_shift, grad_scale, grad_shift, None)
     out_vectors = (-out_scale * grad_out_shift, grad_out_scale, grad_out_shift, None)
-    return grad_x, grad_weight, residual, following, *vectors, *out_vectors
+    added: tuple[Any, ...] = (None, None, None)
+    if residual_mean is not None:  # the shift of the residual is added as that of the convolution is
+        added = (-residual_scale * grad_out_shift, of_residual, grad_out_shift.clone())
+    return (
+        grad_x,
+        grad_weight,
+        residual if ctx.has_residual else None,
+        None if next_weight is None else following,
+        *vectors,
+        *out_vectors,
+        *added,
+    )
 
 
 torch.library.register_autograd("hne::branch_projection", _backward, setup_context=_setup)

@@ -28,6 +28,7 @@ UNITS = (
 )
 VECTORS = ("mean", "scale", "shift")
 OUT_VECTORS = ("out_mean", "out_scale", "out_shift")
+RESIDUAL_VECTORS = ("residual_mean", "residual_scale", "residual_shift")
 KINK = 0.05  # gradients are not compared this close to where an activation bends
 
 
@@ -51,13 +52,13 @@ class Case:
         """Fresh arguments; the statistics of a map are kept in float32 or better."""
         made = cast(self.make(rng), dtype, device)
         if dtype.itemsize < 4:
-            made |= {name: made[name].float() for name in self.statistics if name in made}
+            made |= {name: made[name].float() for name in self.statistics if made.get(name) is not None}
         return made
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """Inputs that are kept in float32 or better."""
-        return (*VECTORS, *OUT_VECTORS) if self.op in (*UNITS, "branch_normalize") else ()
+        return (*VECTORS, *OUT_VECTORS, *RESIDUAL_VECTORS) if self.op in (*UNITS, "branch_normalize") else ()
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
         op = _fused_layers if self.op == "FusedLayers" else getattr(K, self.op)
@@ -329,9 +330,10 @@ MOMENTS = [
 
 
 def projection(
-    shape: Sequence[int], out_channels: int, next_channels: int, activations: tuple[str, str], residual: bool
+    shape: Sequence[int], out_channels: int, next_channels: int, activations: tuple[str, str], residual: str
 ) -> Case:
-    """The end of a bottleneck from the map before its last convolution, and the unit after it (of 0 channels: none)."""
+    """The end of a bottleneck from the map before its last convolution, and the unit after it (of 0 channels: none).
+    The residual is ``plain``, ``normalised`` or ``none``."""
     branches, batch, height, width, channels = shape
     activation, out_activation = activations
 
@@ -345,24 +347,28 @@ def projection(
         inputs |= dict(zip(OUT_VECTORS, vectors(out_channels), strict=True))
         inputs["x"] = _away_from_kinks(inputs["x"], *(inputs[name] for name in VECTORS))
         inputs |= {"activation": activation, "out_activation": out_activation, "residual": None, "next_weight": None}
-        if residual:
+        inputs |= dict.fromkeys(RESIDUAL_VECTORS)
+        if residual != "none":
+            added = [torch.tensor([[v]], dtype=torch.float64) for v in (0.0, 1.0, 0.0)]
+            if residual == "normalised":
+                added = vectors(out_channels)
+                inputs |= dict(zip(RESIDUAL_VECTORS, added, strict=True))
             with K.use_backend("reference"):
-                sums = K.branch_projection(**{**inputs, "out_activation": "none"})[0]
-            added = normal(rng, *sums.shape)
-            moved = _away_from_kinks(sums + added, *(torch.tensor([[v]]) for v in (0.0, 1.0, 0.0)))
-            inputs["residual"] = moved - sums
+                before = {**inputs, "out_activation": "none"} | dict.fromkeys(RESIDUAL_VECTORS)
+                sums = K.branch_projection(**before)[0]
+            inputs["residual"] = _away_from_kinks(normal(rng, *sums.shape), *added, sums)
         if next_channels:
             inputs["next_weight"] = normal(rng, branches, next_channels, out_channels, 1, 1)
         return inputs
 
     positions = batch * height * width
     following = ("next_weight",) if next_channels else ()
+    added = {"none": (), "plain": ("residual",), "normalised": ("residual", *RESIDUAL_VECTORS)}[residual]
     return Case(
         "branch_projection",
-        f"{'x'.join(map(str, shape))}to{out_channels}to{next_channels}-{activation}-{out_activation}"
-        f"{'-residual' if residual else ''}",
+        f"{'x'.join(map(str, shape))}to{out_channels}to{next_channels}-{activation}-{out_activation}-{residual}",
         make,
-        ("x", "weight", *VECTORS, *OUT_VECTORS, *(("residual",) if residual else ()), *following),
+        ("x", "weight", *VECTORS, *OUT_VECTORS, *added, *following),
         2 * channels + 2 * out_channels + next_channels + 2 * positions + 16,
         roundings=6,
         naive_roundings=12,
@@ -370,14 +376,14 @@ def projection(
 
 
 PROJECTIONS = [
-    projection((1, 1, 1, 1, 1), 1, 1, ("none", "none"), True),
-    projection((1, 2, 2, 1, 3), 2, 2, ("relu", "relu"), True),
-    projection((3, 1, 7, 7, 17), 33, 5, ("relu", "relu"), True),
-    projection((2, 3, 8, 7, 16), 40, 16, ("relu6", "relu6"), True),
-    projection((2, 0, 4, 4, 8), 3, 2, ("relu", "relu"), True),
-    projection((2, 2, 5, 3, 5), 33, 0, ("relu", "relu"), True),
-    projection((1, 2, 9, 13, 16), 64, 7, ("relu6", "none"), False),
-    projection((5, 2, 5, 3, 5), 6, 0, ("none", "none"), False),
+    projection((1, 1, 1, 1, 1), 1, 1, ("none", "none"), "plain"),
+    projection((1, 2, 2, 1, 3), 2, 2, ("relu", "relu"), "normalised"),
+    projection((3, 1, 7, 7, 17), 33, 5, ("relu", "relu"), "plain"),
+    projection((2, 3, 8, 7, 16), 40, 16, ("relu6", "relu6"), "normalised"),
+    projection((2, 0, 4, 4, 8), 3, 2, ("relu", "relu"), "normalised"),
+    projection((2, 2, 5, 3, 5), 33, 0, ("relu", "relu"), "plain"),
+    projection((1, 2, 9, 13, 16), 64, 7, ("relu6", "none"), "none"),
+    projection((5, 2, 5, 3, 5), 6, 0, ("none", "none"), "none"),
 ]
 
 
@@ -694,7 +700,7 @@ def representative(*, differentiable: bool = False) -> list[Case]:
         ),
         "branch_residual_conv2d_stats": residual_unit((2, 2, 3, 2, 3), 4, "relu", True),
         "branch_conv2d_moments": moments((2, 2, 3, 2, 3), 4, "relu"),
-        "branch_projection": projection((2, 2, 3, 2, 3), 4, 2, ("relu", "relu"), True),
+        "branch_projection": projection((2, 2, 3, 2, 3), 4, 2, ("relu", "relu"), "normalised"),
         "branch_normalize": normalize((2, 2, 3, 2, 3), "relu", True),
         "fused_conv2d": fused_convolution(Geometry(2, 2, 2, 5, 4, 3, 18, 3, 2, 1), "relu"),
         "fused_bottleneck": bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
@@ -744,7 +750,7 @@ def magnitude(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outco
     if case.op == "hierarchical_distillation_loss":
         return _loss_magnitude(inputs, grads)
     absolute = {name: value.abs() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    for name in ("mean", "out_mean"):
+    for name in ("mean", "out_mean", "residual_mean"):
         if absolute.get(name) is not None:
             absolute[name] *= -1  # x - mean is then the sum of their sizes
     for option in ("activation", "final_activation", "out_activation"):

@@ -183,7 +183,10 @@ _wrong(
     ("weight", lambda w: w.expand(-1, -1, -1, 3, 3), r"weight: expected a 1x1 kernel, got shape"),
 )
 _wrong(PROJECTING, TypeError, ("mean", None, r"mean: expected a tensor"))
-for _name in ("out_mean", "out_scale", "out_shift"):
+for _name in ("residual_mean", "residual_scale", "residual_shift"):
+    _wrong("branch_projection", ValueError, (_name, None, r"residual_(mean|scale): expected with all three of"))
+_wrong("branch_projection", ValueError, ("residual", None, r"residual: expected one where residual_mean is given"))
+for _name in ("out_mean", "out_scale", "out_shift", "residual_mean", "residual_scale", "residual_shift"):
     _wrong(
         "branch_projection",
         ValueError,
@@ -373,6 +376,9 @@ UNCHECKED = [
     *((op, "weight", lambda w: w[:, :, :2]) for op in PROJECTING),
     *((op, "weight", lambda w: w.double()) for op in PROJECTING),
     *(("branch_projection", name, lambda v: v[:, :1]) for name in ("out_mean", "out_scale", "out_shift")),
+    *(("branch_projection", name, lambda v: v[:, :1]) for name in ("residual_mean", "residual_scale")),
+    ("branch_projection", "residual_shift", None),
+    ("branch_projection", "residual", None),
     ("branch_projection", "out_activation", "gelu"),
     ("branch_projection", "next_weight", lambda w: w[:1]),
     ("branch_projection", "next_weight", lambda w: w[:, :, :2]),

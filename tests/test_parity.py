@@ -188,6 +188,20 @@ def test_a_large_map_is_written_past_the_cache(double: Placement, rng: torch.Gen
         torch.testing.assert_close(one.double(), right, rtol=1e-4, atol=2e-5 * right.abs().max().item())
 
 
+def test_the_gradient_of_a_sum_over_the_map_is_no_map(double: Placement, rng: torch.Generator) -> None:
+    """It has one row for all pixels of a sample, and gives what it gives written out."""
+    (case,) = (c for c in representative() if c.op == "branch_projection")
+    inputs = case.inputs(rng, torch.float64, double.device)
+    leaves = {name: inputs[name].requires_grad_() for name in case.differentiable}
+    z, *_ = case({**inputs, **leaves})
+    for shape in ((2, 2, 1, 1, 4), (2, 2, 1, 2, 4)):
+        grad = torch.randn(shape, generator=rng, dtype=torch.float64).to(double.device).expand_as(z)
+        used = [leaf for name, leaf in leaves.items() if name != "next_weight"]
+        got = torch.autograd.grad(z, used, grad, retain_graph=True)
+        want = torch.autograd.grad(z, used, grad.contiguous(), retain_graph=True)
+        torch.testing.assert_close(got, want)
+
+
 # --- the same again ----------------------------------------------------------------------------------------
 
 

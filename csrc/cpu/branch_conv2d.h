@@ -20,6 +20,10 @@ void pack(const T* weight, int64_t channels, int64_t depth, int64_t taps, int64_
         continue;
       }
       for (int64_t k = 0; k < depth; ++k, out += kPanel) {
+        if (stride_n == 1 && present == kPanel) {
+          std::copy_n(in + k * stride_k, kPanel, out);
+          continue;
+        }
         for (int64_t n = 0; n < present; ++n) out[n] = in[n * stride_n + k * stride_k];
         for (int64_t n = present; n < kPanel; ++n) out[n] = T(0);
       }

@@ -101,23 +101,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
       moments.finish(branch, average.data(), square.data());
       std::copy(average.begin(), average.end(), mutable_data<T>(x_mean) + branch * s.in);
       std::copy(square.begin(), square.end(), mutable_data<T>(covariance) + branch * s.in * s.in);
-      for (int64_t c = 0; c < s.out; ++c) {
-        const T* w = data<T>(weight) + (branch * s.out + c) * s.in;
-        double sum = 0;
-        for (int64_t k = 0; k < s.in; ++k) sum += double(w[k]) * average[k];
-        mutable_data<T>(y_mean)[branch * s.out + c] = T(sum);
-      }
+      const T* w = data<T>(weight) + branch * s.out * s.in;
+      T* const to = mutable_data<T>(y_mean) + branch * s.out;
+      for (int64_t c = 0; c < s.out; ++c) to[c] = T(dot(w + c * s.in, average.data(), s.in));
     });
     const PackedMatrices<T> packed(covariance, false);  // it is symmetric
     parallel_tasks(s.branches, [&](int64_t branch) {
       const T* w = data<T>(weight) + branch * s.out * s.in;
       T* const to = mutable_data<T>(product) + branch * s.out * s.in;
       packed.multiply(branch, w, s.out, to);
-      for (int64_t c = 0; c < s.out; ++c) {
-        double sum = 0;
-        for (int64_t k = 0; k < s.in; ++k) sum += double(w[c * s.in + k]) * double(to[c * s.in + k]);
-        mutable_data<T>(y_var)[branch * s.out + c] = T(std::max(sum, 0.0));
-      }
+      T* const var = mutable_data<T>(y_var) + branch * s.out;
+      for (int64_t c = 0; c < s.out; ++c) var[c] = T(std::max(dot(w + c * s.in, to + c * s.in, s.in), 0.0));
     });
   });
   return {y_mean, y_var, x_mean, product};
@@ -145,29 +139,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, 
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const Map<T> map = normalization.of<T>(x);
-    const double rows = double(std::max<int64_t>(s.rows, 1));
+    const T rows = T(std::max<int64_t>(s.rows, 1));
     const Tensor square = empty(x, {s.branches, s.in, s.in}), constant = empty(x, {s.branches, s.in});
     parallel_tasks(s.branches, [&](int64_t branch) {
       const T* w = data<T>(weight) + branch * s.out * s.in;
       const T* average = data<T>(x_mean) + branch * s.in;
+      const T *of_mean = data<T>(grad_mean) + branch * s.out, *of_var = data<T>(grad_var) + branch * s.out;
+      const T* above = data<T>(product) + branch * s.out * s.in;
+      T* const to = mutable_data<T>(grad_weight) + branch * s.out * s.in;
       T* const scaled = scratch<T>(4, s.out * s.in);
       T* const b = mutable_data<T>(square) + branch * s.in * s.in;
       std::vector<double> sum(s.in, 0.0);
-      for (int64_t c = 0; c < s.out; ++c) {
-        const double of_mean = data<T>(grad_mean)[branch * s.out + c];
-        const double of_var = 2 * double(data<T>(grad_var)[branch * s.out + c]);
-        const T* above = data<T>(product) + (branch * s.out + c) * s.in;
-        T* const to = mutable_data<T>(grad_weight) + (branch * s.out + c) * s.in;
-        for (int64_t k = 0; k < s.in; ++k) {
-          to[k] = T(of_mean * average[k] + of_var * above[k]);
-          scaled[c * s.in + k] = T(of_var / rows * w[c * s.in + k]);
-          sum[k] += of_mean / rows * w[c * s.in + k];
+      for (int64_t c = 0, i = 0; c < s.out; ++c) {
+        const T mean_of_row = of_mean[c] / rows, var_of_row = 2 * of_var[c] / rows;
+        for (int64_t k = 0; k < s.in; ++k, ++i) {
+          to[i] = of_mean[c] * average[k] + 2 * of_var[c] * above[i];
+          scaled[i] = var_of_row * w[i];
+          sum[k] += double(mean_of_row * w[i]);
         }
       }
       std::fill(b, b + s.in * s.in, T(0));
       add_outer<T>(scaled, s.in, w, s.in, s.out, b);
       for (int64_t j = 0; j < s.in; ++j)
-        for (int64_t k = 0; k < s.in; ++k) sum[k] -= double(average[j]) * b[j * s.in + k];
+        for (int64_t k = 0; k < s.in; ++k) sum[k] -= double(average[j] * b[j * s.in + k]);
       std::copy(sum.begin(), sum.end(), mutable_data<T>(constant) + branch * s.in);
     });
     const PackedMatrices<T> packed(square, true);

@@ -51,6 +51,18 @@ void add_outer(const T* left, int64_t left_channels, const T* right, int64_t rig
   kernels<T>().outer({left_rows, right_rows, count, left_channels, right_channels, sum, {ahead}});
 }
 
+// Sum of products in double, of several sums that do not wait for each other.
+template <typename T, typename U>
+double dot(const T* a, const U* b, int64_t count) {
+  constexpr int64_t kSums = 8;
+  double sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int64_t j = 0; j < kSums; ++j) sums[j] += double(a[i + j]) * double(b[i + j]);
+  for (; i < count; ++i) sums[0] += double(a[i]) * double(b[i]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 // Blocks of rows of a branch, shared by tasks: sums of a share are of its own, and added in order.
 struct Shares {
   int64_t rows, blocks, count;  // count of a branch

@@ -57,10 +57,10 @@ struct OutputGradient {
     dispatch(y, [&](auto type) {
       using T = decltype(type);
       const T values = T(std::max<int64_t>(y.size(1) * y.size(2) * y.size(3), 1));
-      for (int64_t i = 0; i < mean.numel(); ++i) {
-        mutable_data<T>(offset)[i] = data<T>(of_mean)[i] / values;
-        mutable_data<T>(slope)[i] = 2 * data<T>(of_var)[i] / values;
-      }
+      const T *given_mean = data<T>(of_mean), *given_var = data<T>(of_var);
+      T *const to_offset = mutable_data<T>(offset), *const to_slope = mutable_data<T>(slope);
+      for (int64_t i = 0; i < mean.numel(); ++i) to_offset[i] = given_mean[i] / values;
+      for (int64_t i = 0; i < mean.numel(); ++i) to_slope[i] = 2 * given_var[i] / values;
     });
   }
 
