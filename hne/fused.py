@@ -151,7 +151,7 @@ class Fused(Execution):
 def _projects(unit: Unit, x: Features) -> bool:
     """Whether ``unit`` is the wide end of a bottleneck that is better computed where it is read."""
     pointwise = unit.kernel_size == unit.stride == 1 and not unit.depthwise
-    return pointwise and isinstance(x, Normalized) and x.residual is None and K.projects(x.x, unit.channels)
+    return pointwise and isinstance(x, Normalized) and x.residual is None and K.projection_pays(x.x, unit.channels)
 
 
 def _is_affine(x: Features) -> bool:

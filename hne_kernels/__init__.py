@@ -11,7 +11,7 @@ from .branch_conv2d_stats import branch_conv2d_stats
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
 from .branch_depthwise_conv2d_stats import branch_depthwise_conv2d_stats
 from .branch_normalize import branch_normalize
-from .branch_projection import branch_projection, projects
+from .branch_projection import branch_projection, projection_pays
 from .branch_residual_conv2d_stats import branch_residual_conv2d_stats
 from .checks import default_sizes
 from .dispatch import add_module, available_backends, unavailable_backends, use_backend
@@ -50,7 +50,7 @@ __all__ = [
     "pack_weight",
     "prefix_logits",
     "prefix_mean",
-    "projects",
+    "projection_pays",
     "release_memory",
     "unavailable_backends",
     "unpack_weight",

@@ -18,8 +18,8 @@ def branch_conv2d_moments(
     :func:`branch_conv2d_stats`, without the map that they are of.
 
     On a CPU they are made of mean and covariance of ``s``: of ``W s`` the mean is ``W mean(s)`` and the variances are
-    the diagonal of ``W cov(s) W^T``. That is quicker where the convolution has more channels to write than to read, and
-    :func:`branch_projection` then computes the map where it is used. Other backends compute the map.
+    the diagonal of ``W cov(s) W^T``. That is quicker where the convolution writes at least twice as many channels as it
+    reads, and :func:`branch_projection` then computes the map where it is used. Other backends compute the map here.
 
     Args:
         x: features ``[G, B, H, W, C_in]``.

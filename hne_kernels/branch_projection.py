@@ -76,11 +76,11 @@ def branch_projection(
     return (z, *y) if next_weight is not None else (z, None, None, None)
 
 
-def projects(x: Tensor, channels: int) -> bool:
+def projection_pays(x: Tensor, channels: int) -> bool:
     """Whether a pointwise convolution of ``x`` to ``channels`` is quicker by :func:`branch_conv2d_moments` and
-    :func:`branch_projection` than written once by :func:`branch_conv2d_stats`.
+    :func:`branch_projection` than written once by :func:`branch_conv2d_stats`: the covariance, too, is a product.
     """
-    return x.shape[4] <= channels and dispatch.select(x) == "cpp"
+    return 2 * x.shape[4] <= channels and dispatch.select(x) == "cpp"
 
 
 def check(

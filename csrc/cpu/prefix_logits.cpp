@@ -38,14 +38,15 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
       T* packed = scratch<T>(0, together * panel_size);
       pack(data<T>(weight) + (n * classes + column) * channels, columns, channels, 1, channels, 1, panel_size, packed);
       const T* head_bias = bias.has_value() ? data<T>(bias) + n * classes + column : nullptr;
+      T* const to = mutable_data<T>(member) + n * batch * classes + column;
       T** out_rows = scratch<T*>(1, kBlockRows);
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = batch * block / blocks, count = batch * (block + 1) / blocks - first;
-        for (int64_t m = 0; m < count; ++m)
-          out_rows[m] = mutable_data<T>(member) + (n * batch + first + m) * classes + column;
+        for (int64_t m = 0; m < count; ++m) out_rows[m] = to + (first + m) * classes;
         const T* rows = data<T>(features) + (n * batch + first) * channels;
         const Tap<T> tap{&rows, packed, panel_size, channels, channels};
-        kernels<T>().gemm({&tap, 1, count, columns, out_rows, head_bias, nullptr, Clamp<T>{}});
+        kernels<T>().gemm({&tap, 1, count, columns, out_rows, head_bias, nullptr, Clamp<T>{},
+                           rows_after(data<T>(features), models * batch, channels, 0, n * batch + first, count)});
       }
     });
     const int64_t values = batch * classes, share = 2048;
