@@ -49,19 +49,12 @@ def check(
     x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: str
 ) -> tuple[int, int, int, int, int]:
     """Check the arguments of :func:`branch_conv2d_moments` and return the shape of the map."""
-    check_pointwise("weight", weight)
+    checks.pointwise("weight", weight)
     shape = checks.convolution(x, weight, None, 1, 0, 1, depthwise=False)
     checks.activation("activation", activation)
     for name, vector in (("mean", mean), ("scale", scale), ("shift", shift)):
         check_vector(name, vector, x, x.shape[0], x.shape[4])
     return shape
-
-
-def check_pointwise(name: str, weight: Tensor) -> None:
-    """Raise unless ``weight`` has the filters of a pointwise convolution."""
-    checks.rank(name, weight, 5, "[branches, out_channels, in_channels, 1, 1]")
-    if weight.shape[3:] != (1, 1):
-        raise ValueError(f"{name}: expected a 1x1 kernel, got shape {tuple(weight.shape)}")
 
 
 @torch.library.register_fake("hne::branch_conv2d_moments")

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import autocast, checks, dispatch
 from .branch_conv2d_moments import check as check_unit
-from .branch_conv2d_moments import check_pointwise
 from .stats_convolution import check_vector, no_double_backward, statistics_dtype
 
 
@@ -118,7 +117,7 @@ def check(
     elif given:
         raise ValueError("residual: expected one where residual_mean is given, got None")
     if next_weight is not None:
-        check_pointwise("next_weight", next_weight)
+        checks.pointwise("next_weight", next_weight)
         expected = (shape[0], next_weight.shape[1], shape[4], 1, 1)
         checks.shape("next_weight", next_weight, expected, "[branches, next_channels, out_channels, 1, 1]")
         checks.same_kind("x", x, next_weight=next_weight)

@@ -60,9 +60,7 @@ def check(
 ) -> tuple[int, int, int, int, int]:
     """Check the arguments of :func:`branch_residual_conv2d_stats` and return the shape of ``y``."""
     check_normalize(x, mean, scale, shift, residual, activation)
-    checks.rank("weight", weight, 5, "[branches, out_channels, in_channels, 1, 1]")
-    if weight.shape[3:] != (1, 1):
-        raise ValueError(f"weight: expected a 1x1 kernel, got shape {tuple(weight.shape)}")
+    checks.pointwise("weight", weight)
     return checks.convolution(x, weight, None, 1, 0, 1, depthwise=False)
 
 

@@ -136,6 +136,13 @@ def convolution(
     return geometry(x, branches, out_channels, kernel_size, stride, padding)
 
 
+def pointwise(name: str, weight: Tensor) -> None:
+    """Raise unless ``weight`` has the filters of a convolution of single pixels."""
+    rank(name, weight, 5, "[branches, out_channels, in_channels, 1, 1]")
+    if weight.shape[3:] != (1, 1):
+        raise ValueError(f"{name}: expected a 1x1 kernel, got shape {tuple(weight.shape)}")
+
+
 def convolution_gradient(
     grad: Tensor,
     branches: int,

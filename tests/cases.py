@@ -216,6 +216,12 @@ def _away_from_kinks(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, resi
     return (normal_x - shift) / scale + mean
 
 
+def normalization(rng: torch.Generator, branches: int, channels: int) -> Inputs:
+    """Mean, scale and shift; no scale is near 0."""
+    scale = normal(rng, branches, channels).sign() * (0.5 + normal(rng, branches, channels).abs())
+    return {"mean": normal(rng, branches, channels), "scale": scale, "shift": normal(rng, branches, channels)}
+
+
 def unit(op: str, geometry: Geometry, activation: str | None, offset: float = 0.0) -> Case:
     """A training unit; without an activation, one that does not normalise. ``offset`` moves the mean of all maps."""
     depthwise = op == "branch_depthwise_conv2d_stats"
@@ -226,8 +232,8 @@ def unit(op: str, geometry: Geometry, activation: str | None, offset: float = 0.
         x = normal(rng, g.G, g.B, g.H, g.W, g.ci) + offset
         inputs: Inputs = {"x": x, "weight": normal(rng, g.branches, *channels, g.k, g.k), **g.options()}
         if activation is not None:
-            scale = normal(rng, g.G, g.ci).sign() * (0.5 + normal(rng, g.G, g.ci).abs())
-            inputs |= {"mean": normal(rng, g.G, g.ci) + offset, "scale": scale, "shift": normal(rng, g.G, g.ci)}
+            inputs |= normalization(rng, g.G, g.ci)
+            inputs["mean"] += offset
             inputs |= {"x": _away_from_kinks(x, *(inputs[name] for name in VECTORS)), "activation": activation}
         return inputs
 
@@ -254,15 +260,12 @@ def residual_unit(shape: Sequence[int], out_channels: int, activation: str, resi
     branches, batch, height, width, channels = shape
 
     def make(rng: torch.Generator) -> Inputs:
-        x, mean, shift = normal(rng, *shape), normal(rng, branches, channels), normal(rng, branches, channels)
-        scale = normal(rng, branches, channels).sign() * (0.5 + normal(rng, branches, channels).abs())
+        vectors = normalization(rng, branches, channels)
         added = normal(rng, *shape) if residual else None
         return {
-            "x": _away_from_kinks(x, mean, scale, shift, 0.0 if added is None else added),
+            "x": _away_from_kinks(normal(rng, *shape), *vectors.values(), 0.0 if added is None else added),
             "weight": normal(rng, branches, out_channels, channels, 1, 1),
-            "mean": mean,
-            "scale": scale,
-            "shift": shift,
+            **vectors,
             "residual": added,
             "activation": activation,
         }
@@ -295,14 +298,12 @@ def moments(shape: Sequence[int], out_channels: int, activation: str, offset: fl
     branches, batch, height, width, channels = shape
 
     def make(rng: torch.Generator) -> Inputs:
-        mean, shift = normal(rng, branches, channels), normal(rng, branches, channels) + offset
-        scale = normal(rng, branches, channels).sign() * (0.5 + normal(rng, branches, channels).abs())
+        vectors = normalization(rng, branches, channels)
+        vectors["shift"] += offset
         return {
-            "x": _away_from_kinks(normal(rng, *shape), mean, scale, shift),
+            "x": _away_from_kinks(normal(rng, *shape), *vectors.values()),
             "weight": normal(rng, branches, out_channels, channels, 1, 1),
-            "mean": mean,
-            "scale": scale,
-            "shift": shift,
+            **vectors,
             "activation": activation,
         }
 
@@ -338,20 +339,16 @@ def projection(
     activation, out_activation = activations
 
     def make(rng: torch.Generator) -> Inputs:
-        def vectors(channels: int) -> list[Tensor]:
-            scale = normal(rng, branches, channels).sign() * (0.5 + normal(rng, branches, channels).abs())
-            return [normal(rng, branches, channels), scale, normal(rng, branches, channels)]
-
         inputs: Inputs = {"x": normal(rng, *shape), "weight": normal(rng, branches, out_channels, channels, 1, 1)}
-        inputs |= dict(zip(VECTORS, vectors(channels), strict=True))
-        inputs |= dict(zip(OUT_VECTORS, vectors(out_channels), strict=True))
+        inputs |= normalization(rng, branches, channels)
+        inputs |= {f"out_{name}": vector for name, vector in normalization(rng, branches, out_channels).items()}
         inputs["x"] = _away_from_kinks(inputs["x"], *(inputs[name] for name in VECTORS))
         inputs |= {"activation": activation, "out_activation": out_activation, "residual": None, "next_weight": None}
         inputs |= dict.fromkeys(RESIDUAL_VECTORS)
         if residual != "none":
             added = [torch.tensor([[v]], dtype=torch.float64) for v in (0.0, 1.0, 0.0)]
             if residual == "normalised":
-                added = vectors(out_channels)
+                added = list(normalization(rng, branches, out_channels).values())
                 inputs |= dict(zip(RESIDUAL_VECTORS, added, strict=True))
             with K.use_backend("reference"):
                 before = {**inputs, "out_activation": "none"} | dict.fromkeys(RESIDUAL_VECTORS)

@@ -6,23 +6,12 @@
 namespace hne {
 namespace {
 
-struct Sizes {
-  int64_t branches, rows, in, out;
-  Sizes(const Tensor& x, const Tensor& weight) {
-    STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 5, "x, weight: expected 5 dimensions");
-    branches = x.size(0), rows = x.size(1) * x.size(2) * x.size(3), in = x.size(4), out = weight.size(1);
-    check_shape("weight", weight, {branches, out, in, 1, 1});
-    check_kind("x", x, x);
-    check_kind("weight", weight, x);
-  }
-};
-
 // Mean and biased covariance of the channels of a branch. A share sums distances from its first row, and shares are
 // united by the formula of Chan et al. (1979): nothing cancels where a mean is large.
 template <typename T>
 class Covariance {
  public:
-  Covariance(const Map<T>& map, const Sizes& sizes, const Tensor& like)
+  Covariance(const Map<T>& map, const PointwiseSizes& sizes, const Tensor& like)
       : map_(map),
         channels_(sizes.in),
         shares_(sizes.branches, sizes.rows),
@@ -87,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
                                                    const Tensor& scale, const Tensor& shift,
                                                    const std::string& activation) {
   const Normalization normalization(x_in, mean, scale, shift, activation);
-  const Sizes s(x_in, weight_in);
+  const PointwiseSizes s(x_in, weight_in);
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
   const Tensor y_mean = empty(mean, {s.branches, s.out}), y_var = empty(mean, {s.branches, s.out});
   const Tensor x_mean = empty(mean, {s.branches, s.in}), product = empty(mean, {s.branches, s.out, s.in});
@@ -125,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, 
                                                     const Tensor& scale, const Tensor& shift,
                                                     const std::string& activation) {
   const Normalization normalization(x_in, mean, scale, shift, activation);
-  const Sizes s(x_in, weight_in);
+  const PointwiseSizes s(x_in, weight_in);
   for (const auto& [name, t] : {std::pair{"grad_mean", &grad_mean_in}, {"grad_var", &grad_var_in}})
     check_vector(name, *t, x_in, s.branches, s.out);
   check_vector("x_mean", x_mean_in, x_in, s.branches, s.in);

@@ -10,34 +10,14 @@ namespace {
 
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 
-struct Sizes {
-  int64_t branches, rows, in, out, next;  // next is 0 where no convolution follows
-  std::vector<int64_t> maps;              // of x
-  Sizes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& next_weight) : next(0) {
-    STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 5, "x, weight: expected 5 dimensions");
-    const auto sizes = x.sizes();
-    maps.assign(sizes.begin(), sizes.end());
-    branches = x.size(0), rows = x.size(1) * x.size(2) * x.size(3), in = x.size(4), out = weight.size(1);
-    check_shape("weight", weight, {branches, out, in, 1, 1});
-    check_kind("x", x, x);
-    check_kind("weight", weight, x);
-    if (!next_weight.has_value()) return;
-    STD_TORCH_CHECK(next_weight->dim() == 5, "next_weight: expected 5 dimensions");
-    next = next_weight->size(1);
-    check_shape("next_weight", *next_weight, {branches, next, out, 1, 1});
-    check_kind("next_weight", *next_weight, x);
-  }
-
-  std::vector<int64_t> map(int64_t channels) const { return {maps[0], maps[1], maps[2], maps[3], channels}; }
-};
-
 // The gradient of z: a map, or, that of a sum over the map, a row that is the same for all pixels of a sample.
 struct GradientMap {
   int64_t pixels, channels;
   bool expanded;
   Tensor values;
 
-  GradientMap(const Tensor& grad, const Sizes& s) : pixels(s.maps[2] * s.maps[3]), channels(s.out), values(grad) {
+  GradientMap(const Tensor& grad, const PointwiseSizes& s)
+      : pixels(s.maps[2] * s.maps[3]), channels(s.out), values(grad) {
     const auto strides = grad.strides();
     expanded = pixels > 1 && strides[2] == 0 && strides[3] == 0;
     for (const int64_t over : {2, 3})
@@ -61,7 +41,7 @@ struct Residual {
   std::optional<Normalization> normalization;
 
   Residual(const std::optional<Tensor>& given, const std::optional<Tensor>& mean, const std::optional<Tensor>& scale,
-           const std::optional<Tensor>& shift, const Sizes& s, const Tensor& x)
+           const std::optional<Tensor>& shift, const PointwiseSizes& s, const Tensor& x)
       : map(contiguous(widen(given))) {
     STD_TORCH_CHECK(given.has_value() || !mean.has_value(), "residual_mean: expected with a residual");
     if (!given.has_value()) return;
@@ -82,8 +62,12 @@ struct Residual {
 struct Folded {
   Tensor weight, bias;  // [branch][out][in], [branch][out]
 
-  Folded(const Sizes& s, const Tensor& from, const Tensor& mean_in, const Tensor& scale_in, const Tensor& shift_in)
+  Folded(const PointwiseSizes& s, const Tensor& from, const Tensor& mean_in, const Tensor& scale_in,
+         const Tensor& shift_in)
       : weight(empty(from, {s.branches, s.out, s.in})), bias(empty(from, {s.branches, s.out})) {
+    check_vector("out_mean", mean_in, from, s.branches, s.out);
+    check_vector("out_scale", scale_in, from, s.branches, s.out);
+    check_vector("out_shift", shift_in, from, s.branches, s.out);
     const Tensor mean = torch::stable::contiguous(mean_in), scale = torch::stable::contiguous(scale_in);
     const Tensor shift = torch::stable::contiguous(shift_in);
     dispatch(from, [&](auto type) {
@@ -111,9 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const std::string& out_activation, const std::optional<Tensor>& residual_mean,
     const std::optional<Tensor>& residual_scale, const std::optional<Tensor>& residual_shift) {
   const Normalization normalization(x_in, mean, scale, shift, activation);
-  const Sizes s(x_in, weight_in, next_in);
-  for (const auto& [name, t] : {std::pair{"out_mean", &out_mean}, {"out_scale", &out_scale}, {"out_shift", &out_shift}})
-    check_vector(name, *t, x_in, s.branches, s.out);
+  const PointwiseSizes s(x_in, weight_in, next_in);
   const Residual residual(residual_in, residual_mean, residual_scale, residual_shift, s, x_in);
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
   const std::optional<Tensor> next = contiguous(widen(next_in));
@@ -161,15 +143,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const std::optional<Tensor>& residual_mean, const std::optional<Tensor>& residual_scale,
     const std::optional<Tensor>& residual_shift, bool has_residual) {
   const Normalization normalization(x_in, mean, scale, shift, activation);
-  const Sizes s(x_in, weight_in, next_in);
+  const PointwiseSizes s(x_in, weight_in, next_in);
   const OutputGradient above(grad_y, grad_mean, grad_var, y_in, y_mean);
   check_shape("y", y_in, s.map(s.next));
   for (const auto& [name, t] : {std::pair{"z", &z_in}, {"grad_z", &grad_z_in}}) {
     check_shape(name, *t, s.map(s.out));
     check_kind(name, *t, x_in);
   }
-  for (const auto& [name, t] : {std::pair{"out_mean", &out_mean}, {"out_scale", &out_scale}, {"out_shift", &out_shift}})
-    check_vector(name, *t, x_in, s.branches, s.out);
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
   const Tensor z = torch::stable::contiguous(widen(z_in));
   const GradientMap grad_z(grad_z_in, s);

@@ -6,6 +6,28 @@
 
 namespace hne {
 
+// A pointwise convolution, from x, and one that may follow it.
+struct PointwiseSizes {
+  int64_t branches, rows, in, out, next;  // next is 0 where no convolution follows
+  std::vector<int64_t> maps;              // of x
+  PointwiseSizes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& next_weight = {}) : next(0) {
+    STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 5, "x, weight: expected 5 dimensions");
+    const auto sizes = x.sizes();
+    maps.assign(sizes.begin(), sizes.end());
+    branches = x.size(0), rows = x.size(1) * x.size(2) * x.size(3), in = x.size(4), out = weight.size(1);
+    check_shape("weight", weight, {branches, out, in, 1, 1});
+    check_kind("x", x, x);
+    check_kind("weight", weight, x);
+    if (!next_weight.has_value()) return;
+    STD_TORCH_CHECK(next_weight->dim() == 5, "next_weight: expected 5 dimensions");
+    next = next_weight->size(1);
+    check_shape("next_weight", *next_weight, {branches, next, out, 1, 1});
+    check_kind("next_weight", *next_weight, x);
+  }
+
+  std::vector<int64_t> map(int64_t channels) const { return {maps[0], maps[1], maps[2], maps[3], channels}; }
+};
+
 // Pointers to rows that follow each other.
 template <typename T>
 T** row_pointers(T* first, int64_t count, int64_t channels, int slot) {
