@@ -10,46 +10,76 @@ namespace hne {
 
 constexpr int64_t kBandBytes = 192 * 1024;  // of the expanded map, beside the weights in the second cache
 
-// The weights of one bottleneck, their dtype and layout as the kernels read them.
-struct BottleneckWeights {
-  Tensor expand, expand_bias, depthwise, depthwise_bias, project, project_bias;
-  std::optional<Tensor> shortcut, shortcut_bias;
-  int64_t stride, replicate;
-  bool identity;
-  std::string activation, final_activation;
+// The weights of one bottleneck as the kernels read them, checked.
+class BottleneckWeights {
+ public:
+  const Fixed expand, expand_bias, depthwise, depthwise_bias, project;
+  const std::optional<Fixed> shortcut;
+  const Fixed sum_bias;  // of the projection and the shortcut
+  const int64_t stride, replicate;
+  const bool identity;
+  const std::string activation, final_activation;
 
   // `given` in the order of fused_bottleneck.
   BottleneckWeights(const std::optional<Tensor>* given, int64_t stride, int64_t replicate, std::string activation,
                     bool identity, std::string final_activation)
-      : stride(stride),
+      : BottleneckWeights(checked(given, stride, replicate, identity), given, stride, replicate, std::move(activation),
+                          identity, std::move(final_activation)) {}
+
+  int64_t branches() const { return of_a_pixel_.branches; }
+
+  // Of the depthwise convolution, between the channels of x and of the output; `shape` is that of x.
+  Geometry geometry(const std::vector<int64_t>& shape) const {
+    const Geometry& g = of_a_pixel_;
+    STD_TORCH_CHECK(shape.size() == 5 && shape[4] == g.in_channels, "x: does not have the channels of expand");
+    return forward_geometry(shape, g.branches, g.out_channels, g.kernel_size, stride, g.padding, replicate);
+  }
+  int64_t middle() const { return middle_; }  // channels of the depthwise convolution
+
+ private:
+  BottleneckWeights(Geometry of_a_pixel, const std::optional<Tensor>* given, int64_t stride, int64_t replicate,
+                    std::string activation, bool identity, std::string final_activation)
+      : expand(*given[0]),
+        expand_bias(*given[1]),
+        depthwise(*given[2]),
+        depthwise_bias(*given[3]),
+        project(*given[4]),
+        shortcut(given[6].has_value() ? std::optional<Fixed>(*given[6]) : std::nullopt),
+        sum_bias(sum(*given[5], given[7])),
+        stride(stride),
         replicate(replicate),
         identity(identity),
         activation(std::move(activation)),
-        final_activation(std::move(final_activation)) {
+        final_activation(std::move(final_activation)),
+        of_a_pixel_(of_a_pixel),
+        middle_(given[2]->size(3)) {}
+
+  // The geometry of a map of one pixel: the shapes of the rest.
+  static Geometry checked(const std::optional<Tensor>* given, int64_t stride, int64_t replicate, bool identity) {
     for (int i = 0; i < 8; ++i) {
       if (i < 6) STD_TORCH_CHECK(given[i].has_value(), "weights: only the shortcut may be missing");
       if (given[i].has_value()) check_kind("weights", *given[i], *given[0]);
     }
     STD_TORCH_CHECK(given[0]->dim() == 6 && replicate >= 1, "expand: expected 6 dimensions");
-    const int64_t parents = ceil_div(given[0]->size(0), replicate);  // of a map of one pixel: the shapes of the rest
-    bottleneck_geometry({parents, 1, 1, 1, given[0]->size(4)}, *given[0], *given[1], *given[2], *given[3], *given[4],
-                        *given[5], given[6], given[7], stride, replicate, identity);
-    const auto read = [](const Tensor& t) { return torch::stable::contiguous(widen(t)); };
-    expand = read(*given[0]), expand_bias = read(*given[1]), depthwise = read(*given[2]);
-    depthwise_bias = read(*given[3]), project = read(*given[4]), project_bias = read(*given[5]);
-    shortcut = contiguous(widen(given[6])), shortcut_bias = contiguous(widen(given[7]));
+    const int64_t parents = ceil_div(given[0]->size(0), replicate);
+    return bottleneck_geometry({parents, 1, 1, 1, given[0]->size(4)}, *given[0], *given[1], *given[2], *given[3],
+                               *given[4], *given[5], given[6], given[7], stride, replicate, identity);
   }
 
-  int64_t branches() const { return expand.size(0); }
-  int64_t middle() const { return depthwise.size(3); }
-
-  // Of the depthwise convolution, between the channels of x and of the output; `shape` is that of x.
-  Geometry geometry(const std::vector<int64_t>& shape) const {
-    STD_TORCH_CHECK(shape.size() == 5 && shape[4] == expand.size(4), "x: does not have the channels of expand");
-    const int64_t kernel_size = depthwise.size(1);
-    return forward_geometry(shape, expand.size(0), project_bias.size(1), kernel_size, stride, kernel_size / 2,
-                            replicate);
+  static Tensor sum(const Tensor& bias, const std::optional<Tensor>& other) {
+    const Tensor first = torch::stable::contiguous(widen(bias));
+    if (!other.has_value()) return first;
+    const Tensor second = torch::stable::contiguous(widen(*other)), both = empty(first, first.sizes());
+    dispatch(first, [&](auto type) {
+      using T = decltype(type);
+      const T *a = data<T>(first), *b = data<T>(second);
+      std::transform(a, a + first.numel(), b, mutable_data<T>(both), std::plus<T>());
+    });
+    return both;
   }
+
+  Geometry of_a_pixel_;
+  int64_t middle_;
 };
 
 template <typename T>
@@ -74,47 +104,44 @@ class Bottleneck {
     T* const expanded = scratch<T>(3, rows_read(band_) * row_size());
     for (int64_t begin = first, ready = 0; begin < last; begin += band_) {
       const int64_t count = std::min(band_, last - begin), rows = rows_read(count);
-      expand(branch, x, begin * g_.stride - g_.padding, ready, rows, expanded);
-      finish(branch, x, expanded, out, begin, count);
+      expand_lines(branch, x, begin * g_.stride - g_.padding, ready, rows, expanded);
+      project(branch, x, expanded, out, begin, count);
       ready = std::max<int64_t>(0, g_.kernel_size - g_.stride);  // rows that the band below reads as well
       std::copy(expanded + (rows - ready) * row_size(), expanded + rows * row_size(), expanded);
     }
   }
 
-  // The same in two steps, for threads that share a map. What the second one reads is the whole expanded map: no thread
-  // expands rows of another.
-  bool shared(int64_t share) const { return share <= band_; }  // so many output rows are of one thread
-  int64_t expanded_rows() const { return rows_read(g_.out_height); }
-  int64_t expanded_size() const { return expanded_rows() * row_size(); }
-  void run_expand(int64_t branch, const T* x, T* expanded, int64_t first, int64_t last) const {
-    expand(branch, x, -g_.padding, first, last, expanded);
+  // The same in two steps, where the expanded map stays in the cache as a whole: of so many output rows for each
+  // thread. No thread expands rows of another, and what a layer has written is expanded for the next one at once.
+  bool whole(int64_t rows) const { return rows <= band_; }
+  int64_t expanded_size() const { return lines() * row_size(); }
+
+  // Rows [first, last) of the map x, and with the first and the last of them the zeros around it.
+  void expand(int64_t branch, const T* x, T* expanded, int64_t first, int64_t last) const {
+    const auto line = [&](int64_t row) { return std::min(row + g_.padding, lines()); };
+    expand_lines(branch, x, -g_.padding, first > 0 ? line(first) : 0, last < g_.height ? line(last) : lines(),
+                 expanded);
   }
-  void run_finish(int64_t branch, const T* x, const T* expanded, T* out, int64_t first, int64_t last) const {
-    finish(branch, x, expanded + first * g_.stride * row_size(), out, first, last - first);
+
+  // Output rows [first, last).
+  void finish(int64_t branch, const T* x, const T* expanded, T* out, int64_t first, int64_t last) const {
+    project(branch, x, expanded + first * g_.stride * row_size(), out, first, last - first);
   }
 
  private:
   // Rows of the map that a band of `rows` output rows reads.
   int64_t rows_read(int64_t rows) const { return (rows - 1) * g_.stride + g_.kernel_size; }
+  int64_t lines() const { return rows_read(g_.out_height); }  // of the whole expanded map
   // A row of the expanded map has columns of zeros at both ends.
   int64_t row_size() const { return (g_.width + 2 * g_.padding) * middle_; }
 
-  static Tap<T> pointwise(const Tensor& packed, int64_t branch, int64_t channels, int64_t depth, const T* const* rows) {
-    return {rows, data<T>(packed) + branch * ceil_div(channels, kPanel) * depth * kPanel, depth * kPanel, depth, depth};
-  }
-
-  // Of the projection and the shortcut.
-  const T* bias_of_sum(int64_t branch) const {
-    const T* bias = data<T>(w_.project_bias) + branch * g_.out_channels;
-    if (!w_.shortcut.has_value()) return bias;
-    T* both = scratch<T>(6, g_.out_channels);
-    for (int64_t c = 0; c < g_.out_channels; ++c)
-      both[c] = bias[c] + data<T>(w_.shortcut_bias)[branch * g_.out_channels + c];
-    return both;
+  static Tap<T> pointwise(const Fixed& packed, int64_t branch, int64_t channels, int64_t depth, const T* const* rows) {
+    return {rows, packed.data<T>() + branch * ceil_div(channels, kPanel) * depth * kPanel, depth * kPanel, depth,
+            depth};
   }
 
   // Lines [first, last) of an expanded map whose line 0 is row `top` of the map.
-  void expand(int64_t branch, const T* x, int64_t top, int64_t first, int64_t last, T* expanded) const {
+  void expand_lines(int64_t branch, const T* x, int64_t top, int64_t first, int64_t last, T* expanded) const {
     const int64_t middle = middle_;
     T** const out_rows = scratch<T*>(2, std::max<int64_t>(last - first, 0) * g_.width);
     int64_t pixels = 0;
@@ -130,30 +157,14 @@ class Bottleneck {
     }
     const T* first_row = x + std::max<int64_t>(top + first, 0) * g_.width * g_.in_channels;
     const Tap<T> tap = pointwise(w_.expand, branch, middle, g_.in_channels, &first_row);
-    kernels<T>().gemm({&tap, 1, pixels, middle, out_rows, data<T>(w_.expand_bias) + branch * middle, nullptr, clamp_});
+    kernels<T>().gemm(
+        {&tap, 1, pixels, middle, out_rows, w_.expand_bias.data<T>() + branch * middle, nullptr, clamp_, {}, true});
   }
 
   // Output rows [begin, begin + count), from the lines of the expanded map that they read.
-  void finish(int64_t branch, const T* x, const T* expanded, T* out, int64_t begin, int64_t count) const {
-    T* const filtered = scratch<T>(4, count * g_.out_width * middle_);
-    filter(branch, expanded, count, filtered);
-    project(branch, x, filtered, out, begin, count);
-  }
-
-  void filter(int64_t branch, const T* expanded, int64_t count, T* filtered) const {
-    const int64_t middle = middle_;
-    const T** rows = scratch<const T*>(5, g_.kernel_size);
-    for (int64_t r = 0; r < count; ++r) {
-      for (int64_t ky = 0; ky < g_.kernel_size; ++ky) rows[ky] = expanded + (r * g_.stride + ky) * row_size();
-      kernels<T>().depthwise_row({rows, data<T>(w_.depthwise) + branch * g_.taps() * middle,
-                                  data<T>(w_.depthwise_bias) + branch * middle, filtered + r * g_.out_width * middle,
-                                  g_.width + 2 * g_.padding, g_.out_width, middle, g_.kernel_size, g_.stride, 0, false,
-                                  clamp_});
-    }
-  }
-
-  void project(int64_t branch, const T* x, const T* filtered, T* out, int64_t begin, int64_t count) const {
+  void project(int64_t branch, const T* x, const T* expanded, T* out, int64_t begin, int64_t count) const {
     const int64_t pixels = count * g_.out_width, channels = g_.in_channels;
+    const T* const filtered = filter(branch, expanded, count);
     const T** const rows = scratch<const T*>(0, pixels);
     T** const out_rows = scratch<T*>(2, pixels);
     for (int64_t m = 0; m < pixels; ++m) out_rows[m] = out + (begin * g_.out_width + m) * g_.out_channels;
@@ -173,8 +184,31 @@ class Bottleneck {
     }
     if (w_.identity)
       for (int64_t m = 0; m < pixels; ++m) rows[m] = source + m * channels;
-    kernels<T>().gemm({taps, w_.shortcut.has_value() ? 2 : 1, pixels, g_.out_channels, out_rows, bias_of_sum(branch),
-                       w_.identity ? rows : nullptr, final_clamp_});
+    kernels<T>().gemm({taps,
+                       w_.shortcut.has_value() ? 2 : 1,
+                       pixels,
+                       g_.out_channels,
+                       out_rows,
+                       w_.sum_bias.data<T>() + branch * g_.out_channels,
+                       w_.identity ? rows : nullptr,
+                       final_clamp_,
+                       {},
+                       true});
+  }
+
+  // The depthwise convolution of so many output rows.
+  const T* filter(int64_t branch, const T* expanded, int64_t count) const {
+    const int64_t middle = middle_;
+    T* const filtered = scratch<T>(4, count * g_.out_width * middle);
+    const T** rows = scratch<const T*>(5, g_.kernel_size);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t ky = 0; ky < g_.kernel_size; ++ky) rows[ky] = expanded + (r * g_.stride + ky) * row_size();
+      kernels<T>().depthwise_row({rows, w_.depthwise.data<T>() + branch * g_.taps() * middle,
+                                  w_.depthwise_bias.data<T>() + branch * middle, filtered + r * g_.out_width * middle,
+                                  g_.width + 2 * g_.padding, g_.out_width, middle, g_.kernel_size, g_.stride, 0, false,
+                                  clamp_});
+    }
+    return filtered;
   }
 
   const BottleneckWeights& w_;
@@ -182,6 +216,73 @@ class Bottleneck {
   int64_t middle_;
   Clamp<T> clamp_, final_clamp_;
   int64_t band_;
+};
+
+// Places in memory that the layers of a run take in turn, each of them for so many maps. A layer has the place of the
+// last but one if that is as large: threads that share a map then find their part of it where they wrote one before, in
+// their own caches.
+class Places {
+ public:
+  explicit Places(int64_t maps) : maps_(maps) {}
+  void add(int64_t size) {
+    size = ceil_div(size, kPanel) * kPanel;
+    const size_t layer = at_.size();
+    const bool again = layer >= 2 && sizes_[layer - 2] == size;
+    at_.push_back(again ? at_[layer - 2] : total_);
+    sizes_.push_back(size);
+    if (!again) total_ += maps_ * size;
+  }
+  int64_t total() const { return total_; }
+  int64_t at(size_t layer, int64_t map) const { return at_[layer] + map * sizes_[layer]; }
+
+ private:
+  int64_t maps_, total_ = 0;
+  std::vector<int64_t> at_, sizes_;
+};
+
+// A run of bottlenecks, from map to map: so many maps at once, each of them shared by some threads, which have some
+// rows of every layer.
+template <typename T>
+class Run {
+ public:
+  Run(const std::vector<Bottleneck<T>>& layers, int64_t maps, int64_t threads)
+      : layers_(layers), threads_(threads), out_(maps), expanded_(maps) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      out_.add(layers[i].out_size());
+      expanded_.add(whole(i) ? layers[i].expanded_size() : 0);
+    }
+  }
+
+  int64_t size() const { return out_.total() + expanded_.total(); }  // of the memory between the layers
+
+  // Whether a layer finds what it reads expanded.
+  bool whole(size_t layer) const {
+    return layer < layers_.size() && layers_[layer].whole(ceil_div(layers_[layer].geometry().out_height, threads_));
+  }
+
+  T* out(T* memory, size_t layer, int64_t map) const { return memory + out_.at(layer, map); }
+
+  // Rows [first, last) of what a layer reads.
+  void expand(T* memory, size_t layer, int64_t map, int64_t branch, const T* x, int64_t first, int64_t last) const {
+    if (whole(layer)) layers_[layer].expand(branch, x, expanded(memory, layer, map), first, last);
+  }
+
+  // Output rows [first, last) of a layer, from x to out, expanded for the next one.
+  void step(T* memory, size_t layer, int64_t map, int64_t branch, const T* x, T* out, int64_t first,
+            int64_t last) const {
+    if (whole(layer))
+      layers_[layer].finish(branch, x, expanded(memory, layer, map), out, first, last);
+    else
+      layers_[layer].run(branch, x, out, first, last);
+    expand(memory, layer + 1, map, branch, out, first, last);
+  }
+
+ private:
+  T* expanded(T* memory, size_t layer, int64_t map) const { return memory + out_.total() + expanded_.at(layer, map); }
+
+  const std::vector<Bottleneck<T>>& layers_;
+  int64_t threads_;
+  Places out_, expanded_;
 };
 
 // One bottleneck after the other, from x to out: maps, or with `mean` what each map is on average. Convolutions may
@@ -196,21 +297,24 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
   };
   const int64_t pixels = layers.back().geometry().out_pixels(), channels = layers.back().geometry().out_channels;
   const auto output = [&](int64_t map) { return out + map * (mean ? 1 : pixels) * channels; };
-  int64_t largest = 0;  // of what is not a result
-  for (size_t i = 0; i + (mean ? 0 : 1) < layers.size(); ++i) largest = std::max(largest, layers[i].out_size());
+  const auto is_result = [&](size_t layer) { return layer + 1 == layers.size() && !mean; };
   const auto finish = [&](const T* from, int64_t map) {
     if (mean) kernels<T>().mean_rows(from, pixels, channels, output(map));
   };
 
   // As many maps for each thread,
   const int64_t each = maps - maps % threads;
+  const Run<T> alone(layers, 1, 1);
   parallel_tasks(each, [&](int64_t map) {
+    T* const memory = scratch<T>(8, alone.size());
+    const int64_t branch = map / g.batch;
     const T* from = before.empty() ? input(map)
-                                   : before.run(x + map * before.in_size(), 1, scratch<T>(10, before.largest()),
-                                                scratch<T>(11, before.largest()));
+                                   : before.run(x + map * before.in_size(), 1, scratch<T>(9, before.largest()),
+                                                scratch<T>(10, before.largest()));
+    alone.expand(memory, 0, 0, branch, from, 0, g.height);
     for (size_t i = 0; i < layers.size(); ++i) {
-      T* to = i + 1 == layers.size() && !mean ? output(map) : scratch<T>(8 + i % 2, largest);
-      layers[i].run(map / g.batch, from, to, 0, layers[i].geometry().out_height);
+      T* const to = is_result(i) ? output(map) : alone.out(memory, i, 0);
+      alone.step(memory, i, 0, branch, from, to, 0, layers[i].geometry().out_height);
       from = to;
     }
     finish(from, map);
@@ -218,50 +322,35 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
   if (each == maps) return;
 
   // and the rest layer by layer, so that all threads share a map.
-  const int64_t rest = maps - each;
-  const Tensor between = empty(like, {2, rest * largest}), first = empty(like, {2, rest * before.largest()});
-  const T* const first_maps = before.empty() ? nullptr
-                                             : before.run(x + each * before.in_size(), rest, mutable_data<T>(first),
-                                                          mutable_data<T>(first) + rest * before.largest());
-  const auto buffer = [&](size_t layer, int64_t map) {
-    return mutable_data<T>(between) + (int64_t(layer % 2) * rest + map) * largest;
+  const int64_t rest = maps - each, parts = ceil_div(threads, rest);
+  const Run<T> shared(layers, rest, parts);
+  const Tensor between = empty(like, {shared.size()}), first_maps = empty(like, {2, rest * before.largest()});
+  T* const memory = mutable_data<T>(between);
+  const T* const first = before.empty() ? nullptr
+                                        : before.run(x + each * before.in_size(), rest, mutable_data<T>(first_maps),
+                                                     mutable_data<T>(first_maps) + rest * before.largest());
+  const auto source = [&](size_t layer, int64_t map) -> const T* {
+    if (layer > 0) return shared.out(memory, layer - 1, map);
+    return before.empty() ? input(each + map) : first + map * layers[0].in_size();
   };
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const Bottleneck<T>& layer = layers[i];
-    const int64_t height = layer.geometry().out_height;
-    const int64_t parts = std::clamp<int64_t>(ceil_div(threads, rest), 1, std::max<int64_t>(height, 1));
-    const int64_t share = ceil_div(height, parts);
-    const auto source = [&](int64_t map) {
-      if (i > 0) return static_cast<const T*>(buffer(i - 1, map));
-      return before.empty() ? input(each + map) : first_maps + map * layer.in_size();
-    };
-    const auto target = [&](int64_t map) {
-      return i + 1 == layers.size() && !mean ? output(each + map) : buffer(i, map);
-    };
-    // f(map, first, last) for all `rows` of each map
-    const auto split = [&](int64_t rows, const auto& f) {
-      const int64_t most = ceil_div(rows, parts);
-      parallel_tasks(rest * parts, [&](int64_t task) {
-        const int64_t first = std::min(task % parts * most, rows);
-        f(task / parts, first, std::min(first + most, rows));
-      });
-    };
-    if (parts > 1 && layer.shared(share)) {
-      T* const expanded = scratch<T>(9, rest * layer.expanded_size());
-      const auto map_of = [&](int64_t map) { return expanded + map * layer.expanded_size(); };
-      split(layer.expanded_rows(), [&](int64_t map, int64_t first, int64_t last) {
-        layer.run_expand((each + map) / g.batch, source(map), map_of(map), first, last);
-      });
-      split(height, [&](int64_t map, int64_t first, int64_t last) {
-        layer.run_finish((each + map) / g.batch, source(map), map_of(map), target(map), first, last);
-      });
-    } else {
-      split(height, [&](int64_t map, int64_t first, int64_t last) {
-        layer.run((each + map) / g.batch, source(map), target(map), first, last);
-      });
-    }
-  }
-  for (int64_t map = 0; map < rest; ++map) finish(buffer(layers.size() - 1, map), each + map);
+  // f(map, begin, end) for all `rows` of each map
+  const auto split = [&](int64_t rows, const auto& f) {
+    const int64_t most = ceil_div(rows, parts);
+    parallel_tasks(rest * parts, [&](int64_t task) {
+      const int64_t begin = task % parts * most, end = std::min(begin + most, rows);
+      if (begin < end) f(task / parts, begin, end);
+    });
+  };
+  if (shared.whole(0))
+    split(g.height, [&](int64_t map, int64_t begin, int64_t end) {
+      shared.expand(memory, 0, map, (each + map) / g.batch, source(0, map), begin, end);
+    });
+  for (size_t i = 0; i < layers.size(); ++i)
+    split(layers[i].geometry().out_height, [&](int64_t map, int64_t begin, int64_t end) {
+      T* const to = is_result(i) ? output(each + map) : shared.out(memory, i, map);
+      shared.step(memory, i, map, (each + map) / g.batch, source(i, map), to, begin, end);
+    });
+  for (int64_t map = 0; map < rest; ++map) finish(source(layers.size(), map), each + map);
 }
 
 }  // namespace hne

@@ -43,14 +43,14 @@ struct Mean {};
 
 // Bottlenecks one after the other, the convolutions before them where all of it is one branch, and the mean over the
 // maps of the last if it is wanted.
-struct Run {
+struct BottleneckRun {
   std::vector<PackedConvolution> before;
   std::vector<BottleneckWeights> bottlenecks;
   bool mean = false;
 };
 
 struct Step {
-  std::variant<Mean, PackedConvolution, Run> what;
+  std::variant<Mean, PackedConvolution, BottleneckRun> what;
   bool kept;
 };
 
@@ -87,7 +87,8 @@ class Layers {
     STD_TORCH_CHECK(weights[0].has_value() && weights[0]->scalar_type() == type_, "weights: expected one dtype");
     const std::string activation = activation_name(layer.activation);
     // A run goes on while its features are no result.
-    Run* run = steps_.empty() || steps_.back().kept ? nullptr : std::get_if<Run>(&steps_.back().what);
+    BottleneckRun* run =
+        steps_.empty() || steps_.back().kept ? nullptr : std::get_if<BottleneckRun>(&steps_.back().what);
     if (layer.kind != Description::bottleneck) {
       STD_TORCH_CHECK(weights[1].has_value(), "weights: expected a bias");
       if (layer.kind == Description::linear_of_mean) {
@@ -109,7 +110,7 @@ class Layers {
     } else {
       std::vector<PackedConvolution> before;
       if (bottleneck.branches() == 1) before = take_convolutions();
-      steps_.push_back({Run{std::move(before), {bottleneck}}, layer.kept != 0});
+      steps_.push_back({BottleneckRun{std::move(before), {bottleneck}}, layer.kept != 0});
     }
   }
 
@@ -118,7 +119,7 @@ class Layers {
     std::vector<PackedConvolution> taken;
     while (!steps_.empty() && !steps_.back().kept) {
       auto* convolution = std::get_if<PackedConvolution>(&steps_.back().what);
-      if (convolution == nullptr || convolution->bias.size(0) != 1) break;
+      if (convolution == nullptr || convolution->branches() != 1) break;
       taken.insert(taken.begin(), *convolution);
       steps_.pop_back();
     }
@@ -147,7 +148,7 @@ class Layers {
   }
 
   template <typename T>
-  static Tensor compute(const Run& run, const Tensor& x, std::vector<int64_t>& shape) {
+  static Tensor compute(const BottleneckRun& run, const Tensor& x, std::vector<int64_t>& shape) {
     const Convolutions<T> before(run.before, shape);
     std::vector<Bottleneck<T>> layers;
     layers.reserve(run.bottlenecks.size());

@@ -16,6 +16,8 @@ constexpr int kVectorsPerPanel = kLanes<T> < (int)kPanel ? (int)kPanel / kLanes<
 template <typename T>
 constexpr int kMaxPanels = HNE_REGISTERS == 32 && kVectorsPerPanel<T> == 1 ? 3 : 1;
 
+constexpr int64_t kShortSum = 32;
+
 template <typename T>
 constexpr int tile_rows(int panels, bool steps) {
   const int vectors = panels * kVectorsPerPanel<T>, most = steps ? 14 : 8;  // as many pointers as there are registers
@@ -45,14 +47,15 @@ template <typename T, int ROWS, int PANELS, bool STEPS>
 void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead, const T* fetched) {
   constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel;
   constexpr int PER_PANEL = kVectorsPerPanel<T>, VECTORS = PANELS * PER_PANEL;
-  // What the end of the tile reads and writes is fetched during the sums.
+  if (!g.cached) {  // what the end of the tile reads and writes is fetched during the sums
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < PANELS; ++j) {
-      __builtin_prefetch(g.out[row + i] + (panel + j) * kPanel, 1);
-      if (g.add != nullptr) __builtin_prefetch(g.add[row + i] + (panel + j) * kPanel);
-    }
+      for (int j = 0; j < PANELS; ++j) {
+        __builtin_prefetch(g.out[row + i] + (panel + j) * kPanel, 1);
+        if (g.add != nullptr) __builtin_prefetch(g.add[row + i] + (panel + j) * kPanel);
+      }
+  }
   const int64_t first = panel * kPanel, columns = g.channels - first;
   const bool whole = columns >= PANELS * kPanel;
   Vec<T, W> bias[VECTORS] = {};
@@ -151,6 +154,9 @@ void gemm_panels(const Gemm<T>& g) {
     // A few rows wait for their weights: many streams of them at once.
     if (g.count <= tile_rows<T>(8, STEPS))
       for (; panel + 8 <= panels; panel += 8) gemm_columns<T, 8, STEPS>(g, panel);
+    // Short sums end soon: four panels by 6 rows then, which write whole runs of lines.
+    if (g.taps[0].depth <= kShortSum)
+      for (; panel + 4 <= panels; panel += 4) gemm_columns<T, 4, STEPS>(g, panel);
     if ((panels - panel) % 2 == 1 && panels - panel > 1) gemm_columns<T, 3, STEPS>(g, panel), panel += 3;
     for (; panel + 2 <= panels; panel += 2) gemm_columns<T, 2, STEPS>(g, panel);
   }

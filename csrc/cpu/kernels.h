@@ -41,6 +41,7 @@ struct Gemm {
   const T* const* add;  // [count] rows or null
   Clamp<T> clamp;
   Ahead<T> ahead = {};
+  bool cached = false;  // out and add are in the second cache at least: they need not be fetched
 };
 
 // sum[i][j] += over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights

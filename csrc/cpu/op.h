@@ -33,6 +33,20 @@ inline std::optional<Tensor> widen(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(widen(*t)) : std::nullopt;
 }
 
+// Weights that stay as they are, and where they lie: to ask a tensor for that in every loop takes its time.
+class Fixed {
+ public:
+  explicit Fixed(const Tensor& t) : tensor_(torch::stable::contiguous(widen(t))), data_(tensor_.const_data_ptr()) {}
+  template <typename T>
+  const T* data() const {
+    return static_cast<const T*>(data_);
+  }
+
+ private:
+  Tensor tensor_;
+  const void* data_;
+};
+
 // Memory that a thread keeps between tasks; each use has a slot of its own, uninitialised.
 template <typename T>
 T* scratch(int slot, int64_t count) {

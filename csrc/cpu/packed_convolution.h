@@ -5,33 +5,43 @@
 
 namespace hne {
 
-struct PackedConvolution {
-  Tensor weight, bias;
-  int64_t stride, padding, replicate;
-  std::string activation;
-
-  PackedConvolution(const Tensor& weight_in, const Tensor& bias_in, int64_t stride, int64_t padding, int64_t replicate,
+class PackedConvolution {
+ public:
+  PackedConvolution(const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding, int64_t replicate,
                     std::string activation)
-      : stride(stride), padding(padding), replicate(replicate), activation(std::move(activation)) {
-    STD_TORCH_CHECK(weight_in.dim() == 6 && bias_in.dim() == 2, "weight: expected 6 dimensions, bias: 2");
-    const int64_t panels = ceil_div(bias_in.size(1), kPanel), kernel_size = weight_in.size(2);
-    check_shape("weight", weight_in, {bias_in.size(0), panels, kernel_size, kernel_size, weight_in.size(4), kPanel});
-    check_kind("weight", weight_in, weight_in);
-    check_kind("bias", bias_in, weight_in);
-    weight = torch::stable::contiguous(widen(weight_in)), bias = torch::stable::contiguous(widen(bias_in));
+      : weight_(weight),
+        bias_(bias),
+        stride_(stride),
+        padding_(padding),
+        replicate_(replicate),
+        activation_(std::move(activation)) {
+    STD_TORCH_CHECK(weight.dim() == 6 && bias.dim() == 2, "weight: expected 6 dimensions, bias: 2");
+    branches_ = bias.size(0), in_channels_ = weight.size(4), out_channels_ = bias.size(1);
+    kernel_size_ = weight.size(2);
+    check_shape("weight", weight,
+                {branches_, ceil_div(out_channels_, kPanel), kernel_size_, kernel_size_, in_channels_, kPanel});
+    check_kind("weight", weight, weight);
+    check_kind("bias", bias, weight);
   }
+
+  int64_t branches() const { return branches_; }
 
   // `shape` is that of x.
   Geometry geometry(const std::vector<int64_t>& shape) const {
-    STD_TORCH_CHECK(shape.size() == 5 && shape[4] == weight.size(4), "x: does not have the channels of weight");
-    return forward_geometry(shape, bias.size(0), bias.size(1), weight.size(2), stride, padding, replicate);
+    STD_TORCH_CHECK(shape.size() == 5 && shape[4] == in_channels_, "x: does not have the channels of weight");
+    return forward_geometry(shape, branches_, out_channels_, kernel_size_, stride_, padding_, replicate_);
   }
 
   template <typename T>
   void run(const Geometry& g, const T* x, T* out) const {
-    convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, data<T>(weight), data<T>(bias),
-                       Clamp<T>::named(activation), out);
+    convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, weight_.data<T>(), bias_.data<T>(),
+                       Clamp<T>::named(activation_), out);
   }
+
+ private:
+  Fixed weight_, bias_;
+  int64_t branches_, in_channels_, out_channels_, kernel_size_, stride_, padding_, replicate_;
+  std::string activation_;
 };
 
 // Convolutions of one branch, one after the other: what comes before a run of bottlenecks.
