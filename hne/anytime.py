@@ -31,19 +31,21 @@ class Anytime(Iterator[tuple[int, Tensor]]):
         self._model = model
         self._run: Runner = model.runner(x)
         self._execution = model.execution()
-        self._path = [model.enter(x)]  # _path[b + 1] is the output of block b
+        self._images = x
+        self._path: list[Tensor] = []  # _path[b] is the output of block b
         self._total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
     def __next__(self) -> tuple[int, Tensor]:
-        model, tree, path, leaf = self._model, self._model.hierarchy, self._path, self.num_models
+        model, tree, leaf = self._model, self._model.hierarchy, self.num_models
         if leaf == tree.num_models:
             raise StopIteration
         if model.execution() is not self._execution:  # whether gradients are recorded has changed
-            self._run, self._execution = model.runner(path[0]), model.execution()
+            self._run, self._execution = model.runner(self._images), model.execution()
         first = tree.first_new(leaf)
-        del path[first + 1 :]
-        *features, logits = self._run(path[-1], slice(leaf, leaf + 1), first, keep=True)
-        path += features
+        del self._path[first:]
+        x = self._path[-1] if first > 0 else self._images
+        *features, logits = self._run(x, slice(leaf, leaf + 1), first, keep=True)
+        self._path += features
         self.member = logits[0]
         self._total = self._total + self.member
         self.num_models += 1
@@ -61,5 +63,5 @@ class Anytime(Iterator[tuple[int, Tensor]]):
         if self.member is None:
             raise RuntimeError("keep() chooses by an answer: ask for the first one before")
         self.member, self._total = self.member[samples], self._total[samples]
-        execution = self._model.execution()
+        execution, self._images = self._model.execution(), self._images[samples]
         self._path = [execution.select(x, samples) for x in self._path]

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import hne_kernels as K
-from hne_kernels import checks, dispatch
 
 from . import batch_norm
 from .fused import Fused, linear_parameters
@@ -157,13 +156,12 @@ class Networks:
 
     @staticmethod
     def serve(x: Tensor) -> bool:
-        """Whether features like ``x`` can be computed so."""
+        """Whether images like ``x`` are served so."""
         return (
             type(x) in (Tensor, Parameter)  # no stand-in that is not in memory
+            and x.is_cpu
             and not torch.compiler.is_compiling()
             and not is_capturing()
-            and checks.autocast_dtype(x.device.type) is None
-            and dispatch.select(x) == "cpp"
         )
 
     def is_current(self) -> bool:
@@ -180,8 +178,8 @@ class Networks:
             with torch.no_grad():
                 network = self._networks[key] = self._network(leaves, first, keep)
         results = network(x)
-        logits = results[-1].flatten(2)
-        results[-1] = logits if sizes is None else K.prefix_mean(logits, sizes)
+        if sizes is not None:
+            results[-1] = K.prefix_mean(results[-1], sizes)
         return results
 
     def _network(self, leaves: slice, first: int, keep: bool) -> K.FusedLayers:

@@ -93,7 +93,7 @@ class Runner(Protocol):
         """The nodes that some leaves run through, from block ``first`` on.
 
         Args:
-            x: Features that block ``first`` takes: of the parent of its nodes, or of the parents.
+            x: Features that block ``first`` takes, of the parent of its nodes or of the parents; images for block 0.
             leaves: The first leaves, or one of them alone.
             first: A block, or ``num_blocks`` for the heads alone.
             keep: The features after every block are results as well.

@@ -259,14 +259,15 @@ class HNE(Foldable, ABC):
         return self.execution().logits(self.head, x, leaves, replicate)
 
     def runner(self, x: Tensor) -> Runner:
-        """What computes parts of the tree for features like those of the images ``x``, with the parameters and the
-        :meth:`execution` of now."""
+        """What computes parts of the tree for images like ``x``, with the parameters and the :meth:`execution` of
+        now."""
         return self._run
 
     def _run(
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
     ) -> list[Tensor]:
         results = []
+        x = self.enter(x) if first == 0 else x
         *nodes, (heads, replicate) = self.hierarchy.nodes(leaves, first)
         for block, (branches, children) in enumerate(nodes, first):
             x = self.run_block(block, x, branches, children)
@@ -277,11 +278,18 @@ class HNE(Foldable, ABC):
         return [*results, self.execution().prefix_logits(self.head, x, heads, replicate, sizes)]
 
     def _evaluate(self, images: Tensor, num_models: int, sizes: Sequence[int] | None = None) -> Tensor:
-        """Logits of the first leaves, or of ensembles of them; one part of the batch at a time."""
+        """Logits of the first leaves, or of ensembles of them."""
         self._check_images(images)
         self.hierarchy.check_num_models(num_models)
-        leaves, run = slice(0, num_models), self.runner(images)
-        parts = [run(self.enter(part), leaves, sizes=sizes)[-1] for part in self.execution().parts(images)]
+        return self._in_parts(self.execution(), self.runner(images), images, num_models, sizes)
+
+    @staticmethod
+    def _in_parts(
+        execution: Execution, run: Runner, images: Tensor, num_models: int, sizes: Sequence[int] | None
+    ) -> Tensor:
+        """The same, one part of the batch at a time."""
+        leaves = slice(0, num_models)
+        parts = [run(part, leaves, sizes=sizes)[-1] for part in execution.parts(images)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _check_images(self, x: Tensor) -> None:
@@ -360,13 +368,29 @@ class FusedHNE(HNE):
         return self._FUSED if self.training or torch.is_grad_enabled() else self._INFERENCE
 
     def runner(self, x: Tensor) -> Runner:
+        networks = self._networks(x)
+        return self._run if networks is None else networks.run
+
+    def _networks(self, x: Tensor) -> Networks | None:
+        """What is prepared for inference with images like ``x``, or None where they are served layer by layer."""
         if self.execution() is not self._INFERENCE or not Networks.serve(x):
-            return self._run
+            return None
         networks: Networks | None = self.kept()
         if networks is None:
             with torch.no_grad():
                 self.folded = networks = Networks(self.hierarchy, list(self._blocks()), self.head)
-        return networks.run
+        return networks
+
+    def _evaluate(self, images: Tensor, num_models: int, sizes: Sequence[int] | None = None) -> Tensor:
+        networks = self._networks(images)
+        if networks is None:
+            return super()._evaluate(images, num_models, sizes)
+        self.hierarchy.check_num_models(num_models)
+        try:
+            return self._in_parts(self._INFERENCE, networks.run, images, num_models, sizes)
+        except Exception:
+            self._check_images(images)  # the library refuses what does not fit, quicker than Python: this explains it
+            raise
 
     @contextlib.contextmanager
     def frozen_parameters(self) -> Iterator[Self]:

@@ -134,30 +134,38 @@ class FusedLayers:
         """Features after every layer that is kept, in order; those of the last are always there.
 
         Args:
-            x: features ``[G, B, H, W, C]`` of the device and dtype of the weights.
+            x: features ``[G, B, H, W, C]`` of the device and dtype of the weights; or images ``[B, C, H, W]`` of any
+                strides, the features of one branch.
+
+        Returns:
+            Features ``[G', B, H', W', C']``; of the last layer, if it is a linear one, ``[G', B, C']``.
 
         Raises:
             ValueError, TypeError: it does not fit the layers.
             RuntimeError: a gradient is asked for.
         """
-        checks.rank("x", x, 5, checks.CONV_INPUT)
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            checks.rank("x", x, 5, f"{checks.CONV_INPUT} (or 4 of images [batch, channels, height, width])")
         checks.no_gradient("FusedLayers", x)
         if self._prepared is None or dispatch.select(x) != "cpp" or checks.autocast_dtype("cpu") is not None:
-            self._check(x)
             return self._in_turn(x)
         try:
             results: list[Tensor] = self._call(x, self._prepared)
         except Exception:
-            self._check(x)
+            self._check(_features(x))
             raise
         return results
 
     def _in_turn(self, x: Tensor) -> list[Tensor]:
+        x = _features(x)
+        self._check(x)
         results = []
         for index, layer in enumerate(self.layers):
             x = layer(x)
             if index in self._kept:
                 results.append(x)
+        if self.layers[-1].mean:
+            results[-1] = results[-1].flatten(2)
         return results
 
     def _check(self, x: Tensor) -> None:
@@ -167,3 +175,8 @@ class FusedLayers:
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layer {index}: {error}") from None
             x = x.new_empty(()).expand(shape)  # stands for the features that come next
+
+
+def _features(x: Tensor) -> Tensor:
+    """Features as they are, images as those of one branch."""
+    return x if x.dim() == 5 else x.permute(0, 2, 3, 1).unsqueeze(0)

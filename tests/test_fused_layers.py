@@ -84,7 +84,45 @@ def test_autocast_lowers_as_it_does_the_ops(rng: torch.Generator) -> None:
         for layer in described:
             want = layer(want)
     assert all(result.dtype == torch.bfloat16 for result in results)
-    assert torch.equal(results[-1], want)
+    assert torch.equal(results[-1], want.flatten(2))
+
+
+LAYOUTS = {
+    "channels first": lambda images: images.contiguous(),
+    "channels last": lambda images: images.contiguous(memory_format=torch.channels_last),
+    "a part of larger images": lambda images: torch.nn.functional.pad(images, (1, 2, 3, 1, 2, 1))[:, 2:-1, 3:-1, 1:-2],
+    "every second column": lambda images: images.repeat_interleave(2, 3)[..., ::2],
+    "turned": lambda images: images.transpose(2, 3).contiguous().transpose(2, 3),
+    "one channel for all": lambda images: images[:, :1].expand(images.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 3, 9, 7), (1, 3, 1, 1), (0, 3, 5, 5), (3, 3, 40, 41)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_are_features_of_one_branch(
+    layout: Any, shape: tuple[int, ...], dtype: torch.dtype, poisoned: None, rng: torch.Generator
+) -> None:
+    _, described, keep = arguments("network", rng, dtype)
+    layers = K.FusedLayers(described, keep)
+    images = layout(torch.randn(shape, generator=rng).to(dtype))
+    assert images.shape == shape
+    features = images.permute(0, 2, 3, 1).unsqueeze(0).contiguous()
+    assert all(map(torch.equal, layers(images), layers(features)))
+    with K.use_backend("reference"):
+        for result, want in zip(layers(images), layers(features), strict=True):
+            torch.testing.assert_close(result, want)
+
+
+def test_images_that_do_not_fit(rng: torch.Generator) -> None:
+    _, described, keep = arguments("network", rng)
+    layers = K.FusedLayers(described, keep)
+    with pytest.raises(ValueError, match=r"layer 0: .*4"):
+        layers(torch.randn(2, 4, 5, 5))
+    with pytest.raises(ValueError, match=r"layer 0: x: expected at least 1 rows and columns.*got 0x5"):
+        layers(torch.randn(2, 3, 0, 5))
+    with pytest.raises(TypeError, match=r"layer 0: .*float64"):
+        layers(torch.randn(2, 3, 5, 5).double())
 
 
 def test_layers_are_forgotten_with_their_object(rng: torch.Generator) -> None:
@@ -128,7 +166,7 @@ def test_weights_are_kept_alive(rng: torch.Generator) -> None:
 
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
-    "rank": (lambda x: x[0], ValueError, r"x: expected 5 dimensions .*got 4"),
+    "rank": (lambda x: x[0, 0], ValueError, r"x: expected 5 dimensions .*got 3"),
     "no tensor": (lambda x: x.tolist(), TypeError, r"x: expected a tensor.*got list"),
     "integers": (lambda x: x.long(), TypeError, r"layer 0: x: expected a floating-point tensor, got torch.int64"),
     "dtype": (lambda x: x.double(), TypeError, r"layer 0: .*float64"),

@@ -70,12 +70,13 @@ class Layers {
       used += layer.num_weights();
     }
     STD_TORCH_CHECK(used == weights.size() && steps_.back().kept, "weights: expected fewer of them");
+    linear_ = Description(&numbers[(count - 1) * Description::kNumbers]).kind == Description::linear_of_mean;
   }
 
-  // The features after every layer that is kept.
+  // The features after every layer that is kept; those of the last one, if it is linear, without height and width.
   std::vector<Tensor> operator()(const Tensor& x_in) const {
     STD_TORCH_CHECK(x_in.is_cpu() && x_in.scalar_type() == type_, "x: expected the dtype of the weights, on the CPU");
-    const Tensor x = torch::stable::contiguous(widen(x_in));
+    const Tensor x = widen(x_in);
     std::vector<Tensor> kept;
     Team::gather([&] { dispatch(x, [&](auto type) { run<decltype(type)>(x, kept); }); });
     for (Tensor& features : kept) features = round_to(features, type_);
@@ -127,28 +128,68 @@ class Layers {
   }
 
   template <typename T>
-  void run(Tensor x, std::vector<Tensor>& kept) const {
-    const auto sizes = x.sizes();
-    std::vector<int64_t> shape(sizes.begin(), sizes.end());
-    STD_TORCH_CHECK(shape.size() == 5, "x: expected 5 dimensions");
+  void run(const Tensor& x_in, std::vector<Tensor>& kept) const {
+    std::vector<int64_t> shape;
+    Tensor last;  // what the next step reads
+    const T* x = x_in.dim() == 4 ? read_images<T>(x_in, shape, last) : read_features<T>(x_in, shape, last);
     for (const Step& step : steps_) {
-      x = std::visit([&](const auto& what) { return compute<T>(what, x, shape); }, step.what);
-      if (step.kept) kept.push_back(x);
+      const bool flat = linear_ && &step == &steps_.back();
+      last = std::visit([&](const auto& what) { return compute<T>(what, x, x_in, flat, shape); }, step.what);
+      x = data<T>(last);
+      if (step.kept) kept.push_back(last);
     }
   }
 
-  // The features after a step, and their shape instead of that of x.
   template <typename T>
-  static Tensor compute(const PackedConvolution& convolution, const Tensor& x, std::vector<int64_t>& shape) {
+  static const T* read_features(const Tensor& x, std::vector<int64_t>& shape, Tensor& copy) {
+    STD_TORCH_CHECK(x.dim() == 5, "x: expected 5 dimensions, or 4 of images");
+    const auto sizes = x.sizes();
+    shape.assign(sizes.begin(), sizes.end());
+    copy = torch::stable::contiguous(x);
+    return data<T>(copy);
+  }
+
+  // Images [batch, channels, height, width] are features of one branch: in place where they lie channels last.
+  template <typename T>
+  static const T* read_images(const Tensor& images, std::vector<int64_t>& shape, Tensor& copy) {
+    const auto sizes = images.sizes(), strides = images.strides();
+    const int64_t batch = sizes[0], channels = sizes[1], height = sizes[2], width = sizes[3];
+    STD_TORCH_CHECK(height > 0 && width > 0, "x: expected images of at least one pixel");
+    shape = {1, batch, height, width, channels};
+    const int64_t of_batch = strides[0], of_channel = strides[1], of_row = strides[2], of_column = strides[3];
+    const bool in_place = (channels == 1 || of_channel == 1) && (width == 1 || of_column == channels) &&
+                          (height == 1 || of_row == width * channels) &&
+                          (batch == 1 || of_batch == height * width * channels);
+    if (in_place) return data<T>(images);
+    copy = empty(images, shape);
+    const T* const from = data<T>(images);
+    T* const to = mutable_data<T>(copy);
+    const int64_t row = width * channels, rows = batch * height;
+    const int64_t most = std::max<int64_t>(1, kCopied / std::max<int64_t>(row, 1));  // rows of a task
+    parallel_tasks(ceil_div(rows, most), [&](int64_t task) {
+      for (int64_t r = task * most; r < std::min(rows, (task + 1) * most); ++r)
+        for (int64_t c = 0; c < channels; ++c) {
+          const T* in = from + r / height * of_batch + r % height * of_row + c * of_channel;
+          T* out = to + r * row + c;
+          for (int64_t column = 0; column < width; ++column) out[column * channels] = in[column * of_column];
+        }
+    });
+    return to;
+  }
+
+  // The features after a step, and their shape instead of that of x. `like` is for their memory.
+  template <typename T>
+  static Tensor compute(const PackedConvolution& convolution, const T* x, const Tensor& like, bool flat,
+                        std::vector<int64_t>& shape) {
     const Geometry g = convolution.geometry(shape);
     shape = g.out_shape();
-    Tensor out = empty(x, shape);
-    convolution.run<T>(g, data<T>(x), mutable_data<T>(out));
+    Tensor out = flat ? empty(like, {shape[0], shape[1], shape[4]}) : empty(like, shape);
+    convolution.run<T>(g, x, mutable_data<T>(out));
     return out;
   }
 
   template <typename T>
-  static Tensor compute(const BottleneckRun& run, const Tensor& x, std::vector<int64_t>& shape) {
+  static Tensor compute(const BottleneckRun& run, const T* x, const Tensor& like, bool, std::vector<int64_t>& shape) {
     const Convolutions<T> before(run.before, shape);
     std::vector<Bottleneck<T>> layers;
     layers.reserve(run.bottlenecks.size());
@@ -157,19 +198,18 @@ class Layers {
       shape = layers.back().geometry().out_shape();
     }
     if (run.mean) to_one_pixel(shape);
-    Tensor out = empty(x, shape);
-    run_bottlenecks<T>(before, layers, data<T>(x), mutable_data<T>(out), run.mean, out);
+    Tensor out = empty(like, shape);
+    run_bottlenecks<T>(before, layers, x, mutable_data<T>(out), run.mean, out);
     return out;
   }
 
   template <typename T>
-  static Tensor compute(const Mean&, const Tensor& x, std::vector<int64_t>& shape) {
+  static Tensor compute(const Mean&, const T* x, const Tensor& like, bool, std::vector<int64_t>& shape) {
     const int64_t pixels = shape[2] * shape[3], channels = shape[4];
     to_one_pixel(shape);
-    Tensor out = empty(x, shape);
+    Tensor out = empty(like, shape);
     parallel_tasks(shape[0] * shape[1], [&](int64_t map) {
-      kernels<T>().mean_rows(data<T>(x) + map * pixels * channels, pixels, channels,
-                             mutable_data<T>(out) + map * channels);
+      kernels<T>().mean_rows(x + map * pixels * channels, pixels, channels, mutable_data<T>(out) + map * channels);
     });
     return out;
   }
@@ -179,8 +219,11 @@ class Layers {
     shape[2] = shape[3] = 1;
   }
 
+  static constexpr int64_t kCopied = 4096;  // values of an image that a thread copies at once
+
   ScalarType type_;
   std::vector<Step> steps_;
+  bool linear_;  // the last layer
 };
 
 // What has been prepared, by number; nothing else can be asked for.
