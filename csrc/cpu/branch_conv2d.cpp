@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kFewChannels = 8;  // below: an image rather than features
 constexpr int64_t kFewPixels = 14;   // below: less than a tile of them in a row
-constexpr int64_t kSharePanels = 8;  // of a thread, where threads share the channels
+constexpr int64_t kSharePanels = 4;  // of a thread, where threads share the channels
 
 }  // namespace
 
