@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import autocast, checks, dispatch
 from .branch_conv2d_moments import check as check_unit
-from .stats_convolution import check_vector, no_double_backward, statistics_dtype
+from .stats_convolution import check_together, check_vector, no_double_backward, statistics_dtype
 
 
 def branch_projection(
@@ -104,17 +104,18 @@ def check(
     checks.activation("out_activation", out_activation)
     for name, vector in (("out_mean", out_mean), ("out_scale", out_scale), ("out_shift", out_shift)):
         check_vector(name, vector, x, shape[0], shape[4])
-    added = {"residual_mean": residual_mean, "residual_scale": residual_scale, "residual_shift": residual_shift}
-    given = [name for name, vector in added.items() if vector is not None]
-    if len(given) not in (0, 3):
-        raise ValueError(f"{given[0]}: expected with all three of {', '.join(added)}, got {', '.join(given)}")
-    for name, given_vector in added.items():
-        if given_vector is not None:
-            check_vector(name, given_vector, x, shape[0], shape[4])
+    normalized = check_together(
+        x,
+        shape[0],
+        shape[4],
+        residual_mean=residual_mean,
+        residual_scale=residual_scale,
+        residual_shift=residual_shift,
+    )
     if residual is not None:
         checks.shape("residual", residual, shape, "as the convolution's output")
         checks.same_kind("x", x, residual=residual)
-    elif given:
+    elif normalized:
         raise ValueError("residual: expected one where residual_mean is given, got None")
     if next_weight is not None:
         checks.pointwise("next_weight", next_weight)

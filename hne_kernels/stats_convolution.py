@@ -25,13 +25,18 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def check_normalization(x: Tensor, mean: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> None:
     """Raise unless there are all three of ``mean``, ``scale``, ``shift``, as the channels of ``x`` want, or none."""
-    vectors = {"mean": mean, "scale": scale, "shift": shift}
+    check_together(x, x.shape[0], x.shape[4], mean=mean, scale=scale, shift=shift)
+
+
+def check_together(x: Tensor, branches: int, channels: int, **vectors: Tensor | None) -> bool:
+    """Raise unless there are all ``vectors``, with a value for every channel, or none; whether there are."""
     given = [name for name, vector in vectors.items() if vector is not None]
-    if len(given) not in (0, 3):
-        raise ValueError(f"{given[0]}: expected with mean, scale and shift all given or none, got {', '.join(given)}")
+    if len(given) not in (0, len(vectors)):
+        raise ValueError(f"{given[0]}: expected with all of {', '.join(vectors)}, got {', '.join(given)} alone")
     for name, vector in vectors.items():
         if vector is not None:
-            check_vector(name, vector, x, x.shape[0], x.shape[4])
+            check_vector(name, vector, x, branches, channels)
+    return bool(given)
 
 
 def check_vector(name: str, vector: Tensor, x: Tensor, branches: int, channels: int) -> None:

@@ -166,7 +166,7 @@ for _name in ("mean", "scale", "shift"):
         (_name, lambda v: v.to("meta"), rf"{_name}: expected to be on the device of x"),
     )
     _wrong(NORMALIZING, TypeError, (_name, lambda v: v.double(), rf"{_name}: expected torch.float32 \(the statistics"))
-    _wrong(UNITS, ValueError, (_name, None, r"expected with mean, scale and shift all given or none, got"))
+    _wrong(UNITS, ValueError, (_name, None, r"(mean|scale): expected with all of mean, scale, shift, got"))
 for _op in (*UNITS, "branch_residual_conv2d_stats", *PROJECTING):
     _wrong(
         _op,
@@ -184,7 +184,9 @@ _wrong(
 )
 _wrong(PROJECTING, TypeError, ("mean", None, r"mean: expected a tensor"))
 for _name in ("residual_mean", "residual_scale", "residual_shift"):
-    _wrong("branch_projection", ValueError, (_name, None, r"residual_(mean|scale): expected with all three of"))
+    _wrong(
+        "branch_projection", ValueError, (_name, None, r"residual_(mean|scale): expected with all of residual_mean,")
+    )
 _wrong("branch_projection", ValueError, ("residual", None, r"residual: expected one where residual_mean is given"))
 for _name in ("out_mean", "out_scale", "out_shift", "residual_mean", "residual_scale", "residual_shift"):
     _wrong(
