@@ -175,6 +175,7 @@ GEOMETRIES = [
     # Channels that fill vectors, several tiles of a matrix kernel, windows that step.
     Geometry(2, 2, 1, 9, 7, 16, 24, 3, 2, 1),
     Geometry(1, 2, 3, 7, 9, 72, 136, 1, 1, 0),
+    Geometry(2, 1, 2, 5, 4, 24, 93, 1, 1, 0),  # few terms, a panel of weights that is not full
     # Images: blocks of pixels that begin and end within a row.
     Geometry(2, 1, 3, 9, 17, 3, 17, 3, 1, 1),
     Geometry(1, 2, 2, 11, 31, 5, 5, 5, 2, 2),
