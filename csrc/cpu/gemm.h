@@ -155,7 +155,9 @@ void gemm_panels(const Gemm<T>& g) {
     if (g.count <= tile_rows<T>(8, STEPS))
       for (; panel + 8 <= panels; panel += 8) gemm_columns<T, 8, STEPS>(g, panel);
     // Short sums end soon: four panels by 6 rows then, which write whole runs of lines.
-    if (g.taps[0].depth <= kShortSum)
+    int64_t terms = 0;
+    for (int64_t t = 0; t < g.num_taps; ++t) terms += g.taps[t].depth;
+    if (terms <= kShortSum)
       for (; panel + 4 <= panels; panel += 4) gemm_columns<T, 4, STEPS>(g, panel);
     if ((panels - panel) % 2 == 1 && panels - panel > 1) gemm_columns<T, 3, STEPS>(g, panel), panel += 3;
     for (; panel + 2 <= panels; panel += 2) gemm_columns<T, 2, STEPS>(g, panel);
