@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import hne_kernels as K
+from hne_kernels import checks, dispatch
 
 from . import batch_norm
 from .fused import Fused, linear_parameters
@@ -156,12 +157,13 @@ class Networks:
 
     @staticmethod
     def serve(x: Tensor) -> bool:
-        """Whether images like ``x`` are served so."""
+        """Whether networks that are prepared can take images like ``x``."""
         return (
             type(x) in (Tensor, Parameter)  # no stand-in that is not in memory
-            and x.is_cpu
             and not torch.compiler.is_compiling()
             and not is_capturing()
+            and checks.autocast_dtype(x.device.type) is None
+            and dispatch.select(x) == "cpp"
         )
 
     def is_current(self) -> bool:
@@ -190,7 +192,8 @@ class Networks:
                 layers.append(described(layer, branches, children))
                 children = 1  # only the first layer branches
             ends.append(len(layers) - 1)
-        return K.FusedLayers([*layers, described_head(self._head, heads, replicate)], ends if keep else ())
+        layers.append(described_head(self._head, heads, replicate))
+        return K.FusedLayers(layers, ends if keep else (), images=first == 0)
 
 
 class Folded:

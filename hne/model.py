@@ -377,6 +377,8 @@ class FusedHNE(HNE):
             return None
         networks: Networks | None = self.kept()
         if networks is None:
+            if x.device != self.head.conv.weight.device:
+                return None
             with torch.no_grad():
                 self.folded = networks = Networks(self.hierarchy, list(self._blocks()), self.head)
         return networks
@@ -388,8 +390,11 @@ class FusedHNE(HNE):
         self.hierarchy.check_num_models(num_models)
         try:
             return self._in_parts(self._INFERENCE, networks.run, images, num_models, sizes)
-        except Exception:
-            self._check_images(images)  # the library refuses what does not fit, quicker than Python: this explains it
+        except Exception:  # the library refuses what does not fit, quicker than Python
+            try:
+                self._check_images(images)
+            except (ValueError, TypeError) as explained:
+                raise explained from None
             raise
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -81,6 +82,7 @@ class FusedLayers:
     Args:
         layers: :class:`FusedLayer`; the first with any ``replicate``, the others as their features want.
         keep: Numbers of the layers whose features are results, beside the last.
+        images: The first layer is of one branch, and takes images instead of features.
 
     Raises:
         ValueError: a shape, device or number does not fit; the message names the layer and the argument.
@@ -88,8 +90,8 @@ class FusedLayers:
         RuntimeError: a weight asks for a gradient; this is for inference.
     """
 
-    def __init__(self, layers: Sequence[FusedLayer], keep: Sequence[int] = ()) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, layers: Sequence[FusedLayer], keep: Sequence[int] = (), *, images: bool = False) -> None:
+        self.layers, self.images = tuple(layers), images
         if not self.layers:
             raise ValueError("layers: expected at least one, got none")
         for number in keep:
@@ -110,7 +112,8 @@ class FusedLayers:
             weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FusedLayers, (self.layers, sorted(self._kept))  # what is prepared is of this object alone
+        # What is prepared is of this object alone.
+        return functools.partial(FusedLayers, images=self.images), (self.layers, sorted(self._kept))
 
     def _prepare(self) -> int:
         weights: list[Tensor | None] = []
@@ -134,8 +137,8 @@ class FusedLayers:
         """Features after every layer that is kept, in order; those of the last are always there.
 
         Args:
-            x: features ``[G, B, H, W, C]`` of the device and dtype of the weights; or images ``[B, C, H, W]`` of any
-                strides, the features of one branch.
+            x: features ``[G, B, H, W, C]``, or images ``[B, C, H, W]`` (``images``), of any strides and of the device
+                and dtype of the weights.
 
         Returns:
             Features ``[G', B, H', W', C']``; of the last layer, if it is a linear one, ``[G', B, C']``.
@@ -144,20 +147,22 @@ class FusedLayers:
             ValueError, TypeError: it does not fit the layers.
             RuntimeError: a gradient is asked for.
         """
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            checks.rank("x", x, 5, f"{checks.CONV_INPUT} (or 4 of images [batch, channels, height, width])")
+        if self.images:
+            checks.rank("x", x, 4, "[batch, channels, height, width]")
+        else:
+            checks.rank("x", x, 5, checks.CONV_INPUT)
         checks.no_gradient("FusedLayers", x)
         if self._prepared is None or dispatch.select(x) != "cpp" or checks.autocast_dtype("cpu") is not None:
             return self._in_turn(x)
         try:
             results: list[Tensor] = self._call(x, self._prepared)
         except Exception:
-            self._check(_features(x))
+            self._check(self._features(x))
             raise
         return results
 
     def _in_turn(self, x: Tensor) -> list[Tensor]:
-        x = _features(x)
+        x = self._features(x)
         self._check(x)
         results = []
         for index, layer in enumerate(self.layers):
@@ -168,6 +173,9 @@ class FusedLayers:
             results[-1] = results[-1].flatten(2)
         return results
 
+    def _features(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).unsqueeze(0) if self.images else x
+
     def _check(self, x: Tensor) -> None:
         for index, layer in enumerate(self.layers):
             try:
@@ -175,8 +183,3 @@ class FusedLayers:
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layer {index}: {error}") from None
             x = x.new_empty(()).expand(shape)  # stands for the features that come next
-
-
-def _features(x: Tensor) -> Tensor:
-    """Features as they are, images as those of one branch."""
-    return x if x.dim() == 5 else x.permute(0, 2, 3, 1).unsqueeze(0)

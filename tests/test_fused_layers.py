@@ -104,25 +104,82 @@ def test_images_are_features_of_one_branch(
     layout: Any, shape: tuple[int, ...], dtype: torch.dtype, poisoned: None, rng: torch.Generator
 ) -> None:
     _, described, keep = arguments("network", rng, dtype)
-    layers = K.FusedLayers(described, keep)
+    of_images, of_features = (K.FusedLayers(described, keep, images=images) for images in (True, False))
     images = layout(torch.randn(shape, generator=rng).to(dtype))
     assert images.shape == shape
     features = images.permute(0, 2, 3, 1).unsqueeze(0).contiguous()
-    assert all(map(torch.equal, layers(images), layers(features)))
+    want = of_features(features)
+    assert all(map(torch.equal, of_images(images), want))
+    assert all(map(torch.equal, copy.deepcopy(of_images)(images), want))
     with K.use_backend("reference"):
-        for result, want in zip(layers(images), layers(features), strict=True):
-            torch.testing.assert_close(result, want)
+        for result, right in zip(of_images(images), of_features(features), strict=True):
+            torch.testing.assert_close(result, right)
 
 
 def test_images_that_do_not_fit(rng: torch.Generator) -> None:
     _, described, keep = arguments("network", rng)
-    layers = K.FusedLayers(described, keep)
+    layers = K.FusedLayers(described, keep, images=True)
     with pytest.raises(ValueError, match=r"layer 0: .*4"):
         layers(torch.randn(2, 4, 5, 5))
     with pytest.raises(ValueError, match=r"layer 0: x: expected at least 1 rows and columns.*got 0x5"):
         layers(torch.randn(2, 3, 0, 5))
     with pytest.raises(TypeError, match=r"layer 0: .*float64"):
         layers(torch.randn(2, 3, 5, 5).double())
+    with pytest.raises(ValueError, match=r"x: expected 4 dimensions \[batch, channels, height, width\], got 5"):
+        layers(torch.randn(1, 2, 5, 5, 3))
+
+
+# Expanded maps of 128 channels go through the cache in bands, those of a few as a whole.
+BANDS = {
+    "bands, whole, bands": [(16, 128, 16, 5, 1), (16, 3, 16, 3, 1), (16, 128, 9, 3, 2)],
+    "whole, bands, whole": [(16, 3, 16, 3, 1), (16, 128, 16, 3, 1), (16, 5, 16, 3, 2)],
+    "bands, bands": [(16, 128, 16, 3, 1), (16, 130, 7, 5, 2)],
+}
+
+
+@pytest.mark.parametrize("described", BANDS.values(), ids=BANDS)
+@pytest.mark.parametrize("maps", [(1, 1), (1, 3), (2, 2)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_maps_in_bands_and_whole(
+    described: list[tuple[int, ...]], maps: tuple[int, int], threads: int, poisoned: None, rng: torch.Generator
+) -> None:
+    branches, batch = maps
+    layers = [_bottleneck(branches, *sizes, rng=rng) for sizes in described]
+    x = torch.randn(branches, batch, 40, 30, 16, generator=rng, dtype=torch.float64)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        (result,) = K.FusedLayers(layers)(x)
+    finally:
+        torch.set_num_threads(before)
+    with K.use_backend("reference"):
+        (want,) = K.FusedLayers(layers)(x)
+    torch.testing.assert_close(result, want)
+
+
+def _bottleneck(
+    branches: int, channels: int, middle: int, out: int, kernel_size: int, stride: int, *, rng: torch.Generator
+) -> K.FusedLayer:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(branches, *shape, generator=rng, dtype=torch.float64) / shape[-1] ** 0.5
+
+    identity = channels == out and stride == 1
+    return K.FusedLayer(
+        (
+            K.pack_weight(random(middle, channels, 1, 1)),
+            random(middle),
+            random(kernel_size, kernel_size, middle),
+            random(middle),
+            K.pack_weight(random(out, middle, 1, 1)),
+            random(out),
+            None if identity else K.pack_weight(random(out, channels, 1, 1)),
+            None if identity else random(out),
+        ),
+        stride=stride,
+        activation="relu",
+        final_activation="relu",
+        identity=identity,
+    )
 
 
 def test_layers_are_forgotten_with_their_object(rng: torch.Generator) -> None:
@@ -166,7 +223,7 @@ def test_weights_are_kept_alive(rng: torch.Generator) -> None:
 
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
-    "rank": (lambda x: x[0, 0], ValueError, r"x: expected 5 dimensions .*got 3"),
+    "rank": (lambda x: x[0], ValueError, r"x: expected 5 dimensions .*got 4"),
     "no tensor": (lambda x: x.tolist(), TypeError, r"x: expected a tensor.*got list"),
     "integers": (lambda x: x.long(), TypeError, r"layer 0: x: expected a floating-point tensor, got torch.int64"),
     "dtype": (lambda x: x.double(), TypeError, r"layer 0: .*float64"),

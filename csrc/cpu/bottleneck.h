@@ -111,8 +111,8 @@ class Bottleneck {
     }
   }
 
-  // The same in two steps, where the expanded map stays in the cache as a whole: of so many output rows for each
-  // thread. No thread expands rows of another, and what a layer has written is expanded for the next one at once.
+  // The same in two steps, where the expanded map stays in the cache as a whole: if each thread has so many output
+  // rows. No thread expands rows of another, and what a layer has written is expanded for the next one at once.
   bool whole(int64_t rows) const { return rows <= band_; }
   int64_t expanded_size() const { return lines() * row_size(); }
 
@@ -157,8 +157,10 @@ class Bottleneck {
     }
     const T* first_row = x + std::max<int64_t>(top + first, 0) * g_.width * g_.in_channels;
     const Tap<T> tap = pointwise(w_.expand, branch, middle, g_.in_channels, &first_row);
-    kernels<T>().gemm(
-        {&tap, 1, pixels, middle, out_rows, w_.expand_bias.data<T>() + branch * middle, nullptr, clamp_, {}, true});
+    const T* const bias = w_.expand_bias.data<T>() + branch * middle;
+    Gemm<T> gemm{&tap, 1, pixels, middle, out_rows, bias, nullptr, clamp_};
+    gemm.cached = true;
+    kernels<T>().gemm(gemm);
   }
 
   // Output rows [begin, begin + count), from the lines of the expanded map that they read.
@@ -184,16 +186,11 @@ class Bottleneck {
     }
     if (w_.identity)
       for (int64_t m = 0; m < pixels; ++m) rows[m] = source + m * channels;
-    kernels<T>().gemm({taps,
-                       w_.shortcut.has_value() ? 2 : 1,
-                       pixels,
-                       g_.out_channels,
-                       out_rows,
-                       w_.sum_bias.data<T>() + branch * g_.out_channels,
-                       w_.identity ? rows : nullptr,
-                       final_clamp_,
-                       {},
-                       true});
+    const T* const bias = w_.sum_bias.data<T>() + branch * g_.out_channels;
+    const T* const* const added = w_.identity ? rows : nullptr;
+    Gemm<T> gemm{taps, w_.shortcut.has_value() ? 2 : 1, pixels, g_.out_channels, out_rows, bias, added, final_clamp_};
+    gemm.cached = true;
+    kernels<T>().gemm(gemm);
   }
 
   // The depthwise convolution of so many output rows.
@@ -241,14 +238,14 @@ class Places {
 };
 
 // A run of bottlenecks, from map to map: so many maps at once, each of them shared by some threads, which have some
-// rows of every layer.
+// rows of every layer. Outputs of the first `between` layers lie in its memory, those of others are results.
 template <typename T>
 class Run {
  public:
-  Run(const std::vector<Bottleneck<T>>& layers, int64_t maps, int64_t threads)
+  Run(const std::vector<Bottleneck<T>>& layers, size_t between, int64_t maps, int64_t threads)
       : layers_(layers), threads_(threads), out_(maps), expanded_(maps) {
     for (size_t i = 0; i < layers.size(); ++i) {
-      out_.add(layers[i].out_size());
+      out_.add(i < between ? layers[i].out_size() : 0);
       expanded_.add(whole(i) ? layers[i].expanded_size() : 0);
     }
   }
@@ -281,7 +278,7 @@ class Run {
   T* expanded(T* memory, size_t layer, int64_t map) const { return memory + out_.total() + expanded_.at(layer, map); }
 
   const std::vector<Bottleneck<T>>& layers_;
-  int64_t threads_;
+  int64_t threads_;  // of a map
   Places out_, expanded_;
 };
 
@@ -297,14 +294,14 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
   };
   const int64_t pixels = layers.back().geometry().out_pixels(), channels = layers.back().geometry().out_channels;
   const auto output = [&](int64_t map) { return out + map * (mean ? 1 : pixels) * channels; };
-  const auto is_result = [&](size_t layer) { return layer + 1 == layers.size() && !mean; };
-  const auto finish = [&](const T* from, int64_t map) {
+  const size_t between = layers.size() - (mean ? 0 : 1);  // layers whose output is no result
+  const auto take_mean = [&](const T* from, int64_t map) {
     if (mean) kernels<T>().mean_rows(from, pixels, channels, output(map));
   };
 
   // As many maps for each thread,
   const int64_t each = maps - maps % threads;
-  const Run<T> alone(layers, 1, 1);
+  const Run<T> alone(layers, between, 1, 1);
   parallel_tasks(each, [&](int64_t map) {
     T* const memory = scratch<T>(8, alone.size());
     const int64_t branch = map / g.batch;
@@ -313,19 +310,19 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
                                                 scratch<T>(10, before.largest()));
     alone.expand(memory, 0, 0, branch, from, 0, g.height);
     for (size_t i = 0; i < layers.size(); ++i) {
-      T* const to = is_result(i) ? output(map) : alone.out(memory, i, 0);
+      T* const to = i < between ? alone.out(memory, i, 0) : output(map);
       alone.step(memory, i, 0, branch, from, to, 0, layers[i].geometry().out_height);
       from = to;
     }
-    finish(from, map);
+    take_mean(from, map);
   });
   if (each == maps) return;
 
   // and the rest layer by layer, so that all threads share a map.
   const int64_t rest = maps - each, parts = ceil_div(threads, rest);
-  const Run<T> shared(layers, rest, parts);
-  const Tensor between = empty(like, {shared.size()}), first_maps = empty(like, {2, rest * before.largest()});
-  T* const memory = mutable_data<T>(between);
+  const Run<T> shared(layers, between, rest, parts);
+  const Tensor maps_between = empty(like, {shared.size()}), first_maps = empty(like, {2, rest * before.largest()});
+  T* const memory = mutable_data<T>(maps_between);
   const T* const first = before.empty() ? nullptr
                                         : before.run(x + each * before.in_size(), rest, mutable_data<T>(first_maps),
                                                      mutable_data<T>(first_maps) + rest * before.largest());
@@ -347,10 +344,10 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
     });
   for (size_t i = 0; i < layers.size(); ++i)
     split(layers[i].geometry().out_height, [&](int64_t map, int64_t begin, int64_t end) {
-      T* const to = is_result(i) ? output(each + map) : shared.out(memory, i, map);
+      T* const to = i < between ? shared.out(memory, i, map) : output(each + map);
       shared.step(memory, i, map, (each + map) / g.batch, source(i, map), to, begin, end);
     });
-  for (int64_t map = 0; map < rest; ++map) finish(source(layers.size(), map), each + map);
+  for (int64_t map = 0; map < rest; ++map) take_mean(source(layers.size(), map), each + map);
 }
 
 }  // namespace hne

@@ -16,7 +16,7 @@ constexpr int kVectorsPerPanel = kLanes<T> < (int)kPanel ? (int)kPanel / kLanes<
 template <typename T>
 constexpr int kMaxPanels = HNE_REGISTERS == 32 && kVectorsPerPanel<T> == 1 ? 3 : 1;
 
-constexpr int64_t kShortSum = 32;
+constexpr int64_t kShortSum = 32;  // terms, of all taps
 
 template <typename T>
 constexpr int tile_rows(int panels, bool steps) {

@@ -41,7 +41,7 @@ struct Gemm {
   const T* const* add;  // [count] rows or null
   Clamp<T> clamp;
   Ahead<T> ahead = {};
-  bool cached = false;  // out and add are in the second cache at least: they need not be fetched
+  bool cached = false;  // out and add are near enough: they are not fetched during the sums
 };
 
 // sum[i][j] += over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights
