@@ -44,6 +44,33 @@ def with_gradients(model: FusedHNE, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def test_images_elsewhere_fold_nothing(folds: list[nn.Module], rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng).to("meta")
+    with pytest.raises(ValueError, match="x must be on the device of the model, meta, got cpu"):
+        model(images(rng))
+    assert not folds and model.folded is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prepared", [False, True])
+def test_what_is_refused_is_explained(prepared: bool, rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    if prepared:
+        model(x)
+    wrong = {
+        r"x must have 4 dimensions": x[0],
+        r"x must have 3 channels \(dimension 1\), got shape": x[:, :2],
+        r"x must be images of at least 1x1 pixels": x[..., :0],
+        r"x must have the dtype of the model": x.double() if x.dtype == torch.float32 else x.float(),
+    }
+    for text, given in wrong.items():
+        with pytest.raises((ValueError, TypeError), match=text) as error:
+            model(given)
+        assert error.value.__suppress_context__  # the explanation by itself
+
+
+@torch.no_grad()
 def test_folded_once(folds: list[nn.Module], rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng)
