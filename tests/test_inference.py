@@ -48,7 +48,8 @@ def test_images_elsewhere_fold_nothing(folds: list[nn.Module], rng: torch.Genera
     model = build(FusedHNE, networks.TREES["odd"], rng).to("meta")
     with pytest.raises(ValueError, match="x must be on the device of the model, meta, got cpu"):
         model(images(rng))
-    assert not folds and model.folded is None
+    assert not folds
+    assert model.folded is None
 
 
 @torch.no_grad()
