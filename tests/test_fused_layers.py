@@ -3,6 +3,7 @@ with those of the ops, see ``cases.LAYERS``."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from collections.abc import Iterator
@@ -34,16 +35,22 @@ def poisoned() -> Iterator[None]:
     extension.cpu_library().poison_memory(False)
 
 
+@contextlib.contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @each_case
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_any_number_of_threads(case: Case, threads: int, poisoned: None, rng: torch.Generator) -> None:
     inputs = case.inputs(rng, torch.float64)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with on_threads(threads):
         results = case(inputs)
-    finally:
-        torch.set_num_threads(before)
     for result, right in zip(results, expected(case, inputs, []).results, strict=True):
         torch.testing.assert_close(result, right)
 
@@ -146,12 +153,8 @@ def test_maps_in_bands_and_whole(
     branches, batch = maps
     layers = [_bottleneck(branches, *sizes, rng=rng) for sizes in described]
     x = torch.randn(branches, batch, 40, 30, 16, generator=rng, dtype=torch.float64)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with on_threads(threads):
         (result,) = K.FusedLayers(layers)(x)
-    finally:
-        torch.set_num_threads(before)
     with K.use_backend("reference"):
         (want,) = K.FusedLayers(layers)(x)
     torch.testing.assert_close(result, want)
