@@ -281,15 +281,8 @@ class HNE(Foldable, ABC):
         """Logits of the first leaves, or of ensembles of them."""
         self._check_images(images)
         self.hierarchy.check_num_models(num_models)
-        return self._in_parts(self.execution(), self.runner(images), images, num_models, sizes)
-
-    @staticmethod
-    def _in_parts(
-        execution: Execution, run: Runner, images: Tensor, num_models: int, sizes: Sequence[int] | None
-    ) -> Tensor:
-        """The same, one part of the batch at a time."""
-        leaves = slice(0, num_models)
-        parts = [run(part, leaves, sizes=sizes)[-1] for part in execution.parts(images)]
+        run, leaves = self.runner(images), slice(0, num_models)
+        parts = [run(part, leaves, sizes=sizes)[-1] for part in self.execution().parts(images)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _check_images(self, x: Tensor) -> None:
@@ -389,7 +382,7 @@ class FusedHNE(HNE):
             return super()._evaluate(images, num_models, sizes)
         self.hierarchy.check_num_models(num_models)
         try:
-            return self._in_parts(self._INFERENCE, networks.run, images, num_models, sizes)
+            return networks.run(images, slice(0, num_models), sizes=sizes)[-1]
         except Exception:  # the library refuses what does not fit, quicker than Python
             try:
                 self._check_images(images)

@@ -78,7 +78,7 @@ class Layers {
     STD_TORCH_CHECK(x_in.is_cpu() && x_in.scalar_type() == type_, "x: expected the dtype of the weights, on the CPU");
     const Tensor x = widen(x_in);
     std::vector<Tensor> kept;
-    Team::gather([&] { dispatch(x, [&](auto type) { run<decltype(type)>(x, kept); }); });
+    Team::gather([&] { kept = dispatch(x, [&](auto type) { return run_in_parts<decltype(type)>(x); }); });
     for (Tensor& features : kept) features = round_to(features, type_);
     return kept;
   }
@@ -127,42 +127,79 @@ class Layers {
     return taken;
   }
 
+  // A few samples after the others where features lie between steps: those of one step are in the cache when the next
+  // one reads them, and their memory is used again. Features that are kept are in memory all the same.
   template <typename T>
-  void run(const Tensor& x_in, std::vector<Tensor>& kept) const {
-    std::vector<int64_t> shape;
-    Tensor last;  // what the next step reads
-    const T* x = x_in.dim() == 4 ? read_images<T>(x_in, shape, last) : read_features<T>(x_in, shape, last);
+  std::vector<Tensor> run_in_parts(Tensor x) const {
+    const int64_t dimension = x.dim() == 4 ? 0 : 1;  // of the batch
+    const int64_t batch = x.size(dimension), parts = batch <= kFewSamples ? 1 : ceil_div(batch, samples<T>(x));
+    if (parts == 1) return run<T>(x);
+    std::vector<Tensor> whole;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = batch * part / parts, count = batch * (part + 1) / parts - first;
+      const Tensor result = run<T>(torch::stable::narrow(x, dimension, first, count)).back();
+      if (part == 0) {
+        std::vector<int64_t> shape(result.sizes().begin(), result.sizes().end());
+        shape[1] = batch;
+        whole.push_back(empty(result, shape));
+      }
+      Tensor place = torch::stable::narrow(whole[0], 1, first, count);
+      torch::stable::copy_(place, result);
+    }
+    return whole;
+  }
+
+  // Samples of a part.
+  template <typename T>
+  int64_t samples(const Tensor& x) const {
+    std::vector<int64_t> shape = shape_of(x);
+    const int64_t batch = shape[1];
+    int64_t most = 0;  // values of a sample between two steps
+    for (const Step& step : steps_) {
+      if (&step == &steps_.back()) break;
+      if (step.kept) return batch;
+      std::visit([&](const auto& what) { reshape(what, shape); }, step.what);
+      most = std::max(most, shape[0] * shape[2] * shape[3] * shape[4]);
+    }
+    return std::max(kFewSamples, kPartBytes / std::max<int64_t>(most * int64_t(sizeof(T)), 1));
+  }
+
+  template <typename T>
+  std::vector<Tensor> run(const Tensor& x_in) const {
+    std::vector<int64_t> shape = shape_of(x_in);
+    std::vector<Tensor> kept;
+    Tensor last = in_order<T>(x_in, shape);  // what the next step reads
     for (const Step& step : steps_) {
       const bool flat = linear_ && &step == &steps_.back();
-      last = std::visit([&](const auto& what) { return compute<T>(what, x, x_in, flat, shape); }, step.what);
-      x = data<T>(last);
+      last = std::visit([&](const auto& what) { return compute<T>(what, data<T>(last), x_in, flat, shape); },
+                        step.what);
       if (step.kept) kept.push_back(last);
     }
+    return kept;
   }
 
-  template <typename T>
-  static const T* read_features(const Tensor& x, std::vector<int64_t>& shape, Tensor& copy) {
-    STD_TORCH_CHECK(x.dim() == 5, "x: expected 5 dimensions, or 4 of images");
+  // Images [batch, channels, height, width] are features of one branch.
+  static std::vector<int64_t> shape_of(const Tensor& x) {
     const auto sizes = x.sizes();
-    shape.assign(sizes.begin(), sizes.end());
-    copy = torch::stable::contiguous(x);
-    return data<T>(copy);
+    STD_TORCH_CHECK(x.dim() == 5 || x.dim() == 4, "x: expected 5 dimensions, or 4 of images");
+    if (x.dim() == 5) return {sizes.begin(), sizes.end()};
+    STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0, "x: expected images of at least one pixel");
+    return {1, sizes[0], sizes[2], sizes[3], sizes[1]};
   }
 
-  // Images [batch, channels, height, width] are features of one branch: in place where they lie channels last.
+  // Features as they follow each other in memory; images in place where they lie channels last.
   template <typename T>
-  static const T* read_images(const Tensor& images, std::vector<int64_t>& shape, Tensor& copy) {
-    const auto sizes = images.sizes(), strides = images.strides();
-    const int64_t batch = sizes[0], channels = sizes[1], height = sizes[2], width = sizes[3];
-    STD_TORCH_CHECK(height > 0 && width > 0, "x: expected images of at least one pixel");
-    shape = {1, batch, height, width, channels};
+  static Tensor in_order(const Tensor& x, const std::vector<int64_t>& shape) {
+    if (x.dim() == 5) return torch::stable::contiguous(x);
+    const int64_t batch = shape[1], height = shape[2], width = shape[3], channels = shape[4];
+    const auto strides = x.strides();
     const int64_t of_batch = strides[0], of_channel = strides[1], of_row = strides[2], of_column = strides[3];
     const bool in_place = (channels == 1 || of_channel == 1) && (width == 1 || of_column == channels) &&
                           (height == 1 || of_row == width * channels) &&
                           (batch == 1 || of_batch == height * width * channels);
-    if (in_place) return data<T>(images);
-    copy = empty(images, shape);
-    const T* const from = data<T>(images);
+    if (in_place) return x;
+    const Tensor copy = empty(x, shape);
+    const T* const from = data<T>(x);
     T* const to = mutable_data<T>(copy);
     const int64_t row = width * channels, rows = batch * height;
     const int64_t most = std::max<int64_t>(1, kCopied / std::max<int64_t>(row, 1));  // rows of a task
@@ -174,7 +211,23 @@ class Layers {
           for (int64_t column = 0; column < width; ++column) out[column * channels] = in[column * of_column];
         }
     });
-    return to;
+    return copy;
+  }
+
+  // The shape of the features after a step instead of that of x.
+  static void reshape(const PackedConvolution& convolution, std::vector<int64_t>& shape) {
+    shape = convolution.geometry(shape).out_shape();
+  }
+
+  static void reshape(const BottleneckRun& run, std::vector<int64_t>& shape) {
+    for (const PackedConvolution& convolution : run.before) reshape(convolution, shape);
+    for (const BottleneckWeights& bottleneck : run.bottlenecks) shape = bottleneck.geometry(shape).out_shape();
+    if (run.mean) reshape(Mean{}, shape);
+  }
+
+  static void reshape(const Mean&, std::vector<int64_t>& shape) {
+    STD_TORCH_CHECK(shape[2] * shape[3] > 0, "x: expected maps of at least one pixel");
+    shape[2] = shape[3] = 1;
   }
 
   // The features after a step, and their shape instead of that of x. `like` is for their memory.
@@ -197,16 +250,16 @@ class Layers {
       layers.emplace_back(weights, shape);
       shape = layers.back().geometry().out_shape();
     }
-    if (run.mean) to_one_pixel(shape);
+    if (run.mean) reshape(Mean{}, shape);
     Tensor out = empty(like, shape);
     run_bottlenecks<T>(before, layers, x, mutable_data<T>(out), run.mean, out);
     return out;
   }
 
   template <typename T>
-  static Tensor compute(const Mean&, const T* x, const Tensor& like, bool, std::vector<int64_t>& shape) {
+  static Tensor compute(const Mean& mean, const T* x, const Tensor& like, bool, std::vector<int64_t>& shape) {
     const int64_t pixels = shape[2] * shape[3], channels = shape[4];
-    to_one_pixel(shape);
+    reshape(mean, shape);
     Tensor out = empty(like, shape);
     parallel_tasks(shape[0] * shape[1], [&](int64_t map) {
       kernels<T>().mean_rows(x + map * pixels * channels, pixels, channels, mutable_data<T>(out) + map * channels);
@@ -214,12 +267,9 @@ class Layers {
     return out;
   }
 
-  static void to_one_pixel(std::vector<int64_t>& shape) {
-    STD_TORCH_CHECK(shape[2] * shape[3] > 0, "x: expected maps of at least one pixel");
-    shape[2] = shape[3] = 1;
-  }
-
   static constexpr int64_t kCopied = 4096;  // values of an image that a thread copies at once
+  // Of a part of the batch: features between steps, 16 images of HNE-ResNet; but weights are read once for a part.
+  static constexpr int64_t kPartBytes = 8 << 20, kFewSamples = 8;
 
   ScalarType type_;
   std::vector<Step> steps_;
