@@ -96,6 +96,7 @@ class Bottleneck {
   }
 
   const Geometry& geometry() const { return g_; }
+  bool identity() const { return w_.identity; }
   int64_t in_size() const { return g_.pixels() * g_.in_channels; }  // values of a map
   int64_t out_size() const { return g_.out_pixels() * g_.out_channels; }
 
@@ -215,20 +216,21 @@ class Bottleneck {
   int64_t band_;
 };
 
-// Places in memory that the layers of a run take in turn, each of them for so many maps. A layer has the place of the
-// last but one if that is as large: threads that share a map then find their part of it where they wrote one before, in
-// their own caches.
+// Places in memory that layers take in turn, each of them for so many maps.
 class Places {
  public:
   explicit Places(int64_t maps) : maps_(maps) {}
-  void add(int64_t size) {
-    size = ceil_div(size, kPanel) * kPanel;
-    const size_t layer = at_.size();
-    const bool again = layer >= 2 && sizes_[layer - 2] == size;
-    at_.push_back(again ? at_[layer - 2] : total_);
+
+  // The place of the next layer: that of the last one, or else of an earlier one with maps as large, or a new one.
+  void add(int64_t size, bool of_the_last) {
+    const auto free = [&](size_t layer) { return of_the_last || at_[layer] != at_.back(); };
+    size_t layer = at_.size();
+    while (layer > 0 && !(sizes_[layer - 1] == size && free(layer - 1))) --layer;
+    at_.push_back(layer > 0 ? at_[layer - 1] : total_);
     sizes_.push_back(size);
-    if (!again) total_ += maps_ * size;
+    if (layer == 0) total_ += ceil_div(maps_ * size, kPanel) * kPanel;
   }
+
   int64_t total() const { return total_; }
   int64_t at(size_t layer, int64_t map) const { return at_[layer] + map * sizes_[layer]; }
 
@@ -237,27 +239,46 @@ class Places {
   std::vector<int64_t> at_, sizes_;
 };
 
-// A run of bottlenecks, from map to map: so many maps at once, each of them shared by some threads, which have some
-// rows of every layer. Outputs of the first `between` layers lie in its memory, those of others are results.
+// A run of bottlenecks, from map to map, after convolutions: so many maps at once, each of them shared by some threads,
+// which have some rows of every layer. Outputs of the first `between` layers lie in its memory, those of others are
+// results. A layer that adds what it reads writes there.
+//
+// A thread alone takes as little memory as it can, which stays in the second cache beside the weights. Threads that
+// share a map have places for every size of it: they find their part where they wrote one before, in their own caches.
 template <typename T>
 class Run {
  public:
-  Run(const std::vector<Bottleneck<T>>& layers, size_t between, int64_t maps, int64_t threads)
-      : layers_(layers), threads_(threads), out_(maps), expanded_(maps) {
+  Run(const Convolutions<T>& before, const std::vector<Bottleneck<T>>& layers, size_t between, int64_t maps,
+      int64_t threads)
+      : before_(before), layers_(layers), threads_(threads), out_(maps), expanded_(maps) {
+    int64_t most = 0, most_expanded = 0;
+    for (size_t i = 0; i < before.size(); ++i) most = std::max(most, before.out_size(i));
     for (size_t i = 0; i < layers.size(); ++i) {
-      out_.add(i < between ? layers[i].out_size() : 0);
-      expanded_.add(whole(i) ? layers[i].expanded_size() : 0);
+      if (i < between) most = std::max(most, layers[i].out_size());
+      if (whole(i)) most_expanded = std::max(most_expanded, layers[i].expanded_size());
+    }
+    const bool alone = threads == 1;
+    for (size_t i = 0; i < before.size(); ++i) out_.add(alone ? most : before.out_size(i), false);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const bool in_place = i > 0 && whole(i) && layers[i].identity();
+      if (i < between) out_.add(alone ? most : layers[i].out_size(), in_place);
+      expanded_.add(alone ? most_expanded : whole(i) ? layers[i].expanded_size() : 0, alone);
     }
   }
 
-  int64_t size() const { return out_.total() + expanded_.total(); }  // of the memory between the layers
+  int64_t size() const { return out_.total() + expanded_.total(); }  // of the memory
 
   // Whether a layer finds what it reads expanded.
   bool whole(size_t layer) const {
     return layer < layers_.size() && layers_[layer].whole(ceil_div(layers_[layer].geometry().out_height, threads_));
   }
 
-  T* out(T* memory, size_t layer, int64_t map) const { return memory + out_.at(layer, map); }
+  T* out(T* memory, size_t layer, int64_t map) const { return memory + out_.at(before_.size() + layer, map); }
+
+  // What the first layer reads of some maps that follow each other, from x.
+  const T* enter(T* memory, const T* x, int64_t maps) const {
+    return before_.run(x, maps, [&](size_t layer) { return memory + out_.at(layer, 0); });
+  }
 
   // Rows [first, last) of what a layer reads.
   void expand(T* memory, size_t layer, int64_t map, int64_t branch, const T* x, int64_t first, int64_t last) const {
@@ -277,6 +298,7 @@ class Run {
  private:
   T* expanded(T* memory, size_t layer, int64_t map) const { return memory + out_.total() + expanded_.at(layer, map); }
 
+  const Convolutions<T>& before_;
   const std::vector<Bottleneck<T>>& layers_;
   int64_t threads_;  // of a map
   Places out_, expanded_;
@@ -289,46 +311,43 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
                      bool mean, const Tensor& like) {
   const Geometry& g = layers.front().geometry();
   const int64_t maps = g.branches * g.batch, threads = num_threads();
+  const int64_t in_size = before.size() > 0 ? before.in_size() : layers.front().in_size();
   const auto input = [&](int64_t map) {
-    return x + (map / g.batch / g.replicate * g.batch + map % g.batch) * layers.front().in_size();
+    return x + (map / g.batch / g.replicate * g.batch + map % g.batch) * in_size;
   };
   const int64_t pixels = layers.back().geometry().out_pixels(), channels = layers.back().geometry().out_channels;
   const auto output = [&](int64_t map) { return out + map * (mean ? 1 : pixels) * channels; };
   const size_t between = layers.size() - (mean ? 0 : 1);  // layers whose output is no result
   const auto take_mean = [&](const T* from, int64_t map) {
-    if (mean) kernels<T>().mean_rows(from, pixels, channels, output(map));
+    kernels<T>().mean_rows(from, pixels, channels, output(map));
   };
 
   // As many maps for each thread,
   const int64_t each = maps - maps % threads;
-  const Run<T> alone(layers, between, 1, 1);
+  const Run<T> alone(before, layers, between, 1, 1);
   parallel_tasks(each, [&](int64_t map) {
     T* const memory = scratch<T>(8, alone.size());
     const int64_t branch = map / g.batch;
-    const T* from = before.empty() ? input(map)
-                                   : before.run(x + map * before.in_size(), 1, scratch<T>(9, before.largest()),
-                                                scratch<T>(10, before.largest()));
+    const T* from = alone.enter(memory, input(map), 1);
     alone.expand(memory, 0, 0, branch, from, 0, g.height);
     for (size_t i = 0; i < layers.size(); ++i) {
       T* const to = i < between ? alone.out(memory, i, 0) : output(map);
       alone.step(memory, i, 0, branch, from, to, 0, layers[i].geometry().out_height);
       from = to;
     }
-    take_mean(from, map);
+    if (mean) take_mean(from, map);
   });
   if (each == maps) return;
 
   // and the rest layer by layer, so that all threads share a map.
   const int64_t rest = maps - each, parts = ceil_div(threads, rest);
-  const Run<T> shared(layers, between, rest, parts);
-  const Tensor maps_between = empty(like, {shared.size()}), first_maps = empty(like, {2, rest * before.largest()});
-  T* const memory = mutable_data<T>(maps_between);
-  const T* const first = before.empty() ? nullptr
-                                        : before.run(x + each * before.in_size(), rest, mutable_data<T>(first_maps),
-                                                     mutable_data<T>(first_maps) + rest * before.largest());
+  const Run<T> shared(before, layers, between, rest, parts);
+  const Tensor memory_of_maps = empty(like, {shared.size()});
+  T* const memory = mutable_data<T>(memory_of_maps);
+  const T* const first = before.size() > 0 ? shared.enter(memory, input(each), rest) : nullptr;
   const auto source = [&](size_t layer, int64_t map) -> const T* {
     if (layer > 0) return shared.out(memory, layer - 1, map);
-    return before.empty() ? input(each + map) : first + map * layers[0].in_size();
+    return first != nullptr ? first + map * layers.front().in_size() : input(each + map);
   };
   // f(map, begin, end) for all `rows` of each map
   const auto split = [&](int64_t rows, const auto& f) {
@@ -347,7 +366,7 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
       T* const to = i < between ? shared.out(memory, i, map) : output(each + map);
       shared.step(memory, i, map, (each + map) / g.batch, source(i, map), to, begin, end);
     });
-  for (int64_t map = 0; map < rest; ++map) take_mean(source(layers.size(), map), each + map);
+  for (int64_t map = 0; mean && map < rest; ++map) take_mean(source(layers.size(), map), each + map);
 }
 
 }  // namespace hne

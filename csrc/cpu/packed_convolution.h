@@ -53,31 +53,29 @@ class Convolutions {
     for (const PackedConvolution& layer : layers) {
       geometry_.push_back(layer.geometry(shape));
       shape = geometry_.back().out_shape();
-      largest_ = std::max(largest_, size(shape));
     }
   }
 
-  bool empty() const { return layers_.empty(); }
+  size_t size() const { return layers_.size(); }
   int64_t in_size() const { return geometry_.front().pixels() * geometry_.front().in_channels; }  // values of a map
-  int64_t largest() const { return largest_; }  // values of the largest map that is not x
+  int64_t out_size(size_t layer) const { return geometry_[layer].out_pixels() * geometry_[layer].out_channels; }
 
-  // The features of some maps that follow each other, in one of two pieces of memory.
-  const T* run(const T* x, int64_t maps, T* one, T* other) const {
-    for (size_t i = 0; i < layers_.size(); ++i, std::swap(one, other)) {
+  // The features of some maps that follow each other; place(i) is where those of layer i go.
+  template <typename F>
+  const T* run(const T* x, int64_t maps, const F& place) const {
+    for (size_t i = 0; i < layers_.size(); ++i) {
       Geometry g = geometry_[i];
       g.batch = maps;
-      layers_[i].template run<T>(g, x, one);
-      x = one;
+      T* const out = place(i);
+      layers_[i].template run<T>(g, x, out);
+      x = out;
     }
     return x;
   }
 
  private:
-  static int64_t size(const std::vector<int64_t>& shape) { return shape[2] * shape[3] * shape[4]; }
-
   const std::vector<PackedConvolution>& layers_;
   std::vector<Geometry> geometry_;
-  int64_t largest_ = 0;
 };
 
 }  // namespace hne
