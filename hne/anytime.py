@@ -49,7 +49,8 @@ class Anytime(Iterator[tuple[int, Tensor]]):
         self.member = logits[0]
         self._total = self._total + self.member
         self.num_models += 1
-        return self.num_models, (self._total / self.num_models).to(self.member.dtype)
+        mean = self._total / self.num_models
+        return self.num_models, mean if mean.dtype == logits.dtype else mean.to(logits.dtype)
 
     def keep(self, samples: Tensor) -> None:
         """Go on with a part of the batch: later answers are those of the samples kept, in the order given.

@@ -179,7 +179,7 @@ class Networks:
         if network is None:
             with torch.no_grad():
                 network = self._networks[key] = self._network(leaves, first, keep)
-        results = network(x)
+        results = network.by_library(x)  # which serves it, see serve()
         if sizes is not None:
             results[-1] = K.prefix_mean(results[-1], sizes)
         return results
