@@ -136,37 +136,88 @@ def test_images_that_do_not_fit(rng: torch.Generator) -> None:
         layers(torch.randn(1, 2, 5, 5, 3))
 
 
-# Expanded maps of 128 channels go through the cache in bands, those of a few as a whole.
-BANDS = {
+# Expanded maps of 128 channels go through the cache in bands, those of a few as a whole. What is added to the map that
+# was read may be written there; what comes of a shortcut may not.
+RUNS = {
     "bands, whole, bands": [(16, 128, 16, 5, 1), (16, 3, 16, 3, 1), (16, 128, 9, 3, 2)],
     "whole, bands, whole": [(16, 3, 16, 3, 1), (16, 128, 16, 3, 1), (16, 5, 16, 3, 2)],
     "bands, bands": [(16, 128, 16, 3, 1), (16, 130, 7, 5, 2)],
+    "in place, shortcuts": [*3 * [(16, 3, 16, 3, 1)], *2 * [(16, 3, 16, 3, 1, False)], (16, 3, 16, 3, 1)],
+    "smaller, larger": [(16, 3, 7, 3, 1), *2 * [(7, 3, 7, 3, 1)], (7, 3, 16, 5, 1), (16, 3, 16, 3, 1)],
 }
 
 
-@pytest.mark.parametrize("described", BANDS.values(), ids=BANDS)
+@pytest.mark.parametrize("described", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("maps", [(1, 1), (1, 3), (2, 2)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_maps_in_bands_and_whole(
-    described: list[tuple[int, ...]], maps: tuple[int, int], threads: int, poisoned: None, rng: torch.Generator
+def test_maps_in_memory(
+    described: list[tuple[Any, ...]], maps: tuple[int, int], threads: int, poisoned: None, rng: torch.Generator
 ) -> None:
     branches, batch = maps
-    layers = [_bottleneck(branches, *sizes, rng=rng) for sizes in described]
+    layers = [_bottleneck(rng, branches, *sizes) for sizes in described]
     x = torch.randn(branches, batch, 40, 30, 16, generator=rng, dtype=torch.float64)
+    given = x.clone()
     with on_threads(threads):
         (result,) = K.FusedLayers(layers)(x)
     with K.use_backend("reference"):
         (want,) = K.FusedLayers(layers)(x)
     torch.testing.assert_close(result, want)
+    assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("kept", [[], [1], [2]], ids=str)
+@pytest.mark.parametrize("convolutions", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_convolutions_before_bottlenecks(
+    kept: list[int], convolutions: int, threads: int, poisoned: None, rng: torch.Generator
+) -> None:
+    layers = [_convolution(rng, 7, 7) for _ in range(convolutions)]
+    layers += [_bottleneck(rng, 1, *sizes) for sizes in [(7, 3, 7, 3, 1), (7, 3, 7, 3, 1), (7, 3, 5, 3, 2)]]
+    x = torch.randn(1, 3, 9, 7, 7, generator=rng, dtype=torch.float64)
+    with on_threads(threads):
+        results = K.FusedLayers(layers, kept)(x)
+    with K.use_backend("reference"):
+        wanted = K.FusedLayers(layers, kept)(x)
+    assert len(results) == len(wanted)
+    for result, want in zip(results, wanted, strict=True):
+        torch.testing.assert_close(result, want)
+
+
+@pytest.mark.parametrize("images", [False, True], ids=["features", "images"])
+def test_parts_of_a_batch(images: bool, poisoned: None, rng: torch.Generator) -> None:
+    layers = [_convolution(rng, 3, 64), _convolution(rng, 64, 2)]
+    x = torch.randn(1, 19, 64, 64, 3, generator=rng, dtype=torch.float64)
+    parts = K.FusedLayers(layers, images=images)
+    kept = K.FusedLayers(layers, [0], images=images)
+    of_image = x[0].permute(0, 3, 1, 2) if images else x
+    K.release_memory()
+    (result,) = parts(of_image)
+    assert K.release_memory() < kept(of_image)[0].nbytes  # of all samples
+    (together,) = kept(of_image)[1:]
+    assert torch.equal(result, together)
+    with K.use_backend("reference"):
+        torch.testing.assert_close(result, parts(of_image)[0])
+
+
+def _convolution(rng: torch.Generator, channels: int, out: int) -> K.FusedLayer:
+    weight = torch.randn(1, out, channels, 1, 1, generator=rng, dtype=torch.float64) / channels**0.5
+    return K.FusedLayer((K.pack_weight(weight), torch.randn(1, out, generator=rng, dtype=torch.float64)))
 
 
 def _bottleneck(
-    branches: int, channels: int, middle: int, out: int, kernel_size: int, stride: int, *, rng: torch.Generator
+    rng: torch.Generator,
+    branches: int,
+    channels: int,
+    middle: int,
+    out: int,
+    kernel_size: int,
+    stride: int,
+    identity: bool = True,
 ) -> K.FusedLayer:
     def random(*shape: int) -> Tensor:
         return torch.randn(branches, *shape, generator=rng, dtype=torch.float64) / shape[-1] ** 0.5
 
-    identity = channels == out and stride == 1
+    identity = identity and channels == out and stride == 1
     return K.FusedLayer(
         (
             K.pack_weight(random(middle, channels, 1, 1)),

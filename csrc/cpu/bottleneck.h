@@ -312,9 +312,7 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
   const Geometry& g = layers.front().geometry();
   const int64_t maps = g.branches * g.batch, threads = num_threads();
   const int64_t in_size = before.size() > 0 ? before.in_size() : layers.front().in_size();
-  const auto input = [&](int64_t map) {
-    return x + (map / g.batch / g.replicate * g.batch + map % g.batch) * in_size;
-  };
+  const auto input = [&](int64_t map) { return x + (map / g.batch / g.replicate * g.batch + map % g.batch) * in_size; };
   const int64_t pixels = layers.back().geometry().out_pixels(), channels = layers.back().geometry().out_channels;
   const auto output = [&](int64_t map) { return out + map * (mean ? 1 : pixels) * channels; };
   const size_t between = layers.size() - (mean ? 0 : 1);  // layers whose output is no result

@@ -171,8 +171,8 @@ class Layers {
     Tensor last = in_order<T>(x_in, shape);  // what the next step reads
     for (const Step& step : steps_) {
       const bool flat = linear_ && &step == &steps_.back();
-      last = std::visit([&](const auto& what) { return compute<T>(what, data<T>(last), x_in, flat, shape); },
-                        step.what);
+      last =
+          std::visit([&](const auto& what) { return compute<T>(what, data<T>(last), x_in, flat, shape); }, step.what);
       if (step.kept) kept.push_back(last);
     }
     return kept;
