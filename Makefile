@@ -63,9 +63,9 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(SOURCES)
 
 # Python itself is not instrumented, so the sanitizer's runtime is loaded ahead of it; libstdc++ too,
-# or its exceptions are thrown before the sanitizer has found them.
+# or its exceptions are thrown before the sanitizer has found them. Without -s what it says would be lost.
 .PHONY: sanitize
-sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the tests of the C++ code with address and undefined-behaviour sanitizers
+sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address and undefined-behaviour sanitizers
 	@levels=$$($(BIN)/python -c "from hne_kernels.extension import cpu_library; \
 		print(*cpu_library().cpu_capabilities_supported().split(', '))") || exit 1; \
 	export HNE_EXTENSION_DIR=$(SANITIZED)/hne_kernels; \
@@ -74,7 +74,8 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the tests of the C++ code wi
 	for level in $$levels; do \
 		echo "sanitizers, $$level instructions"; \
 		HNE_CPU_CAPABILITY=$$level LD_PRELOAD="$$preload" \
-			$(BIN)/pytest $(PARALLEL) -k 'cpp or fused_layers' tests/test_parity.py tests/test_properties.py tests/test_fused_layers.py || exit 1; \
+			$(BIN)/pytest $(PARALLEL) -s -k 'cpp or fused_layers' \
+			tests/test_parity.py tests/test_properties.py tests/test_fused_layers.py || exit 1; \
 	done
 
 # Waiting threads give way: on a busy machine they would keep the working ones from their processor.

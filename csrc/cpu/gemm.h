@@ -136,10 +136,11 @@ void gemm_columns(const Gemm<T>& g, int64_t panel) {
   constexpr int ROWS = tile_rows<T>(PANELS, STEPS);
   const int64_t panels = (g.channels + kPanel - 1) / kPanel;
   const int64_t tiles = (g.count + ROWS - 1) / ROWS;
-  int64_t ahead = panel + PANELS;  // each tile fetches one of the panels that come next
+  const int64_t depth = g.num_taps > 0 ? g.taps[0].depth : 0;  // a phase of a strided convolution may meet no tap
+  int64_t ahead = panel + PANELS;                              // each tile fetches one of the panels that come next
   for (int64_t row = 0, tile = 0; tile < tiles; ++tile, ++ahead) {
     const int64_t rows = (g.count - row + tiles - tile - 1) / (tiles - tile);
-    const int64_t fetched = (panel / PANELS * tiles + tile) * g.taps[0].depth * kPanel;
+    const int64_t fetched = (panel / PANELS * tiles + tile) * depth * kPanel;
     gemm_rows<T, PANELS, STEPS>(g, panel, ahead < std::min(panel + 2 * PANELS, panels) ? ahead : panel,
                                 fetched < g.ahead.count ? g.ahead.at + fetched : nullptr, row, rows);
     row += rows;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <string>
@@ -63,6 +64,9 @@ T* scratch(int slot, int64_t count) {
     buffer.bytes = 0;
     buffer.memory = std::aligned_alloc(64, bytes);
     if (buffer.memory == nullptr) throw std::bad_alloc();
+#if defined(__SANITIZE_ADDRESS__)
+    std::memset(buffer.memory, 0x7f, bytes);  // numbers that overflow where they are taken for something
+#endif
     buffer.bytes = bytes;
   }
   return static_cast<T*>(buffer.memory);
