@@ -21,7 +21,8 @@ from .hierarchy import Hierarchy
 from .layers import BottleneckLayer, ConvLayer, Foldable, Layer, Linear, PoolLinearLayer, Unit, units
 from .snapshot import Snapshot
 
-# Of a part of the batch: 16 images of CIFAR, and of larger ones no fewer than eight (weights are read once for a part).
+# Of a part of the batch, where layers are called one by one: 16 images of CIFAR, and of larger ones no fewer than eight
+# (weights are read once for a part). A network in one call has parts of its own, see csrc/cpu/fused_layers.cpp.
 IMAGES, PIXELS = 8, 16 * 32 * 32
 
 Weights = tuple[Any, ...]  # tensors (or None) of a layer, in the order in which its kernel takes them
@@ -179,7 +180,7 @@ class Networks:
         if network is None:
             with torch.no_grad():
                 network = self._networks[key] = self._network(leaves, first, keep)
-        results = network.by_library(x)  # which serves it, see serve()
+        results = network(x)
         if sizes is not None:
             results[-1] = K.prefix_mean(results[-1], sizes)
         return results

@@ -152,13 +152,7 @@ class FusedLayers:
         else:
             checks.rank("x", x, 5, checks.CONV_INPUT)
         checks.no_gradient("FusedLayers", x)
-        if dispatch.select(x) != "cpp" or checks.autocast_dtype("cpu") is not None:
-            return self._in_turn(x)
-        return self.by_library(x)
-
-    def by_library(self, x: Tensor) -> list[Tensor]:
-        """The same, for callers that know that the library serves x: on the CPU, no other backend, no autocast."""
-        if self._prepared is None:
+        if self._prepared is None or dispatch.select(x) != "cpp" or checks.autocast_dtype("cpu") is not None:
             return self._in_turn(x)
         try:
             results: list[Tensor] = self._call(x, self._prepared)

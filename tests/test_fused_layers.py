@@ -171,7 +171,7 @@ def test_maps_in_memory(
 def test_convolutions_before_bottlenecks(
     kept: list[int], convolutions: int, threads: int, poisoned: None, rng: torch.Generator
 ) -> None:
-    layers = [_convolution(rng, 7, 7) for _ in range(convolutions)]
+    layers = [_convolution(rng, 1, 7, 7) for _ in range(convolutions)]
     layers += [_bottleneck(rng, 1, *sizes) for sizes in [(7, 3, 7, 3, 1), (7, 3, 7, 3, 1), (7, 3, 5, 3, 2)]]
     x = torch.randn(1, 3, 9, 7, 7, generator=rng, dtype=torch.float64)
     with on_threads(threads):
@@ -183,25 +183,28 @@ def test_convolutions_before_bottlenecks(
         torch.testing.assert_close(result, want)
 
 
-@pytest.mark.parametrize("images", [False, True], ids=["features", "images"])
-def test_parts_of_a_batch(images: bool, poisoned: None, rng: torch.Generator) -> None:
-    layers = [_convolution(rng, 3, 64), _convolution(rng, 64, 2)]
-    x = torch.randn(1, 19, 64, 64, 3, generator=rng, dtype=torch.float64)
+@pytest.mark.parametrize("given", ["features", "images", "branches"])
+def test_parts_of_a_batch(given: str, poisoned: None, rng: torch.Generator) -> None:
+    branches, images = 2 if given == "branches" else 1, given == "images"
+    layers = [_convolution(rng, branches, 3, 64), _convolution(rng, branches, 64, 2)]
+    if given == "branches":
+        layers.append(_convolution(rng, branches, 2, 5)._replace(mean=True))
+    x = torch.randn(branches, 19, 64, 64, 3, generator=rng, dtype=torch.float64)
     parts = K.FusedLayers(layers, images=images)
     kept = K.FusedLayers(layers, [0], images=images)
     of_image = x[0].permute(0, 3, 1, 2) if images else x
     K.release_memory()
     (result,) = parts(of_image)
-    assert K.release_memory() < kept(of_image)[0].nbytes  # of all samples
+    assert K.release_memory() < kept(of_image)[0].nbytes  # of all samples; nothing is kept under AddressSanitizer
     (together,) = kept(of_image)[1:]
     assert torch.equal(result, together)
     with K.use_backend("reference"):
         torch.testing.assert_close(result, parts(of_image)[0])
 
 
-def _convolution(rng: torch.Generator, channels: int, out: int) -> K.FusedLayer:
-    weight = torch.randn(1, out, channels, 1, 1, generator=rng, dtype=torch.float64) / channels**0.5
-    return K.FusedLayer((K.pack_weight(weight), torch.randn(1, out, generator=rng, dtype=torch.float64)))
+def _convolution(rng: torch.Generator, branches: int, channels: int, out: int) -> K.FusedLayer:
+    weight = torch.randn(branches, out, channels, 1, 1, generator=rng, dtype=torch.float64) / channels**0.5
+    return K.FusedLayer((K.pack_weight(weight), torch.randn(branches, out, generator=rng, dtype=torch.float64)))
 
 
 def _bottleneck(

@@ -501,6 +501,7 @@ def test_copies_are_independent(how: str, rng: torch.Generator) -> None:
     ("x", "error", "message"),
     [
         (torch.zeros(3, 8, 8), ValueError, r"x must have 4 dimensions .*got shape \(3, 8, 8\)"),
+        (torch.zeros(1, 2, 8, 8, 3), ValueError, r"x must have 4 dimensions .*got shape \(1, 2, 8, 8, 3\)"),
         (torch.zeros(2, 1, 8, 8), ValueError, r"x must have 3 channels .*got shape \(2, 1, 8, 8\)"),
         (torch.zeros(2, 3, 0, 8), ValueError, r"at least 1x1 pixels, got shape \(2, 3, 0, 8\)"),
         (torch.zeros(2, 3, 8, 8).byte(), TypeError, "dtype of the model, torch.float32, got torch.uint8"),

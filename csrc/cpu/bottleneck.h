@@ -221,7 +221,8 @@ class Places {
  public:
   explicit Places(int64_t maps) : maps_(maps) {}
 
-  // The place of the next layer: that of the last one, or else of an earlier one with maps as large, or a new one.
+  // The place of the next layer: that of one before it whose maps are as large, the last one only if it may be, or else
+  // a new one.
   void add(int64_t size, bool of_the_last) {
     const auto free = [&](size_t layer) { return of_the_last || at_[layer] != at_.back(); };
     size_t layer = at_.size();
@@ -241,9 +242,9 @@ class Places {
 
 // A run of bottlenecks, from map to map, after convolutions: so many maps at once, each of them shared by some threads,
 // which have some rows of every layer. Outputs of the first `between` layers lie in its memory, those of others are
-// results. A layer that adds what it reads writes there.
+// results.
 //
-// A thread alone takes as little memory as it can, which stays in the second cache beside the weights. Threads that
+// A thread alone has two places in turn, for all sizes: they stay in the second cache beside the weights. Threads that
 // share a map have places for every size of it: they find their part where they wrote one before, in their own caches.
 template <typename T>
 class Run {
@@ -260,6 +261,7 @@ class Run {
     const bool alone = threads == 1;
     for (size_t i = 0; i < before.size(); ++i) out_.add(alone ? most : before.out_size(i), false);
     for (size_t i = 0; i < layers.size(); ++i) {
+      // Onto the map that it reads and adds: all of that is expanded already, and a value is added where it is written.
       const bool in_place = i > 0 && whole(i) && layers[i].identity();
       if (i < between) out_.add(alone ? most : layers[i].out_size(), in_place);
       expanded_.add(alone ? most_expanded : whole(i) ? layers[i].expanded_size() : 0, alone);

@@ -127,26 +127,26 @@ class Layers {
     return taken;
   }
 
-  // A few samples after the others where features lie between steps: those of one step are in the cache when the next
-  // one reads them, and their memory is used again. Features that are kept are in memory all the same.
+  // Where features lie between steps, a few samples at a time go through all of them: what one step has written is in
+  // the cache when the next one reads it, and its memory is used again. Features that are kept stay in memory anyway.
   template <typename T>
   std::vector<Tensor> run_in_parts(Tensor x) const {
     const int64_t dimension = x.dim() == 4 ? 0 : 1;  // of the batch
     const int64_t batch = x.size(dimension), parts = batch <= kFewSamples ? 1 : ceil_div(batch, samples<T>(x));
     if (parts == 1) return run<T>(x);
-    std::vector<Tensor> whole;
+    Tensor whole;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = batch * part / parts, count = batch * (part + 1) / parts - first;
       const Tensor result = run<T>(torch::stable::narrow(x, dimension, first, count)).back();
       if (part == 0) {
         std::vector<int64_t> shape(result.sizes().begin(), result.sizes().end());
         shape[1] = batch;
-        whole.push_back(empty(result, shape));
+        whole = empty(result, shape);
       }
-      Tensor place = torch::stable::narrow(whole[0], 1, first, count);
+      Tensor place = torch::stable::narrow(whole, 1, first, count);
       torch::stable::copy_(place, result);
     }
-    return whole;
+    return {whole};
   }
 
   // Samples of a part.
@@ -214,7 +214,7 @@ class Layers {
     return copy;
   }
 
-  // The shape of the features after a step instead of that of x.
+  // The shape of the features after a step instead of that of x; compute() finds the same.
   static void reshape(const PackedConvolution& convolution, std::vector<int64_t>& shape) {
     shape = convolution.geometry(shape).out_shape();
   }
