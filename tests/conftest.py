@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from placements import PLACEMENTS, SEED, Placement
+from threads import on_threads
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, Triton's kernels run in its interpreter
@@ -90,7 +91,5 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For the many tiny calls of numerical differentiation, where waking threads is most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_threads(1):
+        yield

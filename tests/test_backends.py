@@ -14,6 +14,7 @@ import torch
 from called import OpsOfOurs
 from cases import CASES, cast, check, cotangents, evaluate, representative
 from placements import PLACEMENTS, Placement
+from threads import on_threads
 
 import hne_kernels as K
 from hne_kernels import dispatch, extension
@@ -168,13 +169,8 @@ def _gradients(case: Any, inputs: dict[str, Any], rng: torch.Generator) -> list[
 def test_any_number_of_threads(case: Any, threads: int, rng: torch.Generator) -> None:
     inputs = case.inputs(rng)
     grads = [grad.float() for grad in _gradients(case, inputs, rng)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with K.use_backend("cpp"):
-            outcome = evaluate(case, inputs, grads)
-    finally:
-        torch.set_num_threads(before)
+    with on_threads(threads), K.use_backend("cpp"):
+        outcome = evaluate(case, inputs, grads)
     check(case, "cpp", inputs, outcome, grads)
 
 

@@ -3,15 +3,14 @@ with those of the ops, see ``cases.LAYERS``."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import LAYERS, Case, expected
+from threads import on_threads
 from torch import Tensor
 
 import hne_kernels as K
@@ -28,26 +27,9 @@ def arguments(
     return made["x"], made["layers"], made["keep"]
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    extension.cpu_library().poison_memory(True)
-    yield
-    extension.cpu_library().poison_memory(False)
-
-
-@contextlib.contextmanager
-def on_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @each_case
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_any_number_of_threads(case: Case, threads: int, poisoned: None, rng: torch.Generator) -> None:
+def test_any_number_of_threads(case: Case, threads: int, rng: torch.Generator) -> None:
     inputs = case.inputs(rng, torch.float64)
     with on_threads(threads):
         results = case(inputs)
@@ -108,7 +90,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("shape", [(2, 3, 9, 7), (1, 3, 1, 1), (0, 3, 5, 5), (3, 3, 40, 41)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_images_are_features_of_one_branch(
-    layout: Any, shape: tuple[int, ...], dtype: torch.dtype, poisoned: None, rng: torch.Generator
+    layout: Any, shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator
 ) -> None:
     _, described, keep = arguments("network", rng, dtype)
     of_images, of_features = (K.FusedLayers(described, keep, images=images) for images in (True, False))
@@ -151,7 +133,7 @@ RUNS = {
 @pytest.mark.parametrize("maps", [(1, 1), (1, 3), (2, 2)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_maps_in_memory(
-    described: list[tuple[Any, ...]], maps: tuple[int, int], threads: int, poisoned: None, rng: torch.Generator
+    described: list[tuple[Any, ...]], maps: tuple[int, int], threads: int, rng: torch.Generator
 ) -> None:
     branches, batch = maps
     layers = [_bottleneck(rng, branches, *sizes) for sizes in described]
@@ -169,7 +151,7 @@ def test_maps_in_memory(
 @pytest.mark.parametrize("convolutions", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_convolutions_before_bottlenecks(
-    kept: list[int], convolutions: int, threads: int, poisoned: None, rng: torch.Generator
+    kept: list[int], convolutions: int, threads: int, rng: torch.Generator
 ) -> None:
     layers = [_convolution(rng, 1, 7, 7) for _ in range(convolutions)]
     layers += [_bottleneck(rng, 1, *sizes) for sizes in [(7, 3, 7, 3, 1), (7, 3, 7, 3, 1), (7, 3, 5, 3, 2)]]
@@ -184,7 +166,7 @@ def test_convolutions_before_bottlenecks(
 
 
 @pytest.mark.parametrize("given", ["features", "images", "branches"])
-def test_parts_of_a_batch(given: str, poisoned: None, rng: torch.Generator) -> None:
+def test_parts_of_a_batch(given: str, rng: torch.Generator) -> None:
     branches, images = 2 if given == "branches" else 1, given == "images"
     layers = [_convolution(rng, branches, 3, 64), _convolution(rng, branches, 64, 2)]
     if given == "branches":

@@ -324,19 +324,21 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
 
   // As many maps for each thread,
   const int64_t each = maps - maps % threads;
-  const Run<T> alone(before, layers, between, 1, 1);
-  parallel_tasks(each, [&](int64_t map) {
-    T* const memory = scratch<T>(8, alone.size());
-    const int64_t branch = map / g.batch;
-    const T* from = alone.enter(memory, input(map), 1);
-    alone.expand(memory, 0, 0, branch, from, 0, g.height);
-    for (size_t i = 0; i < layers.size(); ++i) {
-      T* const to = i < between ? alone.out(memory, i, 0) : output(map);
-      alone.step(memory, i, 0, branch, from, to, 0, layers[i].geometry().out_height);
-      from = to;
-    }
-    if (mean) take_mean(from, map);
-  });
+  if (each > 0) {
+    const Run<T> alone(before, layers, between, 1, 1);
+    parallel_tasks(each, [&](int64_t map) {
+      T* const memory = scratch<T>(8, alone.size());
+      const int64_t branch = map / g.batch;
+      const T* from = alone.enter(memory, input(map), 1);
+      alone.expand(memory, 0, 0, branch, from, 0, g.height);
+      for (size_t i = 0; i < layers.size(); ++i) {
+        T* const to = i < between ? alone.out(memory, i, 0) : output(map);
+        alone.step(memory, i, 0, branch, from, to, 0, layers[i].geometry().out_height);
+        from = to;
+      }
+      if (mean) take_mean(from, map);
+    });
+  }
   if (each == maps) return;
 
   // and the rest layer by layer, so that all threads share a map.
@@ -366,7 +368,8 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
       T* const to = i < between ? shared.out(memory, i, map) : output(each + map);
       shared.step(memory, i, map, (each + map) / g.batch, source(i, map), to, begin, end);
     });
-  for (int64_t map = 0; mean && map < rest; ++map) take_mean(source(layers.size(), map), each + map);
+  if (mean)
+    for (int64_t map = 0; map < rest; ++map) take_mean(source(layers.size(), map), each + map);
 }
 
 }  // namespace hne
