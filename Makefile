@@ -37,7 +37,7 @@ check: $(VENV)/.built ## run the test suite
 
 .PHONY: kernels
 kernels: $(VENV)/.built ## compile all GPU kernels, without a GPU: a table of what they take; spills are failures
-	TRITON_INTERPRET=0 $(BIN)/python tests/gpu_kernels.py
+	TRITON_INTERPRET=0 $(BIN)/python tools/gpu_kernels.py
 
 .PHONY: bench
 bench: $(VENV)/.built ## compare the speed with that of others: tables and plots in benchmarks/results
@@ -47,7 +47,7 @@ bench: $(VENV)/.built ## compare the speed with that of others: tables and plots
 
 .PHONY: gpu-check
 gpu-check: ## on a machine with a GPU: build, test, look for races, compare speed (GPU_CHECK=--help)
-	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+	$(PYTHON) tools/gpu_check.py $(GPU_CHECK)
 
 .PHONY: lint
 lint: $(VENV)/.installed ## check style and types
@@ -75,7 +75,7 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address an
 		echo "sanitizers, $$level instructions"; \
 		HNE_CPU_CAPABILITY=$$level LD_PRELOAD="$$preload" \
 			$(BIN)/pytest $(PARALLEL) -s -k 'cpp or fused_layers' \
-			tests/test_parity.py tests/test_properties.py tests/test_fused_layers.py || exit 1; \
+			tests/kernels/test_parity.py tests/kernels/test_properties.py tests/kernels/test_fused_layers.py || exit 1; \
 	done
 
 # Waiting threads give way: on a busy machine they would keep the working ones from their processor.

@@ -22,9 +22,9 @@ from torch import Tensor
 from workload import Workload
 
 import hne_kernels as K
-from hne.fused import Fused
-from hne.layers import Bottleneck, Execution
-from hne.naive import Naive
+from hne.executors.kernels import Fused
+from hne.executors.naive import Naive
+from hne.layers.modules import Bottleneck, Execution
 
 # layer: branches in, children each, size of the map, channels in and out, kernel, stride
 CONVOLUTIONS = {

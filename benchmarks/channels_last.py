@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hne import HNE
-from hne.layers import Execution
-from hne.naive import Naive
+from hne.executors.naive import Naive
+from hne.layers.modules import Execution
 
 
 def convolve(

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hne_kernels as K
 from hne import HNE
-from hne.layers import BottleneckLayer, Layer, Size, units
+from hne.layers.modules import BottleneckLayer, Layer, Size, units
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class BuildError(SystemExit):
 def cpp_flags(environ: Mapping[str, str]) -> list[str]:
     """Flags of every C++ file; torch's build helper adds `-std=`.
 
-    None of them names an instruction set: csrc/cpu/isa/*.cpp do that for their own functions, and
+    None of them names an instruction set: csrc/cpu/microkernels/isa/*.cpp do that for their own functions, and
     which of those run is decided at run time.
     """
     flags = ["-fno-math-errno", "-ffp-contract=fast"]  # as much of -ffast-math as keeps NaN and inf

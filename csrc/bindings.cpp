@@ -2,9 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
-#include "cpu/capability.h"
 #include "cpu/fused_layers.h"
-#include "cpu/memory.h"
+#include "cpu/runtime/allocator.h"
+#include "cpu/runtime/capability.h"
 
 namespace py = pybind11;
 

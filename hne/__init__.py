@@ -4,13 +4,13 @@ After "Distilled Hierarchical Neural Ensembles with Adaptive Inference Cost" (Ru
 Inference with Distilled Hierarchical Neural Ensembles").
 """
 
-from .architectures import PRESETS
-from .graphs import GraphedHNE
 from .hierarchy import Hierarchy
-from .layers import Bottleneck, Conv, PoolLinear
-from .losses import OBJECTIVES, objective
-from .model import HNE, FusedHNE, NaiveHNE
-from .predictor import AnytimePredictor
+from .inference.cuda_graphs import GraphedHNE
+from .inference.predictor import AnytimePredictor
+from .layers.modules import Bottleneck, Conv, PoolLinear
+from .losses.objectives import OBJECTIVES, objective
+from .models.hne import HNE, FusedHNE, NaiveHNE
+from .models.presets import PRESETS
 
 __all__ = [
     "HNE",

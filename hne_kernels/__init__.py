@@ -5,28 +5,28 @@ leading slice of features and weights, and the replication of a branching layer 
 """
 
 from . import extension as _extension  # noqa: F401  (loads the compiled ops; must come first)
-from .branch_conv2d import branch_conv2d
-from .branch_conv2d_moments import branch_conv2d_moments
-from .branch_conv2d_stats import branch_conv2d_stats
-from .branch_depthwise_conv2d import branch_depthwise_conv2d
-from .branch_depthwise_conv2d_stats import branch_depthwise_conv2d_stats
-from .branch_normalize import branch_normalize
-from .branch_projection import branch_projection, projection_pays
-from .branch_residual_conv2d_stats import branch_residual_conv2d_stats
+from .allocator import release_memory
 from .checks import default_sizes
 from .dispatch import add_module, available_backends, unavailable_backends, use_backend
 from .extension import build_info
-from .fused_bottleneck import fused_bottleneck
-from .fused_conv2d import fused_conv2d
-from .fused_layers import FusedLayer, FusedLayers
-from .hierarchical_distillation_loss import hierarchical_distillation_loss
-from .memory import release_memory
+from .ops.branch_conv2d import branch_conv2d
+from .ops.branch_conv2d_moments import branch_conv2d_moments
+from .ops.branch_conv2d_stats import branch_conv2d_stats
+from .ops.branch_depthwise_conv2d import branch_depthwise_conv2d
+from .ops.branch_depthwise_conv2d_stats import branch_depthwise_conv2d_stats
+from .ops.branch_normalize import branch_normalize
+from .ops.branch_projection import branch_projection, projection_pays
+from .ops.branch_residual_conv2d_stats import branch_residual_conv2d_stats
+from .ops.fused_bottleneck import fused_bottleneck
+from .ops.fused_conv2d import fused_conv2d
+from .ops.fused_layers import FusedLayer, FusedLayers
+from .ops.hierarchical_distillation_loss import hierarchical_distillation_loss
+from .ops.prefix_logits import prefix_logits
+from .ops.prefix_mean import prefix_mean
 from .packing import pack_weight, unpack_weight
-from .prefix_logits import prefix_logits
-from .prefix_mean import prefix_mean
 
 if "triton" in available_backends():
-    from . import triton as _triton  # last: its ops take their shapes and autograd from the modules above
+    from . import triton as _triton
 
     add_module("triton", _triton)
 

@@ -13,9 +13,9 @@ constexpr int64_t kBandBytes = 192 * 1024;  // of the expanded map, beside the w
 // The weights of one bottleneck as the kernels read them, checked.
 class BottleneckWeights {
  public:
-  const Fixed expand, expand_bias, depthwise, depthwise_bias, project;
-  const std::optional<Fixed> shortcut;
-  const Fixed sum_bias;  // of the projection and the shortcut
+  const ConstTensor expand, expand_bias, depthwise, depthwise_bias, project;
+  const std::optional<ConstTensor> shortcut;
+  const ConstTensor sum_bias;  // of the projection and the shortcut
   const int64_t stride, replicate;
   const bool identity;
   const std::string activation, final_activation;
@@ -44,7 +44,7 @@ class BottleneckWeights {
         depthwise(*given[2]),
         depthwise_bias(*given[3]),
         project(*given[4]),
-        shortcut(given[6].has_value() ? std::optional<Fixed>(*given[6]) : std::nullopt),
+        shortcut(given[6].has_value() ? std::optional<ConstTensor>(*given[6]) : std::nullopt),
         sum_bias(sum(*given[5], given[7])),
         stride(stride),
         replicate(replicate),
@@ -136,7 +136,8 @@ class Bottleneck {
   // A row of the expanded map has columns of zeros at both ends.
   int64_t row_size() const { return (g_.width + 2 * g_.padding) * middle_; }
 
-  static Tap<T> pointwise(const Fixed& packed, int64_t branch, int64_t channels, int64_t depth, const T* const* rows) {
+  static Tap<T> pointwise(const ConstTensor& packed, int64_t branch, int64_t channels, int64_t depth,
+                          const T* const* rows) {
     return {rows, packed.data<T>() + branch * ceil_div(channels, kPanel) * depth * kPanel, depth * kPanel, depth,
             depth};
   }
@@ -217,9 +218,9 @@ class Bottleneck {
 };
 
 // Places in memory that layers take in turn, each of them for so many maps.
-class Places {
+class BufferPlan {
  public:
-  explicit Places(int64_t maps) : maps_(maps) {}
+  explicit BufferPlan(int64_t maps) : maps_(maps) {}
 
   // The place of the next layer: that of one before it whose maps are as large, the last one only if it may be, or else
   // a new one.
@@ -247,10 +248,10 @@ class Places {
 // A thread alone has two places in turn, for all sizes: they stay in the second cache beside the weights. Threads that
 // share a map have places for every size of it: they find their part where they wrote one before, in their own caches.
 template <typename T>
-class Run {
+class BottleneckChain {
  public:
-  Run(const Convolutions<T>& before, const std::vector<Bottleneck<T>>& layers, size_t between, int64_t maps,
-      int64_t threads)
+  BottleneckChain(const Convolutions<T>& before, const std::vector<Bottleneck<T>>& layers, size_t between, int64_t maps,
+                  int64_t threads)
       : before_(before), layers_(layers), threads_(threads), out_(maps), expanded_(maps) {
     int64_t most = 0, most_expanded = 0;
     for (size_t i = 0; i < before.size(); ++i) most = std::max(most, before.out_size(i));
@@ -303,7 +304,7 @@ class Run {
   const Convolutions<T>& before_;
   const std::vector<Bottleneck<T>>& layers_;
   int64_t threads_;  // of a map
-  Places out_, expanded_;
+  BufferPlan out_, expanded_;
 };
 
 // One bottleneck after the other, from x to out: maps, or with `mean` what each map is on average. Convolutions may
@@ -325,7 +326,7 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
   // As many maps for each thread,
   const int64_t each = maps - maps % threads;
   if (each > 0) {
-    const Run<T> alone(before, layers, between, 1, 1);
+    const BottleneckChain<T> alone(before, layers, between, 1, 1);
     parallel_tasks(each, [&](int64_t map) {
       T* const memory = scratch<T>(8, alone.size());
       const int64_t branch = map / g.batch;
@@ -343,7 +344,7 @@ void run_bottlenecks(const Convolutions<T>& before, const std::vector<Bottleneck
 
   // and the rest layer by layer, so that all threads share a map.
   const int64_t rest = maps - each, parts = ceil_div(threads, rest);
-  const Run<T> shared(before, layers, between, rest, parts);
+  const BottleneckChain<T> shared(before, layers, between, rest, parts);
   const Tensor memory_of_maps = empty(like, {shared.size()});
   T* const memory = mutable_data<T>(memory_of_maps);
   const T* const first = before.size() > 0 ? shared.enter(memory, input(each), rest) : nullptr;

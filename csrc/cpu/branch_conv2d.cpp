@@ -13,8 +13,8 @@ constexpr int64_t kSharePanels = 4;  // of a thread, where threads share the cha
 }  // namespace
 
 template <typename T>
-void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const T* bias, Clamp<T> clamp, T* out,
-                     const Written& written) {
+void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Clamp<T> clamp,
+                     T* out, const RowsWritten& written) {
   const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kBlockRows);
   const int64_t tap_size = g.in_channels * kPanel, panel_stride = g.taps() * tap_size;
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
@@ -68,7 +68,8 @@ void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const 
 }
 
 template <typename T>
-void convolve(const Geometry& g, const Map<T>& x, const Tensor& weight, const T* bias, T* out, const Written& written) {
+void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const T* bias, T* out,
+              const RowsWritten& written) {
   const int64_t panel_stride = g.taps() * g.in_channels * kPanel;
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
   const Tensor packed = empty(weight, {g.branches * branch_size});
@@ -77,7 +78,7 @@ void convolve(const Geometry& g, const Map<T>& x, const Tensor& weight, const T*
          g.in_channels * g.taps(), g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
   });
   Tensor hold = weight;  // a window of several pixels would compute each of them again and again
-  const Map<T> source = g.pointwise() ? x : in_memory(x, g.parents, hold);
+  const PrologueInput<T> source = g.pointwise() ? x : in_memory(x, g.parents, hold);
   convolve_packed(g, source, data<T>(packed), bias, Clamp<T>{}, out, written);
 }
 
@@ -86,7 +87,8 @@ namespace {
 // Input pixels of one phase (iy % stride, ix % stride) meet the same taps of the kernel; every phase is a
 // product of its own, over the taps of all children of the parent.
 template <typename T>
-void convolve_input_packed(const Geometry& g, const Map<T>& grad, const T* packed, T* out, const Written& written) {
+void convolve_input_packed(const Geometry& g, const PrologueInput<T>& grad, const T* packed, T* out,
+                           const RowsWritten& written) {
   const int64_t s = g.stride, tap_size = g.out_channels * kPanel;
   const int64_t panel_stride = g.replicate * g.taps() * tap_size;
   const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
@@ -161,10 +163,11 @@ Tensor pack_transposed(const Geometry& g, const Tensor& weight) {
 }  // namespace
 
 template <typename T>
-void convolve_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written) {
+void convolve_input(const Geometry& g, const PrologueInput<T>& grad, const Tensor& weight, T* out,
+                    const RowsWritten& written) {
   const Tensor packed = pack_transposed<T>(g, weight);
   Tensor hold = weight;
-  const Map<T> source = g.pointwise() ? grad : in_memory(grad, g.branches, hold);
+  const PrologueInput<T> source = g.pointwise() ? grad : in_memory(grad, g.branches, hold);
   convolve_input_packed(g, source, data<T>(packed), out, written);
 }
 
@@ -183,8 +186,8 @@ struct WeightSums {
 // A task sums a share of the rows into a matrix of its own; the shares are then added in order, so the result
 // does not depend on which thread did what.
 template <typename T>
-void convolve_weight_shares(const Geometry& g, const Map<T>& grad, const Map<T>& x, T* partial, int64_t shares,
-                            T* out) {
+void convolve_weight_shares(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, T* partial,
+                            int64_t shares, T* out) {
   const WeightSums sums(g, x.computed());
   const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kBlockRows);
   const int64_t line_size = g.kernel_size * g.in_channels;
@@ -243,11 +246,12 @@ void convolve_weight_shares(const Geometry& g, const Map<T>& grad, const Map<T>&
 }  // namespace
 
 template <typename T>
-void convolve_weight(const Geometry& g, const Map<T>& grad_in, const Map<T>& x_in, const Tensor& out) {
+void convolve_weight(const Geometry& g, const PrologueInput<T>& grad_in, const PrologueInput<T>& x_in,
+                     const Tensor& out) {
   Tensor hold_grad = out, hold_x = out;
-  const Map<T> x = g.pointwise() ? x_in : in_memory(x_in, g.parents, hold_x);
+  const PrologueInput<T> x = g.pointwise() ? x_in : in_memory(x_in, g.parents, hold_x);
   const WeightSums sums(g, x.computed());
-  const Map<T> grad = sums.matrices == 1 ? grad_in : in_memory(grad_in, g.branches, hold_grad);
+  const PrologueInput<T> grad = sums.matrices == 1 ? grad_in : in_memory(grad_in, g.branches, hold_grad);
   const int64_t threads = num_threads(), matrices = g.branches * sums.matrices;
   const int64_t chunks = ceil_div(g.batch * g.out_pixels(), kBlockRows);
   const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
@@ -258,8 +262,9 @@ void convolve_weight(const Geometry& g, const Map<T>& grad_in, const Map<T>& x_i
 
 // A task takes a share of a parent's rows, a block of them at a time.
 template <typename T>
-void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, const T* add,
-                        T* grad_x, const Tensor* grad_weight, const Written& written) {
+void pointwise_backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x,
+                        const Tensor& weight, const T* add, T* grad_x, const Tensor* grad_weight,
+                        const RowsWritten& written) {
   const int64_t rows = g.batch * g.pixels(), chunks = ceil_div(rows, kBlockRows);
   const int64_t size = g.out_channels * g.in_channels, branches_size = g.branches * size;
   const int64_t threads = num_threads();
@@ -329,24 +334,25 @@ void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, 
 }
 
 template <typename T>
-void convolve_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
-                       const Tensor* grad_weight, const Written& written) {
+void convolve_backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, const Tensor& weight,
+                       T* grad_x, const Tensor* grad_weight, const RowsWritten& written) {
   if (g.pointwise()) return pointwise_backward<T>(g, grad, x, weight, nullptr, grad_x, grad_weight, written);
   Tensor hold = weight;
-  const Map<T> read = grad_x != nullptr && grad_weight != nullptr ? in_memory(grad, g.branches, hold) : grad;
+  const PrologueInput<T> read = grad_x != nullptr && grad_weight != nullptr ? in_memory(grad, g.branches, hold) : grad;
   if (grad_x != nullptr) convolve_input(g, read, weight, grad_x, written);
   if (grad_weight != nullptr) convolve_weight(g, read, x, *grad_weight);
 }
 
-#define HNE_INSTANTIATE(T)                                                                                         \
-  template void convolve_packed(const Geometry&, const Map<T>&, const T*, const T*, Clamp<T>, T*, const Written&); \
-  template void convolve(const Geometry&, const Map<T>&, const Tensor&, const T*, T*, const Written&);             \
-  template void convolve_input(const Geometry&, const Map<T>&, const Tensor&, T*, const Written&);                 \
-  template void convolve_weight(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&);                     \
-  template void pointwise_backward(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&, const T*, T*,     \
-                                   const Tensor*, const Written&);                                                 \
-  template void convolve_backward(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&, T*, const Tensor*, \
-                                  const Written&);
+#define HNE_INSTANTIATE(T)                                                                                           \
+  template void convolve_packed(const Geometry&, const PrologueInput<T>&, const T*, const T*, Clamp<T>, T*,          \
+                                const RowsWritten&);                                                                 \
+  template void convolve(const Geometry&, const PrologueInput<T>&, const Tensor&, const T*, T*, const RowsWritten&); \
+  template void convolve_input(const Geometry&, const PrologueInput<T>&, const Tensor&, T*, const RowsWritten&);     \
+  template void convolve_weight(const Geometry&, const PrologueInput<T>&, const PrologueInput<T>&, const Tensor&);   \
+  template void pointwise_backward(const Geometry&, const PrologueInput<T>&, const PrologueInput<T>&, const Tensor&, \
+                                   const T*, T*, const Tensor*, const RowsWritten&);                                 \
+  template void convolve_backward(const Geometry&, const PrologueInput<T>&, const PrologueInput<T>&, const Tensor&,  \
+                                  T*, const Tensor*, const RowsWritten&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
 #undef HNE_INSTANTIATE

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "convolution.h"
-#include "map.h"
+#include "prologue.h"
 
 namespace hne {
 
@@ -36,30 +36,32 @@ constexpr int64_t kBlockRows = 112;
 // out = clamp(conv(x, packed) + bias): packed is [branch][panel][tap][in_channels][kPanel], bias may be null. Where x
 // is computed, the kernel is a single pixel that steps to every pixel.
 template <typename T>
-void convolve_packed(const Geometry& g, const Map<T>& x, const T* packed, const T* bias, Clamp<T> clamp, T* out,
-                     const Written& written = {});
+void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Clamp<T> clamp,
+                     T* out, const RowsWritten& written = {});
 
 // out = conv(x, weight) + bias
 template <typename T>
-void convolve(const Geometry& g, const Map<T>& x, const Tensor& weight, const T* bias, T* out,
-              const Written& written = {});
+void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const T* bias, T* out,
+              const RowsWritten& written = {});
 
 // The gradient of x, from that of the output.
 template <typename T>
-void convolve_input(const Geometry& g, const Map<T>& grad, const Tensor& weight, T* out, const Written& written = {});
+void convolve_input(const Geometry& g, const PrologueInput<T>& grad, const Tensor& weight, T* out,
+                    const RowsWritten& written = {});
 
 // The gradient of the weight; `out` is [branch][out_channels][in_channels][k][k].
 template <typename T>
-void convolve_weight(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& out);
+void convolve_weight(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, const Tensor& out);
 
 // Both gradients, from one reading of that of the output and of x; the one that is null is left out.
 template <typename T>
-void convolve_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
-                       const Tensor* grad_weight, const Written& written);
+void convolve_backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, const Tensor& weight,
+                       T* grad_x, const Tensor* grad_weight, const RowsWritten& written);
 
 // The same of a pointwise convolution; `add`, which may be null, is added to the gradient of x.
 template <typename T>
-void pointwise_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, const T* add,
-                        T* grad_x, const Tensor* grad_weight, const Written& written);
+void pointwise_backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x,
+                        const Tensor& weight, const T* add, T* grad_x, const Tensor* grad_weight,
+                        const RowsWritten& written);
 
 }  // namespace hne

@@ -1,7 +1,7 @@
 // Mean and variance of a pointwise convolution that is not computed: those of y = W s are W mean(s) and the diagonal of
 // W cov(s) W^T.
+#include "conv_norm.h"
 #include "pointwise.h"
-#include "unit.h"
 
 namespace hne {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 template <typename T>
 class Covariance {
  public:
-  Covariance(const Map<T>& map, const PointwiseSizes& sizes, const Tensor& like)
+  Covariance(const PrologueInput<T>& map, const PointwiseSizes& sizes, const Tensor& like)
       : map_(map),
         channels_(sizes.in),
         shares_(sizes.branches, sizes.rows),
@@ -64,9 +64,9 @@ class Covariance {
     });
   }
 
-  const Map<T>& map_;
+  const PrologueInput<T>& map_;
   int64_t channels_;
-  Shares shares_;
+  RowPartition shares_;
   ChannelSums<T> sums_;
   Tensor origins_, products_;
 };
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
   const Tensor x_mean = empty(mean, {s.branches, s.in}), product = empty(mean, {s.branches, s.out, s.in});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Map<T> map = normalization.of<T>(x);
+    const PrologueInput<T> map = normalization.of<T>(x);
     Covariance<T> moments(map, s, x);
     const Tensor covariance = empty(x, {s.branches, s.in, s.in});
     parallel_tasks(s.branches, [&](int64_t branch) {
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, 
   const Tensor grad_scale = empty(x, scale.sizes()), grad_shift = empty(x, shift.sizes());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Map<T> map = normalization.of<T>(x);
+    const PrologueInput<T> map = normalization.of<T>(x);
     const T rows = T(std::max<int64_t>(s.rows, 1));
     const Tensor square = empty(x, {s.branches, s.in, s.in}), constant = empty(x, {s.branches, s.in});
     parallel_tasks(s.branches, [&](int64_t branch) {

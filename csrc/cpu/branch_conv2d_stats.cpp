@@ -1,6 +1,6 @@
 // Branch convolution of a map that is normalised as it is read, with the statistics of what is written.
 #include "branch_conv2d.h"
-#include "unit.h"
+#include "conv_norm.h"
 
 namespace hne {
 namespace {
@@ -18,12 +18,13 @@ struct Dense {
   static int64_t block_rows(int64_t) { return kBlockRows; }
 
   template <typename T>
-  static void forward(const Geometry& g, const Map<T>& x, const Tensor& weight, T* out, const Written& written) {
+  static void forward(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, T* out,
+                      const RowsWritten& written) {
     convolve<T>(g, x, weight, nullptr, out, written);
   }
   template <typename T>
-  static void backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
-                       const Tensor* grad_weight, const Written& written) {
+  static void backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, const Tensor& weight,
+                       T* grad_x, const Tensor* grad_weight, const RowsWritten& written) {
     convolve_backward(g, grad, x, weight, grad_x, grad_weight, written);
   }
 };
@@ -31,8 +32,8 @@ struct Dense {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
-  m.impl("branch_conv2d_stats", TORCH_BOX(&Unit<Dense>::forward));
-  m.impl("branch_conv2d_stats_backward", TORCH_BOX(&Unit<Dense>::backward));
+  m.impl("branch_conv2d_stats", TORCH_BOX(&ConvNorm<Dense>::forward));
+  m.impl("branch_conv2d_stats_backward", TORCH_BOX(&ConvNorm<Dense>::backward));
 }
 
 }  // namespace hne

@@ -22,7 +22,7 @@ Tensor channels_last(const Tensor& weight, int64_t taps, bool flip) {
 template <typename T>
 class Rows {
  public:
-  Rows(const Map<T>& map, int64_t branch, int64_t first, int64_t width, int64_t kept, int slot)
+  Rows(const PrologueInput<T>& map, int64_t branch, int64_t first, int64_t width, int64_t kept, int slot)
       : map_(map), branch_(branch), first_(first), width_(width), kept_(kept) {
     if (!map.computed()) return;
     memory_ = scratch<T>(slot, kept * width * map.channels);
@@ -36,7 +36,7 @@ class Rows {
   }
 
  private:
-  const Map<T>& map_;
+  const PrologueInput<T>& map_;
   int64_t branch_, first_, width_, kept_;
   T* memory_ = nullptr;
   std::vector<int64_t> held_;
@@ -45,7 +45,8 @@ class Rows {
 }  // namespace
 
 template <typename T>
-void filter(const Geometry& g, const Map<T>& x, const Tensor& weight, const T* bias, T* out, const Written& written) {
+void filter(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const T* bias, T* out,
+            const RowsWritten& written) {
   const Tensor filters = channels_last<T>(weight, g.taps(), false);
   const int64_t channels = g.in_channels;
   const std::vector<T> zeros(g.width * channels, T(0));
@@ -123,8 +124,8 @@ void add_weight_gradient(const Geometry& g, int64_t oy, Rows<T>& grad, Rows<T>& 
 }  // namespace
 
 template <typename T>
-void filter_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
-                     const Tensor* grad_weight, const Written& written) {
+void filter_backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, const Tensor& weight,
+                     T* grad_x, const Tensor* grad_weight, const RowsWritten& written) {
   const int64_t channels = g.in_channels, size = g.taps() * channels;
   std::optional<InputGradient<T>> input;
   if (grad_x != nullptr) input.emplace(g, weight);
@@ -164,10 +165,10 @@ void filter_backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, con
   });
 }
 
-#define HNE_INSTANTIATE(T)                                                                                       \
-  template void filter(const Geometry&, const Map<T>&, const Tensor&, const T*, T*, const Written&);             \
-  template void filter_backward(const Geometry&, const Map<T>&, const Map<T>&, const Tensor&, T*, const Tensor*, \
-                                const Written&);
+#define HNE_INSTANTIATE(T)                                                                                            \
+  template void filter(const Geometry&, const PrologueInput<T>&, const Tensor&, const T*, T*, const RowsWritten&);    \
+  template void filter_backward(const Geometry&, const PrologueInput<T>&, const PrologueInput<T>&, const Tensor&, T*, \
+                                const Tensor*, const RowsWritten&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
 #undef HNE_INSTANTIATE

@@ -1,6 +1,6 @@
 // Depthwise branch convolution of a map that is normalised as it is read, with the statistics of what is written.
 #include "branch_depthwise_conv2d.h"
-#include "unit.h"
+#include "conv_norm.h"
 
 namespace hne {
 namespace {
@@ -19,12 +19,13 @@ struct Depthwise {
   static int64_t block_rows(int64_t pixels) { return std::max<int64_t>(pixels, 1); }  // a sample
 
   template <typename T>
-  static void forward(const Geometry& g, const Map<T>& x, const Tensor& weight, T* out, const Written& written) {
+  static void forward(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, T* out,
+                      const RowsWritten& written) {
     filter<T>(g, x, weight, nullptr, out, written);
   }
   template <typename T>
-  static void backward(const Geometry& g, const Map<T>& grad, const Map<T>& x, const Tensor& weight, T* grad_x,
-                       const Tensor* grad_weight, const Written& written) {
+  static void backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, const Tensor& weight,
+                       T* grad_x, const Tensor* grad_weight, const RowsWritten& written) {
     filter_backward(g, grad, x, weight, grad_x, grad_weight, written);
   }
 };
@@ -32,8 +33,8 @@ struct Depthwise {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
-  m.impl("branch_depthwise_conv2d_stats", TORCH_BOX(&Unit<Depthwise>::forward));
-  m.impl("branch_depthwise_conv2d_stats_backward", TORCH_BOX(&Unit<Depthwise>::backward));
+  m.impl("branch_depthwise_conv2d_stats", TORCH_BOX(&ConvNorm<Depthwise>::forward));
+  m.impl("branch_depthwise_conv2d_stats_backward", TORCH_BOX(&ConvNorm<Depthwise>::backward));
 }
 
 }  // namespace hne

@@ -1,5 +1,5 @@
 // Normalisation by given statistics, the residual sum and the activation: the end of a block in training.
-#include "map.h"
+#include "prologue.h"
 
 namespace hne {
 namespace {
@@ -23,7 +23,7 @@ Tensor branch_normalize(const Tensor& x_in, const Tensor& mean_in, const Tensor&
   Tensor y = empty(x, x_in.sizes());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Map<T> map{
+    const PrologueInput<T> map{
         data<T>(x),        x.size(1) * x.size(2) * x.size(3), channels, data<T>(mean), data<T>(scale), data<T>(shift),
         data<T>(residual), Clamp<T>::named(activation)};
     map.write(branches, mutable_data<T>(y));

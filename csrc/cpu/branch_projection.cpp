@@ -2,8 +2,8 @@
 // z = clamp((conv(s) - mean) * scale + shift + residual), and y = next_conv(z) with its statistics. The wide map
 // conv(s) exists in the cache alone: on the way back, what its gradient sums is known from the product of the gradient
 // and s.
+#include "conv_norm.h"
 #include "pointwise.h"
-#include "unit.h"
 
 namespace hne {
 namespace {
@@ -53,8 +53,8 @@ struct Residual {
   bool normalized() const { return normalization.has_value() && normalization->mean.has_value(); }
 
   template <typename T>
-  Map<T> of() const {
-    return map.has_value() ? normalization->of<T>(*map) : Map<T>{};
+  PrologueInput<T> of() const {
+    return map.has_value() ? normalization->of<T>(*map) : PrologueInput<T>{};
   }
 };
 
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor y_mean = empty(mean, {s.branches, s.next}), y_var = empty(mean, {s.branches, s.next});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Map<T> map = normalization.of<T>(x), added = residual.of<T>();
+    const PrologueInput<T> map = normalization.of<T>(x), added = residual.of<T>();
     const Clamp<T> clamp = Clamp<T>::named(out_activation);
     const PackedMatrices<T> project(folded.weight, false);
     std::optional<PackedMatrices<T>> expand;
@@ -166,11 +166,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Tensor grad_next = next.has_value() ? empty(x, next_in->sizes()) : empty(x, {0});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Map<T> map = normalization.of<T>(x), above_map = above.map<T>(), added = residual.of<T>();
+    const PrologueInput<T> map = normalization.of<T>(x), above_map = above.map<T>(), added = residual.of<T>();
     const PackedMatrices<T> project(folded.weight, true);
     std::optional<PackedMatrices<T>> expand;
     if (next.has_value()) expand.emplace(matrices(*next), true);
-    const Shares shares(s.branches, s.rows);
+    const RowPartition shares(s.branches, s.rows);
     // A map that no cache holds goes past them; it is read by the op before.
     const bool streams = has_residual && !residual.normalized() && s.out * sizeof(T) % 64 == 0 &&
                          s.rows * s.branches * s.out * int64_t(sizeof(T)) >= kStreamBytes;

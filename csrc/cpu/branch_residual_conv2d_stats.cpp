@@ -1,7 +1,7 @@
 // The end of a bottleneck and the pointwise convolution that begins the next: z = clamp((x - mean) * scale + shift +
 // residual), which is kept, and y = conv(z) with its statistics.
 #include "branch_conv2d.h"
-#include "unit.h"
+#include "conv_norm.h"
 
 namespace hne {
 namespace {
@@ -34,9 +34,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
   const Tensor y = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   const auto [y_mean, y_var] = dispatch(x, [&](auto type) {
     using T = decltype(type);
-    Map<T> map = normalization.of<T>(x);
+    PrologueInput<T> map = normalization.of<T>(x);
     map.add = data<T>(residual), map.kept = mutable_data<T>(z);
-    return statistics<T>(g, y, kBlockRows, [&](const Written& written) {
+    return statistics<T>(g, y, kBlockRows, [&](const RowsWritten& written) {
       convolve<T>(g, map, weight, nullptr, mutable_data<T>(y), written);
     });
   });
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor grad_residual = has_residual ? empty(x, x_in.sizes()) : empty(x, {0});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Map<T> map = normalization.of<T>(x), from{data<T>(z), map.rows, g.in_channels};
+    const PrologueInput<T> map = normalization.of<T>(x), from{data<T>(z), map.rows, g.in_channels};
     T* const masked = has_residual ? mutable_data<T>(grad_residual) : nullptr;
     T* const total = has_residual ? masked : mutable_data<T>(grad_x);  // the whole gradient of z, for a moment
     ChannelSums<T> sums(g.parents, ceil_div(map.rows, kBlockRows), g.in_channels);

@@ -7,9 +7,9 @@
 #include <new>
 #include <string>
 
-#include "kernels.h"
-#include "memory.h"
-#include "team.h"
+#include "microkernels/kernels.h"
+#include "runtime/allocator.h"
+#include "runtime/thread_team.h"
 #include "tensor.h"
 
 namespace hne {
@@ -35,9 +35,10 @@ inline std::optional<Tensor> widen(const std::optional<Tensor>& t) {
 }
 
 // Weights that stay as they are, and where they lie: to ask a tensor for that in every loop takes its time.
-class Fixed {
+class ConstTensor {
  public:
-  explicit Fixed(const Tensor& t) : tensor_(torch::stable::contiguous(widen(t))), data_(tensor_.const_data_ptr()) {}
+  explicit ConstTensor(const Tensor& t)
+      : tensor_(torch::stable::contiguous(widen(t))), data_(tensor_.const_data_ptr()) {}
   template <typename T>
   const T* data() const {
     return static_cast<const T*>(data_);

@@ -39,7 +39,7 @@ class PackedConvolution {
   }
 
  private:
-  Fixed weight_, bias_;
+  ConstTensor weight_, bias_;
   int64_t branches_, in_channels_, out_channels_, kernel_size_, stride_, padding_, replicate_;
   std::string activation_;
 };

@@ -53,7 +53,7 @@ class PackedMatrices {
 
   // to = clamp(rows x matrix + bias + add); bias and add may be null.
   void multiply(int64_t branch, const T* rows, int64_t count, T* to, const T* bias = nullptr, const T* add = nullptr,
-                Clamp<T> clamp = {}, Ahead<T> ahead = {}) const {
+                Clamp<T> clamp = {}, Prefetch<T> ahead = {}) const {
     const Tap<T> tap{&rows, data<T>(packed_) + branch * size_, in_ * kPanel, in_, in_};
     const T* const* added = add != nullptr ? row_pointers(add, count, out_, 0) : nullptr;
     kernels<T>().gemm({&tap, 1, count, out_, row_pointers(to, count, out_, 1), bias, added, clamp, ahead});
@@ -67,7 +67,7 @@ class PackedMatrices {
 // sum[i][j] += over rows of left[i] * right[j]
 template <typename T>
 void add_outer(const T* left, int64_t left_channels, const T* right, int64_t right_channels, int64_t count, T* sum,
-               Ahead<T> ahead = {}) {
+               Prefetch<T> ahead = {}) {
   const T* const* left_rows = row_pointers(left, count, left_channels, 0);
   const T* const* right_rows = row_pointers(right, count, right_channels, 1);
   kernels<T>().outer({left_rows, right_rows, count, left_channels, right_channels, sum, {ahead}});
@@ -86,9 +86,9 @@ double dot(const T* a, const U* b, int64_t count) {
 }
 
 // Blocks of rows of a branch, shared by tasks: sums of a share are of its own, and added in order.
-struct Shares {
+struct RowPartition {
   int64_t rows, blocks, count;  // count of a branch
-  Shares(int64_t branches, int64_t rows)
+  RowPartition(int64_t branches, int64_t rows)
       : rows(rows),
         blocks(ceil_div(rows, kBlockRows)),
         count(std::clamp<int64_t>(ceil_div(2 * num_threads(), std::max<int64_t>(branches, 1)), 1,

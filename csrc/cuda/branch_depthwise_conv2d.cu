@@ -30,7 +30,7 @@ constexpr int run_length = kernel > 0 ? 2 : 1;
 // kernel and stride are 0 where only known at run time.
 template <typename T, int width, int kernel, int fixed_stride>
 __global__ void __launch_bounds__(kThreads, 2)
-    depthwise(const Depthwise<T> d, const Shares<width> shares, const Partials partials) {
+    depthwise(const Depthwise<T> d, const RowPartition<width> shares, const Partials partials) {
   constexpr int length = run_length<kernel>;
   const Shape& s = d.s;
   const int size = kernel > 0 ? kernel : s.kernel_size, stride = fixed_stride > 0 ? fixed_stride : s.stride;
@@ -109,11 +109,11 @@ void run_depthwise(const Device& device, const Depthwise<T>& d, OverPixels* stat
   dispatch_width<T>(vectors, [&](auto width) {
     constexpr int w = decltype(width)::value;
     const auto run = [&](auto kernel, int64_t runs) {
-      const Shares<w> shares(s.branches, runs, s.in_channels);
+      const RowPartition<w> shares(s.branches, runs, s.in_channels);
       const Partials partials =
           statistics != nullptr ? statistics->partials(Moments<w>::kPlanes, shares.shares()) : Partials{};
-      device.launch(+kernel, shares.blocks(), kThreads, Shares<w>::kScratch + SharedAffine::bytes(shares.across * w), d,
-                    shares, partials);
+      device.launch(+kernel, shares.blocks(), kThreads,
+                    RowPartition<w>::kScratch + SharedAffine::bytes(shares.across * w), d, shares, partials);
     };
     if (s.kernel_size == 3 && s.stride == 1)
       run(depthwise<T, w, 3, 1>, Runs<run_length<3>>(s).count(s));

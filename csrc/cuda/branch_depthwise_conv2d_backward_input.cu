@@ -23,7 +23,7 @@ struct InputGradient {
 // A thread gathers what reaches 16 bytes of channels of one input pixel at a time.
 template <typename T, int width>
 __global__ void __launch_bounds__(kThreads, 2)
-    depthwise_backward_input(const InputGradient<T> d, const Shares<width> shares, const Partials partials) {
+    depthwise_backward_input(const InputGradient<T> d, const RowPartition<width> shares, const Partials partials) {
   const Shape& s = d.s;
   const auto here = shares.here();
   const int parent = here.place.branch, channel = here.channel;
@@ -78,9 +78,10 @@ void run(const Device& device, const InputGradient<T>& d, OverPixels* vectors) {
                         d.normalization.mean, d.normalization.scale, d.normalization.shift});
   dispatch_width<T>(vector, [&](auto width) {
     constexpr int w = decltype(width)::value;
-    const Shares<w> shares(s.parents, s.in_rows(), s.in_channels);
+    const RowPartition<w> shares(s.parents, s.in_rows(), s.in_channels);
     const Partials partials = vectors != nullptr ? vectors->partials(Pair<w>::kPlanes, shares.shares()) : Partials{};
-    device.launch(depthwise_backward_input<T, w>, shares.blocks(), kThreads, Shares<w>::kScratch, d, shares, partials);
+    device.launch(depthwise_backward_input<T, w>, shares.blocks(), kThreads, RowPartition<w>::kScratch, d, shares,
+                  partials);
   });
 }
 

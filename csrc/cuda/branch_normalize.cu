@@ -10,7 +10,8 @@ namespace {
 
 template <typename T, int width>
 __global__ void __launch_bounds__(kThreads, 4)
-    normalize(const Shares<width> shares, const Normalization normalization, const T* x, const T* residual, T* y) {
+    normalize(const RowPartition<width> shares, const Normalization normalization, const T* x, const T* residual,
+              T* y) {
   const auto here = shares.here();
   if (!here.inside) return;
   const Affine<width> affine = normalization.at<width>(here.place.branch, here.channel);
@@ -36,7 +37,7 @@ struct Gradient {
 
 template <typename T, int width>
 __global__ void __launch_bounds__(kThreads, 2)
-    normalize_backward(const Shares<width> shares, const Gradient<T> d, const Partials partials) {
+    normalize_backward(const RowPartition<width> shares, const Gradient<T> d, const Partials partials) {
   const auto here = shares.here();
   float mean[width] = {}, scale[width] = {};
   if (here.inside) {
@@ -96,7 +97,7 @@ Tensor branch_normalize(const Tensor& x_in, const Tensor& mean, const Tensor& sc
         whole_vectors<T>({x.size(4)}, {data<T>(x), data<T>(residual), data<T>(y), n.mean, n.scale, n.shift});
     dispatch_width<T>(vectors, [&](auto width) {
       constexpr int w = decltype(width)::value;
-      const Shares<w> shares(x.size(0), pixels(x), x.size(4));
+      const RowPartition<w> shares(x.size(0), pixels(x), x.size(4));
       device.launch(normalize<T, w>, shares.blocks(), kThreads, 0, shares, n, data<T>(x), data<T>(residual),
                     mutable_data<T>(y));
     });
@@ -135,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tenso
     const bool whole = whole_vectors<T>({x.size(4)}, {d.grad, d.x, d.y, d.mean, d.scale, d.grad_x, d.grad_residual});
     dispatch_width<T>(whole, [&](auto width) {
       constexpr int w = decltype(width)::value;
-      const Shares<w> shares(x.size(0), pixels(x), x.size(4));
-      device.launch(normalize_backward<T, w>, shares.blocks(), kThreads, Shares<w>::kScratch, shares, d,
+      const RowPartition<w> shares(x.size(0), pixels(x), x.size(4));
+      device.launch(normalize_backward<T, w>, shares.blocks(), kThreads, RowPartition<w>::kScratch, shares, d,
                     vectors.partials(Pair<w>::kPlanes, shares.shares()));
     });
   });

@@ -108,11 +108,11 @@ inline void check_sizes(int64_t branches, int64_t pixels, int64_t channels) {
 // Elementwise work of blocks that keep to the channels of one branch: `across` threads side by side have `width`
 // channels each, the others are on further rows.
 template <int width>
-struct Shares {
+struct RowPartition {
   int branches, rows, channels, across, share_rows;
 
   // The number of shares follows from the shapes alone: the same sums on every GPU.
-  Shares(int64_t branches_, int64_t rows_, int64_t channels_)
+  RowPartition(int64_t branches_, int64_t rows_, int64_t channels_)
       : branches(int(branches_)), rows(int(rows_)), channels(int(channels_)), across(std::max(64 / width, 1)) {
     check_sizes(branches_, rows_, channels_);
     while (across > 1 && across / 2 * width >= channels) across /= 2;

@@ -16,11 +16,11 @@ from ..data import Dataset, InputFormat, evaluation_batches
 from ..data.folder import image_files
 from ..distributed import choose_device
 from ..errors import DataError
-from ..model import HNE
-from ..plots import accuracy_against_time as plot
-from ..predictor import Answer, AnytimePredictor
-from ..report import millions, show_table
-from ..timing import accuracy_against_time
+from ..evaluation.latency import accuracy_against_time
+from ..inference.predictor import Answer, AnytimePredictor
+from ..models.hne import HNE
+from ..reporting.plots import accuracy_against_time as plot
+from ..reporting.tables import millions, show_table
 from .options import (
     Subparsers,
     add_checkpoint,

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..architectures import PRESETS
 from ..distributed import choose_device
-from ..losses import objective
-from ..model import HNE, FusedHNE
-from ..report import show_table
-from ..timing import seconds_per_call
+from ..evaluation.latency import seconds_per_call
+from ..losses.objectives import objective
+from ..models.hne import HNE, FusedHNE
+from ..models.presets import PRESETS
+from ..reporting.tables import show_table
 from .options import Subparsers, add_computing, computing, new_parser, positive, positives
 
 _DESCRIPTION = """\

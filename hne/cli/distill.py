@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint
-from ..architectures import PRESETS
-from ..comparison import System, compared, measured, write_comparison
 from ..data import Dataset, Images, foreign_images, load_dataset
-from ..distillation import (
+from ..distributed import World, choose_device, join_world
+from ..errors import DataError, TrainingError
+from ..evaluation.classification import evaluate_members
+from ..models import checkpoint
+from ..models.hne import HNE
+from ..models.presets import PRESETS
+from ..reporting.comparison import System, compared, measured, write_comparison
+from ..reporting.tables import show_row, show_table
+from ..training.distillation import (
     Distillation,
     StudentRecipe,
     Teacher,
@@ -28,13 +33,8 @@ from ..distillation import (
     tabulate,
     tabulated,
 )
-from ..distributed import World, choose_device, join_world
-from ..errors import DataError, TrainingError
-from ..evaluation import evaluate_members
-from ..model import HNE
-from ..report import show_row, show_table
-from ..run_folder import SUMMARY, train_into
-from ..training import CHECKPOINT, Run
+from ..training.run_directory import SUMMARY, train_into
+from ..training.trainer import CHECKPOINT, Run
 from .options import (
     Subparsers,
     add_computing,

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..data import Dataset, foreign_images
 from ..distributed import choose_device
-from ..evaluation import evaluate, evaluate_foreign
-from ..logs import write_json
-from ..model import HNE
-from ..regression import evaluate_regression
-from ..report import show_evaluation, show_foreign, show_uncertainty
+from ..evaluation.classification import evaluate, evaluate_foreign
+from ..evaluation.regression import evaluate_regression
+from ..models.hne import HNE
+from ..reporting.tables import show_evaluation, show_foreign, show_uncertainty
+from ..training.history import write_json
 from .options import (
     Subparsers,
     add_checkpoint,

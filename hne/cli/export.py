@@ -14,15 +14,8 @@ from torch import Tensor, nn
 
 from ..data import InputFormat
 from ..files import replacing
-from ..model import HNE
-from .options import (
-    Subparsers,
-    add_checkpoint,
-    checkpoint_path,
-    load_model,
-    new_parser,
-    positive,
-)
+from ..models.hne import HNE
+from .options import Subparsers, add_checkpoint, checkpoint_path, load_model, new_parser, positive
 
 _DESCRIPTION = """\
 Export a trained ensemble as a program that runs without this package's Python code: from images

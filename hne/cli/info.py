@@ -7,10 +7,10 @@ import argparse
 from hne_kernels import default_sizes
 from hne_kernels import info as kernel_info
 
-from ..architectures import PRESETS
-from ..model import FusedHNE
-from ..recipe import DEFAULTS
-from ..report import millions, show_table
+from ..models.hne import FusedHNE
+from ..models.presets import PRESETS
+from ..reporting.tables import millions, show_table
+from ..training.config import DEFAULTS
 from .options import Subparsers, new_parser
 
 _DESCRIPTION = "Show this machine, the kernels that are usable on it, and what each preset costs.\n"

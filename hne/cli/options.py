@@ -14,11 +14,11 @@ from tqdm import tqdm
 from hne_kernels import use_backend
 from hne_kernels.dispatch import BACKENDS
 
-from .. import checkpoint
 from ..data import DATASETS, Dataset, load_dataset
 from ..errors import CheckpointError
-from ..model import HNE
-from ..training import CHECKPOINT
+from ..models import checkpoint
+from ..models.hne import HNE
+from ..training.trainer import CHECKPOINT
 
 Subparsers = Any  # argparse has no public name for it
 

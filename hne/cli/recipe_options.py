@@ -7,8 +7,8 @@ from argparse import SUPPRESS
 from dataclasses import fields
 from typing import Any
 
-from ..architectures import PRESETS
-from ..recipe import PROTOCOLS, SCHEDULES, Recipe
+from ..models.presets import PRESETS
+from ..training.config import PROTOCOLS, SCHEDULES, Recipe
 from .options import positive
 
 

@@ -16,16 +16,16 @@ import torch
 from ..data import Dataset, load_dataset
 from ..distributed import World, choose_device, join_world
 from ..errors import TrainingError
-from ..evaluation import Evaluation
-from ..losses import OBJECTIVES, objective
-from ..recipe import Recipe
-from ..report import show_table
-from ..run_folder import final_evaluation, train_into
-from ..study import STUDIES, Panel, collect, panels, recipes
-from ..study.designs import Choices
-from ..study.report import tables, write_report
-from ..study.runs import Progress, claimed, progress, run_name
-from ..training import CHECKPOINT, Run
+from ..evaluation.classification import Evaluation
+from ..experiments import STUDIES, Panel, collect, panels, recipes
+from ..experiments.designs import Choices
+from ..experiments.report import tables, write_report
+from ..experiments.runs import Progress, claimed, progress, run_name
+from ..losses.objectives import OBJECTIVES, objective
+from ..reporting.tables import show_table
+from ..training.config import Recipe
+from ..training.run_directory import final_evaluation, train_into
+from ..training.trainer import CHECKPOINT, Run
 from .options import Subparsers, add_computing, add_data, add_quiet, computing, new_parser, positive
 from .recipe_options import (
     add,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint
 from ..data import load_dataset
 from ..distributed import choose_device, join_world
 from ..errors import CheckpointError, TrainingError
-from ..losses import OBJECTIVES
-from ..recipe import Recipe
-from ..report import show_evaluation, show_row
-from ..run_folder import SUMMARY, final_evaluation, title, train_into
-from ..training import CHECKPOINT, Run
+from ..losses.objectives import OBJECTIVES
+from ..models import checkpoint
+from ..reporting.tables import show_evaluation, show_row
+from ..training.config import Recipe
+from ..training.run_directory import SUMMARY, final_evaluation, title, train_into
+from ..training.trainer import CHECKPOINT, Run
 from .options import Subparsers, add_computing, add_data, add_run, computing, new_parser, positives
 from .recipe_options import (
     add,

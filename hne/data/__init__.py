@@ -10,8 +10,8 @@ every random number comes from one generator, so that a run can be repeated and 
 from __future__ import annotations
 
 from .dataset import Dataset, FileImages, Images, InputFormat, MemoryImages, TargetFormat
-from .foreign import foreign_images
 from .loader import evaluation_batches, training_batches
+from .ood import foreign_images
 from .registry import DATASETS, load_dataset
 
 __all__ = [

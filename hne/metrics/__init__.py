@@ -7,12 +7,12 @@ probabilities: only of a mixture the entropy splits into the members' own and wh
 
 from __future__ import annotations
 
+from ..integrations.torch_uncertainty import TorchUncertainty, stacked_members
 from .calibration import BINS, calibration_gaps, expected_calibration_error
 from .classification import accuracy, brier_score, correct, negative_log_likelihood
 from .detection import Detection, detection
 from .diversity import disagreement, diversity
 from .gaussian import gaussian_nll, mixture, root_mean_squared_error
-from .torch_uncertainty import TorchUncertainty, stacked_members
 from .uncertainty import mutual_information, predictive_entropy
 
 __all__ = [

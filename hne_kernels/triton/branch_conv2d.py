@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import checks, convolution
+from .. import checks
+from ..ops import convolution
 from .device import activate, denormalize, dot, normalize, per_channel, split_row, total_gradient, window
 from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
 from .statistics import deviations, leave

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
-from ..branch_normalize import check, differentiate
-from ..stats_convolution import check_normalization
+from ..ops.branch_normalize import check, differentiate
+from ..ops.stats_convolution import check_normalization
 from .device import activate, before_activation, normalize, per_channel
 from .launch import SIZES, Kernel, config, contiguous, op, split
 

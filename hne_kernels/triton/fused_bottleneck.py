@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import autocast
-from ..fused_bottleneck import check
+from ..ops.fused_bottleneck import check
 from .branch_conv2d import convolve
 from .branch_depthwise_conv2d import convolve as convolve_depthwise
 from .launch import op

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import autocast
-from ..fused_conv2d import check
+from ..ops.fused_conv2d import check
 from .branch_conv2d import convolve
 from .launch import op
 

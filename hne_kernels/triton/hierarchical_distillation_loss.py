@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..hierarchical_distillation_loss import check, differentiate
+from ..ops.hierarchical_distillation_loss import check, differentiate
 from .launch import Kernel, config, op
 
 _LOWEST = tl.constexpr(-3.4e38)  # a running maximum starts here: unlike -inf, it may be subtracted from itself

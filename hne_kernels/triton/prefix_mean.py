@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
-from ..prefix_mean import LAYOUT, differentiate
+from ..ops.prefix_mean import LAYOUT, differentiate
 from .launch import Kernel, config, op
 
 

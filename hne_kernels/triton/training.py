@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..stats_convolution import PER_CHANNEL
+from ..ops.stats_convolution import PER_CHANNEL
 from .launch import contiguous
 from .statistics import entries
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checks, stats_convolution
+from .. import checks
+from ..ops import stats_convolution
 from . import training
 from .launch import check_pixels, op
 from .statistics import combine

@@ -1,0 +1,253 @@
+"""The figures of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+from ..reporting.plots import COST, HALO, clean, logarithmic, new_figure, save
+from .results import CurveResult, Estimate, PanelResult
+
+# Okabe and Ito's colours, which the colour-blind tell apart. What is the same network has the same colour in every
+# figure: the HNE trained for I+HD is HNE among the systems.
+_BLUE, _GREEN, _VERMILLION, _GREY = "#0072B2", "#009E73", "#D55E00", "#555555"
+_STYLES = {  # colour and markers
+    "I": (_GREY, "s"),
+    "I+D": (_BLUE, "^vD"),
+    "I+HD": (_VERMILLION, "o"),
+    "HNE": (_VERMILLION, "o"),
+    "independent": (_BLUE, "o"),
+    "multi-branch": (_GREEN, "o"),
+    "single": (_GREY, "D"),
+}
+_LINE = 13  # points from one label to the next
+
+
+def against_cost(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
+    """Accuracy and diversity against multiply-adds: two plots for every panel, a curve for each of its own.
+
+    Where all networks of a panel have the same costs, its x-axis names the sizes; elsewhere, the markers do.
+
+    Args:
+        panels: with at least one curve each.
+        path: the file; its ending chooses the format.
+        title: above the figure.
+    """
+    figure = new_figure(11.5, 4.4 * len(panels))
+    figure.set_layout_engine("constrained", w_pad=0.15)
+    grid = figure.subplots(len(panels), 2, squeeze=False, sharex="row")
+    figure.suptitle(title)
+    for panel, (accuracy, diversity) in zip(panels, grid, strict=True):
+        prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
+        for axes, quantity, factor, label in (
+            (accuracy, "accuracy", 100, "test accuracy (%)"),
+            (diversity, "diversity", 1, "diversity (std. deviation of the logits)"),
+        ):
+            _plot_against_cost(axes, panel, quantity, factor)
+            axes.set_ylabel(prefix + label)
+            axes.set_xlabel(COST)
+    save(figure, path)
+
+
+def members(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
+    """Accuracy of the ensembles as a curve over n, and of every network by itself as bars: a plot for every curve.
+
+    Args:
+        panels: with at least one curve each.
+        path: the file; its ending chooses the format.
+        title: above the figure.
+    """
+    columns = max(len(panel.curves) for panel in panels)
+    figure = new_figure(1 + 3.4 * columns, 3.9 * len(panels))
+    figure.suptitle(title)
+    figure.supxlabel("bars: each network by itself;  curve: the ensemble of the first n", fontsize=10)
+    grid = figure.subplots(len(panels), columns, sharey="row", squeeze=False)
+    for panel, row in zip(panels, grid, strict=True):
+        for axes in row[len(panel.curves) :]:
+            axes.set_visible(False)
+        for axes, (curve, color, marker) in zip(row, _styled(panel.curves), strict=False):
+            _plot_members(axes, curve, color, marker)
+        row[0].set_ylim(_limits(panel))
+        prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
+        row[0].set_ylabel(prefix + "test accuracy (%)")
+    save(figure, path)
+
+
+FIGURES = {"cost": against_cost, "members": members}
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _styled(curves: Sequence[CurveResult]) -> Iterator[tuple[CurveResult, str, str]]:
+    """Curves with their colour and marker; several of a kind go from light to dark, and each has its marker."""
+    for curve in curves:
+        color, markers = _STYLES[curve.kind]
+        alike = [other for other in curves if other.kind == curve.kind]
+        index = alike.index(curve)
+        yield curve, _lighter(color, 0.75 * (1 - (index + 1) / len(alike))), markers[index % len(markers)]
+
+
+def _lighter(color: str, share: float) -> str:
+    red, green, blue = (channel + share * (1 - channel) for channel in to_rgb(color))
+    return to_hex((red, green, blue))
+
+
+class _Point(NamedTuple):
+    cost: float
+    value: float
+    estimate: Estimate
+    name: str  # the size of an ensemble, or the width of a network among those of other widths
+
+
+def _points(curve: CurveResult, quantity: str, factor: float) -> list[_Point]:
+    several = len(curve.results) > 1
+    return [
+        _Point(macs / 1e6, factor * e.mean, e, rf"$\times${result.recipe.width:g}" if several else str(n))
+        for result in curve.results
+        for n, macs, e in zip(result.sizes, result.macs, result.of_ensembles(quantity), strict=True)
+        if quantity != "diversity" or n > 1  # one network has none
+    ]
+
+
+def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: float) -> None:
+    costs = {result.macs: result.sizes for result in panel.results}
+    macs, sizes = next(iter(costs.items()))
+    same_costs = len(costs) == 1
+    ends: list[tuple[float, float, str, str]] = []
+    for index, (curve, color, marker) in enumerate(_styled(panel.curves)):
+        points = _points(curve, quantity, factor)
+        if not points:
+            continue
+        several = len(curve.results) > 1
+        numbered = not (same_costs or several)
+        # A hair apart, points of the same cost show all their error bars.
+        shift = (max(macs) / min(macs)) ** (0.012 * (index - (len(panel.curves) - 1) / 2)) if same_costs else 1
+        level = 10 - index  # the first is on top, and each number on its own marker
+        axes.errorbar(
+            [shift * point.cost for point in points],
+            [point.value for point in points],
+            _bars([point.estimate for point in points], factor),
+            color=color,
+            marker=marker,
+            ls="--" if several else "-",
+            lw=1.8,
+            ms=11 if numbered else 6,
+            capsize=2.5,
+            elinewidth=1.2,
+            zorder=level,
+        )
+        for point in points:
+            if numbered:
+                _write(
+                    axes, point, (0, 0), ha="center", va="center_baseline", size=7, color="white", zorder=level + 0.5
+                )
+            elif several:
+                _write(axes, point, (-5, 5), ha="right", size=8, color=color, zorder=level + 0.5)
+        label = rf"{curve.label} ($\times$ width)" if several else curve.label
+        ends.append((shift * points[-1].cost, points[-1].value, label, color))
+    clean(axes)
+    axes.margins(0.12, 0.08)
+    if same_costs:
+        logarithmic(axes, [m / 1e6 for m in macs])
+        names = [f"{m / 1e6:.{2 if m < 1e6 else 3}g}\nn={n}" for m, n in zip(macs, sizes, strict=True)]
+        axes.set_xticks(axes.get_xticks(), names, fontsize=8.5)
+    else:
+        logarithmic(axes, [])
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.minorticks_off()
+    _label_ends(axes, ends)
+
+
+def _write(axes: Axes, point: _Point, offset: tuple[float, float], **style: Any) -> None:
+    """The name of a point, so many typographic points from it."""
+    axes.annotate(point.name, (point.cost, point.value), xytext=offset, textcoords="offset points", **style)
+
+
+def _plot_members(axes: Axes, curve: CurveResult, color: str, marker: str) -> None:
+    (result,) = curve.results
+    alone, ensembles = result.of_members(), result.of_ensembles("accuracy")
+    leaves = range(1, len(alone) + 1)
+    axes.bar(
+        leaves,
+        [100 * estimate.mean for estimate in alone],
+        yerr=_bars(alone, 100),
+        color=_lighter(color, 0.6),
+        error_kw={"ecolor": _lighter(color, 0.25), "elinewidth": 1},
+        capsize=2,
+        width=0.75,
+    )
+    axes.errorbar(
+        result.sizes,
+        [100 * estimate.mean for estimate in ensembles],
+        _bars(ensembles, 100),
+        color=color,
+        marker=marker,
+        lw=1.8,
+        ms=6,
+        capsize=2.5,
+    )
+    axes.set_title(curve.label, color=color, fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0.3, len(alone) + 0.7)
+    clean(axes)
+
+
+def _limits(panel: PanelResult) -> tuple[float, float]:
+    """An accuracy axis for all networks and ensembles of a panel. Differences of a percent are to be seen: it does not
+    begin at 0."""
+    estimates = [e for result in panel.results for e in (*result.of_members(), *result.of_ensembles("accuracy"))]
+    low = min(100 * (e.mean - (e.deviation or 0)) for e in estimates)
+    high = max(100 * (e.mean + (e.deviation or 0)) for e in estimates)
+    margin = max(0.12 * (high - low), 0.1)
+    return max(0, low - 2 * margin), high + margin
+
+
+def _bars(estimates: Sequence[Estimate], factor: float) -> list[float] | None:
+    """Lengths of the error bars: a standard deviation; None without repetitions."""
+    if any(estimate.deviation is None for estimate in estimates):
+        return None
+    return [factor * (estimate.deviation or 0) for estimate in estimates]
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name curves to the right of the plot, each level with its end or as close to it as the others allow."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)  # not a part of one
+    figure.draw_without_rendering()  # only then are the positions known
+    scale = 72 / figure.dpi
+    heights = [scale * axes.transData.transform((x, y))[1] for x, y, _, _ in ends]
+    bottom, top = (scale * edge for edge in axes.bbox.intervaly)
+    for (x, y, label, color), height in zip(ends, _spread(heights, _LINE, top), strict=True):
+        axes.annotate(
+            label,
+            (x, y),
+            xytext=(1.03, (height - bottom) / (top - bottom)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=10,
+            color=color,
+            path_effects=HALO,
+            zorder=2,
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8, "alpha": 0.6, "shrinkA": 1, "shrinkB": 5},
+        )
+
+
+def _spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
+    """Move positions apart until there is a ``gap`` between neighbours, none above ``top``; their order stays."""
+    placed = sorted(heights)
+    for _ in range(200):  # neighbours that are too close push each other away
+        for low, high in pairwise(range(len(placed))):
+            push = max(0.0, gap - (placed[high] - placed[low])) / 2
+            placed[low] -= push
+            placed[high] += push
+        placed[-1:] = [min(top, last) for last in placed[-1:]]
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    return [placed[order.index(index)] for index in range(len(heights))]

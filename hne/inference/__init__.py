@@ -1,0 +1,1 @@
+"""Inference beside the model's own calls."""

@@ -1,0 +1,1 @@
+"""The layers of a network: specs (plain data) and modules (parameters)."""

@@ -1,0 +1,1 @@
+"""The hierarchical ensembles, their presets and checkpoints."""

@@ -1,0 +1,139 @@
+"""Checkpoints: one safetensors file with the tensors, and a JSON config in its metadata.
+
+Reading one runs no code that it contains (no pickle), and a SHA-256 over config and tensors tells
+a damaged file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..files import replacing
+from .hne import HNE, FusedHNE, NaiveHNE
+
+FORMAT = "hne-checkpoint"
+VERSION = "1"
+
+_MODEL = "model/"  # prefix of the network's tensors
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write a checkpoint; whatever happens, ``path`` is the old file or the complete new one.
+
+    Args:
+        path: the file.
+        tensors: any tensors; those of the network are named by :func:`model_tensors`.
+        config: JSON-able values.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(config)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": text,
+        "sha256": _digest(text, tensors),
+    }
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint: its tensors (on the CPU) and its config.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, of another version or no checkpoint of an
+            HNE.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or truncated or damaged ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: a safetensors file, but no checkpoint of an HNE "
+            f"(expected metadata format={FORMAT!r}, found {metadata.get('format')!r})"
+        )
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: expected version {VERSION} of the checkpoint format, "
+            f"found {metadata.get('version')!r}: written by another version of hne"
+        )
+    text = metadata.get("config", "")
+    if metadata.get("sha256") != _digest(text, tensors):
+        raise CheckpointError(f"{path}: damaged: the content does not agree with its SHA-256")
+    return tensors, json.loads(text)
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file is a checkpoint by what it says of itself, damaged or not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+def model_tensors(model: HNE) -> dict[str, Tensor]:
+    """The tensors of a network under the names they have in a checkpoint."""
+    return {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def restore_model(model: HNE, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copy the network's tensors of a checkpoint into ``model``.
+
+    Raises:
+        CheckpointError: they are not those of this network; the message names the first that
+            differs.
+    """
+    found = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | found.keys()):
+        shapes = [tuple(t[name].shape) if name in t else None for t in (expected, found)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"{path}: does not fit its network: tensor {name} expected "
+                f"{shapes[0] or 'not to be there'}, found {shapes[1] or 'none'}"
+            )
+    model.load_state_dict(found)
+
+
+def load_model(path: str | Path, *, naive: bool = False) -> tuple[HNE, dict[str, Any]]:
+    """The network of a checkpoint, in eval mode on the CPU, and the checkpoint's config.
+
+    Args:
+        path: a checkpoint; either implementation reads what the other has written.
+        naive: build a :class:`NaiveHNE` instead of a :class:`FusedHNE`.
+
+    Raises:
+        CheckpointError: as :func:`load`, or the network is not one that this version can build.
+    """
+    tensors, config = load(path)
+    try:
+        model = (NaiveHNE if naive else FusedHNE).from_config(config["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot build its network ({error})") from error
+    restore_model(model, tensors, path)
+    return model.eval(), config
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,437 @@
+"""Hierarchical neural ensembles: two models that hold the same parameters, and compute differently."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from hne_kernels import default_sizes
+
+from ..executors.anytime import Anytime
+from ..executors.folded import Inference, Networks
+from ..executors.kernels import Fused
+from ..executors.naive import Naive
+from ..executors.parameter_versions import Snapshot
+from ..hierarchy import Hierarchy
+from ..layers.modules import Description, Execution, Foldable, Layer, Linear, Runner, description, units
+from . import presets as architectures
+
+_Model = TypeVar("_Model", bound="HNE")
+
+
+class HNE(Foldable, ABC):
+    """An ensemble of networks that share the branches of a tree: what :class:`FusedHNE` and :class:`NaiveHNE` have in
+    common.
+
+    Args:
+        hierarchy: The tree: branches per block, and the leaves.
+        blocks: For each block of the tree the layers of one branch, in order.
+        num_classes: Logits of a leaf.
+        in_channels: Channels of the images.
+
+    Raises:
+        TypeError: A layer is not a description from :mod:`hne.layers`, or a number is not an int.
+        ValueError: Blocks and tree do not fit, a block is empty, or a number is below 1.
+
+    Weights are initialised as by He et al. (2015), from PyTorch's global random generator.
+    """
+
+    def __init__(
+        self,
+        hierarchy: Hierarchy,
+        blocks: Sequence[Sequence[Description]],
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        _check_network(hierarchy, blocks, num_classes, in_channels)
+        self.hierarchy = hierarchy
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.blocks = nn.ModuleList()
+        channels = in_channels
+        for layers, branches, replicate in zip(blocks, hierarchy.branches, hierarchy.replication, strict=False):
+            block = nn.ModuleList()
+            for layer in layers:
+                block.append(layer.build(channels, branches, replicate))
+                channels, replicate = layer.channels, 1  # only the first layer branches
+            self.blocks.append(block)
+        self.head = Linear(hierarchy.num_models, channels, num_classes)
+        self.reset_parameters()
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        width: float = 1.0,
+        num_models: int | None = None,
+        hierarchy: Hierarchy | None = None,
+    ) -> Self:
+        """A network of the paper by name: ``hne_resnet50_cifar``, ``hne_small_resnet50_cifar`` (Table 2),
+        ``hne_mobilenetv2_075`` (Table 3); or ``hne_tiny``, made for small images and short runs.
+
+        Args:
+            name: One of :data:`hne.architectures.PRESETS`.
+            num_classes: Logits of a leaf.
+            in_channels: Channels of the images.
+            width: Factor on every channel count (rounded, at least 1).
+            num_models: Another number of models: a doubling tree over the same blocks.
+            hierarchy: Any other tree over the same blocks (instead of ``num_models``).
+
+        Raises:
+            ValueError: An unknown name, a width that is not positive, a tree that does not fit the blocks, or both
+                ``num_models`` and ``hierarchy``.
+        """
+        if name not in architectures.PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(architectures.PRESETS)}, got {name!r}")
+        preset = architectures.PRESETS[name]
+        if num_models is not None and hierarchy is not None:
+            raise ValueError("give num_models or hierarchy, not both")
+        if num_models is not None:
+            hierarchy = Hierarchy.doubling(len(preset.blocks), num_models)
+        blocks = preset.blocks if width == 1 else architectures.scaled(preset.blocks, width)
+        tree = preset.hierarchy if hierarchy is None else hierarchy
+        return cls(tree, blocks, num_classes=num_classes, in_channels=in_channels)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """The model that :meth:`config` describes, newly initialised.
+
+        Raises:
+            ValueError: Something is missing, unknown or out of range.
+        """
+        expected = {"hierarchy", "blocks", "num_classes", "in_channels"}
+        if not isinstance(config, dict) or set(config) != expected:
+            got = sorted(config) if isinstance(config, dict) else type(config).__name__
+            raise ValueError(f"a model's config has the entries {sorted(expected)}, got {got}")
+        try:
+            hierarchy = Hierarchy(**config["hierarchy"])
+            blocks = [[description(layer) for layer in block] for block in config["blocks"]]
+            return cls(hierarchy, blocks, num_classes=config["num_classes"], in_channels=config["in_channels"])
+        except TypeError as error:
+            raise ValueError(f"not a model's config: {error}") from error
+
+    def config(self) -> dict[str, Any]:
+        """Everything that :meth:`from_config` needs, JSON-able. The weights are in ``state_dict()``."""
+        return {
+            "hierarchy": {
+                "branches": list(self.hierarchy.branches),
+                "num_models": self.num_models,
+            },
+            "blocks": [[layer.description.config() for layer in block] for block in self._blocks()],
+            "num_classes": self.num_classes,
+            "in_channels": self.in_channels,
+        }
+
+    def reset_parameters(self) -> None:
+        """Initialise all weights and running statistics anew."""
+        for unit in units(self):
+            unit.reset_parameters()
+
+    def sync_batch_norm_(self, enabled: bool = True) -> Self:
+        """In training, take batch statistics over all processes of the default process group (in place).
+
+        Where there is only one process, it changes nothing. Gradients are those of the sum of the processes' losses,
+        which ``DistributedDataParallel`` turns into a mean.
+        """
+        for unit in units(self):
+            unit.synchronised = enabled
+        return self
+
+    # Shape ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_models(self) -> int:
+        """Leaves of the tree."""
+        return self.hierarchy.num_models
+
+    @property
+    def prefix_sizes(self) -> tuple[int, ...]:
+        """The ensemble sizes of :meth:`prefix_logits`: powers of two below ``num_models``, then ``num_models``."""
+        return tuple(default_sizes(self.num_models))
+
+    def macs(self, num_models: int | None = None, input_size: int | tuple[int, int] = (32, 32)) -> int:
+        """Multiply-adds of convolutions and linear layers for one image.
+
+        Args:
+            num_models: Evaluate the first so many models; all by default.
+            input_size: Height and width of the image, or one number for both.
+        """
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if height < 1 or width < 1:
+            raise ValueError(f"input_size must be at least 1x1, got {height}x{width}")
+        size = height, width
+        *needed, heads = self.hierarchy.needed(self.num_models if num_models is None else num_models)
+        total = heads * self.head.macs()
+        for block, branches in zip(self._blocks(), needed, strict=True):
+            for layer in block:
+                total += branches * layer.macs(size)
+                size = layer.output_size(size)
+        return total
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def execution(self) -> Execution:
+        """How the layers are to be computed now."""
+
+    def forward(self, x: Tensor, num_models: int | None = None) -> Tensor:
+        """Logits of the first ``num_models`` leaves; only their part of the tree is computed.
+
+        Args:
+            x: Images ``[batch, in_channels, height, width]`` of any strides (:class:`FusedHNE` reads channels-last
+                memory in place), in the parameters' dtype unless under autocast.
+            num_models: From 1 to ``self.num_models``; all by default.
+
+        Returns:
+            ``[num_models, batch, num_classes]``.
+
+        Raises:
+            ValueError: Wrong rank, channels, device or an empty image, or ``num_models`` out of range.
+            TypeError: ``x`` is of another dtype, or ``num_models`` not an int.
+        """
+        n = self.num_models if num_models is None else num_models
+        return self._evaluate(x, n)
+
+    def prefix_logits(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Logits of nested ensembles: the mean over the first ``n`` leaves for each ``n`` of ``sizes`` (eq. 1 and 5).
+
+        Args:
+            x: Images as in :meth:`forward`.
+            sizes: Rising ensemble sizes; :attr:`prefix_sizes` by default. Only the part of the tree that the largest
+                needs is computed.
+
+        Returns:
+            ``[len(sizes), batch, num_classes]``.
+        """
+        wanted = self.prefix_sizes if sizes is None else tuple(sizes)
+        if not wanted or any(a >= b for a, b in itertools.pairwise((0, *wanted))):
+            raise ValueError(f"sizes must rise from at least 1, got {wanted}")
+        return self._evaluate(x, wanted[-1], wanted)
+
+    def anytime(self, x: Tensor) -> Anytime:
+        """Answers that get better: yields ``(n, y)`` for n = 1, 2, ... ``num_models``.
+
+        ``y`` ``[batch, num_classes]`` is the mean of the first ``n`` leaves' logits. Each step computes only the nodes
+        of the tree that are new. ``keep(samples)`` of what is returned goes on with a part of the batch.
+
+        Args:
+            x: Images as in :meth:`forward`.
+
+        Raises:
+            RuntimeError: The model is in training mode (where the batch statistics would be updated piecemeal).
+        """
+        if self.training:
+            raise RuntimeError("anytime() is for inference: call model.eval() first")
+        self._check_images(x)
+        return Anytime(self, x)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Images as the features that :meth:`run_block` takes."""
+        return self.execution().enter(x)
+
+    def run_block(self, block: int, x: Tensor, branches: slice, replicate: int = 1) -> Tensor:
+        """Compute some branches of a block.
+
+        Args:
+            block: Which block.
+            x: Features of the branches' parents, in the layout of the :meth:`execution`.
+            branches: The range wanted.
+            replicate: Children that each parent in ``x`` has among them (the last one may have fewer).
+        """
+        return self.execution().block(self._layers(block), x, branches, replicate)
+
+    def run_head(self, x: Tensor, leaves: slice, replicate: int = 1) -> Tensor:
+        """Logits ``[leaves, batch, num_classes]`` of some leaves from the features of the last block; arguments as of
+        :meth:`run_block`."""
+        return self.execution().logits(self.head, x, leaves, replicate)
+
+    def runner(self, x: Tensor) -> Runner:
+        """What computes parts of the tree for images like ``x``, with the parameters and the :meth:`execution` of
+        now."""
+        return self._run
+
+    def _run(
+        self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        results = []
+        x = self.enter(x) if first == 0 else x
+        *nodes, (heads, replicate) = self.hierarchy.nodes(leaves, first)
+        for block, (branches, children) in enumerate(nodes, first):
+            x = self.run_block(block, x, branches, children)
+            if keep:
+                results.append(x)
+        if sizes is None:
+            return [*results, self.run_head(x, heads, replicate)]
+        return [*results, self.execution().prefix_logits(self.head, x, heads, replicate, sizes)]
+
+    def _evaluate(self, images: Tensor, num_models: int, sizes: Sequence[int] | None = None) -> Tensor:
+        """Logits of the first leaves, or of ensembles of them."""
+        self._check_images(images)
+        self.hierarchy.check_num_models(num_models)
+        run, leaves = self.runner(images), slice(0, num_models)
+        parts = [run(part, leaves, sizes=sizes)[-1] for part in self.execution().parts(images)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _check_images(self, x: Tensor) -> None:
+        shape = x.shape
+        if len(shape) != 4:
+            raise ValueError(f"x must have 4 dimensions [batch, channels, height, width], got shape {tuple(shape)}")
+        if shape[1] != self.in_channels:
+            raise ValueError(f"x must have {self.in_channels} channels (dimension 1), got shape {tuple(shape)}")
+        if shape[2] < 1 or shape[3] < 1:
+            raise ValueError(f"x must be images of at least 1x1 pixels, got shape {tuple(shape)}")
+        weight = self.head.conv.weight
+        if x.device != weight.device:
+            raise ValueError(f"x must be on the device of the model, {weight.device}, got {x.device}")
+        if x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            return
+        raise TypeError(f"x must have the dtype of the model, {weight.dtype}, got {x.dtype}")
+
+    # Copies and text --------------------------------------------------------------------------------------------------
+
+    def to_naive(self) -> NaiveHNE:
+        """A copy that computes with plain PyTorch: same weights, mode, dtype and device."""
+        return self._copy_as(NaiveHNE)
+
+    def to_fused(self) -> FusedHNE:
+        """A copy that computes with the kernels: same weights, mode, dtype and device."""
+        return self._copy_as(FusedHNE)
+
+    def _copy_as(self, kind: type[_Model]) -> _Model:
+        model = copy.deepcopy(self)
+        model.__class__ = kind  # the classes differ in execution() alone
+        return model  # type: ignore[return-value]
+
+    def _layers(self, block: int) -> list[Layer]:
+        return list(cast("nn.ModuleList", self.blocks[block]))  # type: ignore[arg-type]
+
+    def _blocks(self) -> Iterator[list[Layer]]:
+        return map(self._layers, range(self.hierarchy.num_blocks))
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.parameters())
+        rows = [("block", "branches", "layers")]
+        for index, block in enumerate(self._blocks()):
+            runs = [(text, len(list(same))) for text, same in itertools.groupby(str(b.description) for b in block)]
+            layers = ", ".join(text if count == 1 else f"{text} x{count}" for text, count in runs)
+            rows.append((str(index), str(self.hierarchy.branches[index]), layers))
+        rows.append(("head", str(self.num_models), f"pool, linear {self.num_classes}"))
+        table = "\n".join(f"  {block:<7}{branches:<10}{layers}" for block, branches, layers in rows)
+        shape = f"{self.num_models} models, {self.in_channels} channels > {self.num_classes} classes"
+        return f"{type(self).__name__}({shape}, {parameters:,} parameters)\n{table}"
+
+
+class NaiveHNE(HNE):
+    """The ensemble in plain PyTorch, as in the paper's Figure 2: features replicated in memory, grouped convolutions.
+
+    It is what :class:`FusedHNE` is compared with; the same weights give the same logits. See :class:`HNE`.
+    """
+
+    _NAIVE: ClassVar = Naive()
+
+    def execution(self) -> Execution:
+        return self._NAIVE
+
+
+class FusedHNE(HNE):
+    """The ensemble on the kernels of :mod:`hne_kernels`. See :class:`HNE`.
+
+    In ``eval()`` and without gradients (``torch.no_grad()`` or ``torch.inference_mode()``) batch norms are folded into
+    the weights, and every layer is one kernel; on a CPU, the whole network is one call. The folded weights are kept,
+    and renewed when the parameters have changed: see :func:`hne.inference.folded`.
+    """
+
+    _FUSED: ClassVar = Fused()
+    _INFERENCE: ClassVar = Inference()
+
+    def execution(self) -> Execution:
+        return self._FUSED if self.training or torch.is_grad_enabled() else self._INFERENCE
+
+    def runner(self, x: Tensor) -> Runner:
+        networks = self._networks(x)
+        return self._run if networks is None else networks.run
+
+    def _networks(self, x: Tensor) -> Networks | None:
+        """What is prepared for inference with images like ``x``, or None where they are served layer by layer."""
+        if self.execution() is not self._INFERENCE or not Networks.serve(x):
+            return None
+        networks: Networks | None = self.kept()
+        if networks is None:
+            if x.device != self.head.conv.weight.device:
+                return None
+            with torch.no_grad():
+                self.folded = networks = Networks(self.hierarchy, list(self._blocks()), self.head)
+        return networks
+
+    def _evaluate(self, images: Tensor, num_models: int, sizes: Sequence[int] | None = None) -> Tensor:
+        networks = self._networks(images)
+        if networks is None:
+            return super()._evaluate(images, num_models, sizes)
+        self.hierarchy.check_num_models(num_models)
+        try:
+            return networks.run(images, slice(0, num_models), sizes=sizes)[-1]
+        except Exception:  # the library refuses what does not fit, quicker than Python
+            try:
+                self._check_images(images)
+            except (ValueError, TypeError) as explained:
+                raise explained from None
+            raise
+
+    @contextlib.contextmanager
+    def frozen_parameters(self) -> Iterator[Self]:
+        """Promise that parameters and buffers stay as they are until the end of the ``with`` block.
+
+        For inference they are then looked at once, in the beginning, and not in every call, where it takes 0.1 ms (350
+        tensors, on a CPU). What is changed within the block nevertheless takes effect after it.
+        """
+        layers = [module for module in self.modules() if isinstance(module, Foldable)]
+        parameters = Snapshot(self.modules())
+        for layer in layers:
+            layer.folded = layer.kept()
+            layer.frozen += 1
+        try:
+            yield self
+        finally:
+            for layer in layers:
+                layer.frozen -= 1
+            if not parameters.is_current():
+                for layer in layers:  # folded of one state or the other, or of both
+                    layer.folded = None
+
+
+def _check_network(
+    hierarchy: Hierarchy,
+    blocks: Sequence[Sequence[Description]],
+    num_classes: int,
+    in_channels: int,
+) -> None:
+    if not isinstance(hierarchy, Hierarchy):
+        raise TypeError(f"hierarchy must be a Hierarchy, got {type(hierarchy).__name__}")
+    if len(blocks) != hierarchy.num_blocks:
+        raise ValueError(
+            f"the tree {hierarchy.branches} has {hierarchy.num_blocks} blocks, but blocks describes {len(blocks)}"
+        )
+    for index, block in enumerate(blocks):
+        if not block:
+            raise ValueError(f"blocks[{index}] must have at least one layer, got none")
+        for layer in block:
+            if not isinstance(layer, Description):
+                raise TypeError(f"blocks[{index}] must list layer descriptions (Conv, Bottleneck, ...), got {layer!r}")
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,126 @@
+"""Plots of what an ensemble costs and how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullFormatter
+
+from ..evaluation.classification import Evaluation
+from ..evaluation.latency import Point
+from ..files import replacing
+
+HALO = [withStroke(linewidth=3, foreground="white")]  # keeps text legible over lines
+COST = "cost per image (million multiply-adds)"
+
+
+def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Path, title: str = "") -> None:
+    """Plot accuracy against multiply-adds, one curve for each evaluation, and a dashed line for
+    its single models.
+
+    Args:
+        evaluations: by the name that the legend gives them.
+        path: the file; its ending chooses the format (png, svg, pdf).
+        title: above the plot.
+    """
+    figure = new_figure(7, 4.4)
+    axes = figure.add_subplot()
+    for index, (name, evaluation) in enumerate(evaluations.items()):
+        color = f"C{index}"
+        macs = [ensemble.macs / 1e6 for ensemble in evaluation.ensembles]
+        accuracy = [100 * ensemble.accuracy for ensemble in evaluation.ensembles]
+        axes.plot(macs, accuracy, "o-", color=color, lw=2, ms=6, label=name)
+        single = 100 * evaluation.mean_member_accuracy
+        axes.axhline(single, color=color, ls="--", lw=1.2, alpha=0.7)
+        axes.annotate(
+            "one model by itself (mean)",
+            (1, single),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=color,
+            path_effects=HALO,
+        )
+        label_sizes(axes, [ensemble.num_models for ensemble in evaluation.ensembles], macs, accuracy, color)
+    ticks = sorted({e.macs / 1e6 for evaluation in evaluations.values() for e in evaluation.ensembles})
+    logarithmic(axes, ticks if len(evaluations) == 1 else [ticks[0], ticks[-1]])
+    axes.set_xlabel(COST)
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(title)
+    axes.margins(0.12, 0.16)
+    clean(axes)
+    if len(evaluations) > 1:
+        axes.legend(frameon=False)
+    save(figure, path)
+
+
+def accuracy_against_time(curve: Sequence[Point], path: str | Path, title: str = "") -> None:
+    """Plot the accuracy of anytime inference against the time at which each answer is ready.
+
+    Args:
+        curve: of :func:`hne.timing.accuracy_against_time`.
+        path: the file; its ending chooses the format (png, svg, pdf).
+        title: above the plot.
+    """
+    figure = new_figure(7, 4.4)
+    axes = figure.add_subplot()
+    milliseconds = [point.milliseconds for point in curve]
+    accuracy = [100 * point.accuracy for point in curve]
+    axes.plot(milliseconds, accuracy, "o-", lw=2, ms=6, drawstyle="steps-post")  # an answer holds until the next one
+    label_sizes(axes, [point.num_models for point in curve], milliseconds, accuracy, "C0")
+    axes.set_xlabel("time until the answer is ready (ms, median)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(title, fontsize=10)
+    axes.margins(0.12, 0.16)
+    axes.set_xlim(left=0)
+    clean(axes)
+    save(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def label_sizes(axes: Axes, sizes: Sequence[int], x: Sequence[float], y: Sequence[float], color: str) -> None:
+    """The number of models beside each point."""
+    for size, right, up in zip(sizes, x, y, strict=True):
+        axes.annotate(
+            f"n = {size}",
+            (right, up),
+            xytext=(7, -12),
+            textcoords="offset points",
+            fontsize=9,
+            color=color,
+            path_effects=HALO,
+        )
+
+
+def logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
+    """Costs on the x-axis, labelled at ``ticks`` only."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, minor=False)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def clean(axes: Axes) -> None:
+    """Light lines behind what is plotted, and no box around it."""
+    axes.set_axisbelow(True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure; its ending chooses the format. The same figure gives the same file."""
+    path = Path(path)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}), replacing(path) as temporary:
+        figure.savefig(temporary, metadata=metadata)

@@ -1,0 +1,145 @@
+"""What a training run is: every option that its result depends on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from typing_extensions import Self
+
+from ..data import DATASETS, Dataset
+from ..hierarchy import Hierarchy
+from ..models.hne import HNE, FusedHNE, NaiveHNE
+
+# The protocols of the paper's section 4.1, a short one for a small data set, and one for rows of a table.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "quick": {"epochs": 30, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "schedule": "cosine"},
+    "cifar": {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine"},
+    "imagenet": {
+        "epochs": 150,
+        "batch_size": 450,
+        "lr": 0.1,
+        "weight_decay": 1e-5,
+        "schedule": "halving",
+        "alpha": 0.75,
+    },
+    "tabular": {
+        "epochs": 40,
+        "batch_size": 64,
+        "lr": 0.01,
+        "weight_decay": 1e-2,
+        "schedule": "cosine",
+        "objective": "I",
+        "augment": False,
+    },
+}
+
+# Protocol and network that suit a data set, unless the user says otherwise.
+DEFAULTS: dict[str, tuple[str, str]] = {
+    "digits": ("quick", "hne_tiny"),
+    "fashion-mnist": ("cifar", "hne_small_resnet50_cifar"),
+    "cifar10": ("cifar", "hne_resnet50_cifar"),
+    "cifar100": ("cifar", "hne_resnet50_cifar"),
+    "imagenet": ("imagenet", "hne_mobilenetv2_075"),
+    "diabetes": ("tabular", "hne_mlp"),
+}
+
+SCHEDULES = ("cosine", "halving")
+
+# Halve the learning rate after these shares of the epochs: 60, 90, 110, 125, 135, 145 of 150.
+_HALVINGS = tuple(epoch / 150 for epoch in (60, 90, 110, 125, 135, 145))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. Checkpoints store it, and ``--resume`` follows it to the same result.
+
+    ``None`` means: the whole data set, the preset's own number of models and tree, no clipping.
+    """
+
+    data: str
+    protocol: str
+    preset: str
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    schedule: str
+    momentum: float = 0.9
+    objective: str = "I+HD"
+    alpha: float = 0.5
+    temperature: float = 2.0
+    width: float = 1.0
+    num_models: int | None = None
+    branches: tuple[int, ...] | None = None
+    naive: bool = False
+    seed: int = 0
+    augment: bool = True
+    image_size: int | None = None
+    limit_train: int | None = None
+    limit_test: int | None = None
+    clip_grad_norm: float | None = None
+    amp: bool = False
+    channels_last: bool = True
+    sync_bn: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        for name in ("epochs", "batch_size", "lr", "clip_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
+        for name in ("momentum", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """The given options, completed by the protocol (given, or the one that suits the data)."""
+        data = options.setdefault("data", "digits")
+        if data not in DEFAULTS:
+            raise ValueError(f"data: expected one of {', '.join(DATASETS)}, got {data!r}")
+        protocol, preset = DEFAULTS[data]
+        protocol = options.get("protocol", protocol)
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+        return cls(**{**PROTOCOLS[protocol], "protocol": protocol, "preset": preset, **options})
+
+    def learning_rate(self, epoch: float) -> float:
+        """The learning rate after ``epoch`` epochs (steps are fractions)."""
+        progress = epoch / self.epochs
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * 0.5 ** sum(progress >= halving for halving in _HALVINGS)
+
+    def build_model(self, dataset: Dataset) -> HNE:
+        """The untrained network; torch's global generator decides its weights."""
+        kind = NaiveHNE if self.naive else FusedHNE
+        hierarchy = None if self.branches is None else Hierarchy(self.branches, self.num_models)
+        return kind.from_preset(
+            self.preset,
+            num_classes=dataset.outputs,
+            in_channels=dataset.input.channels,
+            width=self.width,
+            num_models=None if hierarchy else self.num_models,
+            hierarchy=hierarchy,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: an option is missing or unknown.
+        """
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            raise ValueError(f"a recipe has the options {sorted(names)}, got {sorted(values)}")
+        branches = values["branches"]
+        return cls(**{**values, "branches": None if branches is None else tuple(branches)})

@@ -1,0 +1,1 @@
+"""The ops: public function, shape inference and autograd."""

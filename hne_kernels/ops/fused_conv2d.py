@@ -1,0 +1,60 @@
+"""Convolution, folded batch norm and activation in one op (inference)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import autocast, checks, dispatch
+
+
+def fused_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    replicate: int = 1,
+    activation: str = "none",
+) -> Tensor:
+    """``activation(branch_conv2d(x, weight, bias))`` with weights packed once by :func:`pack_weight`.
+
+    Args:
+        x: features ``[G, B, H, W, C_in]``.
+        weight: packed filters ``[G', P, k, k, C_in, 16]``, dtype of ``x``.
+        bias: ``[G', C_out]``; it tells the number of output channels.
+        stride, padding, replicate: as in :func:`branch_conv2d`.
+        activation: ``none``, ``relu`` or ``relu6``.
+
+    Returns:
+        ``[G', B, H', W', C_out]``.
+
+    Raises:
+        ValueError: a shape, device or number does not fit; the message names the argument.
+        TypeError: a dtype does not fit.
+        RuntimeError: a gradient is asked for; this op is for inference.
+    """
+    checks.no_gradient("fused_conv2d", x, weight, bias)
+    checks.at_least("stride", stride, 1)  # to the dispatcher, True is a number as well
+    checks.at_least("padding", padding, 0)
+    return dispatch.call("fused_conv2d", check, x, weight, bias, stride, padding, replicate, activation)
+
+
+def check(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, replicate: int, activation: str
+) -> tuple[int, ...]:
+    checks.rank("x", x, 5, checks.CONV_INPUT)
+    checks.activation("activation", activation)
+    checks.same_kind("x", x, weight=weight, bias=bias)
+    out_channels = checks.packed("weight", weight, "bias", bias, x.shape[4])
+    checks.family(x, weight, replicate)
+    return checks.geometry(x, weight.shape[0], out_channels, weight.shape[2], stride, padding)
+
+
+@torch.library.register_fake("hne::fused_conv2d")
+def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, replicate: int, activation: str) -> Tensor:
+    return x.new_empty(check(x, weight, bias, stride, padding, replicate, activation))
+
+
+autocast.register("fused_conv2d")

@@ -1,0 +1,185 @@
+"""Layers one after the other in one call, prepared once (inference)."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch, extension
+from .fused_bottleneck import check as check_bottleneck
+from .fused_bottleneck import fused_bottleneck
+from .fused_conv2d import check as check_convolution
+from .fused_conv2d import fused_conv2d
+
+_LARGE = 1 << 20  # height and width of the maps that layers are checked with when they are prepared
+
+
+class FusedLayer(NamedTuple):
+    """A layer with its weights: called, it is :func:`fused_conv2d` or :func:`fused_bottleneck`.
+
+    Args:
+        weights: what the op takes after x: two tensors of a convolution, eight of a bottleneck (the last two may be
+            None).
+        stride, replicate, activation: as in either op.
+        padding: of a convolution.
+        identity, final_activation: of a bottleneck.
+        mean: the convolution is of the mean over each map, which leaves maps of one pixel: a linear layer.
+    """
+
+    weights: tuple[Tensor | None, ...]
+    stride: int = 1
+    padding: int = 0
+    replicate: int = 1
+    activation: str = "none"
+    final_activation: str = "none"
+    identity: bool = False
+    mean: bool = False
+
+    @property
+    def is_bottleneck(self) -> bool:
+        return len(self.weights) == 8
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the op takes after the weights, by name."""
+        common = {"stride": self.stride, "replicate": self.replicate, "activation": self.activation}
+        if self.is_bottleneck:
+            return common | {"identity": self.identity, "final_activation": self.final_activation}
+        return common | {"padding": self.padding}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Features of the layer, from features ``[G, B, H, W, C]``."""
+        op: Callable[..., Tensor] = fused_bottleneck if self.is_bottleneck else fused_conv2d
+        return op(x.mean((2, 3), keepdim=True) if self.mean else x, *self.weights, **self.options)
+
+    def check(self, x: Tensor) -> tuple[int, ...]:
+        """Raise unless the layer fits features like ``x``; the shape of the result."""
+        if len(self.weights) not in (2, 8):
+            raise ValueError(
+                f"weights: expected two of a convolution or eight of a bottleneck, got {len(self.weights)}"
+            )
+        checks.at_least("stride", self.stride, 1)
+        checks.at_least("padding", self.padding, 0)
+        checks.at_least("replicate", self.replicate, 1)
+        if self.mean:
+            x = x.new_empty(()).expand(*x.shape[:2], 1, 1, x.shape[4])
+        check: Callable[..., tuple[int, ...]] = check_bottleneck if self.is_bottleneck else check_convolution
+        return check(x, *self.weights, **self.options)
+
+
+class FusedLayers:
+    """Layers one after the other: what the first gives, the second takes, and so on.
+
+    On a CPU it is one call of the library, which has checked the weights and keeps them: a small batch costs what its
+    arithmetic costs, and the maps between bottlenecks never leave the cache. Elsewhere (or under autocast) the layers
+    are called in turn. The weights are not to change; of bfloat16 weights a copy in float32 is kept.
+
+    Args:
+        layers: :class:`FusedLayer`; the first with any ``replicate``, the others as their features want.
+        keep: Numbers of the layers whose features are results, beside the last.
+        images: The first layer is of one branch, and takes images instead of features.
+
+    Raises:
+        ValueError: a shape, device or number does not fit; the message names the layer and the argument.
+        TypeError: a dtype does not fit.
+        RuntimeError: a weight asks for a gradient; this is for inference.
+    """
+
+    def __init__(self, layers: Sequence[FusedLayer], keep: Sequence[int] = (), *, images: bool = False) -> None:
+        self.layers, self.images = tuple(layers), images
+        if not self.layers:
+            raise ValueError("layers: expected at least one, got none")
+        for number in keep:
+            if not 0 <= number < len(self.layers):
+                raise ValueError(f"keep: expected numbers from 0 to {len(self.layers) - 1}, got {number}")
+        checks.no_gradient("FusedLayers", *(weight for layer in self.layers for weight in layer.weights))
+        self._kept = frozenset((*keep, len(self.layers) - 1))
+        weight = self.layers[0].weights[0]
+        checks.rank("layer 0: weights[0]", weight, 6, "[out_branches, panels, k, k, channels, 16]")  # type: ignore[arg-type]
+        assert weight is not None
+        checks.at_least("layer 0: replicate", self.layers[0].replicate, 1)
+        parents = -(-weight.shape[0] // self.layers[0].replicate)
+        self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]))
+        self._prepared: int | None = None
+        self._call = torch.ops.hne.fused_layers.default
+        if dispatch.serves("cpp", weight):
+            self._prepared = self._prepare()
+            weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is prepared is of this object alone.
+        return functools.partial(FusedLayers, images=self.images), (self.layers, sorted(self._kept))
+
+    def _prepare(self) -> int:
+        weights: list[Tensor | None] = []
+        numbers: list[int] = []
+        for index, layer in enumerate(self.layers):
+            weights += layer.weights
+            numbers += [
+                1 if layer.is_bottleneck else 2 if layer.mean else 0,
+                layer.stride,
+                layer.padding,
+                layer.replicate,
+                checks.ACTIVATIONS.index(layer.activation),
+                checks.ACTIVATIONS.index(layer.final_activation),
+                int(layer.identity),
+                int(index in self._kept),
+            ]
+        prepared: int = torch.ops.hne.prepare_layers(weights, numbers)
+        return prepared
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Features after every layer that is kept, in order; those of the last are always there.
+
+        Args:
+            x: features ``[G, B, H, W, C]``, or images ``[B, C, H, W]`` (``images``), of any strides and of the device
+                and dtype of the weights.
+
+        Returns:
+            Features ``[G', B, H', W', C']``; of the last layer, if it is a linear one, ``[G', B, C']``.
+
+        Raises:
+            ValueError, TypeError: it does not fit the layers.
+            RuntimeError: a gradient is asked for.
+        """
+        if self.images:
+            checks.rank("x", x, 4, "[batch, channels, height, width]")
+        else:
+            checks.rank("x", x, 5, checks.CONV_INPUT)
+        checks.no_gradient("FusedLayers", x)
+        if self._prepared is None or dispatch.select(x) != "cpp" or checks.autocast_dtype("cpu") is not None:
+            return self._in_turn(x)
+        try:
+            results: list[Tensor] = self._call(x, self._prepared)
+        except Exception:
+            self._check(self._features(x))
+            raise
+        return results
+
+    def _in_turn(self, x: Tensor) -> list[Tensor]:
+        x = self._features(x)
+        self._check(x)
+        results = []
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if index in self._kept:
+                results.append(x)
+        if self.layers[-1].mean:
+            results[-1] = results[-1].flatten(2)
+        return results
+
+    def _features(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).unsqueeze(0) if self.images else x
+
+    def _check(self, x: Tensor) -> None:
+        for index, layer in enumerate(self.layers):
+            try:
+                shape = layer.check(x)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"layer {index}: {error}") from None
+            x = x.new_empty(()).expand(shape)  # stands for the features that come next

@@ -1,0 +1,227 @@
+"""What was built, how the build decides, and what it says when it cannot go on."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import hne_kernels as K
+from hne_kernels import extension
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "build_backend"))
+pytest.importorskip("setuptools")
+
+import hne_backend  # noqa: E402
+import native  # noqa: E402
+
+LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def run_python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environ})
+
+
+# --- what was built ----------------------------------------------------------------------------------------
+
+
+def test_build_info() -> None:
+    info = K.build_info()
+    assert info["version"] == metadata.version("hne-kernels")
+    assert re.match(r"(gcc|clang) \d+\.", info["compiler"])
+    assert info["torch_target"] == "2.11"
+    assert torch.__version__.split(".")[0] == info["torch"].split(".")[0]
+    flags = info["flags"].split()
+    assert not [flag for flag in flags if flag.startswith("-m")], "a wheel must run on another machine"
+    assert "-ffast-math" not in flags, "NaN and infinity must stay what they are"
+
+
+def test_cpu_capability_is_one_the_machine_has() -> None:
+    library = extension.cpu_library()
+    assert library.cpu_capability() in library.cpu_capabilities_supported().split(", ")
+
+
+def test_info_module_lists_versions_and_backends() -> None:
+    result = run_python("-m", "hne_kernels.info")
+    assert result.returncode == 0, result.stderr
+    assert torch.__version__ in result.stdout
+    for backend in K.available_backends():
+        assert re.search(rf"^  {backend} +usable$", result.stdout, re.MULTILINE)
+    for backend, reason in K.unavailable_backends().items():
+        assert re.search(rf"^  {backend} +no: {re.escape(reason)}$", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
+    pip = ["-m", "pip", "--disable-pip-version-check", "-q"]
+    wheel = ["wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    assert run_python(*pip, *wheel).returncode == 0
+    (built,) = tmp_path.glob("hne_kernels-*.whl")
+    install = ["install", "--no-deps", "--target", str(tmp_path / "site"), str(built)]
+    assert run_python(*pip, *install).returncode == 0
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch, hne, hne_kernels as K\n"
+        "with K.use_backend('cpp'): print(K.prefix_mean(torch.ones(2, 3, 5)).sum().item())\n"
+        "print(K.__file__, hne.__file__)"
+    )
+    result = run_python("-I", "-c", program, str(tmp_path / "site"))
+    assert result.stdout.split()[0] == "30.0", result.stderr
+    assert str(ROOT) not in result.stdout
+
+
+# --- what an import says of a library that is not right ----------------------------------------------------
+
+
+def test_missing_library(tmp_path: Path) -> None:
+    with pytest.raises(ImportError, match=r"no compiled library .* found none at all. Rebuild it: `pip install"):
+        extension.load_cpu_library(tmp_path)
+
+
+def test_library_of_another_python(tmp_path: Path) -> None:
+    (tmp_path / "_C.cpython-37m-x86_64-linux-gnu.so").touch()
+    with pytest.raises(ImportError, match=r"found _C\.cpython-37m-x86_64-linux-gnu\.so\. Rebuild it"):
+        extension.load_cpu_library(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-1], lambda whole: whole[:1000], lambda whole: b"", bytes.swapcase]
+)
+def test_damaged_library(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    origin = Path(extension.cpu_library().__file__ or "")
+    (tmp_path / LIBRARY).write_bytes(damage(origin.read_bytes()))
+    with pytest.raises(ImportError, match=f"{re.escape(LIBRARY)}: .*Rebuild it: `pip install -e .`") as error:
+        extension.load_cpu_library(tmp_path)
+    assert f"torch {torch.__version__}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_extension_folder_of_the_environment(tmp_path: Path) -> None:
+    result = run_python("-c", "import hne_kernels", HNE_EXTENSION_DIR=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("ImportError: hne_kernels has no compiled library")
+
+
+def test_cuda_library_says_why_it_is_not_there(tmp_path: Path) -> None:
+    assert "no CUDA library" in (extension.load_cuda_library(tmp_path) or "")
+    (tmp_path / "_C_cuda.so").touch()
+    reason = "built, but does not load" if torch.cuda.is_available() else "built, but torch"
+    assert reason in (extension.load_cuda_library(tmp_path) or "")
+
+
+# --- how the build decides ---------------------------------------------------------------------------------
+
+
+def fake_torch(folder: Path, version: str) -> Path:
+    info = folder / f"torch-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("2.11.0", []),
+        ("2.13.0+cpu", []),
+        ("3.0.0a0+git1234", []),
+        ("2.10.1", ["torch>=2.11"]),
+        (None, ["torch>=2.11"]),
+    ],
+)
+def test_torch_is_asked_for_only_where_there_is_none(
+    version: str | None, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if version:
+        fake_torch(tmp_path, version)
+    monkeypatch.setattr(hne_backend, "environment_paths", lambda: [str(tmp_path)])
+    assert hne_backend.get_requires_for_build_wheel() == expected
+    assert hne_backend.get_requires_for_build_editable() == expected
+    assert hne_backend.get_requires_for_build_sdist() == []
+
+
+def test_the_nearest_torch_that_is_new_enough_is_taken(tmp_path: Path) -> None:
+    old = fake_torch(tmp_path / "old", "2.9.1")
+    near = fake_torch(tmp_path / "near", "2.12.0")
+    far = fake_torch(tmp_path / "far", "2.13.0")
+    assert hne_backend.find_torch([str(old), str(near), str(far)]) == str(near)
+
+
+def test_the_package_and_the_build_ask_for_the_same_torch() -> None:
+    assert hne_backend.TORCH_REQUIREMENT in (metadata.requires("hne-kernels") or [])
+    assert native.target_define() == "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+@pytest.mark.parametrize(
+    ("environ", "cpus", "gigabytes", "jobs"),
+    [
+        ({}, 4, 64, 4),
+        ({}, 16, 6, 4),
+        ({}, 16, 0.5, 1),
+        ({"MAX_JOBS": "7"}, 2, 1, 7),
+        ({"MAX_JOBS": ""}, 2, 64, 2),
+    ],
+)
+def test_compile_jobs_are_capped_by_memory(environ: dict[str, str], cpus: int, gigabytes: float, jobs: int) -> None:
+    assert native.job_count(environ, cpus, int(gigabytes * 2**30)) == jobs
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_bad_max_jobs(value: str) -> None:
+    with pytest.raises(SystemExit, match=f"MAX_JOBS must be a positive integer, got '{value}'"):
+        native.job_count({"MAX_JOBS": value}, 2, 2**34)
+
+
+def executable(path: Path, script: str = "") -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_compiler_is_cxx_or_the_first_on_the_path(tmp_path: Path) -> None:
+    executable(tmp_path / "g++")
+    executable(tmp_path / "mine")
+    path = str(tmp_path)
+    assert native.cxx_compiler({"PATH": path}) == "g++"
+    assert native.cxx_compiler({"PATH": path, "CXX": "mine -m64"}) == "mine -m64"
+
+
+@pytest.mark.parametrize("environ", [{}, {"CXX": "nosuch++"}])
+def test_missing_compiler_is_one_line_that_says_what_to_install(environ: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(
+        SystemExit, match=r"no C\+\+ compiler found \(.*\+\+\)\. Install one .*apt install g\+\+"
+    ) as error:
+        native.cxx_compiler({"PATH": str(tmp_path), **environ})
+    assert "\n" not in str(error.value)
+
+
+def test_cuda_toolkit_is_where_nvcc_says(tmp_path: Path) -> None:
+    executable(tmp_path / "nvcc", f"echo '#$ TOP={tmp_path}/cuda/bin/..' >&2")
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    environ = {"PATH": str(tmp_path)}
+    assert native.cuda_toolkit(environ) == tmp_path / "cuda"
+    assert native.cuda_toolkit({**environ, "HNE_CUDA": "0"}) is None
+    nowhere = {"PATH": str(tmp_path / "cuda")}
+    assert native.cuda_toolkit(nowhere) is None
+    with pytest.raises(SystemExit, match="HNE_CUDA=1 asks for the CUDA library, but there is no nvcc"):
+        native.cuda_toolkit({**nowhere, "HNE_CUDA": "1"})
+
+
+def test_build_info_header_is_rewritten_only_when_it_changes(tmp_path: Path) -> None:
+    header = tmp_path / "build_info.h"
+    native.write_build_info(tmp_path, {"version": "1", "flags": ["-O3", '-DX="y"']})
+    assert '#define HNE_FLAGS "-O3 -DX=\\"y\\""' in header.read_text()
+    os.utime(header, (0, 0))
+    native.write_build_info(tmp_path, {"version": "1", "flags": ["-O3", '-DX="y"']})
+    assert header.stat().st_mtime == 0
+    native.write_build_info(tmp_path, {"version": "2", "flags": []})
+    assert header.stat().st_mtime > 0

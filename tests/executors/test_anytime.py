@@ -1,0 +1,135 @@
+"""Anytime inference: right answers, and no node of the tree computed twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networks
+import pytest
+import torch
+from networks import build, each_tree, images
+from placements import Placement
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import hne_kernels as K
+from hne import HNE, FusedHNE, Hierarchy, NaiveHNE
+
+SIZE = (9, 12)
+
+
+@each_tree
+@pytest.mark.parametrize("grad", [True, False])
+def test_every_answer_is_the_ensembles(tree: Hierarchy, grad: bool, double: Placement, rng: torch.Generator) -> None:
+    model = build(FusedHNE, tree, rng)
+    x = images(rng)
+    with torch.set_grad_enabled(grad):
+        leaves = model(x)
+        answers = list(model.anytime(x))
+        assert [n for n, _ in answers] == list(range(1, tree.num_models + 1))
+        for n, y in answers:
+            torch.testing.assert_close(y, leaves[:n].mean(0))
+
+
+@each_tree
+def test_each_step_costs_what_is_new_in_plain_pytorch(tree: Hierarchy, rng: torch.Generator) -> None:
+    model = build(NaiveHNE, tree, rng)
+    answers = model.anytime(images(rng, 1, SIZE))
+    done = 0
+    for n in range(1, tree.num_models + 1):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            assert next(answers)[0] == n
+        done += counter.get_total_flops() // 2
+        assert done == model.macs(n, SIZE)
+
+
+class Calls:
+    """Counts the multiply-adds of the kernels, and the weights that they are called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.macs = 0
+        self.weights: list[int] = []
+        for name in ("branch_conv2d", "branch_depthwise_conv2d"):
+            monkeypatch.setattr(K, name, self._counted(name, getattr(K, name)))
+        for name in ("fused_conv2d", "fused_bottleneck"):
+            monkeypatch.setattr(K.ops.fused_layers, name, self._counted(name, getattr(K, name)))
+        monkeypatch.setattr(K.FusedLayers, "__call__", K.FusedLayers._in_turn)
+
+    def _counted(self, name: str, op: Any) -> Any:
+        def call(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+            y = op(x, weight, *args, **options)
+            _, batch, rows, columns, out = y.shape
+            branch = weight.stride(0) * weight.element_size()
+            self.weights += [weight.data_ptr() + g * branch for g in range(len(weight))]
+            if name == "fused_bottleneck":
+                bias, depthwise, _, _, _, shortcut, _ = args
+                middle, kernel = bias.shape[1], depthwise.shape[1]
+                expand = x[0, ..., 0].numel() * x.shape[4] * middle
+                inputs = middle + (x.shape[4] if shortcut is not None else 0)
+                each = expand + batch * rows * columns * (middle * kernel**2 + out * inputs)
+                self.macs += len(weight) * each
+            else:
+                taps = weight[0, 0, ..., 0].numel() if name == "fused_conv2d" else weight[0, 0].numel()
+                self.macs += y.numel() * taps
+            return y
+
+        return call
+
+
+@each_tree
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_kernel_computes_a_node_twice(
+    tree: Hierarchy, grad: bool, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(FusedHNE, tree, rng)
+    x = images(rng, 1, SIZE)
+    calls = Calls(monkeypatch)
+    with torch.set_grad_enabled(grad):
+        for n, _ in model.anytime(x):
+            assert calls.macs == model.macs(n, SIZE)
+        step_by_step = sorted(calls.weights)
+        assert len(set(step_by_step)) == len(step_by_step)
+        calls.weights.clear()
+        model(x)
+    assert sorted(calls.weights) == step_by_step
+
+
+@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+def test_it_can_be_stopped(kind: type[HNE], rng: torch.Generator) -> None:
+    model = build(kind, networks.TREES["odd"], rng)
+    x = images(rng)
+    first, second = model.anytime(x), model.anytime(x)
+    next(first)
+    list(second)
+    torch.testing.assert_close(next(first)[1], model(x, 2).mean(0))
+
+
+@each_tree
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+def test_samples_can_leave(kind: type[HNE], grad: bool, tree: Hierarchy, rng: torch.Generator) -> None:
+    model = build(kind, tree, rng)
+    x = images(rng, 5)
+    kept = torch.arange(5)
+    with torch.set_grad_enabled(grad):
+        leaves = model(x)
+        steps = model.anytime(x)
+        for n, y in steps:
+            torch.testing.assert_close(y, leaves[:n, kept].mean(0))
+            torch.testing.assert_close(steps.member, leaves[n - 1, kept])
+            choice = torch.tensor([[1, 3, 4], [0, 2], [1]][n - 1] if n < 4 else [0])
+            steps.keep(choice)
+            kept = kept[choice]
+
+
+def test_samples_leave_after_an_answer(rng: torch.Generator) -> None:
+    steps = build(FusedHNE, networks.TREES["odd"], rng).anytime(images(rng))
+    with pytest.raises(RuntimeError, match="ask for the first one before"):
+        steps.keep(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+def test_training_mode_is_refused(kind: type[HNE], rng: torch.Generator) -> None:
+    model = build(kind, networks.TREES["odd"], rng).train()
+    with pytest.raises(RuntimeError, match=r"anytime\(\) is for inference: call model.eval\(\) first"):
+        model.anytime(images(rng))

@@ -1,0 +1,256 @@
+"""The folded weights are kept while the parameters stay the same, and never longer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import networks
+import pytest
+import torch
+from changes import CHANGES, step
+from networks import build, images
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import hne.executors.folded
+import hne.executors.parameter_versions
+from hne import FusedHNE
+from hne.layers.modules import Foldable
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The layers that have been folded, in order."""
+    seen: list[nn.Module] = []
+    fold = hne.executors.folded.fold
+
+    def spy(layer):
+        seen.append(layer)
+        return fold(layer)
+
+    monkeypatch.setattr(hne.executors.folded, "fold", spy)
+    return seen
+
+
+def layers(model: FusedHNE) -> int:
+    """How many things are folded: the layers, and the head."""
+    return sum(len(block) for block in model.blocks) + 1
+
+
+def with_gradients(model: FusedHNE, x: Tensor) -> Tensor:
+    """The same values on the path that folds nothing."""
+    with torch.enable_grad():
+        return model(x).detach()
+
+
+@torch.no_grad()
+def test_images_elsewhere_fold_nothing(folds: list[nn.Module], rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng).to("meta")
+    with pytest.raises(ValueError, match="x must be on the device of the model, meta, got cpu"):
+        model(images(rng))
+    assert not folds
+    assert model.folded is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prepared", [False, True])
+def test_what_is_refused_is_explained(prepared: bool, rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    if prepared:
+        model(x)
+    wrong = {
+        r"x must have 4 dimensions": x[0],
+        r"x must have 3 channels \(dimension 1\), got shape": x[:, :2],
+        r"x must be images of at least 1x1 pixels": x[..., :0],
+        r"x must have the dtype of the model": x.double() if x.dtype == torch.float32 else x.float(),
+    }
+    for text, given in wrong.items():
+        with pytest.raises((ValueError, TypeError), match=text) as error:
+            model(given)
+        assert error.value.__suppress_context__  # the explanation by itself
+
+
+@torch.no_grad()
+def test_folded_once(folds: list[nn.Module], rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    first = model(x)
+    assert len(folds) == layers(model)
+    for _ in range(3):
+        assert torch.equal(model(x), first)
+        model(x, 4)
+        list(model.anytime(x))
+    with torch.inference_mode():
+        assert torch.equal(model(x), first)
+    assert len(folds) == layers(model)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_changes_are_noticed(change: Callable[[FusedHNE], object], rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    before = model(x)
+    change(model)
+    after = model(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, with_gradients(model, x))
+
+
+@torch.no_grad()
+def test_frozen_parameters_are_looked_at_once(
+    folds: list[nn.Module], monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    before = model(x)
+    model.head.conv.weight.mul_(2)
+    with model.frozen_parameters() as same:
+        assert same is model
+        frozen = model(x)
+        assert not torch.equal(frozen, before), "a change before the block is seen in it"
+        with model.frozen_parameters():
+            assert torch.equal(model(x), frozen)
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                hne.executors.parameter_versions.Snapshot,
+                "is_current",
+                lambda _: pytest.fail("parameters were looked at"),
+            )
+            assert torch.equal(model(x), frozen)
+            list(model.anytime(x))
+        seen = len(folds)
+        model(x)
+        assert len(folds) == seen
+        model.train().eval()(x)
+        assert len(folds) == seen + layers(model), "a change of mode is always noticed"
+        assert not any(module.frozen for module in copy.deepcopy(model).modules() if isinstance(module, Foldable))
+        latest = model(x)
+        model.head.conv.weight.mul_(2)
+        assert torch.equal(model(x), latest)
+    after = model(x)
+    assert not torch.equal(after, latest), "a change within the block is seen after it"
+    torch.testing.assert_close(after, with_gradients(model, x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_nothing_of_two_states_outlives_frozen_parameters(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    model(x)
+    model.head.conv.weight.mul_(2)  # the network is folded anew within the block, of layers that are kept
+    with model.frozen_parameters():
+        next(model.blocks[0].parameters()).mul_(2)
+        model(x)
+    torch.testing.assert_close(model(x), with_gradients(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_parameters_may_overlap(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    one, other = model.frozen_parameters(), model.frozen_parameters()
+    for block in (one, other):
+        block.__enter__()
+    for block in (one, other):
+        assert model.frozen
+        block.__exit__(None, None, None)
+    assert not model.frozen
+
+
+def test_frozen_parameters_end_with_an_error(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    with pytest.raises(KeyError), model.frozen_parameters():
+        raise KeyError
+    assert not any(module.frozen for module in model.modules() if isinstance(module, Foldable))
+
+
+@torch.no_grad()
+def test_replaced_memory_keeps_its_address_until_it_is_forgotten(rng: torch.Generator) -> None:
+    """Else new values at the old address would look like the old ones."""
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    model(images(rng))
+    weight = model.blocks[1][0].expand.conv.weight
+    memory = StorageWeakRef(weight.untyped_storage())
+    weight.data = weight.data * 2
+    assert not memory.expired()
+    model(images(rng))
+    assert memory.expired()
+
+
+@torch.no_grad()
+def test_other_dtypes_fold_anew(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    expected = model(x)
+    y = model.float()(x.float())
+    assert y.dtype == torch.float32
+    assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_functional_call_uses_its_own_parameters(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    twin = copy.deepcopy(model)
+    step(twin)
+    x = images(rng)
+    expected = model(x)
+    y = torch.func.functional_call(model, dict(twin.state_dict()), (x,))
+    torch.testing.assert_close(y, twin(x))
+    assert torch.equal(model(x), expected)
+
+
+def test_parameters_without_a_version_are_not_trusted(folds: list[nn.Module], rng: torch.Generator) -> None:
+    with torch.inference_mode():
+        model = build(FusedHNE, networks.TREES["odd"], rng)
+        x = images(rng)
+        before = model(x)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        after = model(x)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, model.to_naive()(x))
+    assert len(folds) == 2 * layers(model)
+
+
+@torch.no_grad()
+def test_training_moving_and_copying_let_go_of_folded_weights(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    model(images(rng))
+    first = model.blocks[0][0]
+    assert first.folded is not None
+    assert copy.deepcopy(model).blocks[0][0].folded is None
+    assert first._replicate_for_data_parallel().folded is None
+    model.to(torch.float64)
+    assert first.folded is None
+    model(images(rng))
+    model.train()
+    assert first.folded is None
+
+
+def test_folding_during_inference_leaves_training_possible(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    with torch.inference_mode():
+        expected = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).clone(), expected.clone())
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_batch_in_parts_is_the_batch(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng, 5)
+    whole, nested = model(x), model.prefix_logits(x)
+    monkeypatch.setattr(hne.executors.folded, "IMAGES", 1)
+    monkeypatch.setattr(hne.executors.folded, "PIXELS", 2 * x.shape[2] * x.shape[3])
+    assert [len(part) for part in model.execution().parts(x)] == [2, 2, 1]
+    assert torch.equal(model(x), whole)
+    assert torch.equal(model.prefix_logits(x), nested)
+    monkeypatch.setattr(hne.executors.folded, "PIXELS", 1)  # an image larger than a part goes by itself,
+    assert torch.equal(model(x), whole)
+    monkeypatch.setattr(hne.executors.folded, "IMAGES", 3)  # unless more are asked for
+    assert [len(part) for part in model.execution().parts(x)] == [3, 2]
+    assert torch.equal(model(x), whole)

@@ -1,0 +1,202 @@
+"""Inference from CUDA graphs: the same answers, one capture for each kind of call, changes noticed.
+
+Without a GPU the graphs are emulated (cuda_graphs.py); test_gpu.py captures real ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import networks
+import pytest
+import torch
+from changes import CHANGES
+from cuda_graphs import Graph, emulate
+from networks import build, images
+from torch import Tensor
+
+import hne_kernels as K
+from hne import FusedHNE, GraphedHNE, NaiveHNE
+from hne.inference.cuda_graphs import _setting
+from hne.layers.modules import Foldable
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
+    return emulate(monkeypatch)
+
+
+@pytest.fixture
+def model(rng: torch.Generator) -> FusedHNE:
+    return build(FusedHNE, networks.TREES["odd"], rng)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """But for the rounding of another layout of the images."""
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+@torch.no_grad()
+def test_same_answers(kind: type, graphs: type[Graph], rng: torch.Generator) -> None:
+    model = build(kind, networks.TREES["odd"], rng)
+    graphed = GraphedHNE(model)
+    for _ in range(2):
+        x = images(rng)
+        for n in (1, 4, 6, None):
+            close(graphed(x, n), model(x, n))
+        for sizes in ((1, 3), None):
+            close(graphed.prefix_logits(x, sizes), model.prefix_logits(x, sizes))
+
+
+def test_one_capture_for_each_kind_of_call(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+    graphed = GraphedHNE(model)
+    x = images(rng)
+    calls: list[tuple[int, Callable[[], object]]] = [
+        (1, lambda: graphed(x)),
+        (0, lambda: graphed(x, 6)),
+        (0, lambda: graphed(x.contiguous(memory_format=torch.channels_last))),
+        (1, lambda: graphed(x, 2)),
+        (1, lambda: graphed(x[:2], 2)),
+        (1, lambda: graphed.prefix_logits(x)),
+        (0, lambda: graphed.prefix_logits(x, model.prefix_sizes)),
+        (1, lambda: graphed.prefix_logits(x, [2])),
+        (0, lambda: graphed(x)),
+    ]
+    for number, (captures, call) in enumerate(calls):
+        before = graphs.captures
+        call()
+        assert graphs.captures - before == captures, f"call {number}"
+    with K.use_backend("reference"):
+        graphed(x)
+    assert graphs.captures == 6
+
+
+def test_settings_that_choose_kernels() -> None:
+    x = torch.ones(1)
+    settings = [_setting(x)]
+    with torch.autocast("cpu", torch.bfloat16):
+        settings.append(_setting(x))
+    with K.use_backend("reference"):
+        settings.append(_setting(x))
+    deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.use_deterministic_algorithms(not deterministic)
+        settings.append(_setting(x))
+        torch.backends.cuda.matmul.fp32_precision = "ieee" if precision == "tf32" else "tf32"
+        settings.append(_setting(x))
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cuda.matmul.fp32_precision = precision
+    assert len(set(settings)) == 5
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_changes_are_noticed(
+    change: Callable[[FusedHNE], object], model: FusedHNE, graphs: type[Graph], rng: torch.Generator
+) -> None:
+    graphed = GraphedHNE(model)
+    x = images(rng)
+    before = graphed(x, 2), graphed(x)
+    change(model)
+    for n, old in ((2, before[0]), (6, before[1])):
+        y = graphed(x, n)
+        assert not torch.equal(y, old)
+        close(y, model(x, n))
+
+
+def test_results_are_the_callers_own(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+    graphed = GraphedHNE(model)
+    x = images(rng)
+    first = graphed(x)
+    kept = first.clone()
+    graphed(x + 1)
+    assert torch.equal(first, kept)
+    with torch.inference_mode():
+        graphed(x)
+    assert torch.equal(graphed(x), kept)
+    assert not graphed(x.requires_grad_()).requires_grad
+
+
+def test_weights_live_as_long_as_their_graph(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+    graphed = GraphedHNE(model)
+    for scale in (1.0, 1.5):
+        with torch.no_grad():
+            model.blocks[0][0].unit.conv.weight.mul_(scale)
+        graphed(images(rng))
+        assert all(not module.captured for module in model.modules() if isinstance(module, Foldable))
+
+
+@torch.no_grad()
+def test_a_graph_of_ones_own(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+    """``torch.cuda.graph`` around the model: with or without a call before, and whatever is folded afterwards."""
+    static, x = images(rng), images(rng)
+    expected = model(x)
+    model.eval()  # drops what is folded
+    for called_before in (False, True):
+        if called_before:
+            model(static)
+        graph = torch.cuda.CUDAGraph()
+        static.normal_()
+        with torch.cuda.graph(graph):
+            y = model(static)
+        layers = [module for module in model.modules() if isinstance(module, Foldable) and module is not model]
+        kept = [layer.captured[-1:] for layer in layers]
+        assert all(kept) == called_before
+        model.eval()
+        assert torch.equal(model(x), expected)
+        static.copy_(x)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_threads_take_turns(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+    graphed = GraphedHNE(model)
+    work = [images(rng) for _ in range(4)]
+    with torch.no_grad():
+        expected = [model(x, 3) for x in work]
+    right = [False] * len(work)
+
+    def run(index: int) -> None:
+        right[index] = all(torch.equal(graphed(work[index], 3), expected[index]) for _ in range(5))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * len(work)
+    assert graphs.captures == 1
+
+
+def test_clear_errors(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+    x = images(rng)
+    graphed = GraphedHNE(model)
+    for bad, error, text in (
+        (x[0], ValueError, "x must have 4 dimensions"),
+        (x[:, :2], ValueError, "x must have 3 channels"),
+        (x.float(), TypeError, "x must have the dtype of the model"),
+        (x.to("meta"), ValueError, "x must be on the device of the model"),
+    ):
+        with pytest.raises(error, match=text):
+            graphed(bad)
+    with pytest.raises(ValueError, match="num_models must lie between 1 and 6, got 7"):
+        graphed(x, 7)
+    with pytest.raises(ValueError, match="sizes must rise"):
+        graphed.prefix_logits(x, (2, 1))
+    model.train()
+    with pytest.raises(RuntimeError, match=r"call model\.eval\(\) first"):
+        graphed(x)
+    with pytest.raises(TypeError, match="model must be an HNE, got Linear"):
+        GraphedHNE(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        unversioned = build(FusedHNE, networks.TREES["odd"], rng)
+    with pytest.raises(RuntimeError, match=r"made under torch\.inference_mode\(\)"):
+        GraphedHNE(unversioned)
+
+
+def test_a_model_on_the_cpu(model: FusedHNE) -> None:
+    with pytest.raises(ValueError, match="model must be on a GPU to be captured in CUDA graphs, got cpu"):
+        GraphedHNE(model)

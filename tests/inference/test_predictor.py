@@ -1,0 +1,244 @@
+"""Answers against the clock, with a clock of our own, and answers that are sure enough."""
+
+from __future__ import annotations
+
+import random
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from networks import TREES, build, images
+from torch import Tensor
+
+from hne import HNE, FusedHNE, NaiveHNE
+from hne.inference.predictor import Answer, AnytimePredictor
+
+
+class Ticking:
+    """A model of four leaves that moves the clock by what each leaf costs; its n-th answer is n everywhere."""
+
+    num_models = 4
+
+    def __init__(self, *costs: float, noise: float = 0.0) -> None:
+        self.costs = list(costs)
+        self.noise = noise
+        self.random = random.Random(0)
+        self.now = 0.0
+        self.begun = 0
+
+    def anytime(self, x: Tensor) -> Any:
+        return _Steps(self, len(x))
+
+
+class _Steps(SimpleNamespace):
+    def __init__(self, model: Ticking, batch: int) -> None:
+        super().__init__(model=model, batch=batch, num_models=0)
+
+    def __iter__(self) -> _Steps:
+        return self
+
+    def __next__(self) -> tuple[int, Tensor]:
+        if self.num_models == 4:
+            raise StopIteration
+        self.model.now += self.model.costs[self.num_models] * (1 + self.model.noise * self.model.random.random())
+        self.model.begun += 1
+        self.num_models += 1
+        return self.num_models, torch.full((self.batch, 2), float(self.num_models))
+
+
+X = torch.zeros(5, 1, 2, 2)
+
+
+def calibrated(model: Ticking, **options: Any) -> AnytimePredictor:
+    predictor = AnytimePredictor(model, clock=lambda: model.now, **options)  # type: ignore[arg-type]
+    predictor.calibrate(X, seconds=1e9)
+    model.begun = 0
+    return predictor
+
+
+# Deadlines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deadline", "expected"), [(3900, 1), (4100, 2), (6900, 2), (7100, 3), (8100, 4), (99000, 4), (None, 4)]
+)
+def test_as_many_models_as_fit(deadline: float | None, expected: int) -> None:
+    model = Ticking(3, 1, 3, 1)
+    answer = calibrated(model, deadline_ms=deadline)(X)
+    assert answer.num_models.tolist() == [expected] * 5
+    assert model.begun == expected, "no more is begun"
+    assert torch.equal(answer.logits, torch.full((5, 2), float(expected)))
+    assert answer.ready == answer.returned == sum(model.costs[:expected])
+    assert not answer.late
+
+
+def test_the_first_answer_is_given_though_late() -> None:
+    answer = calibrated(Ticking(3, 1, 3, 1), deadline_ms=2000)(X)
+    assert answer.num_models.tolist() == [1] * 5
+    assert torch.equal(answer.logits, torch.ones(5, 2))
+    assert answer.ready == 3
+    assert answer.deadline == 2
+    assert answer.late, "and it says so"
+
+
+def test_a_model_that_takes_too_long_after_all_is_left_out() -> None:
+    model = Ticking(3, 1, 3, 1)
+    predictor = calibrated(model, deadline_ms=8000)
+    model.costs[2] = 10
+    answer = predictor(X)
+    assert answer.num_models.tolist() == [2] * 5
+    assert torch.equal(answer.logits, torch.full((5, 2), 2.0))
+    assert (answer.ready, answer.returned) == (4, 14)
+    assert not answer.late
+
+
+def test_costs_are_measured_once_and_kept_up_to_date() -> None:
+    model = Ticking(1, 1, 1, 1)
+    predictor = calibrated(model, window=50)
+    assert predictor.expected(X.shape) == [1, 1, 1, 1]
+    model.costs[1] = 5
+    predictor(X, deadline_ms=3900)
+    assert predictor.expected(X.shape)[1] == 5
+    assert predictor(X, deadline_ms=3900).num_models.tolist() == [1] * 5
+    model.costs[1] = 1
+    for _ in range(50):
+        predictor(X)
+    assert predictor.expected(X.shape)[1] == 1, "forgotten after a window"
+
+
+def test_another_shape_is_measured_first() -> None:
+    model = Ticking(0.001, 0.001, 0.001, 0.001)
+    predictor = calibrated(model)
+    for expected in (100 * 4 + 4 + 4, 4):  # measurements, warm-up, answer
+        model.begun = 0
+        predictor(X[:2])
+        assert model.begun == expected
+
+
+def test_measuring_ends_in_time() -> None:
+    model = Ticking(1, 1, 1, 1)
+    predictor = AnytimePredictor(model, clock=lambda: model.now)  # type: ignore[arg-type]
+    predictor.calibrate(X, seconds=10)
+    assert model.now == 4 * (1 + 3), "a warm-up, and three passes of four seconds"
+
+
+@pytest.mark.parametrize(
+    ("deadline", "least"), [(3800, 1), (4100, 1), (5300, 2), (6150, 2), (7300, 2), (8200, 2), (9800, 3), (11300, 4)]
+)
+def test_99_percent_of_the_answers_are_in_time(deadline: float, least: int) -> None:
+    """Every step takes up to a half longer than at its best; each of these deadlines leaves time for the first."""
+    model = Ticking(2.5, 1, 3, 1, noise=0.5)
+    predictor = calibrated(model, deadline_ms=deadline)
+    answers = [predictor(X) for _ in range(1000)]
+    assert sum(answer.returned > answer.deadline for answer in answers) <= 10
+    assert not any(answer.late for answer in answers)
+    assert min(answer.num_models[0].item() for answer in answers) == least
+
+
+def test_99_percent_of_the_answers_are_in_time_on_this_machine() -> None:
+    torch.manual_seed(0)
+    model = FusedHNE.from_preset("hne_tiny", num_classes=10, in_channels=1, width=0.5).eval()
+    x = torch.randn(1, 1, 8, 8)
+    predictor = AnytimePredictor(model, deadline_ms=1000)  # some hundred times what is needed
+    predictor.calibrate(x, runs=10)
+    answers = [predictor(x) for _ in range(100)]
+    assert sum(answer.returned > answer.deadline for answer in answers) <= 1
+    assert sum(answer.num_models[0].item() == 8 for answer in answers) >= 99
+    hasty = predictor(x, deadline_ms=1e-6)
+    assert hasty.late
+    assert hasty.num_models.tolist() == [1]
+
+
+# Sure answers -------------------------------------------------------------------------------------------------------
+
+
+def one_by_one(model: HNE, x: Tensor, sure: Any) -> tuple[Tensor, Tensor]:
+    """What each sample gets by itself: the first of its answers that is sure enough, and of how many models it is."""
+    answers, counts = [], []
+    for members in model(x).transpose(0, 1):
+        for n in range(1, model.num_models + 1):
+            answer = members[:n].mean(0)
+            if n == model.num_models or sure(answer, members[:n]):
+                break
+        answers.append(answer)
+        counts.append(n)
+    return torch.stack(answers), torch.tensor(counts)
+
+
+def undecided(tree: str, rng: torch.Generator, kind: type[HNE] = FusedHNE) -> tuple[HNE, Tensor]:
+    """A model, and samples that it does not all take for the same: its logits are centred."""
+    model = build(kind, TREES[tree], rng)
+    x = images(rng, 24)
+    model.head.conv.bias.data -= model(x).mean(1).flatten()
+    return model, x
+
+
+def answered(model: HNE, x: Tensor, **limits: Any) -> Answer:
+    predictor = AnytimePredictor(model, **limits)
+    predictor.calibrate(x, runs=1)
+    return predictor(x)
+
+
+def check_each_sample(model: HNE, x: Tensor, answer: Answer, sure: Any) -> None:
+    logits, num_models = one_by_one(model, x, sure)
+    assert answer.num_models.tolist() == num_models.tolist()
+    assert len(set(num_models.tolist())) > 1, "some leave the batch, others stay"
+    torch.testing.assert_close(answer.logits, logits)
+
+
+@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+@pytest.mark.parametrize("tree", ["doubling", "odd", "two-trunks", "multi-head"])
+@torch.no_grad()
+def test_samples_leave_when_their_answer_is_sure(kind: type[HNE], tree: str, rng: torch.Generator) -> None:
+    model, x = undecided(tree, rng, kind)
+    confidence = model(x)[0].softmax(-1).amax(-1).median().item()
+    answer = answered(model, x, confidence=confidence)
+    check_each_sample(model, x, answer, lambda y, members: y.softmax(-1).max() >= confidence)
+
+
+@torch.no_grad()
+def test_samples_leave_when_models_agree(rng: torch.Generator) -> None:
+    model, x = undecided("independent", rng)
+    answer = answered(model, x, agreement=2)
+    check_each_sample(model, x, answer, lambda y, members: (members.argmax(-1) == y.argmax()).sum() >= 2)
+
+
+@torch.no_grad()
+def test_either_is_enough(rng: torch.Generator) -> None:
+    model, x = undecided("independent", rng)
+    confidence = model(x)[0].softmax(-1).amax(-1).median().item()
+    answer = answered(model, x, confidence=confidence, agreement=2, deadline_ms=60_000)
+    check_each_sample(
+        model,
+        x,
+        answer,
+        lambda y, members: y.softmax(-1).max() >= confidence or (members.argmax(-1) == y.argmax()).sum() >= 2,
+    )
+
+
+@torch.no_grad()
+def test_only_whole_batches_tell_what_a_step_costs(rng: torch.Generator) -> None:
+    model = build(FusedHNE, TREES["doubling"], rng)
+    x = images(rng, 8)
+    predictor = AnytimePredictor(model, confidence=1e-9, clock=time.perf_counter)
+    predictor.calibrate(x, runs=3)
+    before = predictor.expected(x.shape)
+    assert predictor(x).num_models.tolist() == [1] * 8, "all are sure after the first"
+    assert predictor.expected(x.shape)[1:] == before[1:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deadline_ms": 0}, "deadline_ms: expected a number above 0, got 0"),
+        ({"confidence": 1.5}, r"confidence: expected a probability above 0, got 1\.5"),
+        ({"agreement": 1}, "agreement: expected 2 to 4 models, got 1"),
+        ({"agreement": 5}, "agreement: expected 2 to 4 models, got 5"),
+        ({"quantile": 0}, "quantile: expected a share above 0, got 0"),
+    ],
+)
+def test_bad_limits(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AnytimePredictor(Ticking(1, 1, 1, 1), **options)  # type: ignore[arg-type]

@@ -1,0 +1,292 @@
+"""The choice of a backend, threads, and the instruction sets that the C++ library can be told to use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import cases
+import pytest
+import torch
+from called import OpsOfOurs
+from cases import CASES, cast, check, cotangents, evaluate, representative
+from placements import PLACEMENTS, Placement
+from threads import on_threads
+
+import hne_kernels as K
+from hne_kernels import dispatch, extension
+
+NAMES = ("reference", "cpp", "cuda", "triton")
+
+
+def _served_by_ours(backend: str | None = None) -> bool:
+    """Whether prefix_mean, called now, is computed by a registered op."""
+    with OpsOfOurs() as ops:
+        K.prefix_mean(torch.ones(2, 1, 1))
+    return bool(ops.called)
+
+
+def test_every_backend_is_usable_or_says_why_not() -> None:
+    usable, unusable = K.available_backends(), K.unavailable_backends()
+    assert sorted([*usable, *unusable]) == sorted(NAMES)
+    assert {"reference", "cpp"} <= set(usable)
+    assert all(len(reason) > 10 for reason in unusable.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_usable_backend_is_tested(name: str) -> None:
+    if name in K.unavailable_backends():
+        pytest.skip(K.unavailable_backends()[name])
+    assert name in {place.backend for place in PLACEMENTS}
+
+
+def test_left_alone_the_compiled_one_serves() -> None:
+    if "HNE_BACKEND" in os.environ:
+        pytest.skip("HNE_BACKEND is set")
+    assert _served_by_ours()
+
+
+def test_use_backend_nests_and_restores() -> None:
+    before = _served_by_ours()
+    with K.use_backend("reference"):
+        assert not _served_by_ours()
+        with K.use_backend("cpp"):
+            assert _served_by_ours()
+        assert not _served_by_ours()
+        with pytest.raises(KeyError), K.use_backend("cpp"):
+            raise KeyError
+        assert not _served_by_ours()
+    assert _served_by_ours() == before
+
+
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case.op)
+def test_every_op_follows_the_choice(case: Any, rng: torch.Generator) -> None:
+    inputs = case.inputs(rng)
+    for name, ours in (("cpp", True), ("reference", False)):
+        with K.use_backend(name), OpsOfOurs() as ops:
+            case(inputs)
+        assert (case.op in ops.called) == ours
+
+
+@pytest.mark.parametrize("name", ["cudnn", "", "CPP"])
+def test_unknown_backend(name: str) -> None:
+    expected = rf"backend: expected one of {', '.join(NAMES)}, got '{name}'"
+    with pytest.raises(ValueError, match=expected), K.use_backend(name):
+        pass
+
+
+@pytest.mark.parametrize("name", sorted(K.unavailable_backends()))
+def test_unavailable_backend_says_why(name: str) -> None:
+    with (
+        pytest.raises(RuntimeError, match=f"backend '{name}' is not available: .{{10}}"),
+        K.use_backend(name),
+    ):
+        pass
+
+
+def test_chosen_backend_that_cannot_serve_a_dtype() -> None:
+    half = torch.ones(2, 1, 1, dtype=torch.float16)
+    with (
+        K.use_backend("cpp"),
+        pytest.raises(RuntimeError, match=r"backend 'cpp' cannot serve this call: .*got torch.float16"),
+    ):
+        K.prefix_mean(half)
+
+
+def test_automatic_choice_falls_back(rng: torch.Generator) -> None:
+    """A dtype that no kernel knows is served by PyTorch."""
+    logits = torch.randn(3, 2, 4, generator=rng).half()
+    want = torch.stack([logits[:1].mean(0), logits[:2].mean(0), logits.mean(0)])
+    torch.testing.assert_close(K.prefix_mean(logits), want)
+
+
+def test_an_old_gpu_is_served_by_the_reference_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_chosen", None)
+    for backend in ("cuda", "triton"):
+        monkeypatch.setitem(dispatch._UNUSABLE, backend, None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Turing")
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda:7"), dtype=torch.float32)
+    extension.gpu_too_old.cache_clear()
+    with pytest.warns(UserWarning, match=r"need compute capability 8\.0, Turing has 7\.5") as warned:
+        assert [dispatch.select(on_gpu) for _ in range(3)] == ["reference"] * 3
+    assert len(warned) == 1
+    with K.use_backend("cuda"), pytest.raises(RuntimeError, match=r"Turing has 7\.5"):
+        dispatch.select(on_gpu)
+    extension.gpu_too_old.cache_clear()
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+_REPORT = """
+import torch, hne_kernels as K
+from torch.utils._python_dispatch import TorchDispatchMode
+class Ours(TorchDispatchMode):
+    names = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "hne":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+with Ours() as ours:
+    K.prefix_mean(torch.ones(2, 1, 1))
+print("cpp" if ours.names else "reference")
+"""
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_environment_chooses(name: str) -> None:
+    result = _python(_REPORT, HNE_BACKEND=name)
+    assert result.stdout.strip() == name, result.stderr
+
+
+def test_environment_with_an_unknown_backend() -> None:
+    result = _python(_REPORT, HNE_BACKEND="mkl")
+    assert result.returncode != 0
+    assert "expected one of reference, cpp, cuda, triton, got 'mkl'" in result.stderr
+
+
+# --- threads -----------------------------------------------------------------------------------------------
+
+
+def _gradients(case: Any, inputs: dict[str, Any], rng: torch.Generator) -> list[torch.Tensor]:
+    return cotangents(case, cast(inputs, torch.float64), rng) if case.differentiable else []
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case.op)
+def test_any_number_of_threads(case: Any, threads: int, rng: torch.Generator) -> None:
+    inputs = case.inputs(rng)
+    grads = [grad.float() for grad in _gradients(case, inputs, rng)]
+    with on_threads(threads), K.use_backend("cpp"):
+        outcome = evaluate(case, inputs, grads)
+    check(case, "cpp", inputs, outcome, grads)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_keep_the_cores_that_they_may_use(threads: int) -> None:
+    """Threads that may meet on a core are as free afterwards as before."""
+    result = _python(f"THREADS = {threads}\n{_MEETING}")
+    assert result.stdout.split() == ["right", "free"], result.stderr
+
+
+_MEETING = """
+import os
+import torch
+import hne_kernels as K
+
+torch.set_num_threads(THREADS)
+cores = os.sched_getaffinity(0)
+x, weight = torch.randn(4, 8, 9, 9, 16), torch.randn(8, 16, 16, 1, 1)
+want = K.branch_conv2d(x, weight, replicate=2)
+right = True
+for _ in range(20):
+    tasks = [int(task) for task in os.listdir("/proc/self/task")]
+    for allowed in ({min(cores)}, cores):  # those that run now are on one core, and need not be
+        for task in tasks:
+            os.sched_setaffinity(task, allowed)
+    right &= torch.equal(K.branch_conv2d(x, weight, replicate=2), want)
+tasks = [int(task) for task in os.listdir("/proc/self/task")]
+free = all(os.sched_getaffinity(task) == cores for task in tasks)
+print("right" if right else "wrong", "free" if free else "bound")
+"""
+
+
+def test_two_python_threads_at_once(backend: Placement, rng: torch.Generator) -> None:
+    """Kernels share no scratch memory: each thread gets what it gets alone."""
+    work = []
+    for case in representative():
+        inputs = case.inputs(rng, backend.dtype, backend.device)
+        grads = [g.to(backend.device, backend.dtype) for g in _gradients(case, inputs, rng)]
+        work.append((case, inputs, grads, evaluate(case, inputs, grads)))
+    errors: list[BaseException] = []
+    start = threading.Barrier(2)
+
+    def run(order: int) -> None:
+        try:
+            start.wait()
+            for _ in range(1 if backend.interpreted else 5):
+                for case, inputs, grads, alone in work[::order]:
+                    for (name, got), (_, want) in zip(
+                        evaluate(case, inputs, grads).items(), alone.items(), strict=True
+                    ):
+                        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        except BaseException as error:  # would be lost with the thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(order,)) for order in (1, -1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+# --- instruction sets --------------------------------------------------------------------------------------
+
+_LEVELS = [level.strip() for level in extension.cpu_library().cpu_capabilities_supported().split(",")]
+
+# The parity suite's core in one process: every op, two dtypes.
+_CORE = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from cases import CASES, cast, check, cotangents, evaluate
+import hne_kernels as K
+from hne_kernels import dispatch, extension
+assert extension.cpu_library().cpu_capability() == {level!r}
+rng = torch.Generator().manual_seed({seed})
+for dtype in (torch.float32, torch.bfloat16):
+    for case in CASES:
+        inputs = case.inputs(rng, dtype)
+        grads = [] if not case.differentiable else [
+            g.to(dtype) for g in cotangents(case, cast(inputs, torch.float64), rng)]
+        with K.use_backend("cpp"):
+            outcome = evaluate(case, inputs, grads)
+        check(case, "cpp", inputs, outcome, grads)
+print("checked", len(CASES))
+"""
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_instruction_sets(level: str, rng: torch.Generator) -> None:
+    """Every level that this machine has, with the memory of the C++ library's own scratch buffers filled with
+    large numbers first (glibc's MALLOC_PERTURB_): a kernel that reads what it did not write shows."""
+    if level not in _LEVELS:
+        pytest.skip(f"this machine has {', '.join(_LEVELS)}")
+    core = _CORE.format(folder=os.path.dirname(cases.__file__), level=level, seed=rng.initial_seed())
+    result = _python(core, HNE_CPU_CAPABILITY=level, MALLOC_PERTURB_="128", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"checked {len(CASES)}"
+
+
+def test_best_instruction_set_by_default() -> None:
+    code = "from hne_kernels import extension; print(extension.cpu_library().cpu_capability())"
+    assert _python(code, HNE_CPU_CAPABILITY="").stdout.strip() == _LEVELS[-1]
+
+
+def test_unknown_instruction_set() -> None:
+    code = "import torch, hne_kernels as K; K.prefix_mean(torch.ones(1, 1, 1))"
+    result = _python(code, HNE_CPU_CAPABILITY="sse9")
+    assert result.returncode == 1, "an exception, not a crash"
+    assert "HNE_CPU_CAPABILITY: expected portable, avx2 or avx512, got sse9" in result.stderr
+
+
+def test_import_leaves_the_compiler_alone() -> None:
+    """It takes longer to import than all else together."""
+    code = "import sys, hne; assert 'torch._dynamo' not in sys.modules"
+    result = _python(code, TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr

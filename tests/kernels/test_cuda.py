@@ -1,0 +1,173 @@
+"""The CUDA kernels without a GPU: on an emulated one they compute the right thing and keep to their memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "cuda_emulation"))
+pytest.importorskip("setuptools")
+
+import build as emulation  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+_SANITIZED = (
+    "-fsanitize=address,alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow",
+    *("-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The kernels for the host, with sanitizers: one sees accesses of 16 bytes that are not aligned."""
+    if emulation.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return emulation.build(ROOT / "build" / "cuda_emulation", _SANITIZED)
+
+
+def _run(library: Path, *arguments: str, **environ: str) -> str:
+    """Run Python with the emulated kernels; Python itself is not instrumented, so the runtime is loaded ahead."""
+    compiler = (emulation.compiler() or "g++").split()[0]
+    preload = [
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "HNE_CUDA_EMULATION": str(library),
+            "LD_PRELOAD": " ".join(preload),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "OMP_WAIT_POLICY": "passive",
+            **environ,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, f"{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
+    return result.stdout
+
+
+def test_parity_in_emulation(library: Path) -> None:
+    """Every op, forward and backward, in every dtype, against the float64 reference."""
+    said = _run(
+        library, "-m", "pytest", "-q", "-k", "cuda", "tests/kernels/test_parity.py", "tests/kernels/test_not_finite.py"
+    )
+    assert " passed" in said
+    assert "skipped" not in said.splitlines()[-1]
+
+
+_CASES = """
+import re, sys, torch
+sys.path.insert(0, "tests/helpers")
+from cases import CASES, check, evaluate
+import hne_kernels as K
+from cases import cast, cotangents
+rng = torch.Generator().manual_seed(7)
+
+def shifted(value):
+    # Not at a multiple of 16 bytes.
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    longer = value.new_full((value.numel() + 1,), float("nan"))
+    return longer[1:].view(value.shape).copy_(value)
+
+for case in CASES:
+    if re.search(sys.argv[1], str(case)):
+        for dtype in (torch.float32, torch.float16):
+            inputs = case.inputs(rng, dtype)
+            grads = [g.to(dtype) for g in cotangents(case, cast(inputs, torch.float64), rng)]
+            if "shifted" in sys.argv:
+                inputs, grads = {name: shifted(value) for name, value in inputs.items()}, [*map(shifted, grads)]
+            with K.use_backend("cuda"):
+                outcome = evaluate(case, inputs, grads if case.differentiable else ())
+            check(case, "cuda", inputs, outcome, grads if case.differentiable else ())
+            print("checked", case)
+"""
+
+
+def test_without_room_in_shared_memory(library: Path) -> None:
+    """A bottleneck is then composed of its parts, and the loss keeps its sums in device memory."""
+    ops = "^(fused_bottleneck|hierarchical_distillation_loss)"
+    said = _run(library, "-c", _CASES, ops, HNE_EMULATED_SHARED_MEMORY="1000")
+    assert "checked fused_bottleneck" in said
+    assert "checked hierarchical_distillation_loss" in said
+
+
+def test_tensors_that_begin_anywhere(library: Path) -> None:
+    """Channels that fill vectors of 16 bytes, at addresses that do not."""
+    ops = "conv2d(_stats)?-.*-16to|bottleneck-.*-16to16|normalize-1x4x9x7x64|prefix_(mean|logits)-N16"
+    said = _run(library, "-c", _CASES, ops, "shifted")
+    for op in (
+        *("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d", "fused_bottleneck", "branch_normalize"),
+        *("branch_conv2d_stats", "branch_depthwise_conv2d_stats", "prefix_mean", "prefix_logits"),
+    ):
+        assert f"checked {op}-" in said
+
+
+_TF32 = """
+import torch, hne_kernels as K
+rng = torch.Generator().manual_seed(7)
+for channels in (24, 5):
+    x = torch.randn(2, 3, 5, 6, channels, generator=rng)
+    weight = torch.randn(4, 16, channels, 3, 3, generator=rng)
+    with K.use_backend("reference"):
+        want = K.branch_conv2d(x.double(), weight.double(), padding=1, replicate=2)
+    for precision, low, high in (("ieee", 0, 1e-6), ("tf32", 1e-5, 1e-3), ("ieee", 0, 1e-6)):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        with K.use_backend("cuda"):
+            got = K.branch_conv2d(x, weight, padding=1, replicate=2)
+        error = ((got - want).norm() / want.norm()).item()
+        assert low <= error < high, (channels, precision, error)
+print("checked")
+"""
+
+
+def test_float32_is_exact_unless_torch_allows_tf32(library: Path) -> None:
+    assert "checked" in _run(library, "-c", _TF32)
+
+
+_VAST = {
+    "pixels in the padding": "K.branch_depthwise_conv2d(torch.ones(1, 2**20, 1, 1, 1), one[None, None], padding=2**10)",
+    "pixels": "K.branch_normalize(one.expand(1, 2**31, 1, 1, 1), *3 * [one])",
+    "expanded channels": """K.fused_bottleneck(
+        one.expand(1, 1, 1, 1, 1), one.expand(1, 2**27, 1, 1, 1, 16), one.expand(1, 2**31), one.expand(1, 1, 1, 2**31),
+        one.expand(1, 2**31), one.expand(1, 1, 1, 1, 2**31, 16), one)""",
+}
+
+
+@pytest.mark.parametrize("what", _VAST)
+def test_vast_numbers_are_an_error(what: str, library: Path) -> None:
+    """Before memory is touched: these tensors have one value, repeated."""
+    code = f"""
+import torch, hne_kernels as K
+one = torch.ones(1, 1)
+try:
+    {_VAST[what]}
+except RuntimeError as error:
+    print(error)
+"""
+    assert "2^31" in _run(library, "-c", code)
+
+
+def test_a_vast_number_of_children_is_as_many_as_there_are(library: Path) -> None:
+    code = """
+import torch, hne_kernels as K
+x, weight, dense = torch.randn(1, 2, 5, 5, 3), torch.randn(2, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+for replicate in (2**31, 2**62):
+    torch.testing.assert_close(K.branch_depthwise_conv2d(x, weight, replicate=replicate),
+                               K.branch_depthwise_conv2d(x, weight, replicate=2), rtol=0, atol=0)
+    torch.testing.assert_close(K.branch_conv2d(x, dense, replicate=replicate),
+                               K.branch_conv2d(x, dense, replicate=2), rtol=0, atol=0)
+print("checked")
+"""
+    assert "checked" in _run(library, "-c", code)

@@ -1,0 +1,85 @@
+"""The Triton kernels as compilers see them. No GPU is needed for that, but the interpreter must be off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+
+
+# Each op with gradients asked for, compiled up to where the graph would be run. The driver is of a GPU that is not
+# here: PyTorch compiles the kernels halfway to see which tensors they write to.
+_TRACE = """
+import inspect, sys, torch, triton
+sys.path[:0] = {folders!r}
+from cases import representative
+from torch._dynamo.backends.common import aot_autograd
+import hne_kernels as K
+from hne_kernels import triton as ours
+from triton_resources import Driver
+
+triton.runtime.driver.set_active(Driver(90))
+graphs = []
+
+def keep(graph, _):
+    graphs.append(graph)
+    raise NotImplementedError("kept, not run")
+
+for case in representative():
+    if not hasattr(ours, case.op):
+        continue  # made of others
+    inputs = case.inputs(torch.Generator())
+    if inputs.get("sizes", 0) is None:
+        inputs["sizes"] = list(K.default_sizes(len(inputs["features"])))
+    for name in case.differentiable:
+        inputs[name].requires_grad_()
+    arguments = [inputs[name] for name in inspect.signature(getattr(K, case.op)).parameters]
+    graphs.clear()
+
+    def call(*arguments, op=getattr(ours, case.op)):
+        result = op(*arguments)
+        return result[0] if op is ours.hierarchical_distillation_loss else result  # the other is its gradient
+
+    try:
+        torch.compile(call, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(*arguments)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if not graphs:
+            raise
+    targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert not any("hne" in target for target in targets), targets
+    print(case.op, sum("triton_kernel_wrapper" in target for target in targets))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run compiled in tests/test_compile.py")
+def test_the_compiler_looks_into_the_ops() -> None:
+    """One node for each kernel, none for an op: the compiler may fuse what lies between."""
+    result = _python("-c", _TRACE.format(folders=[str(ROOT / "tests" / "helpers"), str(ROOT / "tools")]))
+    kernels = dict(line.split() for line in result.stdout.splitlines())
+    assert kernels == {
+        "branch_conv2d": "1",
+        "branch_depthwise_conv2d": "1",
+        "branch_conv2d_stats": "2",
+        "branch_depthwise_conv2d_stats": "2",
+        "branch_normalize": "1",
+        "fused_conv2d": "1",
+        "fused_bottleneck": "4",
+        "prefix_mean": "1",
+        "prefix_logits": "2",
+        "hierarchical_distillation_loss": "1",
+    }, result.stdout + result.stderr

@@ -1,0 +1,399 @@
+"""Everything that needs a GPU, in one go: build, test suite, compute-sanitizer, benchmarks.
+
+It needs CUDA's compiler, PyTorch, Triton and pytest, and no network. Each step has a share of the time; one that runs
+out of it is stopped, says so, and the next one goes on. The last one, the benchmarks, has all the time that is left,
+and compares what matters most first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ("cuda", "triton")
+GRACE = 15  # seconds in which a step that is told to stop may report what it has
+
+
+class Failure(Exception):
+    """What went wrong, in a line."""
+
+
+class Skipped(Exception):
+    """Why a step cannot be done on this machine, in a line."""
+
+
+class RanOut(Exception):
+    """What a step had done when its time was over, in a line."""
+
+
+@dataclass
+class Outcome:
+    """What became of a step."""
+
+    result: str  # passed, FAILED, skipped, ran out
+    seconds: float
+    note: str
+
+
+class Check:
+    """One run of the steps.
+
+    Args:
+        seconds: For all of them.
+        results: Folder of the results.
+        expression: Chooses benchmarks, as pytest's ``-k``.
+    """
+
+    def __init__(self, seconds: float, results: Path, expression: str = "") -> None:
+        self.results, self.expression = results, expression
+        self._end = time.monotonic() + seconds
+        self._step_end = self._end
+        results.mkdir(parents=True, exist_ok=True)
+
+    def step(self, function: Callable[[Check], str], share: float | None) -> Outcome:
+        """Do a step in at most ``share`` seconds, or in all the time that is left."""
+        start = time.monotonic()
+        self._step_end = self._end if share is None else min(self._end, start + share)
+        try:
+            result, note = "passed", function(self)
+        except Failure as failure:
+            result, note = "FAILED", str(failure)
+        except Skipped as reason:
+            result, note = "skipped", str(reason)
+        except RanOut as done:
+            result, note = "ran out", str(done)
+        return Outcome(result, round(time.monotonic() - start, 1), note)
+
+    def left(self) -> float:
+        """Seconds that the step has left."""
+        return self._step_end - time.monotonic()
+
+    def run(self, *command: str, seconds: float | None = None, **environ: str) -> str:
+        """Run from the root of the checkout. The output is returned, and kept in ``check.log``.
+
+        Raises:
+            Failure: It could not be run, or ended with an error.
+            RanOut: It was interrupted after ``seconds``, or when the step's time was over.
+        """
+        limit = self.left() if seconds is None else min(seconds, self.left())
+        if limit <= 0:
+            raise RanOut("no time was left for it")
+        print("$", " ".join(command), flush=True)
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **environ},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    # Started in the background of a shell, this process ignores interrupts, and so would its children.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                )
+            except OSError as error:
+                raise Failure(str(error)) from None
+            ran_out = _wait(process, limit)
+            output.seek(0)
+            text = output.read()
+        with (self.results / "check.log").open("a") as log:
+            log.write(f"$ {' '.join(command)}\n{text}\n")
+        lines = text.strip().splitlines() or ["no output"]
+        print("\n".join(lines[-25:]), flush=True)
+        if ran_out:
+            raise RanOut(f"stopped after {limit:.0f} s: {lines[-1]}")
+        if process.returncode:
+            raise Failure(f"exit status {process.returncode}: {lines[-1]}")
+        return text
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float) -> bool:
+    """Wait for a process; if it takes longer than ``limit``, end it and all its children and return True."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(limit)
+        return False
+    process.send_signal(signal.SIGINT)  # pytest then reports what it has
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return True
+
+
+# --- steps -------------------------------------------------------------------------------------------------------
+
+
+def machine(check: Check) -> str:
+    """what is needed is there"""
+    missing = [
+        what
+        for what, there in {
+            "nvcc": shutil.which("nvcc") or os.environ.get("CUDA_HOME"),
+            "a GPU that torch can use": torch.cuda.is_available(),
+            "triton": importlib.util.find_spec("triton"),
+            "pytest": importlib.util.find_spec("pytest"),
+        }.items()
+        if not there
+    ]
+    if missing:
+        raise Failure(f"missing: {', '.join(missing)}")
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+def build(check: Check) -> str:
+    """the extension, for this GPU alone, with the environment's own PyTorch and nothing fetched"""
+    major, minor = torch.cuda.get_device_capability()
+    target = f"{major}.{minor}" + ("a" if major == 9 else "")
+    pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", ".")
+    # No versions are asked for, and pip refuses constraints of a build that it does not isolate.
+    free = {"PIP_CONSTRAINT": "", "PIP_BUILD_CONSTRAINT": "", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
+    check.run(*pip, HNE_CUDA="1", TORCH_CUDA_ARCH_LIST=target, **free)
+    return f"for sm_{target.replace('.', '')}"
+
+
+def backends(check: Check) -> str:
+    """all four can be used"""
+    code = "import hne_kernels as K; print(dict(K.unavailable_backends()))"
+    said = check.run(sys.executable, "-c", code).strip().splitlines()[-1]
+    if said != "{}":
+        raise Failure(f"not available: {said}")
+    return "reference, cpp, cuda, triton"
+
+
+def gpu_tests(check: Check) -> str:
+    """the tests of both GPU backends"""
+    return suite(check, "cuda or triton or gpu", BACKENDS)
+
+
+def other_tests(check: Check) -> str:
+    """the rest of the test suite"""
+    return suite(check, "not (cuda or triton or gpu)", ())
+
+
+def suite(check: Check, expression: str, served: tuple[str, ...]) -> str:
+    """Run the tests that ``expression`` chooses and that are not marked slow; some must be of each ``served``."""
+    missing = [package for package in ("hypothesis",) if importlib.util.find_spec(package) is None]
+    without = ["--ignore=tests/kernels/test_properties.py"] if missing else []
+    workers = []
+    if importlib.util.find_spec("xdist"):
+        workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup", "-p", "no:benchmark"]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        stopped = None
+        try:
+            command = ("-m", "pytest", "-q", "-rs", "-m", "not slow", "-k", expression, f"--junitxml={report}")
+            check.run(sys.executable, *command, *workers, *without)
+        except RanOut as done:
+            stopped = done
+        except Failure:
+            if not report.exists():
+                raise
+        note = counted(report, served, complete=stopped is None)
+    if missing:
+        note += f", without test_properties.py (no {', '.join(missing)})"
+    if stopped:
+        raise RanOut(f"{note}; then its time was over")
+    return note
+
+
+def counted(report: Path, served: tuple[str, ...], *, complete: bool) -> str:
+    """What a report of pytest says in a line; why tests were skipped is printed.
+
+    If it is not complete, its last test was interrupted, and there may be backends that it had not come to.
+
+    Raises:
+        Failure: A test failed, or none passed of a backend in ``served``.
+    """
+    if not report.exists():
+        raise Failure("pytest left no report")
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    if not complete:
+        del cases[-1:]
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skips = [skip for case in cases if (skip := case.find("skipped")) is not None]
+    good = [case for case in cases if case not in bad and case.find("skipped") is None]
+    for reason, count in Counter(skip.get("message", "") for skip in skips).most_common():
+        print(f"skipped {count}: {reason}")
+    on = {name: sum(f"{name}-" in case.get("name", "") for case in good) for name in served}
+    note = f"{len(good)} passed, {len(bad)} failed, {len(skips)} skipped"
+    note += "".join(f", {count} on {name}" for name, count in on.items())
+    if bad:
+        note += f"; first: {bad[0].get('classname')}::{bad[0].get('name')}"
+    if bad or (complete and not all(on.values())):
+        raise Failure(note)
+    return note
+
+
+def memcheck(check: Check) -> str:
+    """accesses beyond the memory of a tensor, on small shapes, both backends"""
+    return sanitizer(check, "memcheck")
+
+
+def racecheck(check: Check) -> str:
+    """races in shared memory, on small shapes, both backends"""
+    return sanitizer(check, "racecheck")
+
+
+def sanitizer(check: Check, tool: str) -> str:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        raise Skipped("compute-sanitizer is not on the PATH")
+    notes, stopped = [], False
+    for backend, rest in zip(BACKENDS, (2, 1), strict=True):
+        ours = ("--kernel-regex", "kns=hne") if backend == "cuda" else ()  # Triton's are called as in the source
+        tests = f"test_results_and_gradients and ({backend}-bfloat16 or {backend}-float32)"
+        try:
+            # Without torch's cache every tensor is an allocation of its own, and an access beyond it is seen.
+            said = check.run(
+                *(program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "application-only", *ours),
+                *(sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels/test_parity.py", "-k", tests),
+                seconds=check.left() / rest,
+                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            )
+        except Failure as failure:
+            if "Device not supported" in (check.results / "check.log").read_text():
+                raise Skipped("compute-sanitizer does not support this device") from None
+            raise Failure(f"{backend}: {failure}") from None
+        except RanOut as done:
+            notes.append(f"{backend}: {done}")
+            stopped = True
+        else:
+            notes.append(f"{backend}: {_last_line(said, ' passed')}")
+    if stopped:
+        raise RanOut("; ".join(notes))
+    return "; ".join(notes)
+
+
+def _last_line(text: str, part: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if part in line), "no test passed")
+
+
+def benchmarks(check: Check) -> str:
+    """all sides against each other, and against the roofline"""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise Skipped("the package pytest-benchmark is not installed")
+    table = check.results / gpu_name()
+    budget = check.left() - 45  # the comparison that has begun then may end
+    choice = ("-k", check.expression) if check.expression else ()
+    said = check.run(
+        *(sys.executable, "-m", "pytest", "--benchmark", "-q", "-rs", "--benchmark-workload=gpu"),
+        *(f"--benchmark-save-table={table}", f"--benchmark-budget={budget:.0f}", *choice),
+    )
+    note = f"{_last_line(said, 'comparisons, fused slower')}: {table}.md"
+    if "the budget of" in said:
+        raise RanOut(f"{note}; {_last_line(said, ' skipped')}")
+    return note
+
+
+# The step, and how many of the seconds it may take at most; the last one takes what is left.
+STEPS: dict[str, tuple[Callable[[Check], str], float | None]] = {
+    "machine": (machine, 15),
+    "build": (build, 150),
+    "backends": (backends, 20),
+    "gpu-tests": (gpu_tests, 150),
+    "other-tests": (other_tests, 45),
+    "memcheck": (memcheck, 60),
+    "racecheck": (racecheck, 50),
+    "benchmarks": (benchmarks, None),
+}
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name().lower().replace(" ", "-")
+
+
+def facts() -> dict[str, str]:
+    """GPU, driver, versions and commit, as the benchmarks have them; before the build only what torch knows."""
+    code = "import json, machine; facts = machine.describe(); print(json.dumps(facts))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
+    )
+    if result.returncode == 0:
+        return json.loads(result.stdout.splitlines()[-1])
+    return {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+
+
+def save(path: Path, machine: dict[str, str], done: dict[str, Outcome]) -> None:
+    """Write the outcomes; those of other steps that are there of the same machine and commit stay."""
+    steps = {}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["machine"] | {"date": ""} == machine | {"date": ""}:
+            steps = before["steps"]
+    steps |= {name: asdict(outcome) for name, outcome in done.items()}
+    path.write_text(json.dumps({"machine": machine, "steps": steps}, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    width = max(map(len, STEPS))
+    steps = "\n".join(
+        f"  {name:<{width}}  {'the rest' if share is None else f'{share:>6} s'}  {function.__doc__}"
+        for name, (function, share) in STEPS.items()
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"""\
+steps, and the longest that each may take:
+{steps}
+
+examples:
+  make gpu-check                                            everything, in under ten minutes
+  python tools/gpu_check.py --only build --only gpu-tests --seconds 600      some steps, with more time
+  python tools/gpu_check.py --only benchmarks --benchmarks 'inference and 128'   one part of the table
+
+A step that is given alone has all the seconds. A machine that has not been used before must build first. Results
+are added to those of earlier calls on the same machine and commit: RESULTS/<gpu>.md and .json are the table of the
+benchmarks, <gpu>-check.json the outcome of the steps, check.log all output.
+The exit status is 1 if a step failed or ran out of time.
+""",
+    )
+    parser.add_argument("--only", action="append", choices=tuple(STEPS), metavar="STEP", help="(may be given again)")
+    parser.add_argument("--seconds", type=float, default=560, help="for all steps together (default: 560)")
+    parser.add_argument("--benchmarks", default="", metavar="EXPRESSION", help="choose benchmarks, as pytest -k does")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="(default: benchmarks/results)"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    check = Check(args.seconds, args.results.resolve(), args.benchmarks)
+    chosen = args.only or list(STEPS)
+    done: dict[str, Outcome] = {}
+    for name in (name for name in STEPS if name in chosen):
+        function, share = STEPS[name]
+        done[name] = check.step(function, None if len(chosen) == 1 else share)
+        if name in ("machine", "build") and done[name].result != "passed":
+            break  # nothing to check
+    if torch.cuda.is_available():
+        save(check.results / f"{gpu_name()}-check.json", facts(), done)
+    for name, outcome in done.items():
+        print(f"{name:12} {outcome.result:8} {outcome.seconds:6.1f} s  {outcome.note}")
+    for name in chosen[len(done) :]:
+        print(f"{name:12} not begun")
+    fine = all(outcome.result in ("passed", "skipped") for outcome in done.values())
+    return 0 if fine and len(done) == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
