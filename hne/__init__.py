@@ -4,6 +4,10 @@ After "Distilled Hierarchical Neural Ensembles with Adaptive Inference Cost" (Ru
 Inference with Distilled Hierarchical Neural Ensembles").
 """
 
+from importlib import metadata
+
+from hne_kernels import build_info
+
 from .hierarchy import Hierarchy
 from .inference.cuda_graphs import GraphedHNE
 from .inference.predictor import AnytimePredictor
@@ -11,6 +15,11 @@ from .layers.modules import Bottleneck, Conv, PoolLinear
 from .losses.objectives import OBJECTIVES, objective
 from .models.hne import HNE, FusedHNE, NaiveHNE
 from .models.presets import PRESETS
+
+try:
+    __version__: str = metadata.version("hne-kernels")
+except metadata.PackageNotFoundError:  # imported from a checkout that is not installed
+    __version__ = build_info()["version"]
 
 __all__ = [
     "HNE",

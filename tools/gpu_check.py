@@ -165,7 +165,7 @@ def build(check: Check) -> str:
     pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", ".")
     # No versions are asked for, and pip refuses constraints of a build that it does not isolate.
     free = {"PIP_CONSTRAINT": "", "PIP_BUILD_CONSTRAINT": "", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
-    check.run(*pip, HNE_CUDA="1", TORCH_CUDA_ARCH_LIST=target, **free)
+    check.run(*pip, seconds=None, HNE_CUDA="1", TORCH_CUDA_ARCH_LIST=target, **free)
     return f"for sm_{target.replace('.', '')}"
 
 

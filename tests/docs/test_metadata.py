@@ -1,0 +1,26 @@
+"""The version is the same wherever it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import hne
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("pyproject.toml", r'^version = "(.+)"$'),
+        ("CITATION.cff", r"^version: (.+)$"),
+        ("CHANGELOG.md", r"^## \[(\d.+?)\]"),  # the newest is on top
+    ],
+)
+def test_versions_agree(file: str, pattern: str) -> None:
+    match = re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)
+    assert match is not None
+    assert match[1] == hne.__version__
