@@ -9,12 +9,10 @@ from importlib import metadata
 from hne_kernels import build_info
 
 from .hierarchy import Hierarchy
-from .inference.cuda_graphs import GraphedHNE
-from .inference.predictor import AnytimePredictor
-from .layers.modules import Bottleneck, Conv, PoolLinear
+from .inference import AnytimePredictor, GraphedHNE
+from .layers import Bottleneck, Conv, PoolLinear
 from .losses.objectives import OBJECTIVES, objective
-from .models.hne import HNE, FusedHNE, NaiveHNE
-from .models.presets import PRESETS
+from .models import HNE, PRESETS, FusedHNE, NaiveHNE
 
 try:
     __version__: str = metadata.version("hne-kernels")

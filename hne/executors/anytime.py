@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..layers.modules import Runner
-    from ..models.hne import HNE
+from .base import Network, SubtreeExecutor
+
+
+class AnytimeNetwork(Network, Protocol):
+    def executor(self) -> SubtreeExecutor: ...
 
 
 class Anytime(Iterator[tuple[int, Tensor]]):
     """Evaluates the tree leaf by leaf, depth first, as the paper describes; see :meth:`HNE.anytime`.
 
-    The outputs of the nodes on the path to the current leaf are kept: a later leaf branches off from one of them. No
-    node is computed twice, and none before the answer that needs it is asked for. Whether parameters have changed is
-    looked at once, in the beginning: they are not to change before the end.
+    The outputs of the nodes on the path to the current leaf are kept, since a later leaf branches off from one of them.
+    No node is computed twice, and none before the answer that needs it is asked for. Changed parameters are looked for
+    once, at the beginning: they must not change before the end.
 
     Attributes:
         num_models: Leaves evaluated so far.
-        member: Logits ``[batch, num_classes]`` of the last of them by itself; None before the first.
+        member: Logits ``[batch, num_classes]`` of the last leaf by itself; None before the first.
     """
 
-    def __init__(self, model: HNE, x: Tensor) -> None:
+    def __init__(self, network: AnytimeNetwork, x: Tensor) -> None:
         self.num_models = 0
         self.member: Tensor | None = None
-        self._model = model
-        self._run: Runner = model.runner(x)
-        self._execution = model.execution()
+        self._network = network
+        self._executor = network.executor()
+        self._run = self._executor.runner(network)
         self._images = x
         self._path: list[Tensor] = []  # _path[b] is the output of block b
         self._total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
     def __next__(self) -> tuple[int, Tensor]:
-        model, tree, leaf = self._model, self._model.hierarchy, self.num_models
+        tree, leaf = self._network.hierarchy, self.num_models
         if leaf == tree.num_models:
             raise StopIteration
-        if model.execution() is not self._execution:  # whether gradients are recorded has changed
-            self._run, self._execution = model.runner(self._images), model.execution()
+        executor = self._network.executor()
+        if executor is not self._executor:  # gradients were switched on or off
+            self._executor, self._run = executor, executor.runner(self._network)
         first = tree.first_new(leaf)
         del self._path[first:]
         x = self._path[-1] if first > 0 else self._images
@@ -52,8 +55,8 @@ class Anytime(Iterator[tuple[int, Tensor]]):
         mean = self._total / self.num_models
         return self.num_models, mean if mean.dtype == logits.dtype else mean.to(logits.dtype)
 
-    def keep(self, samples: Tensor) -> None:
-        """Go on with a part of the batch: later answers are those of the samples kept, in the order given.
+    def select(self, samples: Tensor) -> None:
+        """Go on with some samples of the batch: later answers are theirs, in the order given.
 
         Args:
             samples: Their indices in the current batch, ``[K]`` int64.
@@ -62,7 +65,7 @@ class Anytime(Iterator[tuple[int, Tensor]]):
             RuntimeError: There is no answer yet.
         """
         if self.member is None:
-            raise RuntimeError("keep() chooses by an answer: ask for the first one before")
+            raise RuntimeError("select() chooses by an answer: ask for the first one before")
         self.member, self._total = self.member[samples], self._total[samples]
-        execution, self._images = self._model.execution(), self._images[samples]
-        self._path = [execution.select(x, samples) for x in self._path]
+        self._images = self._images[samples]
+        self._path = [self._executor.select_samples(x, samples) for x in self._path]

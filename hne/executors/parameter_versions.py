@@ -1,4 +1,4 @@
-"""Tells whether the tensors of modules have changed."""
+"""Detection of changed parameters and buffers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 
-class Snapshot:
-    """Which tensors some modules hold, and in which state. The counters of batch norms are left out.
+class ParameterVersions:
+    """Identity and version of the parameters and buffers of some modules, except the batch counters of batch norms.
 
     Args:
-        modules: Modules, without regard to those inside them.
+        modules: Modules, without their children.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        # The dictionaries in which modules hold their tensors: they show replaced ones, and are quick to look into.
+        # Modules hold their tensors in these dictionaries: they show replaced tensors, and are quick to read.
         self._sources: list[tuple[dict[str, Any], str]] = [
             (tensors, name)
             for module in modules
@@ -24,20 +24,20 @@ class Snapshot:
             for name, tensor in tensors.items()
             if tensor is not None and name != "num_batches_tracked"
         ]
-        self._state = self._current_state()
-        # Holding on to the memory keeps its address from being given to another tensor.
+        self._versions = self._read()
+        # A reference to the memory keeps its address from being reused by another tensor.
         self._memory = [tensors[name].detach() for tensors, name in self._sources]
 
     def is_current(self) -> bool:
-        """Whether all is unchanged; False where that cannot be told.
+        """Whether all tensors are unchanged; False where that cannot be told.
 
-        Writing through ``parameter.data`` goes unseen; tensors made under ``torch.inference_mode()`` have no version
-        counter to tell by.
+        Writes through ``parameter.data`` are invisible, and tensors made under ``torch.inference_mode()`` have no
+        version counter.
         """
-        return self._state is not None and self._state == self._current_state()
+        return self._versions is not None and self._versions == self._read()
 
-    def _current_state(self) -> tuple[list[int], list[int]] | None:
-        """Address and version of every tensor, or None where one has no such thing."""
+    def _read(self) -> tuple[list[int], list[int]] | None:
+        """Address and version of every tensor, or None where a tensor has none."""
         current = [tensors[name] for tensors, name in self._sources]
         try:
             return [tensor.data_ptr() for tensor in current], [tensor._version for tensor in current]

@@ -1,19 +1,17 @@
-"""Inference by replaying CUDA graphs: all launches of a network for the price of one."""
+"""Inference by CUDA graphs: one launch replays all kernels of a network."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hne_kernels import checks, dispatch
+from hne_kernels import autocast_dtype, backend_for
 
-from ..executors.parameter_versions import Snapshot
-from ..layers.modules import Foldable
-from ..models.hne import HNE
+from ..executors import InferenceSession, ParameterVersions
+from ..models import HNE
 
 Function = Callable[[Tensor], Tensor]
 
@@ -24,51 +22,50 @@ class GraphedHNE:
     """A model in ``eval()`` on a GPU, replayed from CUDA graphs.
 
     There is one graph for each number of models (or list of sizes), shape and dtype of images, and setting that decides
-    which kernels run: backend, autocast, TF32, deterministic algorithms. It is captured when it is first needed, which
-    takes as long as a few ordinary calls and, with Triton, the tuning of the kernels. The graphs share their memory.
+    which kernels run: backend, autocast, TF32, deterministic algorithms. The first call of a kind captures its graph,
+    which takes as long as a few ordinary calls and, with Triton, the tuning of the kernels. The graphs share memory.
 
-    Any thread and stream may call; the GPU works on one call at a time. Parameters that have changed are noticed, as
-    far as :func:`hne.inference.folded` notices, and all graphs captured anew. Gradients are never recorded.
+    Any thread and stream may call; the GPU works on one call at a time. Changed parameters are noticed as by
+    :meth:`hne.executors.InferenceSession.is_current`, and all graphs are captured again. Gradients are never recorded.
 
     Args:
-        model: On a GPU, and made outside of ``torch.inference_mode()`` (in which no change can be noticed).
+        model: On a GPU, made outside of ``torch.inference_mode()``, where changes cannot be noticed.
 
     Raises:
         TypeError: ``model`` is not an :class:`HNE`.
         ValueError: It is not on a GPU.
-        RuntimeError: Its parameters do not tell when they change; or, from a call, it is in training mode.
+        RuntimeError: Its parameters have no version counter; or, from a call, it is in training mode.
     """
 
     def __init__(self, model: HNE) -> None:
         if not isinstance(model, HNE):
             raise TypeError(f"model must be an HNE, got {type(model).__name__}")
         self.model = model
-        self._foldable = [module for module in model.modules() if isinstance(module, Foldable)]
         self._lock = threading.Lock()
         self._graphs: dict[Hashable, _Graph] = {}
-        self._start_over()
+        self._reset()
 
     def __call__(self, x: Tensor, num_models: int | None = None) -> Tensor:
-        """Logits as from :meth:`HNE.forward`, with its arguments and errors, in memory of their own."""
+        """Logits as from :meth:`HNE.forward`, with its arguments and errors, in new memory."""
         n = self.model.num_models if num_models is None else num_models
-        return self._run(lambda images: self.model(images, n), x, n)
+        return self._replay(lambda images: self.model(images, n), x, n)
 
     def prefix_logits(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-        """Logits as from :meth:`HNE.prefix_logits`, with its arguments and errors, in memory of their own."""
+        """Logits as from :meth:`HNE.prefix_logits`, with its arguments and errors, in new memory."""
         wanted = self.model.prefix_sizes if sizes is None else tuple(sizes)
-        return self._run(lambda images: self.model.prefix_logits(images, wanted), x, wanted)
+        return self._replay(lambda images: self.model.prefix_logits(images, wanted), x, wanted)
 
-    def _run(self, function: Function, x: Tensor, what: Hashable) -> Tensor:
+    def _replay(self, function: Function, x: Tensor, arguments: Hashable) -> Tensor:
         if self.model.training:
             raise RuntimeError("GraphedHNE is for inference: call model.eval() first")
         # Buffers made in inference mode could not be written to outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            key = what, x.shape, x.dtype, x.device, _setting(x)
+            key = arguments, x.shape, x.dtype, x.device, _setting(x)
             graph = self._graphs.get(key)
-            # Replayed first: while the GPU is at it, there is time to look at the parameters.
+            # The replay comes first, so that the check of the parameters overlaps with it.
             y = None if graph is None else graph(x)
             if not self._is_current():
-                self._start_over()
+                self._reset()
                 y = None
             if y is None:
                 graph = self._graphs[key] = self._capture(function, x)
@@ -76,34 +73,33 @@ class GraphedHNE:
             return y
 
     def _is_current(self) -> bool:
-        return self._parameters.is_current() and all(
-            module.folded is weights for graph in self._graphs.values() for module, weights in graph.weights
-        )
+        sessions = (graph.session for graph in self._graphs.values() if graph.session is not None)
+        return self._versions.is_current() and all(self.model.folded is session for session in sessions)
 
-    def _start_over(self) -> None:
-        """Forget the graphs: the parameters are not those that they were captured with."""
+    def _reset(self) -> None:
+        """Drop all graphs, since the parameters have changed."""
         device = next(self.model.parameters()).device
         _check_device(device)
-        parameters = Snapshot(self.model.modules())
-        if not parameters.is_current():
+        versions = ParameterVersions(self.model.modules())
+        if not versions.is_current():
             raise RuntimeError(
                 "model was made under torch.inference_mode(), where changed parameters cannot be noticed: "
                 "make it outside of it"
             )
-        torch.cuda.synchronize(device)  # what is still being replayed has its memory until it is done
+        torch.cuda.synchronize(device)  # graphs that are being replayed still use their memory
         self._graphs.clear()
-        self._parameters, self._memory = parameters, _Memory()
+        self._versions, self._memory = versions, _Memory()
 
     def _capture(self, function: Function, x: Tensor) -> _Graph:
-        self.model._check_images(x)
+        self.model.check_images(x)
         graph = _Graph(function, x, self._memory)
-        # From here on the weights are kept by the graph that reads them, and no longer than it.
-        graph.weights = [(module, module.captured.pop()) for module in self._foldable if module.captured]
+        if self.model.graph_weights:  # from now on the graph alone keeps the weights alive
+            graph.session = self.model.graph_weights.pop()
         return graph
 
 
 class _Memory:
-    """The memory in which graphs compute, one of them at a time."""
+    """Memory shared by graphs, which are replayed one at a time."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -114,7 +110,7 @@ class _Graph:
     """A function of images as a CUDA graph, for the shape and dtype of ``x``."""
 
     def __init__(self, function: Function, x: Tensor, memory: _Memory) -> None:
-        self.weights: list[tuple[Foldable, Any]] = []
+        self.session: InferenceSession | None = None  # its weights are read in every replay
         self._memory = memory
         with torch.cuda.device(x.device):
             self._images = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
@@ -124,7 +120,7 @@ class _Graph:
                 for _ in range(_WARM_UPS):
                     function(self._images)
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate memory meanwhile: that concerns only the devices that they work on.
+            # Other threads may allocate memory during the capture.
             with torch.cuda.graph(self._graph, memory.pool, stream, capture_error_mode="thread_local"):
                 self._logits = function(self._images)
 
@@ -145,10 +141,10 @@ def _check_device(device: torch.device) -> None:
 
 
 def _setting(x: Tensor) -> Hashable:
-    """What decides, besides the arguments, which kernels a call runs."""
+    """The settings that decide which kernels a call runs."""
     return (
-        dispatch.select(x),
-        checks.autocast_dtype(x.device.type),
+        backend_for(x),
+        autocast_dtype(x.device.type),
         torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -1,1 +1,32 @@
-"""The layers of a network: specs (plain data) and modules (parameters)."""
+"""The layers of a network: specs (plain data), modules (parameters of all branches), and the operations they use."""
+
+from .activations import ACTIVATIONS
+from .batch_norm import batch_normalization, count_batch, is_synchronised, running_normalization
+from .executor import Executor, Features
+from .modules import BottleneckLayer, ConvLayer, Layer, PoolLinearLayer, build_layer
+from .parameters import BranchLinear, BranchModule, ConvNorm, Size
+from .specs import Bottleneck, Conv, LayerSpec, PoolLinear, spec_from_config
+
+__all__ = [
+    "ACTIVATIONS",
+    "Bottleneck",
+    "BottleneckLayer",
+    "BranchLinear",
+    "BranchModule",
+    "Conv",
+    "ConvLayer",
+    "ConvNorm",
+    "Executor",
+    "Features",
+    "Layer",
+    "LayerSpec",
+    "PoolLinear",
+    "PoolLinearLayer",
+    "Size",
+    "batch_normalization",
+    "build_layer",
+    "count_batch",
+    "is_synchronised",
+    "running_normalization",
+    "spec_from_config",
+]

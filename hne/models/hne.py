@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -15,30 +14,32 @@ from typing_extensions import Self
 
 from hne_kernels import default_sizes
 
-from ..executors.anytime import Anytime
-from ..executors.folded import Inference, Networks
-from ..executors.kernels import Fused
-from ..executors.naive import Naive
-from ..executors.parameter_versions import Snapshot
+from ..executors import (
+    Anytime,
+    FoldedExecutor,
+    FoldedWeightCache,
+    KernelExecutor,
+    NaiveExecutor,
+    SubtreeExecutor,
+)
 from ..hierarchy import Hierarchy
-from ..layers.modules import Description, Execution, Foldable, Layer, Linear, Runner, description, units
-from . import presets as architectures
+from ..layers import BranchLinear, BranchModule, ConvNorm, Layer, LayerSpec, build_layer, spec_from_config
+from .presets import PRESETS, scaled
 
 _Model = TypeVar("_Model", bound="HNE")
 
 
-class HNE(Foldable, ABC):
-    """An ensemble of networks that share the branches of a tree: what :class:`FusedHNE` and :class:`NaiveHNE` have in
-    common.
+class HNE(FoldedWeightCache, ABC):
+    """An ensemble of networks that share the branches of a tree; base class of :class:`FusedHNE` and :class:`NaiveHNE`.
 
     Args:
         hierarchy: The tree: branches per block, and the leaves.
-        blocks: For each block of the tree the layers of one branch, in order.
+        blocks: For each block of the tree the specs of its layers, in order.
         num_classes: Logits of a leaf.
         in_channels: Channels of the images.
 
     Raises:
-        TypeError: A layer is not a description from :mod:`hne.layers`, or a number is not an int.
+        TypeError: A layer is not a spec from :mod:`hne.layers`, or a number is not an int.
         ValueError: Blocks and tree do not fit, a block is empty, or a number is below 1.
 
     Weights are initialised as by He et al. (2015), from PyTorch's global random generator.
@@ -47,7 +48,7 @@ class HNE(Foldable, ABC):
     def __init__(
         self,
         hierarchy: Hierarchy,
-        blocks: Sequence[Sequence[Description]],
+        blocks: Sequence[Sequence[LayerSpec]],
         *,
         num_classes: int,
         in_channels: int = 3,
@@ -59,13 +60,13 @@ class HNE(Foldable, ABC):
         self.in_channels = in_channels
         self.blocks = nn.ModuleList()
         channels = in_channels
-        for layers, branches, replicate in zip(blocks, hierarchy.branches, hierarchy.replication, strict=False):
+        for specs, branches, replicate in zip(blocks, hierarchy.branches, hierarchy.replication, strict=False):
             block = nn.ModuleList()
-            for layer in layers:
-                block.append(layer.build(channels, branches, replicate))
-                channels, replicate = layer.channels, 1  # only the first layer branches
+            for spec in specs:
+                block.append(build_layer(spec, channels, branches, replicate))
+                channels, replicate = spec.channels, 1  # only the first layer of a block branches
             self.blocks.append(block)
-        self.head = Linear(hierarchy.num_models, channels, num_classes)
+        self.head = BranchLinear(hierarchy.num_models, channels, num_classes)
         self.reset_parameters()
 
     @classmethod
@@ -83,7 +84,7 @@ class HNE(Foldable, ABC):
         ``hne_mobilenetv2_075`` (Table 3); or ``hne_tiny``, made for small images and short runs.
 
         Args:
-            name: One of :data:`hne.architectures.PRESETS`.
+            name: One of :data:`hne.PRESETS`.
             num_classes: Logits of a leaf.
             in_channels: Channels of the images.
             width: Factor on every channel count (rounded, at least 1).
@@ -94,14 +95,14 @@ class HNE(Foldable, ABC):
             ValueError: An unknown name, a width that is not positive, a tree that does not fit the blocks, or both
                 ``num_models`` and ``hierarchy``.
         """
-        if name not in architectures.PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(architectures.PRESETS)}, got {name!r}")
-        preset = architectures.PRESETS[name]
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        preset = PRESETS[name]
         if num_models is not None and hierarchy is not None:
             raise ValueError("give num_models or hierarchy, not both")
         if num_models is not None:
             hierarchy = Hierarchy.doubling(len(preset.blocks), num_models)
-        blocks = preset.blocks if width == 1 else architectures.scaled(preset.blocks, width)
+        blocks = preset.blocks if width == 1 else scaled(preset.blocks, width)
         tree = preset.hierarchy if hierarchy is None else hierarchy
         return cls(tree, blocks, num_classes=num_classes, in_channels=in_channels)
 
@@ -118,7 +119,7 @@ class HNE(Foldable, ABC):
             raise ValueError(f"a model's config has the entries {sorted(expected)}, got {got}")
         try:
             hierarchy = Hierarchy(**config["hierarchy"])
-            blocks = [[description(layer) for layer in block] for block in config["blocks"]]
+            blocks = [[spec_from_config(layer) for layer in block] for block in config["blocks"]]
             return cls(hierarchy, blocks, num_classes=config["num_classes"], in_channels=config["in_channels"])
         except TypeError as error:
             raise ValueError(f"not a model's config: {error}") from error
@@ -130,15 +131,16 @@ class HNE(Foldable, ABC):
                 "branches": list(self.hierarchy.branches),
                 "num_models": self.num_models,
             },
-            "blocks": [[layer.description.config() for layer in block] for block in self._blocks()],
+            "blocks": [[layer.spec.config() for layer in block] for block in self.layers_of_blocks()],
             "num_classes": self.num_classes,
             "in_channels": self.in_channels,
         }
 
     def reset_parameters(self) -> None:
         """Initialise all weights and running statistics anew."""
-        for unit in units(self):
-            unit.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, BranchModule):
+                module.reset_parameters()
 
     def sync_batch_norm_(self, enabled: bool = True) -> Self:
         """In training, take batch statistics over all processes of the default process group (in place).
@@ -146,8 +148,9 @@ class HNE(Foldable, ABC):
         Where there is only one process, it changes nothing. Gradients are those of the sum of the processes' losses,
         which ``DistributedDataParallel`` turns into a mean.
         """
-        for unit in units(self):
-            unit.synchronised = enabled
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.synchronised = enabled
         return self
 
     # Shape ------------------------------------------------------------------------------------------------------------
@@ -162,6 +165,10 @@ class HNE(Foldable, ABC):
         """The ensemble sizes of :meth:`prefix_logits`: powers of two below ``num_models``, then ``num_models``."""
         return tuple(default_sizes(self.num_models))
 
+    def layers_of_blocks(self) -> list[list[Layer]]:
+        """The layers of each block, in order."""
+        return [list(cast("nn.ModuleList", block)) for block in self.blocks]  # type: ignore[arg-type]
+
     def macs(self, num_models: int | None = None, input_size: int | tuple[int, int] = (32, 32)) -> int:
         """Multiply-adds of convolutions and linear layers for one image.
 
@@ -175,7 +182,7 @@ class HNE(Foldable, ABC):
         size = height, width
         *needed, heads = self.hierarchy.needed(self.num_models if num_models is None else num_models)
         total = heads * self.head.macs()
-        for block, branches in zip(self._blocks(), needed, strict=True):
+        for block, branches in zip(self.layers_of_blocks(), needed, strict=True):
             for layer in block:
                 total += branches * layer.macs(size)
                 size = layer.output_size(size)
@@ -184,8 +191,8 @@ class HNE(Foldable, ABC):
     # Evaluation -------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def execution(self) -> Execution:
-        """How the layers are to be computed now."""
+    def executor(self) -> SubtreeExecutor:
+        """The way to compute layers in the current mode."""
 
     def forward(self, x: Tensor, num_models: int | None = None) -> Tensor:
         """Logits of the first ``num_models`` leaves; only their part of the tree is computed.
@@ -202,8 +209,10 @@ class HNE(Foldable, ABC):
             ValueError: Wrong rank, channels, device or an empty image, or ``num_models`` out of range.
             TypeError: ``x`` is of another dtype, or ``num_models`` not an int.
         """
+        self.check_images(x)
         n = self.num_models if num_models is None else num_models
-        return self._evaluate(x, n)
+        self.hierarchy.check_num_models(n)
+        return self.executor().runner(self)(x, slice(0, n))[-1]
 
     def prefix_logits(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """Logits of nested ensembles: the mean over the first ``n`` leaves for each ``n`` of ``sizes`` (eq. 1 and 5).
@@ -216,16 +225,18 @@ class HNE(Foldable, ABC):
         Returns:
             ``[len(sizes), batch, num_classes]``.
         """
+        self.check_images(x)
         wanted = self.prefix_sizes if sizes is None else tuple(sizes)
         if not wanted or any(a >= b for a, b in itertools.pairwise((0, *wanted))):
             raise ValueError(f"sizes must rise from at least 1, got {wanted}")
-        return self._evaluate(x, wanted[-1], wanted)
+        self.hierarchy.check_num_models(wanted[-1])
+        return self.executor().runner(self)(x, slice(0, wanted[-1]), sizes=wanted)[-1]
 
     def anytime(self, x: Tensor) -> Anytime:
         """Answers that get better: yields ``(n, y)`` for n = 1, 2, ... ``num_models``.
 
         ``y`` ``[batch, num_classes]`` is the mean of the first ``n`` leaves' logits. Each step computes only the nodes
-        of the tree that are new. ``keep(samples)`` of what is returned goes on with a part of the batch.
+        of the tree that are new. ``select(samples)`` of the iterator goes on with some samples of the batch.
 
         Args:
             x: Images as in :meth:`forward`.
@@ -235,57 +246,11 @@ class HNE(Foldable, ABC):
         """
         if self.training:
             raise RuntimeError("anytime() is for inference: call model.eval() first")
-        self._check_images(x)
+        self.check_images(x)
         return Anytime(self, x)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Images as the features that :meth:`run_block` takes."""
-        return self.execution().enter(x)
-
-    def run_block(self, block: int, x: Tensor, branches: slice, replicate: int = 1) -> Tensor:
-        """Compute some branches of a block.
-
-        Args:
-            block: Which block.
-            x: Features of the branches' parents, in the layout of the :meth:`execution`.
-            branches: The range wanted.
-            replicate: Children that each parent in ``x`` has among them (the last one may have fewer).
-        """
-        return self.execution().block(self._layers(block), x, branches, replicate)
-
-    def run_head(self, x: Tensor, leaves: slice, replicate: int = 1) -> Tensor:
-        """Logits ``[leaves, batch, num_classes]`` of some leaves from the features of the last block; arguments as of
-        :meth:`run_block`."""
-        return self.execution().logits(self.head, x, leaves, replicate)
-
-    def runner(self, x: Tensor) -> Runner:
-        """What computes parts of the tree for images like ``x``, with the parameters and the :meth:`execution` of
-        now."""
-        return self._run
-
-    def _run(
-        self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
-    ) -> list[Tensor]:
-        results = []
-        x = self.enter(x) if first == 0 else x
-        *nodes, (heads, replicate) = self.hierarchy.nodes(leaves, first)
-        for block, (branches, children) in enumerate(nodes, first):
-            x = self.run_block(block, x, branches, children)
-            if keep:
-                results.append(x)
-        if sizes is None:
-            return [*results, self.run_head(x, heads, replicate)]
-        return [*results, self.execution().prefix_logits(self.head, x, heads, replicate, sizes)]
-
-    def _evaluate(self, images: Tensor, num_models: int, sizes: Sequence[int] | None = None) -> Tensor:
-        """Logits of the first leaves, or of ensembles of them."""
-        self._check_images(images)
-        self.hierarchy.check_num_models(num_models)
-        run, leaves = self.runner(images), slice(0, num_models)
-        parts = [run(part, leaves, sizes=sizes)[-1] for part in self.execution().parts(images)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-    def _check_images(self, x: Tensor) -> None:
+    def check_images(self, x: Tensor) -> None:
+        """Raise unless ``x`` are images that :meth:`forward` accepts."""
         shape = x.shape
         if len(shape) != 4:
             raise ValueError(f"x must have 4 dimensions [batch, channels, height, width], got shape {tuple(shape)}")
@@ -312,20 +277,14 @@ class HNE(Foldable, ABC):
 
     def _copy_as(self, kind: type[_Model]) -> _Model:
         model = copy.deepcopy(self)
-        model.__class__ = kind  # the classes differ in execution() alone
+        model.__class__ = kind  # the classes differ in executor() alone
         return model  # type: ignore[return-value]
-
-    def _layers(self, block: int) -> list[Layer]:
-        return list(cast("nn.ModuleList", self.blocks[block]))  # type: ignore[arg-type]
-
-    def _blocks(self) -> Iterator[list[Layer]]:
-        return map(self._layers, range(self.hierarchy.num_blocks))
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.parameters())
         rows = [("block", "branches", "layers")]
-        for index, block in enumerate(self._blocks()):
-            runs = [(text, len(list(same))) for text, same in itertools.groupby(str(b.description) for b in block)]
+        for index, block in enumerate(self.layers_of_blocks()):
+            runs = [(text, len(list(same))) for text, same in itertools.groupby(str(layer.spec) for layer in block)]
             layers = ", ".join(text if count == 1 else f"{text} x{count}" for text, count in runs)
             rows.append((str(index), str(self.hierarchy.branches[index]), layers))
         rows.append(("head", str(self.num_models), f"pool, linear {self.num_classes}"))
@@ -340,9 +299,9 @@ class NaiveHNE(HNE):
     It is what :class:`FusedHNE` is compared with; the same weights give the same logits. See :class:`HNE`.
     """
 
-    _NAIVE: ClassVar = Naive()
+    _NAIVE: ClassVar = NaiveExecutor()
 
-    def execution(self) -> Execution:
+    def executor(self) -> SubtreeExecutor:
         return self._NAIVE
 
 
@@ -350,71 +309,20 @@ class FusedHNE(HNE):
     """The ensemble on the kernels of :mod:`hne_kernels`. See :class:`HNE`.
 
     In ``eval()`` and without gradients (``torch.no_grad()`` or ``torch.inference_mode()``) batch norms are folded into
-    the weights, and every layer is one kernel; on a CPU, the whole network is one call. The folded weights are kept,
-    and renewed when the parameters have changed: see :func:`hne.inference.folded`.
+    the weights, and every layer is one kernel; on a CPU, the whole network is one call. The folded weights are cached,
+    and renewed when the parameters have changed: see :class:`hne.executors.InferenceSession`.
     """
 
-    _FUSED: ClassVar = Fused()
-    _INFERENCE: ClassVar = Inference()
+    _TRAINING: ClassVar = KernelExecutor()
+    _INFERENCE: ClassVar = FoldedExecutor()
 
-    def execution(self) -> Execution:
-        return self._FUSED if self.training or torch.is_grad_enabled() else self._INFERENCE
-
-    def runner(self, x: Tensor) -> Runner:
-        networks = self._networks(x)
-        return self._run if networks is None else networks.run
-
-    def _networks(self, x: Tensor) -> Networks | None:
-        """What is prepared for inference with images like ``x``, or None where they are served layer by layer."""
-        if self.execution() is not self._INFERENCE or not Networks.serve(x):
-            return None
-        networks: Networks | None = self.kept()
-        if networks is None:
-            if x.device != self.head.conv.weight.device:
-                return None
-            with torch.no_grad():
-                self.folded = networks = Networks(self.hierarchy, list(self._blocks()), self.head)
-        return networks
-
-    def _evaluate(self, images: Tensor, num_models: int, sizes: Sequence[int] | None = None) -> Tensor:
-        networks = self._networks(images)
-        if networks is None:
-            return super()._evaluate(images, num_models, sizes)
-        self.hierarchy.check_num_models(num_models)
-        try:
-            return networks.run(images, slice(0, num_models), sizes=sizes)[-1]
-        except Exception:  # the library refuses what does not fit, quicker than Python
-            try:
-                self._check_images(images)
-            except (ValueError, TypeError) as explained:
-                raise explained from None
-            raise
-
-    @contextlib.contextmanager
-    def frozen_parameters(self) -> Iterator[Self]:
-        """Promise that parameters and buffers stay as they are until the end of the ``with`` block.
-
-        For inference they are then looked at once, in the beginning, and not in every call, where it takes 0.1 ms (350
-        tensors, on a CPU). What is changed within the block nevertheless takes effect after it.
-        """
-        layers = [module for module in self.modules() if isinstance(module, Foldable)]
-        parameters = Snapshot(self.modules())
-        for layer in layers:
-            layer.folded = layer.kept()
-            layer.frozen += 1
-        try:
-            yield self
-        finally:
-            for layer in layers:
-                layer.frozen -= 1
-            if not parameters.is_current():
-                for layer in layers:  # folded of one state or the other, or of both
-                    layer.folded = None
+    def executor(self) -> SubtreeExecutor:
+        return self._TRAINING if self.training or torch.is_grad_enabled() else self._INFERENCE
 
 
 def _check_network(
     hierarchy: Hierarchy,
-    blocks: Sequence[Sequence[Description]],
+    blocks: Sequence[Sequence[LayerSpec]],
     num_classes: int,
     in_channels: int,
 ) -> None:
@@ -428,8 +336,8 @@ def _check_network(
         if not block:
             raise ValueError(f"blocks[{index}] must have at least one layer, got none")
         for layer in block:
-            if not isinstance(layer, Description):
-                raise TypeError(f"blocks[{index}] must list layer descriptions (Conv, Bottleneck, ...), got {layer!r}")
+            if not isinstance(layer, LayerSpec):
+                raise TypeError(f"blocks[{index}] must list layer specs (Conv, Bottleneck, ...), got {layer!r}")
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, got {value!r}")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..hierarchy import Hierarchy
-from ..layers.modules import Bottleneck, Conv, Description, PoolLinear
+from ..layers import Bottleneck, Conv, LayerSpec, PoolLinear
 
-Block = tuple[Description, ...]
+Block = tuple[LayerSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Preset:
     blocks: tuple[Block, ...]
 
 
-def scaled(blocks: Sequence[Sequence[Description]], width: float) -> tuple[Block, ...]:
+def scaled(blocks: Sequence[Sequence[LayerSpec]], width: float) -> tuple[Block, ...]:
     """The same network with every channel count times ``width``, rounded to the nearest and at least 1.
 
     Raises:

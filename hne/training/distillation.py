@@ -21,7 +21,7 @@ from ..distributed import World
 from ..errors import DataError
 from ..evaluation.regression import gaussian_divergence, gaussians
 from ..hierarchy import Hierarchy
-from ..layers.modules import Unit
+from ..layers import ConvNorm as Unit
 from ..losses.objectives import Objective, averaged, hydra
 from ..metrics import mixture
 from ..models.hne import HNE

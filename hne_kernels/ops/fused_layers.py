@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import checks, dispatch, extension
 from .fused_bottleneck import check as check_bottleneck
@@ -17,6 +18,22 @@ from .fused_conv2d import check as check_convolution
 from .fused_conv2d import fused_conv2d
 
 _LARGE = 1 << 20  # height and width of the maps that layers are checked with when they are prepared
+
+
+# Images of a micro-batch where layers are called one by one on a CPU: 16 images of CIFAR, and at least eight of larger
+# ones, since the weights are read once for each.
+IMAGES, PIXELS = 8, 16 * 32 * 32
+
+
+def micro_batches(x: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
+    """Parts of a batch of features ``[G, B, H, W, C]`` or images ``[B, C, H, W]``, small enough that on a CPU the
+    features of one layer are in the cache when the next layer reads them."""
+    # A traced program does not depend on the size of its batch.
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return (x,)
+    height, width = x.shape[2:4]
+    most = max(IMAGES, PIXELS // max(1, height * width))
+    return (x,) if x.shape[batch_dim] <= most else x.split(most, batch_dim)
 
 
 class FusedLayer(NamedTuple):
@@ -52,6 +69,11 @@ class FusedLayer(NamedTuple):
             return common | {"identity": self.identity, "final_activation": self.final_activation}
         return common | {"padding": self.padding}
 
+    def select_branches(self, branches: slice, replicate: int) -> FusedLayer:
+        """Some branches of the layer, with ``replicate`` output branches per input branch; views of its weights."""
+        weights = tuple(None if weight is None else weight[branches] for weight in self.weights)
+        return self._replace(weights=weights, replicate=replicate)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Features of the layer, from features ``[G, B, H, W, C]``."""
         op: Callable[..., Tensor] = fused_bottleneck if self.is_bottleneck else fused_conv2d
@@ -83,6 +105,7 @@ class FusedLayers:
         layers: :class:`FusedLayer`; the first with any ``replicate``, the others as their features want.
         keep: Numbers of the layers whose features are results, beside the last.
         images: The first layer is of one branch, and takes images instead of features.
+        prepare: False for layers that are used once, as in a compiled program: they are called in turn.
 
     Raises:
         ValueError: a shape, device or number does not fit; the message names the layer and the argument.
@@ -90,7 +113,9 @@ class FusedLayers:
         RuntimeError: a weight asks for a gradient; this is for inference.
     """
 
-    def __init__(self, layers: Sequence[FusedLayer], keep: Sequence[int] = (), *, images: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[FusedLayer], keep: Sequence[int] = (), *, images: bool = False, prepare: bool = True
+    ) -> None:
         self.layers, self.images = tuple(layers), images
         if not self.layers:
             raise ValueError("layers: expected at least one, got none")
@@ -107,7 +132,7 @@ class FusedLayers:
         self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]))
         self._prepared: int | None = None
         self._call = torch.ops.hne.fused_layers.default
-        if dispatch.serves("cpp", weight):
+        if prepare and dispatch.serves("cpp", weight):
             self._prepared = self._prepare()
             weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
 
@@ -152,14 +177,27 @@ class FusedLayers:
         else:
             checks.rank("x", x, 5, checks.CONV_INPUT)
         checks.no_gradient("FusedLayers", x)
-        if self._prepared is None or dispatch.select(x) != "cpp" or checks.autocast_dtype("cpu") is not None:
-            return self._in_turn(x)
+        if self._prepared is None or not self._serves(x):
+            batches = (x,) if len(self._kept) > 1 else micro_batches(x, 0 if self.images else 1)
+            if len(batches) == 1:
+                return self._in_turn(x)
+            return [torch.cat([self._in_turn(batch)[0] for batch in batches], 1)]
         try:
             results: list[Tensor] = self._call(x, self._prepared)
         except Exception:
             self._check(self._features(x))
             raise
         return results
+
+    @staticmethod
+    def _serves(x: Tensor) -> bool:
+        """Whether the prepared call serves features like ``x``."""
+        return (
+            type(x) in (Tensor, Parameter)  # subclasses, such as fake tensors, may have no memory
+            and not torch.compiler.is_compiling()
+            and checks.autocast_dtype("cpu") is None
+            and dispatch.select(x) == "cpp"
+        )
 
     def _in_turn(self, x: Tensor) -> list[Tensor]:
         x = self._features(x)

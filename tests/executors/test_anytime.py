@@ -118,14 +118,14 @@ def test_samples_can_leave(kind: type[HNE], grad: bool, tree: Hierarchy, rng: to
             torch.testing.assert_close(y, leaves[:n, kept].mean(0))
             torch.testing.assert_close(steps.member, leaves[n - 1, kept])
             choice = torch.tensor([[1, 3, 4], [0, 2], [1]][n - 1] if n < 4 else [0])
-            steps.keep(choice)
+            steps.select(choice)
             kept = kept[choice]
 
 
 def test_samples_leave_after_an_answer(rng: torch.Generator) -> None:
     steps = build(FusedHNE, networks.TREES["odd"], rng).anytime(images(rng))
     with pytest.raises(RuntimeError, match="ask for the first one before"):
-        steps.keep(torch.tensor([0]))
+        steps.select(torch.tensor([0]))
 
 
 @pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])

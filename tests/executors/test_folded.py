@@ -13,23 +13,24 @@ from networks import build, images
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import hne.executors.folded
-import hne.executors.parameter_versions
+import hne.executors.session
 from hne import FusedHNE
-from hne.layers.modules import Foldable
+from hne.executors import ParameterVersions
+from hne_kernels.ops import fused_layers
 
 
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The layers that have been folded, in order."""
     seen: list[nn.Module] = []
-    fold = hne.executors.folded.fold
+    for name in ("to_fused_layers", "fused_pool_linear"):
+        function = getattr(hne.executors.session, name)
 
-    def spy(layer):
-        seen.append(layer)
-        return fold(layer)
+        def spy(layer: nn.Module, function: Callable[[nn.Module], object] = function) -> object:
+            seen.append(layer)
+            return function(layer)
 
-    monkeypatch.setattr(hne.executors.folded, "fold", spy)
+        monkeypatch.setattr(hne.executors.session, name, spy)
     return seen
 
 
@@ -69,7 +70,7 @@ def test_what_is_refused_is_explained(prepared: bool, rng: torch.Generator) -> N
     for text, given in wrong.items():
         with pytest.raises((ValueError, TypeError), match=text) as error:
             model(given)
-        assert error.value.__suppress_context__  # the explanation by itself
+        assert error.value.__context__ is None or error.value.__suppress_context__  # the explanation by itself
 
 
 @torch.no_grad()
@@ -114,11 +115,7 @@ def test_frozen_parameters_are_looked_at_once(
         with model.frozen_parameters():
             assert torch.equal(model(x), frozen)
         with monkeypatch.context() as patched:
-            patched.setattr(
-                hne.executors.parameter_versions.Snapshot,
-                "is_current",
-                lambda _: pytest.fail("parameters were looked at"),
-            )
+            patched.setattr(ParameterVersions, "is_current", lambda _: pytest.fail("parameters were looked at"))
             assert torch.equal(model(x), frozen)
             list(model.anytime(x))
         seen = len(folds)
@@ -126,7 +123,7 @@ def test_frozen_parameters_are_looked_at_once(
         assert len(folds) == seen
         model.train().eval()(x)
         assert len(folds) == seen + layers(model), "a change of mode is always noticed"
-        assert not any(module.frozen for module in copy.deepcopy(model).modules() if isinstance(module, Foldable))
+        assert not copy.deepcopy(model).freeze_depth
         latest = model(x)
         model.head.conv.weight.mul_(2)
         assert torch.equal(model(x), latest)
@@ -140,7 +137,7 @@ def test_nothing_of_two_states_outlives_frozen_parameters(rng: torch.Generator) 
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng)
     model(x)
-    model.head.conv.weight.mul_(2)  # the network is folded anew within the block, of layers that are kept
+    model.head.conv.weight.mul_(2)  # folded again within the block
     with model.frozen_parameters():
         next(model.blocks[0].parameters()).mul_(2)
         model(x)
@@ -153,16 +150,16 @@ def test_frozen_parameters_may_overlap(rng: torch.Generator) -> None:
     for block in (one, other):
         block.__enter__()
     for block in (one, other):
-        assert model.frozen
+        assert model.freeze_depth
         block.__exit__(None, None, None)
-    assert not model.frozen
+    assert not model.freeze_depth
 
 
 def test_frozen_parameters_end_with_an_error(rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     with pytest.raises(KeyError), model.frozen_parameters():
         raise KeyError
-    assert not any(module.frozen for module in model.modules() if isinstance(module, Foldable))
+    assert not model.freeze_depth
 
 
 @torch.no_grad()
@@ -217,15 +214,14 @@ def test_parameters_without_a_version_are_not_trusted(folds: list[nn.Module], rn
 def test_training_moving_and_copying_let_go_of_folded_weights(rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     model(images(rng))
-    first = model.blocks[0][0]
-    assert first.folded is not None
-    assert copy.deepcopy(model).blocks[0][0].folded is None
-    assert first._replicate_for_data_parallel().folded is None
+    assert model.folded is not None
+    assert copy.deepcopy(model).folded is None
+    assert model._replicate_for_data_parallel().folded is None
     model.to(torch.float64)
-    assert first.folded is None
+    assert model.folded is None
     model(images(rng))
     model.train()
-    assert first.folded is None
+    assert model.folded is None
 
 
 def test_folding_during_inference_leaves_training_possible(rng: torch.Generator) -> None:
@@ -244,13 +240,13 @@ def test_a_batch_in_parts_is_the_batch(monkeypatch: pytest.MonkeyPatch, rng: tor
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng, 5)
     whole, nested = model(x), model.prefix_logits(x)
-    monkeypatch.setattr(hne.executors.folded, "IMAGES", 1)
-    monkeypatch.setattr(hne.executors.folded, "PIXELS", 2 * x.shape[2] * x.shape[3])
-    assert [len(part) for part in model.execution().parts(x)] == [2, 2, 1]
+    monkeypatch.setattr(fused_layers, "IMAGES", 1)
+    monkeypatch.setattr(fused_layers, "PIXELS", 2 * x.shape[2] * x.shape[3])
+    assert [len(batch) for batch in fused_layers.micro_batches(x, 0)] == [2, 2, 1]
     assert torch.equal(model(x), whole)
     assert torch.equal(model.prefix_logits(x), nested)
-    monkeypatch.setattr(hne.executors.folded, "PIXELS", 1)  # an image larger than a part goes by itself,
+    monkeypatch.setattr(fused_layers, "PIXELS", 1)  # an image larger than a part goes by itself,
     assert torch.equal(model(x), whole)
-    monkeypatch.setattr(hne.executors.folded, "IMAGES", 3)  # unless more are asked for
-    assert [len(part) for part in model.execution().parts(x)] == [3, 2]
+    monkeypatch.setattr(fused_layers, "IMAGES", 3)  # unless more are asked for
+    assert [len(batch) for batch in fused_layers.micro_batches(x, 0)] == [3, 2]
     assert torch.equal(model(x), whole)

@@ -186,7 +186,7 @@ def test_second_derivatives_with_frozen_statistics(double: Placement, rng: torch
 
 def test_channels_last_images_are_not_copied(rng: torch.Generator) -> None:
     x = images(rng).contiguous(memory_format=torch.channels_last)
-    features = build(FusedHNE, networks.TREES["odd"], rng).enter(x)
+    features = build(FusedHNE, networks.TREES["odd"], rng).executor().from_images(x)
     assert features.data_ptr() == x.data_ptr()
     assert features.is_contiguous()
 

@@ -1,0 +1,88 @@
+"""Layers for inference: batch norm folded into packed weights, a whole layer per kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+import hne_kernels as K
+
+from ..layers import BottleneckLayer, BranchLinear, ConvLayer, ConvNorm, Layer, PoolLinearLayer, running_normalization
+
+KernelPath = Callable[[Any], Sequence[K.FusedLayer]]
+
+_KERNEL_PATHS: dict[type[Layer], KernelPath] = {}
+
+
+def kernel_path(kind: type[Layer]) -> Callable[[KernelPath], KernelPath]:
+    """Decorator of the function that gives a layer of this kind, with all its branches, as
+    :class:`hne_kernels.FusedLayer` in a row."""
+
+    def register(function: KernelPath) -> KernelPath:
+        _KERNEL_PATHS[kind] = function
+        return function
+
+    return register
+
+
+def to_fused_layers(layer: Layer) -> Sequence[K.FusedLayer] | None:
+    """A layer, with all its branches, as fused layers in a row; None where its kind has no kernel path: inference then
+    computes its ``forward``."""
+    function = _KERNEL_PATHS.get(type(layer))
+    return None if function is None else function(layer)
+
+
+@kernel_path(ConvLayer)
+def _conv(layer: ConvLayer) -> Sequence[K.FusedLayer]:
+    return [fused_conv(layer.unit, layer.spec.activation)]
+
+
+@kernel_path(BottleneckLayer)
+def _bottleneck(layer: BottleneckLayer) -> Sequence[K.FusedLayer]:
+    depthwise, depthwise_bias = _fold(layer.depthwise)
+    weights = (
+        *_fold_dense(layer.expand),
+        depthwise.squeeze(2).permute(0, 2, 3, 1).contiguous(),
+        depthwise_bias,
+        *_fold_dense(layer.project),
+        *((None, None) if layer.shortcut is None else _fold_dense(layer.shortcut)),
+    )
+    bottleneck = K.FusedLayer(
+        weights,
+        stride=layer.spec.stride,
+        activation=layer.spec.activation,
+        final_activation=layer.spec.final_activation,
+        identity=layer.identity,
+    )
+    return [bottleneck]
+
+
+@kernel_path(PoolLinearLayer)
+def _pool_linear(layer: PoolLinearLayer) -> Sequence[K.FusedLayer]:
+    return [fused_pool_linear(layer.linear, layer.spec.activation)]
+
+
+def fused_conv(module: ConvNorm, activation: str = "none") -> K.FusedLayer:
+    """A dense convolution, its batch norm and an activation."""
+    return K.FusedLayer(_fold_dense(module), module.stride, module.padding, activation=activation)
+
+
+def fused_pool_linear(linear: BranchLinear, activation: str = "none") -> K.FusedLayer:
+    """Global average pooling and a linear layer."""
+    weight, bias = linear.weight_and_bias(slice(0, linear.branches))
+    return K.FusedLayer((K.pack_weight(weight), bias), activation=activation, mean=True)
+
+
+def _fold(module: ConvNorm) -> tuple[Tensor, Tensor]:
+    """Weight ``[branches, channels, inputs, k, k]`` and bias ``[branches, channels]``, batch norm folded in."""
+    everything = slice(0, module.branches)
+    weight = module.select_branches(module.conv.weight, everything)
+    mean, scale, shift = running_normalization(module, everything)
+    return (weight * scale[..., None, None, None]).to(weight.dtype), (shift - mean * scale).to(weight.dtype)
+
+
+def _fold_dense(module: ConvNorm) -> tuple[Tensor, Tensor]:
+    weight, bias = _fold(module)
+    return K.pack_weight(weight), bias

@@ -1,0 +1,118 @@
+"""Inference with folded weights: one call for a whole subtree where the kernels can, else one call per layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import hne_kernels as K
+
+from ..layers import Layer
+from .base import Network
+from .folding import fused_pool_linear, to_fused_layers
+from .kernels import KernelExecutor
+from .parameter_versions import ParameterVersions
+
+
+class InferenceSession:
+    """The folded weights of a network, and a program for each subtree that was asked for.
+
+    Args:
+        network: In eval mode.
+        versions: The parameters' versions at the time of construction; None for a session that is used once.
+    """
+
+    def __init__(self, network: Network, versions: ParameterVersions | None = None) -> None:
+        self._hierarchy = network.hierarchy
+        self._versions = versions
+        self._blocks: list[list[_FoldedLayer]] = [
+            [_FoldedLayer(layer, to_fused_layers(layer)) for layer in block] for block in network.layers_of_blocks()
+        ]
+        self._head = fused_pool_linear(network.head)
+        self._programs: dict[tuple[int, int, int, bool], list[_Step]] = {}
+
+    def is_current(self) -> bool:
+        """Whether the parameters are unchanged since construction, as far as that can be told.
+
+        Changes in place and replaced tensors are noticed. Writes through ``parameter.data`` are hidden from PyTorch's
+        version counter, and take effect with the next ``train()`` or ``eval()``. Parameters without a version counter
+        (made under ``torch.inference_mode()``) are folded for every call.
+        """
+        return self._versions is not None and self._versions.is_current()
+
+    def run(
+        self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Compute a subtree; see :class:`~hne.executors.base.SubtreeRunner`."""
+        key = leaves.start, leaves.stop, first, keep
+        program = self._programs.get(key)
+        if program is None:
+            with torch.no_grad():
+                program = self._programs[key] = self._program(leaves, first, keep)
+        results: list[Tensor] = []
+        for compute, keep_output in program:
+            outputs = compute(x)
+            x = outputs[-1]
+            results += outputs if keep_output else outputs[:-1]
+        if sizes is not None:
+            results[-1] = K.prefix_mean(results[-1], sizes)
+        return results
+
+    def _program(self, leaves: slice, first: int, keep: bool) -> list[_Step]:
+        """The steps of a subtree: runs of fused layers, as long as possible, and layers without a kernel path."""
+        steps: list[_Step] = []
+        fused: list[K.FusedLayer] = []  # the layers of the next step
+        ends: list[int] = []  # the positions among them whose output is kept
+
+        def finish_step() -> None:
+            if fused:
+                last = len(fused) - 1
+                images = first == 0 and not steps
+                layers = K.FusedLayers(fused, ends, images=images, prepare=self._versions is not None)
+                steps.append(_Step(layers, keep_output=last in ends))
+                fused.clear()
+                ends.clear()
+
+        *nodes, (heads, replicate) = self._hierarchy.nodes(leaves, first)
+        for block, (branches, children) in zip(self._blocks[first:], nodes, strict=True):
+            for index, (layer, all_branches) in enumerate(block):
+                block_ends = index == len(block) - 1
+                if all_branches is None:
+                    finish_step()
+                    images = first == 0 and not steps
+                    forward = functools.partial(_forward, layer, branches, children, images)
+                    steps.append(_Step(forward, keep_output=keep and block_ends))
+                    children = 1  # only the first layer of a block branches
+                    continue
+                for part in all_branches:
+                    fused.append(part.select_branches(branches, children))
+                    children = 1
+                if keep and block_ends:
+                    ends.append(len(fused) - 1)
+        fused.append(self._head.select_branches(heads, replicate))
+        ends.append(len(fused) - 1)
+        finish_step()
+        return steps
+
+
+class _FoldedLayer(NamedTuple):
+    layer: Layer
+    fused: Sequence[K.FusedLayer] | None  # all branches of it; None without a kernel path
+
+
+class _Step(NamedTuple):
+    compute: Callable[[Tensor], list[Tensor]]  # features to the features that are kept, and last the output
+    keep_output: bool  # whether the output, which the next step reads, is a result of the program
+
+
+def _forward(layer: Layer, branches: slice, replicate: int, images: bool, x: Tensor) -> list[Tensor]:
+    """Compute a layer without a kernel path by its own ``forward``."""
+    x = _KERNELS.from_images(x) if images else x
+    return [_KERNELS.materialize(layer(_KERNELS, x, branches, replicate))]
+
+
+_KERNELS = KernelExecutor()

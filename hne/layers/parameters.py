@@ -1,0 +1,101 @@
+"""Parameters of several branches, laid out as ``torch.nn`` lays out a grouped convolution."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+Size = tuple[int, int]  # height and width in pixels
+
+
+class BranchModule(nn.Module, ABC):
+    """Parameters of ``branches`` branches of equal shape."""
+
+    def __init__(self, branches: int, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.branches = branches
+        self.in_channels = in_channels
+        self.channels = channels
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialise the parameters and running statistics anew."""
+
+    def select_branches(self, tensor: Tensor, branches: slice) -> Tensor:
+        """Some branches of a parameter or buffer ``[branches * n, ...]``, as a view ``[len, n, ...]``."""
+        tensor = tensor.view(self.branches, -1, *tensor.shape[1:])
+        return tensor if branches == slice(0, self.branches) else tensor[branches]
+
+
+class ConvNorm(BranchModule):
+    """A convolution (dense or depthwise, odd kernel, padded to keep the size) followed by batch norm."""
+
+    def __init__(
+        self,
+        branches: int,
+        in_channels: int,
+        channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        *,
+        depthwise: bool = False,
+    ) -> None:
+        super().__init__(branches, in_channels, channels)
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = kernel_size // 2
+        self.depthwise = depthwise
+        self.synchronised = False  # batch statistics over all processes, see HNE.sync_batch_norm_
+        self.conv = nn.Conv2d(
+            branches * in_channels,
+            branches * channels,
+            kernel_size,
+            stride,
+            self.padding,
+            groups=branches * channels if depthwise else branches,
+            bias=False,
+        )
+        self.bn = nn.BatchNorm2d(branches * channels)
+
+    def reset_parameters(self) -> None:
+        """He et al. 2015, fan out. The fan is that of one branch, since each branch is a network of its own."""
+        filters = 1 if self.depthwise else self.channels
+        nn.init.normal_(self.conv.weight, std=(2 / (filters * self.kernel_size**2)) ** 0.5)
+        self.bn.reset_parameters()
+
+    def weight(self, branches: slice) -> Tensor:
+        """Filters of some branches: ``[len, channels, in_channels, k, k]``, depthwise ``[len, channels, k, k]``."""
+        weight = self.select_branches(self.conv.weight, branches)
+        return weight.squeeze(2) if self.depthwise else weight
+
+    def output_size(self, size: Size) -> Size:
+        """Height and width of the output."""
+        height, width = size
+        return -(-height // self.stride), -(-width // self.stride)
+
+    def macs(self, size: Size) -> int:
+        """Multiply-adds of one branch for one input of ``size``."""
+        height, width = self.output_size(size)
+        inputs = 1 if self.depthwise else self.in_channels
+        return height * width * self.channels * inputs * self.kernel_size**2
+
+
+class BranchLinear(BranchModule):
+    """A linear layer per branch: a 1x1 convolution of features of one pixel, initialised as ``nn.Linear``."""
+
+    def __init__(self, branches: int, in_channels: int, channels: int) -> None:
+        super().__init__(branches, in_channels, channels)
+        self.conv = nn.Conv2d(branches * in_channels, branches * channels, 1, groups=branches)
+
+    def reset_parameters(self) -> None:
+        self.conv.reset_parameters()
+
+    def weight_and_bias(self, branches: slice) -> tuple[Tensor, Tensor]:
+        """Weight ``[len, channels, in_channels, 1, 1]`` and bias ``[len, channels]`` of some branches."""
+        assert self.conv.bias is not None
+        return self.select_branches(self.conv.weight, branches), self.select_branches(self.conv.bias, branches)
+
+    def macs(self) -> int:
+        """Multiply-adds of one branch for one sample."""
+        return self.in_channels * self.channels

@@ -1,0 +1,61 @@
+"""A call goes a short way: few Python frames of ours lie between ``model(x)`` and an op."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+
+import networks
+import pytest
+import torch
+from networks import build, images
+
+import hne
+import hne_kernels as K
+from hne import FusedHNE
+
+OURS = tuple(str(Path(package.__file__ or "").parent) for package in (hne, K))
+
+
+def depths(model: FusedHNE, x: torch.Tensor) -> dict[str, int]:
+    """The frames of ours on the stack, from ``model.forward`` on, when an op of ours is called, by the op's name."""
+    found: dict[str, int] = {}
+
+    def watch(frame: FrameType, event: str, argument: object) -> None:
+        if event != "call" or frame.f_code.co_name != "__call__" or not frame.f_code.co_filename.endswith("_ops.py"):
+            return
+        name = str(frame.f_locals["self"])
+        if not name.startswith("hne."):
+            return
+        depth, caller = 0, frame.f_back
+        while caller is not None:
+            depth += caller.f_code.co_filename.startswith(OURS)
+            caller = caller.f_back
+        found[name] = max(found.get(name, 0), depth)
+
+    sys.setprofile(watch)
+    try:
+        model(x)
+    finally:
+        sys.setprofile(None)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cpp", "triton") if name in K.available_backends()])
+def test_inference(backend: str, rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["doubling"], rng, torch.float32)
+    x = images(rng, 1, (4, 4), torch.float32)
+    with K.use_backend(backend), torch.no_grad():
+        model(x)
+        assert max(depths(model, x).values()) <= 4
+        with torch.autocast("cpu", torch.bfloat16):
+            assert max(depths(model, x).values()) <= 4
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cpp", "triton") if name in K.available_backends()])
+def test_training(backend: str, rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["doubling"], rng, torch.float32).train()
+    with K.use_backend(backend):
+        assert max(depths(model, images(rng, 2, (4, 4), torch.float32)).values()) <= 6
