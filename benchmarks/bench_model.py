@@ -26,7 +26,7 @@ from workload import Network, Workload
 
 from hne import HNE, FusedHNE
 from hne.cli.export import Ensemble, write_onnx
-from hne.losses.objectives import objective
+from hne.losses import objective
 
 OF_TRAINING = ("fused", "naive", "channels_last", "channels_last_compiled")  # sides whose memory is measured
 

@@ -11,7 +11,7 @@ from hne_kernels import build_info
 from .hierarchy import Hierarchy
 from .inference import AnytimePredictor, GraphedHNE
 from .layers import Bottleneck, Conv, PoolLinear
-from .losses.objectives import OBJECTIVES, objective
+from .losses import OBJECTIVES, objective
 from .models import HNE, PRESETS, FusedHNE, NaiveHNE
 
 try:

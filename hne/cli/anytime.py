@@ -12,15 +12,13 @@ from statistics import median
 
 import torch
 
-from ..data import Dataset, InputFormat, evaluation_batches
-from ..data.folder import image_files
+from ..data import Dataset, InputFormat, evaluation_batches, image_files
 from ..distributed import choose_device
 from ..errors import DataError
-from ..evaluation.latency import accuracy_against_time
+from ..evaluation import measure_anytime
 from ..inference.predictor import Answer, AnytimePredictor
 from ..models.hne import HNE
-from ..reporting.plots import accuracy_against_time as plot
-from ..reporting.tables import millions, show_table
+from ..reporting import format_macs, plot_accuracy_against_time, show_table
 from .options import (
     Subparsers,
     add_checkpoint,
@@ -110,20 +108,20 @@ def run(args: argparse.Namespace) -> int:
 def _show_curve(model: HNE, dataset: Dataset, args: argparse.Namespace) -> int:
     """Accuracy against time, as a table and a plot."""
     with progress_bar(len(dataset.test), args) as bar:
-        curve = accuracy_against_time(model, dataset, batch_size=args.batch_size, progress=bar.update)
+        curve = measure_anytime(model, dataset, batch_size=args.batch_size, progress=bar.update)
     batch = "an image" if args.batch_size == 1 else f"a batch of {args.batch_size}"
     title = f"{args.checkpoint} on {dataset.name}, {batch} at a time"
     show_table(
         ["n", "MACs", "ready (ms)", "slowest", "accuracy"],
         [
-            (p.num_models, millions(p.macs), f"{p.milliseconds:.2f}", f"{p.slowest:.2f}", f"{p.accuracy:.2%}")
+            (p.num_models, format_macs(p.macs), f"{p.milliseconds:.2f}", f"{p.slowest:.2f}", f"{p.accuracy:.2%}")
             for p in curve
         ],
         title=title,
         caption=f"ready: median over the batches; {len(dataset.test)} images, {torch.get_num_threads()} thread(s)",
     )
     path = args.plot or checkpoint_path(args.checkpoint).parent / "anytime.png"
-    plot(curve, path, title)
+    plot_accuracy_against_time(curve, path, title)
     print(f"wrote {path}")
     return 0
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..distributed import choose_device
-from ..evaluation.latency import seconds_per_call
-from ..losses.objectives import objective
+from ..evaluation import seconds_per_call
+from ..losses import objective
 from ..models.hne import HNE, FusedHNE
 from ..models.presets import PRESETS
-from ..reporting.tables import show_table
+from ..reporting import show_table
 from .options import Subparsers, add_computing, computing, new_parser, positive, positives
 
 _DESCRIPTION = """\

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Dataset, Images, foreign_images, load_dataset
+from ..data import Dataset, Images, load_dataset, ood_images
 from ..distributed import World, choose_device, join_world
 from ..errors import DataError, TrainingError
-from ..evaluation.classification import evaluate_members
+from ..evaluation import evaluate_members
 from ..models import checkpoint
 from ..models.hne import HNE
 from ..models.presets import PRESETS
-from ..reporting.comparison import System, compared, measured, write_comparison
-from ..reporting.tables import show_row, show_table
+from ..reporting import System, comparison_table, measure_system, show_table, write_comparison
 from ..training.distillation import (
     Distillation,
     StudentRecipe,
@@ -33,6 +32,7 @@ from ..training.distillation import (
     tabulate,
     tabulated,
 )
+from ..training.history import show_row
 from ..training.run_directory import SUMMARY, train_into
 from ..training.trainer import CHECKPOINT, Run
 from .options import (
@@ -202,7 +202,7 @@ def _foreign(dataset: Dataset, args: argparse.Namespace) -> Images | None:
         return None
     if dataset.target is not None:
         raise ValueError(f"--ood: expected with classes, whose entropy tells foreign images; {dataset.name} has none")
-    return foreign_images(args.ood, dataset.input, args.data_dir, limit=getattr(args, "limit_test", None))
+    return ood_images(args.ood, dataset.input, args.data_dir, limit=getattr(args, "limit_test", None))
 
 
 def _teacher(
@@ -292,13 +292,15 @@ def _compare(
     """Evaluate and time the teacher and the students, and show and write the table."""
     device = next(models["hydra"].parameters()).device
     foreign = None if foreign is None else foreign.to(device)
-    systems = [] if source.model is None else [measured("teacher", source.model, dataset, foreign)]
+    systems = [] if source.model is None else [measure_system("teacher", source.model, dataset, foreign)]
     if "test" in source.outputs and dataset.target is None:
         outputs = [(source.outputs["test"].to(device), dataset.test.labels)]
         evaluation = evaluate_members(outputs, source.num_models, lambda n: 0, World(device))
         systems.append(System("teacher", source.num_models, evaluation))
-    systems += [measured(name, model, dataset, foreign) for name, model in models.items() if name != "first-phase"]
-    table = compared(systems, f"Hydra: {base.preset} on {base.data}")
+    systems += [
+        measure_system(name, model, dataset, foreign) for name, model in models.items() if name != "first-phase"
+    ]
+    table = comparison_table(systems, f"Hydra: {base.preset} on {base.data}")
     phase = f", the first {base.first_phase} of Hydra's with one head" if base.first_phase else ""
     softened = f"; temperature {base.temperature:g}" if dataset.target is None else ""
     own = f"; every head has its own last {args.own_blocks} block(s)" if args.own_blocks else ""

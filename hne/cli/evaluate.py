@@ -7,12 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data import Dataset, foreign_images
+from ..data import Dataset, ood_images
 from ..distributed import choose_device
-from ..evaluation.classification import evaluate, evaluate_foreign
-from ..evaluation.regression import evaluate_regression
+from ..evaluation import evaluate, evaluate_ood, evaluate_regression
 from ..models.hne import HNE
-from ..reporting.tables import show_evaluation, show_foreign, show_uncertainty
+from ..reporting import show_evaluation, show_ood, show_uncertainty
 from ..training.history import write_json
 from .options import (
     Subparsers,
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         foreign = None
         if args.ood is not None:
             limit = getattr(args, "limit_test", None)
-            foreign = foreign_images(args.ood, dataset.input, args.data_dir, limit=limit).to(device)
+            foreign = ood_images(args.ood, dataset.input, args.data_dir, limit=limit).to(device)
         dataset = dataset.to(device)
         with progress_bar(len(dataset.test), args) as bar:
             evaluation = evaluate(model, dataset, batch_size=args.batch_size, progress=bar.update)
@@ -99,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
         show_uncertainty(evaluation, f"uncertainty on {dataset.name}")
         if foreign is not None:
             with progress_bar(len(dataset.test) + len(foreign), args) as bar:
-                found = evaluate_foreign(model, dataset, foreign, batch_size=args.batch_size, progress=bar.update)
-            show_foreign(found, f"{len(foreign)} images of {args.ood} told from those of {dataset.name}")
+                found = evaluate_ood(model, dataset, foreign, batch_size=args.batch_size, progress=bar.update)
+            show_ood(found, f"{len(foreign)} images of {args.ood} told from those of {dataset.name}")
             values["ood"] = {"data": args.ood, "images": len(foreign), "ensembles": [asdict(row) for row in found]}
     _write(values, args)
     return 0

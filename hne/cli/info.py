@@ -9,7 +9,7 @@ from hne_kernels import info as kernel_info
 
 from ..models.hne import FusedHNE
 from ..models.presets import PRESETS
-from ..reporting.tables import millions, show_table
+from ..reporting import format_macs, show_table
 from ..training.config import DEFAULTS
 from .options import Subparsers, new_parser
 
@@ -46,7 +46,7 @@ def _show_preset(name: str) -> None:
     used = ", ".join(data for data, (_, preset) in DEFAULTS.items() if preset == name)
     show_table(
         ["n", *map(str, sizes)],
-        [("MACs", *(millions(model.macs(n, size)) for n in sizes))],
+        [("MACs", *(format_macs(model.macs(n, size)) for n in sizes))],
         title=(
             f"{name}: {model.num_models} models, branches {'-'.join(map(str, model.hierarchy.branches))}, "
             f"{sum(p.numel() for p in model.parameters()):,} parameters"

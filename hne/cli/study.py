@@ -16,13 +16,13 @@ import torch
 from ..data import Dataset, load_dataset
 from ..distributed import World, choose_device, join_world
 from ..errors import TrainingError
-from ..evaluation.classification import Evaluation
+from ..evaluation import Evaluation
 from ..experiments import STUDIES, Panel, collect, panels, recipes
 from ..experiments.designs import Choices
 from ..experiments.report import tables, write_report
 from ..experiments.runs import Progress, claimed, progress, run_name
-from ..losses.objectives import OBJECTIVES, objective
-from ..reporting.tables import show_table
+from ..losses import OBJECTIVES, objective
+from ..reporting import show_table
 from ..training.config import Recipe
 from ..training.run_directory import final_evaluation, train_into
 from ..training.trainer import CHECKPOINT, Run

@@ -11,10 +11,11 @@ import torch
 from ..data import load_dataset
 from ..distributed import choose_device, join_world
 from ..errors import CheckpointError, TrainingError
-from ..losses.objectives import OBJECTIVES
+from ..losses import OBJECTIVES
 from ..models import checkpoint
-from ..reporting.tables import show_evaluation, show_row
+from ..reporting import show_evaluation
 from ..training.config import Recipe
+from ..training.history import show_row
 from ..training.run_directory import SUMMARY, final_evaluation, title, train_into
 from ..training.trainer import CHECKPOINT, Run
 from .options import Subparsers, add_computing, add_data, add_run, computing, new_parser, positives

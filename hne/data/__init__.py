@@ -3,15 +3,18 @@
     dataset = load_dataset("cifar10", data_dir="~/data")
     for images, labels in evaluation_batches(dataset.test, dataset.input, 256): ...
 
-Images stay uint8 until a batch is made; augmentation and normalisation work on whole batches, and
-every random number comes from one generator, so that a run can be repeated and resumed exactly.
+Images stay uint8 until a batch is made. Augmentation and normalisation work on whole batches. All random numbers come
+from one generator, so that a run can be repeated and resumed exactly.
 """
 
 from __future__ import annotations
 
-from .dataset import Dataset, FileImages, Images, InputFormat, MemoryImages, TargetFormat
+from .dataset import Dataset
+from .folder import image_files
+from .formats import InputFormat, TargetFormat
+from .images import FileImages, Images, MemoryImages
 from .loader import evaluation_batches, training_batches
-from .ood import foreign_images
+from .ood import ood_images
 from .registry import DATASETS, load_dataset
 
 __all__ = [
@@ -23,7 +26,8 @@ __all__ = [
     "MemoryImages",
     "TargetFormat",
     "evaluation_batches",
-    "foreign_images",
+    "image_files",
     "load_dataset",
+    "ood_images",
     "training_batches",
 ]

@@ -1,7 +1,7 @@
-"""Augmentation of whole batches, as a function of uniform random numbers that the caller drew.
+"""Augmentation of whole batches, as a function of uniform random numbers that the caller draws.
 
-Taking the numbers as an argument keeps the randomness in one place: several processes that draw
-the same numbers and take their rows see the images one process would have seen.
+The numbers are an argument, so that all randomness stays in one place: several processes draw the same numbers, each
+takes its rows, and together they see the same images as a single process.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ CROP_AND_FLIP_DRAWS = 3  # row and column of the crop, flip
 _TRIES = 10
 RESIZED_CROP_DRAWS = 2 * _TRIES + 3  # area and aspect of every try, row and column, flip
 _AREA = (0.08, 1.0)  # share of the image that a resized crop covers
-_ASPECT = (3 / 4, 4 / 3)  # its width over its height
+_ASPECT = (3 / 4, 4 / 3)  # width of the crop over its height
 
 
 def crop_and_flip(images: Tensor, noise: Tensor, *, pad: int, flip: bool) -> Tensor:
-    """Pad with black, cut out a window of the old size at random, mirror every second image.
+    """Pad with black, cut out a random window of the original size, and mirror half of the images.
 
     Args:
-        images: uint8 [B, H, W, C].
-        noise: uniform numbers in [0, 1), float64 [B, 3]: row, column, flip.
+        images: uint8 ``[B, H, W, C]``.
+        noise: uniform numbers in [0, 1), float64 ``[B, 3]``: row, column, flip.
         pad: pixels added on every side.
         flip: mirror left and right with probability 1/2.
 
     Returns:
-        uint8 [B, H, W, C].
+        uint8 ``[B, H, W, C]``.
     """
     batch, height, width, _ = images.shape
     noise = noise.to(images.device)
@@ -46,10 +46,10 @@ def crop_and_flip(images: Tensor, noise: Tensor, *, pad: int, flip: bool) -> Ten
 
 
 def resized_crop_box(width: int, height: int, noise: Sequence[float]) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) of a random crop that will be resized to the input size.
+    """Choose the box (left, top, right, bottom) of a random resized crop.
 
-    The crop of Inception (Szegedy et al. 2015): 8 to 100 % of the area, aspect 3/4 to 4/3; the
-    first of ten tries that fits, else the largest centred box of an allowed aspect.
+    Inception's crop (Szegedy et al. 2015): 8 to 100 % of the area, aspect ratio 3/4 to 4/3. The first of ten tries
+    that fits into the image is taken, else the largest centred box with an allowed aspect ratio.
 
     Args:
         width, height: of the image, in pixels.

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their binary versions: records of labels and 3072 bytes of pixels."""
+"""CIFAR-10 and CIFAR-100 from their binary versions: each record has one or two labels and 3072 bytes of pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-from .dataset import Dataset, InputFormat, MemoryImages
+from .dataset import Dataset
+from .formats import InputFormat
+from .images import MemoryImages
 from .locate import locate
 
 _PIXELS = 3 * 32 * 32
@@ -27,10 +29,10 @@ class _Format:
     folder: str
     train: tuple[str, ...]
     test: str
-    class_names: str  # text file with a class per line
+    class_names: str  # name of a text file with one class per line
     classes: int
-    label_bytes: int  # the last of them is the class; CIFAR-100 has the superclass before it
-    records: int  # in each published file of training images
+    label_bytes: int  # the last byte is the class; in CIFAR-100 the superclass precedes it
+    records: int  # records in each published training file
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -105,7 +107,7 @@ def _read_folder(folder: Path, wanted: Sequence[str], optional: str) -> dict[str
 
 
 def _read_archive(path: Path, wanted: Sequence[str], optional: str) -> dict[str, bytes]:
-    """The files by name, read from the archive without unpacking it."""
+    """Read files from the archive, by name, without unpacking it to the disk."""
     files: dict[str, bytes] = {}
     try:
         with gzip.open(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r:") as archive:
@@ -114,7 +116,7 @@ def _read_archive(path: Path, wanted: Sequence[str], optional: str) -> dict[str,
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is not None and name in (*wanted, optional):
                     files[name] = content.read()
-            while unzipped.read(2**20):  # to the end, where the checksum is
+            while unzipped.read(2**20):  # to the end: gzip verifies its checksum there
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: truncated or damaged archive ({error})") from error
@@ -125,8 +127,10 @@ def _read_archive(path: Path, wanted: Sequence[str], optional: str) -> dict[str,
 
 
 def _records(layout: _Format, found: Path, name: str, raw: bytes, published: int) -> np.ndarray:
-    """The records of one file, uint8 [n, label bytes + 3072], after every check that the format
-    allows.
+    """Parse and check the records of one file: uint8 ``[n, label_bytes + 3072]``.
+
+    Raises:
+        DataError: the file is truncated, or a label is out of range.
     """
     size = layout.label_bytes + _PIXELS
     where = f"{found}: {name}" if found.name == layout.archive else f"{found.parent / name}"
@@ -155,6 +159,6 @@ def _images(records: np.ndarray, label_bytes: int) -> MemoryImages:
 
 
 def _class_names(text: bytes, classes: int) -> tuple[str, ...]:
-    """Names from the text file that comes with the records; the numbers if it is not there."""
+    """Class names from the text file beside the records; without that file, the class indices."""
     names = tuple(text.decode("utf-8", "replace").split())
     return names if len(names) == classes else tuple(map(str, range(classes)))

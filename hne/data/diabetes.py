@@ -6,16 +6,18 @@ from pathlib import Path
 
 import torch
 
-from .dataset import Dataset, InputFormat, MemoryImages, TargetFormat
+from .dataset import Dataset
+from .formats import InputFormat, TargetFormat
+from .images import MemoryImages
 
 
 def diabetes(data_dir: str | Path | None = None) -> Dataset:
-    """442 patients, 10 measurements each, and how far the disease has come a year later (Efron et al. 2004); all from
-    scikit-learn: ``data_dir`` is not used.
+    """Progression of diabetes in 442 patients after one year, from 10 measurements each (Efron et al. 2004).
 
-    A patient is an image of one pixel with a channel for each measurement. Every third one is for testing.
+    The data come with scikit-learn; ``data_dir`` is ignored. A patient is an image of one pixel with one channel per
+    measurement. Every third patient is a test sample.
     """
-    from sklearn.datasets import load_diabetes  # takes a second: only for who wants it
+    from sklearn.datasets import load_diabetes  # importing it takes a second
 
     bunch = load_diabetes(scaled=False)
     features = torch.from_numpy(bunch.data).float()[:, None, None]
@@ -26,7 +28,7 @@ def diabetes(data_dir: str | Path | None = None) -> Dataset:
     return Dataset(
         "diabetes",
         (),
-        # An input format takes numbers to lie between 0 and 255.
+        # InputFormat states mean and std for values divided by 255.
         InputFormat(len(mean), (1, 1), tuple((mean / 255).tolist()), tuple((std / 255).tolist())),
         MemoryImages(features[~test], target[~test]),
         MemoryImages(features[test], target[test]),

@@ -7,22 +7,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .dataset import Dataset, InputFormat, MemoryImages
+from .dataset import Dataset
+from .formats import InputFormat
+from .images import MemoryImages
 
 
 def digits(data_dir: str | Path | None = None) -> Dataset:
-    """1797 handwritten digits, 8x8 grey, 10 classes, all from scikit-learn: ``data_dir`` is not
-    used.
+    """1797 handwritten digits, 8x8 grey, 10 classes, from scikit-learn; ``data_dir`` is ignored.
 
-    Every second image of each class is a test image, as many as to train on: an easy set tells ensembles apart
-    only if training images are few and test images many.
+    Every second image of each class is a test image. The digits are easy: differences between ensembles show only with
+    few training images and many test images.
     """
-    from sklearn.datasets import load_digits  # takes a second: only for who wants it
+    from sklearn.datasets import load_digits  # importing it takes a second
 
     bunch = load_digits()
     images = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[..., None]
     labels = torch.from_numpy(bunch.target).long()
-    rank = torch.zeros_like(labels)  # of every image among those of its class
+    rank = torch.zeros_like(labels)  # position of every image within its class
     for label in range(10):
         mask = labels == label
         rank[mask] = torch.arange(int(mask.sum()))

@@ -1,4 +1,4 @@
-"""ImageNet, or any set of pictures that lie in one folder per class."""
+"""ImageNet, or any set of images with one folder per class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from ..errors import DataError
-from .dataset import Dataset, FileImages, InputFormat
+from .dataset import Dataset
+from .formats import InputFormat
+from .images import FileImages
 from .locate import locate
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -21,8 +23,11 @@ _ADVICE = (
 def imagenet(data_dir: str | Path | None = None, image_size: int = 224) -> Dataset:
     """Images in class folders ``train/<class>/`` and ``val/<class>/``, RGB.
 
-    Training: random resized crop and flip. Test: the shorter side resized to 8/7 of
-    ``image_size`` (256 for 224), then the centre.
+    Training images get a random resized crop and a flip. Test images are resized so that the shorter side is 8/7 of
+    ``image_size`` (256 for 224), then cropped at their centre.
+
+    Raises:
+        DataError: folders are missing or empty, or the classes of the two splits differ.
     """
     names = ("train", "imagenet/train")
     train = locate("imagenet", names, data_dir, advice=_ADVICE)
@@ -52,10 +57,10 @@ def imagenet(data_dir: str | Path | None = None, image_size: int = 224) -> Datas
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """All image files below ``folder``, sorted.
+    """List all image files below ``folder``, sorted.
 
     Raises:
-        DataError: it is no folder, or has no images.
+        DataError: ``folder`` does not exist or has no images.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Splits to batches: which images stand in which batch, and which of them this process computes."""
+"""Batches of a split: the order of its images, and the share of this process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .dataset import Images, InputFormat
+from .formats import InputFormat
+from .images import Images
 
-Batch = tuple[Tensor, Tensor]
-Plan = Iterator[tuple[Tensor, Tensor | None]]  # indices and random numbers of every batch
+Batch = tuple[Tensor, Tensor]  # inputs [B, C, H, W], labels [B]
+Plan = Iterator[tuple[Tensor, Tensor | None]]  # for each batch: indices, and random numbers for the augmentation
 
 
 def training_batches(
@@ -26,36 +27,39 @@ def training_batches(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """One epoch in a random order; a last, incomplete batch is left out.
+    """One epoch in a random order; an incomplete last batch is left out.
 
-    Every process draws the same permutation and the same random numbers for the *global* batch
-    and takes its own equal share of it: together they see what one process would have seen.
+    Every process draws the same permutation and the same random numbers for the *global* batch and takes an equal
+    share of it: together the processes see the same images as a single process.
 
     Args:
         split: images to train on.
         input_format: their normalisation.
         batch_size: global batch size, a multiple of ``world_size`` and at most ``len(split)``.
-        generator: source of all randomness; its state after the epoch is all there is to remember.
+        generator: source of all randomness; to resume after an epoch, its state is enough.
         augment: whether images are augmented.
         rank, world_size: of this process.
         device: where the batches go.
 
     Yields:
-        Images [batch_size / world_size, C, H, W] as :meth:`InputFormat.normalise` makes them, and their labels,
-        int64 [batch_size / world_size].
+        Inputs ``[batch_size / world_size, C, H, W]`` (see :meth:`InputFormat.normalise`) and their labels, int64
+        ``[batch_size / world_size]``.
+
+    Raises:
+        ValueError: ``batch_size`` is out of range or not a multiple of ``world_size``.
     """
     if not 1 <= batch_size <= len(split):
         raise ValueError(f"batch_size must lie between 1 and the {len(split)} images, got {batch_size}")
     if batch_size % world_size:
         raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {batch_size}")
     share = batch_size // world_size
-    mine = slice(rank * share, (rank + 1) * share)
+    local = slice(rank * share, (rank + 1) * share)
 
     def plan() -> Plan:
         order = torch.randperm(len(split), generator=generator)
         for start in range(0, len(split) - batch_size + 1, batch_size):
-            noise = split.draw(batch_size, generator)[mine] if augment else None
-            yield order[start : start + batch_size][mine], noise
+            noise = split.draw(batch_size, generator)[local] if augment else None
+            yield order[start : start + batch_size][local], noise
 
     return _load(split, input_format, plan(), device)
 
@@ -69,25 +73,22 @@ def evaluation_batches(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """Every image once, in order and not augmented; with several processes, every
-    ``world_size``-th batch.
-    """
+    """Every image once, in order and not augmented; with several processes, every ``world_size``-th batch."""
     indices = torch.arange(len(split)).split(batch_size)[rank::world_size]
     return _load(split, input_format, ((batch, None) for batch in indices), device)
 
 
 def _load(split: Images, input_format: InputFormat, plan: Plan, device: torch.device | str) -> Iterator[Batch]:
-    for indices, pixels in _ahead(split, plan):
+    for indices, pixels in _prefetch(split, plan):
         labels = split.labels[indices.to(split.labels.device)].to(device)
         yield input_format.normalise(pixels.to(device)), labels
 
 
-def _ahead(split: Images, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pixels of every batch; up to ``split.prefetch`` of them are made in advance by another
-    thread.
+def _prefetch(split: Images, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield indices and pixels of every batch; another thread prepares up to ``split.prefetch`` batches in advance.
 
-    The plan itself is always drawn by the calling thread, and completely: the generator's state
-    at the end does not depend on timing.
+    The calling thread consumes the plan itself, completely and in order: the generator's state at the end does not
+    depend on timing.
     """
     if not split.prefetch:
         for indices, noise in plan:

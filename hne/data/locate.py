@@ -1,4 +1,4 @@
-"""Where data files are looked for."""
+"""The search for data files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from ..errors import DataError
 
 
 def locate(
-    what: str,
+    dataset: str,
     names: Sequence[str],
     data_dir: str | Path | None,
     *,
     advice: str,
     system: Sequence[str] = (),
 ) -> Path:
-    """The first of ``names`` that exists, in the first folder that has one.
+    """Find the first of ``names`` that exists, in the first folder that has one.
 
     Args:
-        what: the data set, for the message.
+        dataset: name of the data set, for the error text.
         names: file names relative to a folder, preferred first.
-        data_dir: the only folder to look in; without it, ``$HNE_DATA`` and then ``system`` are
-            searched.
-        advice: how to get the files, for the message.
-        system: folders where packages install them.
+        data_dir: the only folder to search; without it, ``$HNE_DATA`` and then ``system`` are searched.
+        advice: how to get the files, for the error text.
+        system: folders where packages of the operating system install the files.
 
     Raises:
-        DataError: nothing was found; the message says where it was looked for and how to get it.
+        DataError: nothing was found; the text names the folders searched and how to get the files.
     """
     if data_dir is not None:
         folders = [Path(data_dir).expanduser()]
@@ -43,5 +42,5 @@ def locate(
     places = ", ".join(f"{folder}{'' if folder.is_dir() else ' (no such folder)'}" for folder in folders)
     ways = "" if data_dir is not None else "; --data-dir DIR or HNE_DATA=DIR name another folder"
     raise DataError(
-        f"{what}: found none of {', '.join(names)} in {places or 'any folder (none was named)'}. {advice}{ways}"
+        f"{dataset}: found none of {', '.join(names)} in {places or 'any folder (none was named)'}. {advice}{ways}"
     )

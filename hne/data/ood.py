@@ -1,4 +1,4 @@
-"""Images of another data set, in the format that a network was trained on: to be told from its own."""
+"""Out-of-distribution (OOD) images: images of another data set, in the input format of a trained network."""
 
 from __future__ import annotations
 
@@ -11,44 +11,46 @@ import torch
 from PIL import Image
 
 from ..errors import DataError
-from .dataset import FileImages, Images, InputFormat, MemoryImages
 from .folder import image_files
-from .registry import DATASETS, limited, load_dataset
+from .formats import InputFormat
+from .images import FileImages, Images, MemoryImages
+from .registry import DATASETS, limit_images, load_dataset
 
 
-def foreign_images(
+def ood_images(
     source: str | Path, input_format: InputFormat, data_dir: str | Path | None = None, *, limit: int | None = None
 ) -> Images:
-    """The test images of a data set, or the pictures in a folder, as inputs of another format.
+    """Load the test images of another data set, or the images in a folder, in the format ``input_format``.
 
-    They are made grey or RGB and resized as ``input_format`` reads pictures for evaluation, and will be normalised by
-    its mean and deviation. Their labels mean nothing to the network.
+    They are converted to grey or RGB and resized as ``input_format`` reads images for evaluation. A batch is normalised
+    by the mean and the standard deviation of ``input_format``. The labels mean nothing to the network.
 
     Args:
         source: one of ``DATASETS``, or a folder.
-        input_format: what they become.
-        data_dir: folder of the data set's files, as of :func:`load_dataset`.
-        limit: use only so many, picked at random but always the same ones.
+        input_format: the format to convert to.
+        data_dir: folder of the data set's files, as for :func:`load_dataset`.
+        limit: use only this many images, a random but fixed selection.
 
     Raises:
-        DataError: no such folder, no pictures in it, or the data set has none, or its files are missing or damaged.
+        DataError: the folder is missing or has no images, the data set has no images, or its files are missing or
+            damaged.
         ValueError: ``limit`` is below 1.
     """
     if source not in DATASETS:
         paths = tuple(map(str, image_files(source)))
         files = FileImages(paths, torch.zeros(len(paths), dtype=torch.long), input_format, os.cpu_count() or 1)
-        return limited("limit", files, limit)
+        return limit_images("limit", files, limit)
     dataset = load_dataset(str(source), data_dir, limit_test=limit)
     if dataset.target is not None:
-        raise DataError(f"{source}: expected images, which this data set has not")
+        raise DataError(f"{source}: expected images, but this data set has none")
     images = dataset.test
     if isinstance(images, FileImages):
         return replace(images, input=input_format)
-    return MemoryImages(_converted(images, input_format), images.labels)
+    return MemoryImages(_convert(images, input_format), images.labels)
 
 
-def _converted(split: MemoryImages, input_format: InputFormat) -> torch.Tensor:
-    """uint8 [N, H, W, C] in the new format."""
-    pictures = split.images.numpy()
-    pictures = pictures[..., 0] if pictures.shape[-1] == 1 else pictures  # as Pillow has grey ones
-    return torch.from_numpy(np.stack([input_format.fit(Image.fromarray(picture)) for picture in pictures]))
+def _convert(split: MemoryImages, input_format: InputFormat) -> torch.Tensor:
+    """Convert images to ``input_format``, uint8 ``[N, H, W, C]``."""
+    images = split.images.numpy()
+    images = images[..., 0] if images.shape[-1] == 1 else images  # Pillow has no channel dimension in grey images
+    return torch.from_numpy(np.stack([input_format.fit(Image.fromarray(image)) for image in images]))

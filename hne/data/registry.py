@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from .cifar import cifar10, cifar100
-from .dataset import Dataset, Images
+from .dataset import Dataset
 from .diabetes import diabetes
 from .digits import digits
+from .fashion_mnist import fashion_mnist
 from .folder import imagenet
-from .idx import fashion_mnist
+from .images import Images
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits,
@@ -37,14 +38,12 @@ def load_dataset(
 
     Args:
         name: one of ``DATASETS``.
-        data_dir: folder of its files; by default ``$HNE_DATA`` and the folders of system packages
-            are searched.
-        image_size: pixels of height and width, where the images are scaled (``imagenet``; default
-            224).
-        limit_train, limit_test: use only so many images, picked at random but always the same ones.
+        data_dir: folder of its files; by default ``$HNE_DATA`` and the folders of system packages are searched.
+        image_size: height and width in pixels; only ``imagenet`` can be resized (default 224).
+        limit_train, limit_test: use only this many images, a random but fixed selection.
 
     Raises:
-        ValueError: no such data set, or a limit below 1.
+        ValueError: the name is unknown, a limit is below 1, or the data set cannot be resized.
         DataError: files are missing, truncated or damaged.
     """
     if name not in DATASETS:
@@ -54,16 +53,16 @@ def load_dataset(
     elif name == "imagenet":
         dataset = imagenet(data_dir, image_size)
     else:
-        raise ValueError(f"image_size: the images of {name} have one size; only imagenet is scaled")
+        raise ValueError(f"image_size: the images of {name} have one size; only imagenet can be resized")
     return replace(
         dataset,
-        train=limited("limit_train", dataset.train, limit_train),
-        test=limited("limit_test", dataset.test, limit_test),
+        train=limit_images("limit_train", dataset.train, limit_train),
+        test=limit_images("limit_test", dataset.test, limit_test),
     )
 
 
-def limited(name: str, split: Images, limit: int | None) -> Images:
-    """``limit`` images of a split, picked at random but always the same ones; ``name`` is for the message."""
+def limit_images(name: str, split: Images, limit: int | None) -> Images:
+    """Select ``limit`` images of a split, random but always the same; ``name`` is the option in the error text."""
     if limit is None:
         return split
     if limit < 1:

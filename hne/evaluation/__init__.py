@@ -1,1 +1,23 @@
-"""Evaluation of trained models."""
+"""Evaluation of trained models: quality on test data, detection of out-of-distribution images, latency."""
+
+from __future__ import annotations
+
+from .classification import EnsembleMetrics, Evaluation, evaluate, evaluate_members
+from .latency import AnytimeStep, measure_anytime, seconds_per_call
+from .ood import OODEvaluation, evaluate_ood
+from .regression import RegressionEvaluation, RegressionMetrics, evaluate_regression
+
+__all__ = [
+    "AnytimeStep",
+    "EnsembleMetrics",
+    "Evaluation",
+    "OODEvaluation",
+    "RegressionEvaluation",
+    "RegressionMetrics",
+    "evaluate",
+    "evaluate_members",
+    "evaluate_ood",
+    "evaluate_regression",
+    "measure_anytime",
+    "seconds_per_call",
+]

@@ -1,8 +1,8 @@
-"""How good the ensembles of 1, 2, 4, ... N models are on a data set, and what each costs."""
+"""Quality and cost of the ensembles of 1, 2, 4, ... N members on a data set with classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,16 +11,14 @@ from torch import Tensor
 
 from hne_kernels import default_sizes, prefix_mean
 
-from ..data import Dataset, Images, InputFormat, evaluation_batches
+from ..data import Dataset
 from ..distributed import World
 from ..metrics import (
     BINS,
-    Detection,
     accuracy,
     brier_score,
     calibration_gaps,
     correct,
-    detection,
     disagreement,
     diversity,
     expected_calibration_error,
@@ -28,24 +26,25 @@ from ..metrics import (
     negative_log_likelihood,
     predictive_entropy,
 )
-from ..models.hne import HNE
+from ..models import HNE
+from .predict import predict
 
 
 @dataclass(frozen=True)
-class Ensemble:
-    """The ensemble of the first ``num_models`` leaves.
+class EnsembleMetrics:
+    """Metrics of the ensemble of the first ``num_models`` members.
 
     Attributes:
-        num_models: n.
+        num_models: n, the ensemble size.
         macs: multiply-adds for one image.
-        accuracy: share of the images whose class it names, 0 to 1.
+        accuracy: fraction of correctly classified images, 0 to 1.
         nll: mean negative log-likelihood of the right class, in nats.
         brier: mean squared distance of the probabilities from the one-hot label, 0 to 2.
         ece: expected calibration error with 15 bins, 0 to 1.
-        diversity: standard deviation of the logits over its leaves, averaged over classes and images.
-        disagreement: share of the pairs of its leaves that name different classes.
+        diversity: standard deviation of the logits over the members, averaged over classes and images.
+        disagreement: share of the pairs of members that predict different classes.
         entropy: mean predictive entropy, in nats.
-        mutual_information: the part of it that is disagreement of the leaves, in nats.
+        mutual_information: share of the entropy that comes from disagreement of the members, in nats.
     """
 
     num_models: int
@@ -62,42 +61,42 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A network on a data set.
+    """Metrics of a network on a data set with classes.
 
     Attributes:
         ensembles: by rising size.
-        member_accuracy: of every leaf by itself, 0 to 1.
+        member_accuracy: of every member by itself, 0 to 1.
         images: number of images.
     """
 
-    ensembles: tuple[Ensemble, ...]
+    ensembles: tuple[EnsembleMetrics, ...]
     member_accuracy: tuple[float, ...]
     images: int
 
     @property
     def diversity(self) -> float:
-        """That of the whole ensemble."""
+        """Diversity of the whole ensemble."""
         return self.ensembles[-1].diversity
 
     @property
     def mean_member_accuracy(self) -> float:
-        """Accuracy of a leaf by itself, averaged over the leaves."""
+        """Accuracy of a member by itself, averaged over the members."""
         return sum(self.member_accuracy) / len(self.member_accuracy)
 
     def columns(self) -> dict[str, float]:
-        """The main figures by name, for a row of a log."""
-        figures = {f"{name}_{e.num_models}": getattr(e, name) for e in self.ensembles for name in ("accuracy", "nll")}
-        return {**figures, "member_accuracy": self.mean_member_accuracy, "diversity": self.diversity}
+        """Return the main metrics by name, for a row of a log."""
+        metrics = {f"{name}_{e.num_models}": getattr(e, name) for e in self.ensembles for name in ("accuracy", "nll")}
+        return {**metrics, "member_accuracy": self.mean_member_accuracy, "diversity": self.diversity}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
+        """Return the evaluation as JSON-able values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Evaluation:
-        """The inverse of :meth:`to_dict`."""
+        """Invert :meth:`to_dict`."""
         return cls(
-            tuple(Ensemble(**ensemble) for ensemble in values["ensembles"]),
+            tuple(EnsembleMetrics(**ensemble) for ensemble in values["ensembles"]),
             tuple(values["member_accuracy"]),
             values["images"],
         )
@@ -117,24 +116,15 @@ def evaluate(
 
     Args:
         model: is put into eval mode.
-        dataset: its test images and their format.
+        dataset: provides the test images and their format.
         batch_size: images at a time in each process.
         channels_last: memory layout of the batches.
-        world: the processes that share the work; all get the whole result.
-        progress: called with the number of images of every batch done here.
+        world: the processes that share the work; each gets the whole result.
+        progress: called with the size of every batch that this process has evaluated.
     """
     world = world or World(next(model.parameters()).device)
-    model.eval()
-    batches = evaluation_batches(
-        dataset.test,
-        dataset.input,
-        batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-    )
     return evaluate_members(
-        ((model(images if channels_last else images.contiguous()), target) for images, target in batches),
+        predict(model, dataset.test, dataset.input, batch_size, channels_last=channels_last, world=world),
         model.num_models,
         lambda n: model.macs(n, dataset.input.size),
         world,
@@ -150,129 +140,66 @@ def evaluate_members(
     world: World,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Evaluate the ensembles of 1, 2, 4, ... N members by their logits.
+    """Evaluate the ensembles of 1, 2, 4, ... N members, given the members' logits.
 
     Args:
         batches: logits of the members ``[N, B, L]`` and classes ``[B]``.
         num_models: N.
-        macs: multiply-adds of the first n of them for one image.
-        world: the processes, each with batches of its own; all get the whole result.
-        progress: called with the number of images of every batch done here.
+        macs: multiply-adds of the first n members for one image.
+        world: the processes, each with batches of its own; each gets the whole result.
+        progress: called with the size of every batch that this process has evaluated.
     """
     sizes = default_sizes(num_models)
     totals = [
         torch.zeros(shape, dtype=torch.float64, device=world.device)
-        for shape in ((), (num_models,), (len(sizes), BINS), (len(sizes), len(_FIGURES)))
+        for shape in ((), (num_models,), (len(sizes), BINS), (len(sizes), len(_METRICS)))
     ]
     for members, target in batches:
-        answers = prefix_mean(members, sizes)
-        figures = torch.stack([_figures(members[:n], answer, target) for n, answer in zip(sizes, answers, strict=True)])
+        ensembles = prefix_mean(members, sizes)
+        metrics = torch.stack(
+            [_batch_metrics(members[:n], logits, target) for n, logits in zip(sizes, ensembles, strict=True)]
+        )
         sums: tuple[int | Tensor, ...] = (
             len(target),
             correct(members, target),
-            calibration_gaps(answers, target),
-            len(target) * figures,
+            calibration_gaps(ensembles, target),
+            len(target) * metrics,
         )
         for total, batch_sum in zip(totals, sums, strict=True):
             total += batch_sum
         if progress is not None:
             progress(len(target))
-    count, member_correct, gaps, figures = (world.sum(total).cpu() for total in totals)
-    images_done = int(count)
-    ece = expected_calibration_error(gaps, images_done)
+    count, member_correct, gaps, metrics = (world.sum(total).cpu() for total in totals)
+    num_images = int(count)
+    ece = expected_calibration_error(gaps, num_images)
     return Evaluation(
         tuple(
-            Ensemble(
+            EnsembleMetrics(
                 num_models=n,
                 macs=macs(n),
                 ece=error,
-                **dict(zip(_FIGURES, means, strict=True)),
+                **dict(zip(_METRICS, means, strict=True)),
             )
-            for n, error, means in zip(sizes, ece.tolist(), (figures / count).tolist(), strict=True)
+            for n, error, means in zip(sizes, ece.tolist(), (metrics / count).tolist(), strict=True)
         ),
         tuple((member_correct / count).tolist()),
-        images_done,
+        num_images,
     )
 
 
-_FIGURES = ("accuracy", "nll", "brier", "diversity", "disagreement", "entropy", "mutual_information")
+_METRICS = ("accuracy", "nll", "brier", "diversity", "disagreement", "entropy", "mutual_information")
 
 
-def _figures(members: Tensor, answer: Tensor, target: Tensor) -> Tensor:
-    """The ``_FIGURES`` of one ensemble on a batch: members ``[n, B, L]``, their mean ``[B, L]``."""
+def _batch_metrics(members: Tensor, ensemble: Tensor, target: Tensor) -> Tensor:
+    """``_METRICS`` of one ensemble on one batch, from the members' logits ``[n, B, L]`` and their mean ``[B, L]``."""
     return torch.stack(
         [
-            accuracy(answer[None], target)[0],
-            negative_log_likelihood(answer[None], target)[0],
-            brier_score(answer[None], target)[0],
+            accuracy(ensemble[None], target)[0],
+            negative_log_likelihood(ensemble[None], target)[0],
+            brier_score(ensemble[None], target)[0],
             diversity(members),
             disagreement(members),
             predictive_entropy(members).mean(),
             mutual_information(members).mean(),
         ]
     ).double()
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """The ensemble of the first ``num_models`` leaves on images from outside the distribution it was trained on.
-
-    Attributes:
-        num_models: n.
-        entropy, mutual_information: as of :class:`Ensemble`, on these images.
-        by_entropy, by_mutual_information: how well either tells them from the test images.
-    """
-
-    num_models: int
-    entropy: float
-    mutual_information: float
-    by_entropy: Detection
-    by_mutual_information: Detection
-
-
-@torch.inference_mode()
-def evaluate_foreign(
-    model: HNE,
-    dataset: Dataset,
-    foreign: Images,
-    *,
-    batch_size: int = 256,
-    progress: Callable[[int], object] | None = None,
-) -> tuple[Foreign, ...]:
-    """How well the uncertainty of every ensemble of ``model.prefix_sizes`` tells foreign images from the test images.
-
-    Args:
-        model: is put into eval mode.
-        dataset: its test images and their format.
-        foreign: images in that format, see :func:`hne.data.foreign_images`; they are the positive class.
-        batch_size: images at a time.
-        progress: called with the number of images of every batch.
-    """
-    model.eval()
-    sizes = model.prefix_sizes
-    inside, outside = (
-        torch.cat([_uncertainty(members, sizes) for members in batches], 2)
-        for batches in (
-            _members(model, images, dataset.input, batch_size, progress) for images in (dataset.test, foreign)
-        )
-    )
-    return tuple(
-        Foreign(n, *outside[i].mean(1).tolist(), *map(detection, inside[i], outside[i])) for i, n in enumerate(sizes)
-    )
-
-
-def _members(
-    model: HNE, images: Images, input_format: InputFormat, batch_size: int, progress: Callable[[int], object] | None
-) -> Iterator[Tensor]:
-    """Logits of the leaves, batch by batch."""
-    for batch, _ in evaluation_batches(images, input_format, batch_size, device=next(model.parameters()).device):
-        yield model(batch)
-        if progress is not None:
-            progress(len(batch))
-
-
-def _uncertainty(members: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Predictive entropy and mutual information of every ensemble, ``[P, 2, B]``."""
-    return torch.stack(
-        [torch.stack([predictive_entropy(y), mutual_information(y)]) for y in (members[:n] for n in sizes)]
-    )

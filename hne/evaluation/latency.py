@@ -1,4 +1,4 @@
-"""Time: of a call, and of the answers of anytime inference."""
+"""Latency of a call, and of every step of anytime inference."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.utils.benchmark import Timer
 
 from ..data import Dataset, evaluation_batches
 from ..metrics import correct
-from ..models.hne import HNE
+from ..models import HNE
 
 
 @dataclass(frozen=True)
-class Point:
-    """The answer of the first ``num_models`` leaves, evaluated one after the other.
+class AnytimeStep:
+    """Cost, time and accuracy of anytime inference when the first ``num_models`` members have been computed.
 
     Attributes:
-        num_models: n.
+        num_models: n, the ensemble size.
         macs: multiply-adds for one image.
-        milliseconds: until the answer for a batch was ready, median over the batches.
-        slowest: the same, for the slowest batch.
-        accuracy: share of the images whose class it names, 0 to 1.
+        milliseconds: from the start until the ensemble's logits are ready for a batch, median over the batches.
+        slowest: the same for the slowest batch.
+        accuracy: fraction of correctly classified images, 0 to 1.
     """
 
     num_models: int
@@ -34,34 +34,42 @@ class Point:
     accuracy: float
 
 
-def seconds_per_call(function: Callable[[], object], at_least: float) -> float:
-    """Median time of a call, warmed up and synchronised with the device; ``at_least`` so many seconds are spent."""
+def seconds_per_call(function: Callable[[], object], min_seconds: float) -> float:
+    """Median time of a call, warmed up and synchronised with the device.
+
+    Args:
+        function: the call.
+        min_seconds: least total time to spend on measuring.
+    """
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=at_least).median
+    return timer.blocked_autorange(min_run_time=min_seconds).median
 
 
 @torch.inference_mode()
-def accuracy_against_time(
+def measure_anytime(
     model: HNE,
     dataset: Dataset,
     *,
     batch_size: int = 1,
     progress: Callable[[int], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[Point, ...]:
-    """Time every answer of anytime inference on the test images, one point for each number of models.
+) -> tuple[AnytimeStep, ...]:
+    """Time every step of anytime inference on the test images.
 
     Args:
         model: is put into eval mode.
-        dataset: its test images and their format.
-        batch_size: images answered together; a last, smaller batch is not timed where there are others.
-        progress: called with the number of images of every batch done.
-        clock: seconds; another one is for tests.
+        dataset: provides the test images and their format.
+        batch_size: images per batch; a smaller last batch is not timed unless it is the only one.
+        progress: called with the size of every batch that was evaluated.
+        clock: returns seconds; tests replace it.
+
+    Returns:
+        One step for each ensemble size from 1 to N.
     """
     model.eval()
     device = next(model.parameters()).device
-    times: list[list[float]] = []  # for each batch, seconds until each answer
-    right = torch.zeros(model.num_models, dtype=torch.long)
+    times: list[list[float]] = []  # per batch, seconds until each step is done
+    num_correct = torch.zeros(model.num_models, dtype=torch.long)
     batches = evaluation_batches(dataset.test, dataset.input, batch_size, device=device)
     for index, (images, target) in enumerate(batches):
         if index == 0:
@@ -74,13 +82,13 @@ def accuracy_against_time(
                 torch.cuda.synchronize(device)
             ready.append(clock() - start)
             answers.append(logits)
-        right += correct(torch.stack(answers), target).cpu()
+        num_correct += correct(torch.stack(answers), target).cpu()
         if index == 0 or len(target) == batch_size:
             times.append(ready)
         if progress is not None:
             progress(len(target))
     return tuple(
-        Point(
+        AnytimeStep(
             n,
             model.macs(n, dataset.input.size),
             1e3 * statistics.median(seconds),
@@ -88,6 +96,6 @@ def accuracy_against_time(
             count / len(dataset.test),
         )
         for n, seconds, count in zip(
-            range(1, model.num_models + 1), zip(*times, strict=True), right.tolist(), strict=True
+            range(1, model.num_models + 1), zip(*times, strict=True), num_correct.tolist(), strict=True
         )
     )

@@ -1,7 +1,7 @@
-"""Regression: every leaf predicts a Gaussian, and an ensemble is the mixture of its leaves.
+"""Quality and cost of the ensembles of a regression: every member predicts a Gaussian, an ensemble is their mixture.
 
-A model has two outputs, and so has every leaf of ``model(x)``, ``[N, B, 2]``: see :func:`gaussians`. Its
-``prefix_logits`` and ``anytime`` average the outputs, which gives the mean of the mixture, but not its variance.
+``prefix_logits`` and ``anytime`` of a model average its outputs ``[N, B, 2]``. That gives the mean of the mixture,
+but not its variance.
 """
 
 from __future__ import annotations
@@ -12,59 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..data import Dataset, TargetFormat, evaluation_batches
+from ..data import Dataset
 from ..distributed import World
+from ..losses import gaussians
 from ..metrics import gaussian_nll, mixture
-from ..models.hne import HNE
-
-_LEAST_VARIANCE = 1e-4  # of a target with variance 1: certainty would make the likelihood infinite
-
-
-def gaussians(outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance ``[...]`` of the normalised target from outputs ``[..., 2]``; in float32 at least."""
-    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    return outputs[..., 0], F.softplus(outputs[..., 1]) + _LEAST_VARIANCE
-
-
-def likelihood_objective(target_format: TargetFormat) -> Callable[[Tensor, Tensor], Tensor]:
-    """``L_I`` (eq. 9) for a regression: the negative log-likelihood of every leaf, summed over the leaves.
-
-    Returns:
-        A function from outputs ``[N, B, 2]`` and targets ``[B]`` to a scalar.
-    """
-
-    def loss(outputs: Tensor, target: Tensor) -> Tensor:
-        return gaussian_nll(*gaussians(outputs), target_format.normalise(target)).sum()
-
-    return loss
-
-
-def gaussian_divergence(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
-    """Hydra's objective for a regression: KL(member i || head i) of Gaussians, mean over heads and batch.
-
-    Args:
-        student, teacher: Mean and variance ``[N, B]``, as of :func:`gaussians`.
-
-    Returns:
-        Scalar, 0 where the heads are their members.
-    """
-    (mean, variance), (wanted_mean, wanted_variance) = student, teacher
-    ratio = wanted_variance / variance
-    return ((ratio - ratio.log() - 1 + (wanted_mean - mean).square() / variance) / 2).mean()
+from ..models import HNE
+from .predict import predict
 
 
 @dataclass(frozen=True)
-class RegressionEnsemble:
-    """The mixture of the first ``num_models`` leaves, in the units of the target.
+class RegressionMetrics:
+    """Metrics of the mixture of the first ``num_models`` members, in the units of the target.
 
     Attributes:
-        num_models: n.
+        num_models: n, the ensemble size.
         macs: multiply-adds for one sample.
         rmse: root mean squared error.
         nll: mean negative log-likelihood under the Gaussian with the mixture's mean and variance, in nats.
-        diversity: standard deviation of the leaves' means, averaged over the samples.
+        diversity: standard deviation of the members' means, averaged over the samples.
     """
 
     num_models: int
@@ -76,36 +42,36 @@ class RegressionEnsemble:
 
 @dataclass(frozen=True)
 class RegressionEvaluation:
-    """A network on a data set.
+    """Metrics of a network on a regression data set.
 
     Attributes:
         ensembles: by rising size.
-        member_rmse: of every leaf by itself.
+        member_rmse: of every member by itself.
         samples: number of samples.
     """
 
-    ensembles: tuple[RegressionEnsemble, ...]
+    ensembles: tuple[RegressionMetrics, ...]
     member_rmse: tuple[float, ...]
     samples: int
 
     @property
     def mean_member_rmse(self) -> float:
-        """RMSE of a leaf by itself, averaged over the leaves."""
+        """RMSE of a member by itself, averaged over the members."""
         return sum(self.member_rmse) / len(self.member_rmse)
 
     def columns(self) -> dict[str, float]:
-        """The main figures by name, for a row of a log."""
-        figures = {f"{name}_{e.num_models}": getattr(e, name) for e in self.ensembles for name in ("rmse", "nll")}
-        return {**figures, "member_rmse": self.mean_member_rmse, "diversity": self.ensembles[-1].diversity}
+        """Return the main metrics by name, for a row of a log."""
+        metrics = {f"{name}_{e.num_models}": getattr(e, name) for e in self.ensembles for name in ("rmse", "nll")}
+        return {**metrics, "member_rmse": self.mean_member_rmse, "diversity": self.ensembles[-1].diversity}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
+        """Return the evaluation as JSON-able values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RegressionEvaluation:
-        """The inverse of :meth:`to_dict`."""
-        ensembles = tuple(RegressionEnsemble(**ensemble) for ensemble in values["ensembles"])
+        """Invert :meth:`to_dict`."""
+        ensembles = tuple(RegressionMetrics(**ensemble) for ensemble in values["ensembles"])
         return cls(ensembles, tuple(values["member_rmse"]), values["samples"])
 
 
@@ -119,43 +85,39 @@ def evaluate_regression(
     world: World | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> RegressionEvaluation:
-    """Evaluate every ensemble of ``model.prefix_sizes`` on the test samples: as :func:`hne.evaluation.evaluate`."""
+    """Evaluate every ensemble of ``model.prefix_sizes`` on the test samples. Arguments as in :func:`evaluate`."""
     world = world or World(next(model.parameters()).device)
-    model.eval()
     sizes = model.prefix_sizes
     count = torch.zeros((), dtype=torch.float64, device=world.device)
-    squares = count.new_zeros(model.num_models)  # of the leaves' errors
-    figures = count.new_zeros(len(sizes), 3)
-    for inputs, target in evaluation_batches(
-        dataset.test, dataset.input, batch_size, rank=world.rank, world_size=world.size, device=world.device
+    squares = count.new_zeros(model.num_models)  # squared errors of the members
+    metrics = count.new_zeros(len(sizes), 3)
+    for outputs, target in predict(
+        model, dataset.test, dataset.input, batch_size, channels_last=channels_last, world=world, progress=progress
     ):
-        outputs = model(inputs if channels_last else inputs.contiguous())
-        mean, variance = in_units(outputs, dataset)
+        mean, variance = _in_target_units(outputs, dataset)
         squares += (mean - target).square().sum(1)
-        for row, n in zip(figures, sizes, strict=True):
-            centre, spread = mixture(mean[:n], variance[:n])
+        for row, n in zip(metrics, sizes, strict=True):
+            center, spread = mixture(mean[:n], variance[:n])
             row += torch.stack(
                 [
-                    (centre - target).square().sum(),
-                    len(target) * gaussian_nll(centre, spread, target),
+                    (center - target).square().sum(),
+                    len(target) * gaussian_nll(center, spread, target),
                     mean[:n].std(0, correction=0).sum(),
                 ]
             )
         count += len(target)
-        if progress is not None:
-            progress(len(target))
-    samples, squares, figures = (world.sum(total).cpu() for total in (count, squares, figures))
+    samples, squares, metrics = (world.sum(total).cpu() for total in (count, squares, metrics))
     return RegressionEvaluation(
         tuple(
-            RegressionEnsemble(n, model.macs(n, dataset.input.size), square**0.5, nll, diversity)
-            for n, (square, nll, diversity) in zip(sizes, (figures / samples).tolist(), strict=True)
+            RegressionMetrics(n, model.macs(n, dataset.input.size), square**0.5, nll, diversity)
+            for n, (square, nll, diversity) in zip(sizes, (metrics / samples).tolist(), strict=True)
         ),
         tuple((squares / samples).sqrt().tolist()),
         int(samples),
     )
 
 
-def in_units(outputs: Tensor, dataset: Dataset) -> tuple[Tensor, Tensor]:
+def _in_target_units(outputs: Tensor, dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Mean and variance ``[...]`` in the units of the target, from a model's outputs ``[..., 2]``."""
     assert dataset.target is not None
     mean, variance = gaussians(outputs)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..hierarchy import Hierarchy
-from ..losses.objectives import OBJECTIVES
+from ..losses import OBJECTIVES
 from ..models.presets import PRESETS
 from ..training.config import Recipe
 

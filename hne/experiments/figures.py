@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from ..reporting.plots import COST, HALO, clean, logarithmic, new_figure, save
+from ..reporting import COST, HALO, log_cost_axis, new_figure, save_figure, style_axes
 from .results import CurveResult, Estimate, PanelResult
 
 # Okabe and Ito's colours, which the colour-blind tell apart. What is the same network has the same colour in every
@@ -53,7 +53,7 @@ def against_cost(panels: Sequence[PanelResult], path: str | Path, title: str) ->
             _plot_against_cost(axes, panel, quantity, factor)
             axes.set_ylabel(prefix + label)
             axes.set_xlabel(COST)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def members(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
@@ -77,7 +77,7 @@ def members(panels: Sequence[PanelResult], path: str | Path, title: str) -> None
         row[0].set_ylim(_limits(panel))
         prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
         row[0].set_ylabel(prefix + "test accuracy (%)")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 FIGURES = {"cost": against_cost, "members": members}
@@ -153,14 +153,14 @@ def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
                 _write(axes, point, (-5, 5), ha="right", size=8, color=color, zorder=level + 0.5)
         label = rf"{curve.label} ($\times$ width)" if several else curve.label
         ends.append((shift * points[-1].cost, points[-1].value, label, color))
-    clean(axes)
+    style_axes(axes)
     axes.margins(0.12, 0.08)
     if same_costs:
-        logarithmic(axes, [m / 1e6 for m in macs])
+        log_cost_axis(axes, [m / 1e6 for m in macs])
         names = [f"{m / 1e6:.{2 if m < 1e6 else 3}g}\nn={n}" for m, n in zip(macs, sizes, strict=True)]
         axes.set_xticks(axes.get_xticks(), names, fontsize=8.5)
     else:
-        logarithmic(axes, [])
+        log_cost_axis(axes, [])
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.minorticks_off()
     _label_ends(axes, ends)
@@ -197,7 +197,7 @@ def _plot_members(axes: Axes, curve: CurveResult, color: str, marker: str) -> No
     axes.set_title(curve.label, color=color, fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0.3, len(alone) + 0.7)
-    clean(axes)
+    style_axes(axes)
 
 
 def _limits(panel: PanelResult) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ..evaluation.classification import Evaluation
+from ..evaluation import Evaluation
 from ..training.config import Recipe
 from .designs import Panel
 
@@ -59,7 +59,7 @@ class Result:
         return tuple(ensemble.macs for ensemble in self.evaluations[0].ensembles)
 
     def of_ensembles(self, quantity: str) -> tuple[Estimate, ...]:
-        """An attribute of :class:`hne.evaluation.Ensemble`, for every size."""
+        """An attribute of :class:`hne.evaluation.EnsembleMetrics`, for every size."""
         columns = zip(*(e.ensembles for e in self.evaluations), strict=True)
         return tuple(Estimate.of([getattr(ensemble, quantity) for ensemble in column]) for column in columns)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..data import Dataset
 from ..errors import CheckpointError, TrainingError
-from ..evaluation.classification import Evaluation
+from ..evaluation import Evaluation
 from ..models import checkpoint
 from ..training.config import Recipe
 from ..training.run_directory import SUMMARY

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..evaluation.classification import Ensemble
+from ..evaluation import EnsembleMetrics
 from ..files import replacing
 from .results import Estimate, PanelResult, Result
 
@@ -107,7 +107,7 @@ _COLUMNS = (
 def write_csv(path: Path, panels: Iterable[PanelResult]) -> None:
     """Write every quantity of every network: a row for each ensemble size, whose index is n, and for the accuracy of
     each network by itself (``member_accuracy``, from 1)."""
-    quantities = [field.name for field in fields(Ensemble) if field.name not in ("num_models", "macs")]
+    quantities = [field.name for field in fields(EnsembleMetrics) if field.name not in ("num_models", "macs")]
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)

@@ -1,1 +1,7 @@
 """Adapters to other libraries."""
+
+from __future__ import annotations
+
+from .torch_uncertainty import TorchUncertainty, stacked_members
+
+__all__ = ["TorchUncertainty", "stacked_members"]

@@ -1,20 +1,20 @@
-"""An ensemble as TorchUncertainty (torch-uncertainty.github.io) wants it: the members one below the other."""
+"""An ensemble in the layout of TorchUncertainty (torch-uncertainty.github.io): members stacked along the batch."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..models.hne import HNE
+from ..models import HNE
 
 
 def stacked_members(outputs: Tensor) -> Tensor:
-    """Outputs ``[M, B, C]`` of M members as ``[M * B, C]``, in TorchUncertainty's order: row ``m * B + b``.
+    """Stack outputs ``[M, B, C]`` of M members to ``[M * B, C]``, in TorchUncertainty's order: row ``m * B + b``.
 
-    Its routines take them apart by ``rearrange(y, "(m b) c -> b m c", b=batch)``: all samples of the first member come
-    first.
+    TorchUncertainty's routines invert this by ``rearrange(y, "(m b) c -> b m c", b=batch)``: all samples of the first
+    member come first.
 
     Raises:
-        ValueError: ``outputs`` has not three dimensions.
+        ValueError: ``outputs`` does not have three dimensions.
     """
     if outputs.dim() != 3:
         raise ValueError(f"outputs must be [members, batch, classes], got shape {tuple(outputs.shape)}")
@@ -24,18 +24,22 @@ def stacked_members(outputs: Tensor) -> Tensor:
 class TorchUncertainty(nn.Module):
     """A model for TorchUncertainty's routines: images ``[B, C, H, W]`` to logits ``[M * B, L]``.
 
-    In training it expects the targets once for each member (``RepeatTarget(num_estimators)`` there does it).
+    In training the routine must repeat the targets once per member (TorchUncertainty's
+    ``RepeatTarget(num_estimators)``).
 
     Args:
-        model: The tree; it is kept as it is, and trained or put into eval mode with this module.
-        num_models: M, the first so many leaves; all by default.
+        model: the ensemble. It becomes a submodule: ``train()`` and ``eval()`` of this module apply to it.
+        num_models: M, the number of members; by default all.
+
+    Raises:
+        ValueError: the ensemble has fewer than ``num_models`` members.
     """
 
     def __init__(self, model: HNE, num_models: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.num_estimators = model.num_models if num_models is None else num_models
-        model.hierarchy.needed(self.num_estimators)  # raises if there are not so many
+        model.hierarchy.needed(self.num_estimators)  # raises if num_models is out of range
 
     def forward(self, x: Tensor) -> Tensor:
         return stacked_members(self.model(x, self.num_estimators))

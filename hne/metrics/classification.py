@@ -1,17 +1,18 @@
-"""How good the answers of ensembles are: one row of logits for each ensemble (or leaf)."""
+"""Metrics of classification, for several ensembles at once: one row of logits per ensemble (or member)."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .precision import at_least_float32
+
 
 def correct(logits: Tensor, target: Tensor) -> Tensor:
-    """How many samples each ensemble classifies correctly.
+    """Number of samples that each ensemble classifies correctly.
 
     Args:
-        logits: ``[P, B, L]``, one ensemble (or leaf) per row.
+        logits: ``[P, B, L]``, one ensemble (or member) per row.
         target: ``[B]`` class indices.
 
     Returns:
@@ -21,25 +22,23 @@ def correct(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, target: Tensor) -> Tensor:
-    """The fraction of correct samples for each row of ``logits`` ``[P, B, L]``: ``[P]``, NaN for an empty batch."""
+    """Fraction of correctly classified samples, ``[P]``; NaN for an empty batch. Arguments as in :func:`correct`."""
     return correct(logits, target) / target.numel()
 
 
 def negative_log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the right class in nats, ``[P]``; arguments as of :func:`correct`."""
+    """Mean negative log-likelihood of the right class in nats, ``[P]``. Arguments as in :func:`correct`."""
     right = target.expand(len(logits), -1)[..., None]
-    return -wide(logits).log_softmax(-1).gather(-1, right)[..., 0].mean(-1)
+    return -at_least_float32(logits).log_softmax(-1).gather(-1, right)[..., 0].mean(-1)
 
 
 def brier_score(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean squared distance of the probabilities from the one-hot label, summed over the classes (Brier 1950): 0 to 2.
+    """Mean squared distance of the probabilities from the one-hot label, summed over the classes (Brier 1950).
 
-    Arguments as of :func:`correct`; ``[P]``.
+    Arguments as in :func:`correct`.
+
+    Returns:
+        ``[P]``, 0 to 2.
     """
-    probabilities = wide(logits).softmax(-1)
+    probabilities = at_least_float32(logits).softmax(-1)
     return (probabilities - F.one_hot(target, logits.shape[-1])).square().sum(-1).mean(-1)
-
-
-def wide(logits: Tensor) -> Tensor:
-    """In float32 at least."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

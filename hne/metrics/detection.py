@@ -1,4 +1,4 @@
-"""Telling samples of another distribution by the uncertainty about them."""
+"""Detection of out-of-distribution samples by an uncertainty score."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Detection:
-    """How well a score tells two sets apart. *Out of distribution is the positive class.*
+    """How well a score separates two sets of samples. *Out of distribution is the positive class.*
 
     Attributes:
-        auroc: area under the ROC curve: how often a sample from outside has the higher score (ties count half).
-        aupr: area under the curve of precision against recall (average precision).
-        fpr95: share of the samples from inside that are taken for ones from outside, at the threshold that finds at
-            least 95 % of these.
+        auroc: area under the ROC curve: probability that an out-of-distribution sample has the higher score (ties
+            count half).
+        aupr: area under the precision-recall curve (average precision).
+        fpr95: false positive rate at the threshold that finds at least 95 % of the out-of-distribution samples.
     """
 
     auroc: float
@@ -25,15 +25,16 @@ class Detection:
 
 
 def detection(inside: Tensor, outside: Tensor) -> Detection:
-    """Compare the scores of samples from inside the distribution with those of samples from outside.
+    """Compare the scores of in-distribution samples with those of out-of-distribution samples.
 
     Args:
-        inside, outside: ``[I]`` and ``[O]``, floating point; a high score says "from outside".
+        inside: scores of in-distribution samples, floating point ``[I]``.
+        outside: scores of out-of-distribution samples, floating point ``[O]``; these should be higher.
 
     Raises:
         ValueError: one of them is empty, or a score is not finite.
     """
-    # A second to import: only for who wants it.
+    # Importing torchmetrics takes a second.
     from torchmetrics.functional.classification import (
         binary_auroc,
         binary_average_precision,
@@ -45,7 +46,8 @@ def detection(inside: Tensor, outside: Tensor) -> Detection:
             raise ValueError(f"{name} must be scores [samples] of at least one sample, got shape {tuple(scores.shape)}")
         if not scores.isfinite().all():
             raise ValueError(f"{name} must be finite scores, got NaN or infinity among them")
-    # Only their order counts; what lies outside of [0, 1], torchmetrics would take for logits and round.
+    # Only the order of the scores counts. torchmetrics takes values outside [0, 1] for logits and rounds them, so it
+    # gets ranks in [0, 1].
     ranks = torch.cat([inside, outside]).unique(return_inverse=True)[1].double()
     ranks /= max(1, len(ranks))
     label = torch.zeros(len(ranks), dtype=torch.long, device=ranks.device)

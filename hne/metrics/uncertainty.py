@@ -1,4 +1,4 @@
-"""How uncertain an ensemble is, sample by sample: logits of its leaves ``[N, B, L]`` to figures in nats ``[B]``."""
+"""Uncertainty of an ensemble about each sample: from the members' logits ``[N, B, L]`` to nats ``[B]``."""
 
 from __future__ import annotations
 
@@ -6,39 +6,38 @@ import math
 
 from torch import Tensor
 
-from .classification import wide
+from .precision import at_least_float32
 
 
 def predictive_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the mixture of the models, the mean of their probabilities: the total uncertainty.
+    """Entropy of the mixture of the members (the mean of their probabilities): the total uncertainty.
 
     Args:
-        logits: ``[N, B, L]``, the leaves.
+        logits: ``[N, B, L]``, of the members.
 
     Returns:
         ``[B]``, 0 to ``log L``.
     """
-    mixture = _log_mixture(wide(logits).log_softmax(-1))
+    mixture = _log_mixture(at_least_float32(logits).log_softmax(-1))
     return -(mixture.exp() * mixture).sum(-1).clamp_max(0)
 
 
 def mutual_information(logits: Tensor) -> Tensor:
-    """What the models disagree about: the predictive entropy less the mean entropy of the models.
+    """Predictive entropy minus the mean entropy of the members: their disagreement, the epistemic uncertainty.
 
-    It is the information that the answer would give about which model is right (BALD; Houlsby et al. 2011), the
-    epistemic part of the uncertainty. Computed as the mean divergence of a model from the mixture, which is the same
-    and does not cancel.
+    It is the information that the label gives about which member is right (BALD; Houlsby et al. 2011). It is computed
+    as the mean Kullback-Leibler divergence of a member from the mixture, which is the same without cancellation.
 
     Args:
-        logits: ``[N, B, L]``, the leaves.
+        logits: ``[N, B, L]``, of the members.
 
     Returns:
-        ``[B]``, 0 to ``log N``; 0 for a single model.
+        ``[B]``, 0 to ``log N``; 0 for a single member.
     """
-    models = wide(logits).log_softmax(-1)
-    return (models.exp() * (models - _log_mixture(models))).sum(-1).mean(0).clamp_min(0)
+    members = at_least_float32(logits).log_softmax(-1)
+    return (members.exp() * (members - _log_mixture(members))).sum(-1).mean(0).clamp_min(0)
 
 
-def _log_mixture(models: Tensor) -> Tensor:
+def _log_mixture(members: Tensor) -> Tensor:
     """Log-probabilities of the mixture, ``[N, B, L]`` to ``[B, L]``."""
-    return models.logsumexp(0) - math.log(len(models))
+    return members.logsumexp(0) - math.log(len(members))

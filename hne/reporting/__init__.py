@@ -1,1 +1,37 @@
-"""Tables and plots."""
+"""Tables, plots and comparisons of evaluated systems."""
+
+from __future__ import annotations
+
+from .comparison import System, comparison_table, measure_system, write_comparison
+from .plots import (
+    COST,
+    HALO,
+    log_cost_axis,
+    new_figure,
+    plot_accuracy_against_macs,
+    plot_accuracy_against_time,
+    save_figure,
+    style_axes,
+)
+from .tables import Table, format_macs, show_evaluation, show_ood, show_table, show_uncertainty
+
+__all__ = [
+    "COST",
+    "HALO",
+    "System",
+    "Table",
+    "comparison_table",
+    "format_macs",
+    "log_cost_axis",
+    "measure_system",
+    "new_figure",
+    "plot_accuracy_against_macs",
+    "plot_accuracy_against_time",
+    "save_figure",
+    "show_evaluation",
+    "show_ood",
+    "show_table",
+    "show_uncertainty",
+    "style_axes",
+    "write_comparison",
+]

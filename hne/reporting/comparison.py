@@ -1,4 +1,4 @@
-"""Systems side by side: how good, how diverse, how large and how fast each of them is."""
+"""Comparison of systems: quality, diversity, size and speed of each."""
 
 from __future__ import annotations
 
@@ -11,62 +11,69 @@ from typing import Any
 import torch
 
 from ..data import Dataset, Images
-from ..evaluation.classification import Evaluation, Foreign, evaluate, evaluate_foreign
-from ..evaluation.latency import seconds_per_call
-from ..evaluation.regression import RegressionEvaluation, evaluate_regression
-from ..experiments.tables import Table
-from ..files import replacing
-from ..models.hne import HNE
-from ..training.history import write_json
+from ..evaluation import (
+    Evaluation,
+    OODEvaluation,
+    RegressionEvaluation,
+    evaluate,
+    evaluate_ood,
+    evaluate_regression,
+    seconds_per_call,
+)
+from ..files import replacing, write_json
+from ..models import HNE
+from .tables import Table
 
-BATCHES = (1, 64)  # sizes of the batches that are timed
+BATCH_SIZES = (1, 64)  # timed for every system
 
 
 @dataclass(frozen=True)
 class System:
-    """A whole ensemble on a data set.
+    """Measurements of a whole ensemble on a data set.
 
     Attributes:
-        name: what it is called.
-        num_models: members.
+        name: name of the system.
+        num_models: number of members.
         evaluation: on the test images.
-        foreign: on images from outside the distribution, if there are any.
-        parameters: how many; None where only its outputs are known.
-        milliseconds: for a batch of each of :data:`BATCHES`; none where only its outputs are known.
+        ood: on out-of-distribution images; None without such images.
+        parameters: number of parameters; None where only the outputs are known.
+        milliseconds: per call, for each of :data:`BATCH_SIZES`; empty where only the outputs are known.
     """
 
     name: str
     num_models: int
     evaluation: Evaluation | RegressionEvaluation
-    foreign: Foreign | None = None
+    ood: OODEvaluation | None = None
     parameters: int | None = None
     milliseconds: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
+        """Return the measurements as JSON-able values."""
         return asdict(self)
 
 
-def measured(name: str, model: HNE, dataset: Dataset, foreign: Images | None = None, *, seconds: float = 0.5) -> System:
-    """Evaluate a network and time it.
+def measure_system(
+    name: str, model: HNE, dataset: Dataset, ood_images: Images | None = None, *, seconds: float = 0.5
+) -> System:
+    """Evaluate and time a network.
 
     Args:
-        name: what it is called.
+        name: name of the system.
         model: is put into eval mode.
-        dataset: its test images and their format, on the device of the model.
-        foreign: images from outside the distribution in that format, on that device.
-        seconds: time to spend on each timing at least.
+        dataset: provides the test images, on the device of the model, and their format.
+        ood_images: out-of-distribution images in that format, on that device.
+        seconds: least time to spend on each timing.
     """
     model.eval()
     if dataset.target is not None:
         evaluation: Evaluation | RegressionEvaluation = evaluate_regression(model, dataset)
     else:
         evaluation = evaluate(model, dataset)
-    found = None if foreign is None else evaluate_foreign(model, dataset, foreign)[-1]
+    ood = None if ood_images is None else evaluate_ood(model, dataset, ood_images)[-1]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     times = []
-    for batch in BATCHES:
-        images = dataset.input.normalise(dataset.test.pixels(torch.arange(batch) % len(dataset.test)))
+    for size in BATCH_SIZES:
+        images = dataset.input.normalise(dataset.test.pixels(torch.arange(size) % len(dataset.test)))
         images = images.to(next(model.parameters()).device)
 
         @torch.inference_mode()
@@ -74,19 +81,19 @@ def measured(name: str, model: HNE, dataset: Dataset, foreign: Images | None = N
             return model(images)
 
         times.append(1e3 * seconds_per_call(call, seconds))
-    return System(name, model.num_models, evaluation, found, parameters, tuple(times))
+    return System(name, model.num_models, evaluation, ood, parameters, tuple(times))
 
 
-def compared(systems: Sequence[System], title: str) -> Table:
-    """The systems in a table, a row each; what is not known of one is left empty."""
-    rows = [_row(system) for system in systems]
+def comparison_table(systems: Sequence[System], title: str) -> Table:
+    """Put the systems into a table, one row each. Unknown cells stay empty; columns without any value are left out."""
+    rows = [_cells(system) for system in systems]
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
     cells = ((system.name, *(row[column] for column in columns)) for system, row in zip(systems, rows, strict=True))
     return Table(title, ("", *columns), tuple(cells))
 
 
 def write_comparison(folder: Path, systems: Sequence[System], table: Table, about: str) -> tuple[Path, ...]:
-    """Write the table for people (Markdown) and programs (CSV), and all figures (JSON); returns the files."""
+    """Write the table for people (Markdown) and programs (CSV), and all measurements (JSON); return the paths."""
     markdown, rows, values = (folder / f"comparison.{kind}" for kind in ("md", "csv", "json"))
     with replacing(markdown) as temporary:
         temporary.write_text(f"# {table.title}\n\n{about}\n\n{table.markdown()}")
@@ -96,15 +103,15 @@ def write_comparison(folder: Path, systems: Sequence[System], table: Table, abou
     return markdown, rows, values
 
 
-def _row(system: System) -> dict[str, str]:
-    """The cells of a system by their columns."""
+def _cells(system: System) -> dict[str, str]:
+    """Format the cells of a system, by column."""
     whole = system.evaluation.ensembles[-1]
     cells = {"networks": str(system.num_models)}
     if isinstance(system.evaluation, RegressionEvaluation):
         e = system.evaluation.ensembles[-1]
         cells |= {"RMSE": f"{e.rmse:.2f}", "NLL": f"{e.nll:.4f}", "diversity": f"{e.diversity:.3g}"}
     else:
-        c, f = system.evaluation.ensembles[-1], system.foreign
+        c, ood = system.evaluation.ensembles[-1], system.ood
         cells |= {
             "accuracy (%)": f"{100 * c.accuracy:.2f}",
             "NLL": f"{c.nll:.4f}",
@@ -113,14 +120,14 @@ def _row(system: System) -> dict[str, str]:
             "diversity": f"{c.diversity:.3f}",
             "disagreement (%)": f"{100 * c.disagreement:.2f}",
             "MI": f"{c.mutual_information:.4f}",
-            "MI OOD": "" if f is None else f"{f.mutual_information:.4f}",
-            "AUROC (%)": "" if f is None else f"{100 * f.by_entropy.auroc:.2f}",
-            "AUROC of MI (%)": "" if f is None else f"{100 * f.by_mutual_information.auroc:.2f}",
+            "MI OOD": "" if ood is None else f"{ood.mutual_information:.4f}",
+            "AUROC (%)": "" if ood is None else f"{100 * ood.by_entropy.auroc:.2f}",
+            "AUROC of MI (%)": "" if ood is None else f"{100 * ood.by_mutual_information.auroc:.2f}",
         }
     known = system.parameters is not None
-    times = system.milliseconds or ("",) * len(BATCHES)
+    times = system.milliseconds or ("",) * len(BATCH_SIZES)
     return cells | {
         "parameters": f"{system.parameters:,}" if known else "",
         "MACs (M)": f"{whole.macs / 1e6:.3g}" if known else "",
-        **{f"ms for {b}": f"{t:.2f}" if t else "" for b, t in zip(BATCHES, times, strict=True)},
+        **{f"ms for {b}": f"{t:.2f}" if t else "" for b, t in zip(BATCH_SIZES, times, strict=True)},
     }

@@ -1,4 +1,4 @@
-"""Plots of what an ensemble costs and how good it is."""
+"""Plots of accuracy against cost."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 
-from ..evaluation.classification import Evaluation
-from ..evaluation.latency import Point
+from ..evaluation import AnytimeStep, Evaluation
 from ..files import replacing
 
 HALO = [withStroke(linewidth=3, foreground="white")]  # keeps text legible over lines
 COST = "cost per image (million multiply-adds)"
 
 
-def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Path, title: str = "") -> None:
-    """Plot accuracy against multiply-adds, one curve for each evaluation, and a dashed line for
-    its single models.
+def plot_accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Path, title: str = "") -> None:
+    """Plot accuracy against multiply-adds: one curve per evaluation, and a dashed line for its single members.
 
     Args:
-        evaluations: by the name that the legend gives them.
-        path: the file; its ending chooses the format (png, svg, pdf).
+        evaluations: by their names in the legend.
+        path: of the file; its suffix chooses the format (png, svg, pdf).
         title: above the plot.
     """
     figure = new_figure(7, 4.4)
@@ -50,47 +48,47 @@ def accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str | Pat
         )
         label_sizes(axes, [ensemble.num_models for ensemble in evaluation.ensembles], macs, accuracy, color)
     ticks = sorted({e.macs / 1e6 for evaluation in evaluations.values() for e in evaluation.ensembles})
-    logarithmic(axes, ticks if len(evaluations) == 1 else [ticks[0], ticks[-1]])
+    log_cost_axis(axes, ticks if len(evaluations) == 1 else [ticks[0], ticks[-1]])
     axes.set_xlabel(COST)
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(title)
     axes.margins(0.12, 0.16)
-    clean(axes)
+    style_axes(axes)
     if len(evaluations) > 1:
         axes.legend(frameon=False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def accuracy_against_time(curve: Sequence[Point], path: str | Path, title: str = "") -> None:
-    """Plot the accuracy of anytime inference against the time at which each answer is ready.
+def plot_accuracy_against_time(steps: Sequence[AnytimeStep], path: str | Path, title: str = "") -> None:
+    """Plot the accuracy of anytime inference against the time at which each step is done.
 
     Args:
-        curve: of :func:`hne.timing.accuracy_against_time`.
-        path: the file; its ending chooses the format (png, svg, pdf).
+        steps: from :func:`hne.evaluation.measure_anytime`.
+        path: of the file; its suffix chooses the format (png, svg, pdf).
         title: above the plot.
     """
     figure = new_figure(7, 4.4)
     axes = figure.add_subplot()
-    milliseconds = [point.milliseconds for point in curve]
-    accuracy = [100 * point.accuracy for point in curve]
+    milliseconds = [step.milliseconds for step in steps]
+    accuracy = [100 * step.accuracy for step in steps]
     axes.plot(milliseconds, accuracy, "o-", lw=2, ms=6, drawstyle="steps-post")  # an answer holds until the next one
-    label_sizes(axes, [point.num_models for point in curve], milliseconds, accuracy, "C0")
+    label_sizes(axes, [step.num_models for step in steps], milliseconds, accuracy, "C0")
     axes.set_xlabel("time until the answer is ready (ms, median)")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(title, fontsize=10)
     axes.margins(0.12, 0.16)
     axes.set_xlim(left=0)
-    clean(axes)
-    save(figure, path)
+    style_axes(axes)
+    save_figure(figure, path)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """Create an empty figure; width and height in inches."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def label_sizes(axes: Axes, sizes: Sequence[int], x: Sequence[float], y: Sequence[float], color: str) -> None:
-    """The number of models beside each point."""
+    """Write the ensemble size beside each point."""
     for size, right, up in zip(sizes, x, y, strict=True):
         axes.annotate(
             f"n = {size}",
@@ -103,24 +101,25 @@ def label_sizes(axes: Axes, sizes: Sequence[int], x: Sequence[float], y: Sequenc
         )
 
 
-def logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
-    """Costs on the x-axis, labelled at ``ticks`` only."""
+def log_cost_axis(axes: Axes, ticks: Sequence[float]) -> None:
+    """Make the x-axis logarithmic, with labels at ``ticks`` only."""
     axes.set_xscale("log")
     axes.set_xticks(ticks, minor=False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def clean(axes: Axes) -> None:
-    """Light lines behind what is plotted, and no box around it."""
+def style_axes(axes: Axes) -> None:
+    """Draw a light grid behind the curves, and no box around the plot."""
     axes.set_axisbelow(True)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure; its ending chooses the format. The same figure gives the same file."""
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure; the suffix of ``path`` chooses the format. Equal figures give equal files."""
     path = Path(path)
+    # No date and no random identifiers.
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with matplotlib.rc_context({"svg.hashsalt": path.stem}), replacing(path) as temporary:
         figure.savefig(temporary, metadata=metadata)

@@ -1,19 +1,43 @@
-"""Tables in the terminal."""
+"""Tables on the terminal and in Markdown."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from ..evaluation.classification import Evaluation, Foreign
-from ..evaluation.regression import RegressionEvaluation
-from ..training.history import Row
+from ..evaluation import Evaluation, OODEvaluation, RegressionEvaluation
 
-_UNLIMITED = 1000  # columns of a file or pipe: nothing is folded there
+_UNLIMITED = 1000  # width of a file or pipe: no line is wrapped
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        title: title of the table.
+        columns: column heads; the first column names the rows and has an empty head.
+        rows: cells, as many per row as there are columns.
+        best: row and column of each cell that is the best of its column.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    best: frozenset[tuple[int, int]] = frozenset()
+
+    def markdown(self) -> str:
+        """Format the table in Markdown, without its title, the best cells in bold."""
+        lines = [f"| {' | '.join(self.columns)} |", f"|---|{'---:|' * (len(self.columns) - 1)}"]
+        for r, row in enumerate(self.rows):
+            cells = (f"**{cell}**" if (r, c) in self.best else cell for c, cell in enumerate(row))
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
 
 
 def show_table(
@@ -24,12 +48,16 @@ def show_table(
     caption: str | None = None,
     text_columns: int = 0,
 ) -> None:
-    """Print a table with aligned columns: the first ``text_columns`` to the left, numbers to the
-    right.
+    """Print a table with aligned columns.
 
-    The title stands above it, the caption below.
+    Args:
+        columns: their titles.
+        rows: of cells, converted by ``str``.
+        title: above the table.
+        caption: below the table.
+        text_columns: number of leading columns to align left; all others are aligned right.
     """
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table = RichTable(box=box.SIMPLE_HEAD, show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < text_columns else "right")
     for row in rows:
@@ -43,24 +71,13 @@ def show_table(
         console.print(caption)
 
 
-def show_row(row: Row, epochs: int) -> None:
-    """Print how an epoch of ``epochs`` went."""
-    print(
-        f"epoch {row.epoch:{len(str(epochs))}}/{epochs}  loss {row.loss:.4f}  lr {row.lr:.4g}  "
-        f"{row.images_per_second:.0f} img/s",
-        flush=True,
-    )
-    if row.evaluation is not None and row.epoch < epochs:
-        show_evaluation(row.evaluation)
-
-
 def show_evaluation(evaluation: Evaluation | RegressionEvaluation, title: str | None = None) -> None:
-    """Print what each ensemble costs and how good it is."""
+    """Print cost and quality of each ensemble."""
     if isinstance(evaluation, RegressionEvaluation):
         show_table(
             ["n", "MACs", "RMSE", "NLL", "diversity"],
             [
-                (e.num_models, millions(e.macs), f"{e.rmse:.4g}", f"{e.nll:.4f}", f"{e.diversity:.4g}")
+                (e.num_models, format_macs(e.macs), f"{e.rmse:.4g}", f"{e.nll:.4f}", f"{e.diversity:.4g}")
                 for e in evaluation.ensembles
             ],
             title=title,
@@ -72,7 +89,7 @@ def show_evaluation(evaluation: Evaluation | RegressionEvaluation, title: str | 
         return
     show_table(
         ["n", "MACs", "accuracy", "NLL"],
-        [(e.num_models, millions(e.macs), f"{e.accuracy:.2%}", f"{e.nll:.4f}") for e in evaluation.ensembles],
+        [(e.num_models, format_macs(e.macs), f"{e.accuracy:.2%}", f"{e.nll:.4f}") for e in evaluation.ensembles],
         title=title,
         caption=(
             f"one model by itself {evaluation.mean_member_accuracy:.2%} (mean of "
@@ -83,7 +100,7 @@ def show_evaluation(evaluation: Evaluation | RegressionEvaluation, title: str | 
 
 
 def show_uncertainty(evaluation: Evaluation, title: str | None = None) -> None:
-    """Print how well each ensemble is calibrated, how different its members are and how uncertain."""
+    """Print calibration, diversity and uncertainty of each ensemble."""
     show_table(
         ["n", "Brier", "ECE", "diversity", "disagreement", "entropy", "MI"],
         [
@@ -102,26 +119,26 @@ def show_uncertainty(evaluation: Evaluation, title: str | None = None) -> None:
     )
 
 
-def show_foreign(ensembles: Sequence[Foreign], title: str | None = None) -> None:
-    """Print how uncertain each ensemble is about foreign images, and how well it tells them by that."""
+def show_ood(ensembles: Sequence[OODEvaluation], title: str | None = None) -> None:
+    """Print the uncertainty of each ensemble about out-of-distribution images, and how well it detects them."""
     show_table(
         ["n", "entropy", "AUROC", "AUPR", "FPR95", "MI", "AUROC", "AUPR", "FPR95"],
         [
             (
                 e.num_models,
                 *(
-                    figure
+                    cell
                     for score, d in ((e.entropy, e.by_entropy), (e.mutual_information, e.by_mutual_information))
-                    for figure in (f"{score:.4f}", f"{d.auroc:.2%}", f"{d.aupr:.2%}", f"{d.fpr95:.2%}")
+                    for cell in (f"{score:.4f}", f"{d.auroc:.2%}", f"{d.aupr:.2%}", f"{d.fpr95:.2%}")
                 ),
             )
             for e in ensembles
         ],
         title=title,
-        caption="left: told by the entropy, right: by the mutual information (one network has none)",
+        caption="left: detected by the entropy, right: by the mutual information (zero for a single member)",
     )
 
 
-def millions(macs: int) -> str:
-    """Multiply-adds with their unit."""
+def format_macs(macs: int) -> str:
+    """Format multiply-adds in millions or thousands, with the unit."""
     return f"{macs / 1e6:.2f} M" if macs >= 1e5 else f"{macs / 1e3:.2f} k"

@@ -19,10 +19,9 @@ from torch import Tensor
 from ..data import Dataset, Images, InputFormat, evaluation_batches
 from ..distributed import World
 from ..errors import DataError
-from ..evaluation.regression import gaussian_divergence, gaussians
 from ..hierarchy import Hierarchy
 from ..layers import ConvNorm as Unit
-from ..losses.objectives import Objective, averaged, hydra
+from ..losses import Objective, average_teacher, gaussian_divergence, gaussians, hydra_loss
 from ..metrics import mixture
 from ..models.hne import HNE
 from ..models.presets import PRESETS
@@ -109,7 +108,7 @@ class Distillation(Run):
             raise ValueError(f"temperature must be a positive number, got {temperature}")
 
         def of_classes(logits: Tensor, members: Tensor) -> Tensor:
-            return hydra(logits, averaged(members, temperature) if one_head else members, temperature)
+            return hydra_loss(logits, average_teacher(members, temperature) if one_head else members, temperature)
 
         def of_numbers(outputs: Tensor, members: Tensor) -> Tensor:
             mean, variance = gaussians(members)

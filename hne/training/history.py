@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.classification import Evaluation
-from ..evaluation.regression import RegressionEvaluation
+from ..evaluation import Evaluation, RegressionEvaluation
 from ..files import replacing
+from ..reporting import show_evaluation
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,14 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _flatten(row: Row) -> dict[str, Any]:
     values = {name: value for name, value in row.to_dict().items() if name != "evaluation"}
     return values if row.evaluation is None else {**values, **row.evaluation.columns()}
+
+
+def show_row(row: Row, epochs: int) -> None:
+    """Print how an epoch of ``epochs`` went."""
+    print(
+        f"epoch {row.epoch:{len(str(epochs))}}/{epochs}  loss {row.loss:.4f}  lr {row.lr:.4g}  "
+        f"{row.images_per_second:.0f} img/s",
+        flush=True,
+    )
+    if row.evaluation is not None and row.epoch < epochs:
+        show_evaluation(row.evaluation)

@@ -11,10 +11,9 @@ import torch
 
 from hne_kernels import available_backends
 
-from ..evaluation.classification import Evaluation
-from ..evaluation.regression import RegressionEvaluation
+from ..evaluation import Evaluation, RegressionEvaluation
 from ..files import remove_leftovers
-from ..reporting.plots import accuracy_against_macs
+from ..reporting import plot_accuracy_against_macs
 from .history import Row, write_csv, write_json
 from .trainer import CHECKPOINT, Run, describe
 
@@ -67,7 +66,7 @@ def _finish(folder: Path, run: Run) -> None:
     evaluation = final_evaluation(run)
     write_csv(folder / LOG, run.history)
     if isinstance(evaluation, Evaluation):
-        accuracy_against_macs({run.recipe.preset: evaluation}, folder / PLOT, title(run))
+        plot_accuracy_against_macs({run.recipe.preset: evaluation}, folder / PLOT, title(run))
         single = {"mean_member_accuracy": evaluation.mean_member_accuracy}
     else:
         single = {"mean_member_rmse": evaluation.mean_member_rmse}

@@ -19,9 +19,8 @@ from tqdm import tqdm
 from ..data import Dataset, training_batches
 from ..distributed import World
 from ..errors import CheckpointError, TrainingError
-from ..evaluation.classification import evaluate
-from ..evaluation.regression import evaluate_regression, likelihood_objective
-from ..losses.objectives import Objective, objective
+from ..evaluation import evaluate, evaluate_regression
+from ..losses import Objective, likelihood_objective, objective
 from ..models import checkpoint
 from .config import Recipe
 from .history import Row
@@ -157,7 +156,7 @@ class Run:
                 f"objective: expected I (each network by itself), the one for a regression as {recipe.data} is, "
                 f"got {recipe.objective}"
             )
-        return likelihood_objective(self.dataset.target)
+        return likelihood_objective(self.dataset.target.normalise)
 
     def _loss(self, logits: Tensor, images: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch."""

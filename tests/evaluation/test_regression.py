@@ -1,27 +1,20 @@
-"""Regression: Gaussians of leaves, their mixture, and what a run on a data set of numbers does."""
+"""Regression: evaluation of ensembles of Gaussians, training runs, and commands on a regression data set."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import sklearn.datasets
 import torch
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 
 from hne.cli import main
-from hne.data import TargetFormat, load_dataset
+from hne.data import load_dataset
 from hne.distributed import World
 from hne.errors import TrainingError
-from hne.evaluation.regression import (
-    RegressionEvaluation,
-    evaluate_regression,
-    gaussian_divergence,
-    gaussians,
-    likelihood_objective,
-)
+from hne.evaluation import RegressionEvaluation, evaluate_regression
+from hne.losses import gaussians
 from hne.training.config import Recipe
 from hne.training.trainer import CHECKPOINT, Run
 
@@ -31,56 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def start(**options: Any) -> Run:
     recipe = Recipe.of(**{"data": "diabetes", "num_models": 4, "epochs": 2, **options})
     return Run(recipe, load_dataset("diabetes"), World(torch.device("cpu")))
-
-
-# Gaussians ----------------------------------------------------------------------------------------------------------
-
-
-def test_variances_are_positive() -> None:
-    outputs = torch.tensor([[3.0, -1e4], [-2.0, 0.0], [0.0, 1e4]])
-    mean, variance = gaussians(outputs)
-    assert mean.tolist() == [3, -2, 0]
-    assert variance.min() >= 1e-4
-    assert variance.isfinite().all()
-    assert gaussians(outputs.bfloat16())[1].dtype == torch.float32
-
-
-def test_likelihood(rng: torch.Generator) -> None:
-    outputs = torch.randn(3, 6, 2, generator=rng, dtype=torch.float64).requires_grad_()
-    target = 50 + 9 * torch.randn(6, generator=rng, dtype=torch.float64)
-    mean, variance = gaussians(outputs)
-    density = Normal(mean, variance.sqrt()).log_prob((target - 50) / 9)
-    loss = likelihood_objective(TargetFormat(50, 9))(outputs, target)
-    torch.testing.assert_close(loss, -density.mean(1).sum(), msg="sum over the leaves, mean over the batch")
-    assert torch.autograd.gradcheck(lambda y: likelihood_objective(TargetFormat(50, 9))(y, target), outputs)
-
-
-def test_divergence(rng: torch.Generator) -> None:
-    student, teacher = (torch.randn(3, 6, 2, generator=rng, dtype=torch.float64) for _ in range(2))
-    a, b = ((mean, variance.sqrt()) for mean, variance in (gaussians(teacher), gaussians(student)))
-    expected = kl_divergence(Normal(*a), Normal(*b)).mean()
-    torch.testing.assert_close(gaussian_divergence(gaussians(student), gaussians(teacher)), expected)
-    assert gaussian_divergence(gaussians(student), gaussians(student)).abs() < 1e-12
-
-
-# Data and runs ------------------------------------------------------------------------------------------------------
-
-
-def test_diabetes() -> None:
-    dataset = load_dataset("diabetes")
-    assert (len(dataset.train), len(dataset.test)) == (295, 147)
-    assert dataset.outputs == 2
-    assert dataset.target is not None
-    inputs = dataset.input.normalise(dataset.train.pixels(torch.arange(295)))
-    assert inputs.shape == (295, 10, 1, 1)
-    torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(10), atol=1e-4, rtol=0)
-    torch.testing.assert_close(inputs.std((0, 2, 3), correction=0), torch.ones(10), atol=1e-4, rtol=0)
-    target = dataset.target.normalise(dataset.train.labels)
-    assert abs(target.mean()) < 1e-5
-    assert target.std(correction=0).item() == pytest.approx(1)
-    raw = sklearn.datasets.load_diabetes(scaled=False)
-    np.testing.assert_allclose(dataset.test.images[3, 0, 0], raw.data[11], rtol=1e-6)
-    assert dataset.test.labels[3] == raw.target[11]
 
 
 def test_evaluation_agrees_with_its_definition() -> None:

@@ -20,7 +20,7 @@ from hne.cli import main
 from hne.cli import study as command
 from hne.data import load_dataset
 from hne.errors import CheckpointError, TrainingError
-from hne.evaluation.classification import Ensemble, Evaluation
+from hne.evaluation import EnsembleMetrics, Evaluation
 from hne.experiments import STUDIES, CurveResult, Estimate, PanelResult, Result, collect, panels, recipes
 from hne.experiments.designs import Choices
 from hne.experiments.figures import FIGURES, _spread
@@ -132,9 +132,9 @@ def test_claim(tmp_path: Path) -> None:
 
 
 def evaluation(accuracy: list[float], macs: list[int], members: list[float]) -> Evaluation:
-    others = [field.name for field in fields(Ensemble) if field.name not in ("num_models", "macs", "accuracy")]
+    others = [field.name for field in fields(EnsembleMetrics) if field.name not in ("num_models", "macs", "accuracy")]
     ensembles = [
-        Ensemble(num_models=2**index, macs=cost, accuracy=value, **dict.fromkeys(others, 0.25 * index))
+        EnsembleMetrics(num_models=2**index, macs=cost, accuracy=value, **dict.fromkeys(others, 0.25 * index))
         for index, (value, cost) in enumerate(zip(accuracy, macs, strict=True))
     ]
     return Evaluation(ensembles=tuple(ensembles), member_accuracy=tuple(members), images=100)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import hne_kernels as K
 from hne import FusedHNE, GraphedHNE
-from hne.losses.objectives import objective
+from hne.losses import objective
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 needs_two = pytest.mark.skipif(

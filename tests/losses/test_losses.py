@@ -1,4 +1,4 @@
-"""The objectives against their equations, written out leaf by leaf in float64."""
+"""The paper's objectives against their equations, written out member by member in float64."""
 
 from __future__ import annotations
 

@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from networks import TREES, build, images
 from torch import Tensor
 
-from hne import FusedHNE
 from hne.metrics import (
-    TorchUncertainty,
     accuracy,
     brier_score,
     calibration_gaps,
@@ -30,13 +27,12 @@ from hne.metrics import (
     negative_log_likelihood,
     predictive_entropy,
     root_mean_squared_error,
-    stacked_members,
 )
 
 
 @pytest.fixture
 def logits(rng: torch.Generator) -> Tensor:
-    """Of five models on seven samples of four classes, some of them sure."""
+    """Of five members on seven samples of four classes, some of them confident."""
     return 3 * torch.randn(5, 7, 4, generator=rng)
 
 
@@ -54,7 +50,7 @@ def entropy(probabilities: np.ndarray) -> float:
     return -sum(p * math.log(p) for p in probabilities)
 
 
-# Answers ------------------------------------------------------------------------------------------------------------
+# Ensembles ------------------------------------------------------------------------------------------------------------
 
 
 def test_accuracy_of_each_ensemble() -> None:
@@ -202,26 +198,3 @@ def test_regression_figures(rng: torch.Generator) -> None:
         assert root_mean_squared_error(mean, target)[row].item() == pytest.approx(rmse)
         density = torch.distributions.Normal(mean[row], variance[row].sqrt()).log_prob(target)
         assert gaussian_nll(mean, variance, target)[row].item() == pytest.approx(-density.mean().item())
-
-
-# TorchUncertainty ---------------------------------------------------------------------------------------------------
-
-
-def test_members_below_each_other(logits: Tensor) -> None:
-    rows = stacked_members(logits)
-    assert rows.shape == (35, 4)
-    for model, sample in itertools.product(range(5), range(7)):
-        assert torch.equal(rows[model * 7 + sample], logits[model, sample])
-    with pytest.raises(ValueError, match=r"outputs must be \[members, batch, classes\], got shape \(7, 4\)"):
-        stacked_members(logits[0])
-
-
-def test_torch_uncertainty_module(rng: torch.Generator) -> None:
-    model = build(FusedHNE, TREES["odd"], rng)
-    x = images(rng)
-    adapter = TorchUncertainty(model, 4)
-    assert adapter.num_estimators == 4
-    torch.testing.assert_close(adapter(x), model(x, 4).flatten(0, 1))
-    assert TorchUncertainty(model).num_estimators == 6
-    with pytest.raises(ValueError, match="num_models must lie between 1 and 6, got 7"):
-        TorchUncertainty(model, 7)

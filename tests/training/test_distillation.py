@@ -23,8 +23,7 @@ from hne.cli import main
 from hne.data import load_dataset
 from hne.distributed import World
 from hne.errors import CheckpointError, DataError
-from hne.evaluation.regression import gaussians
-from hne.losses.objectives import averaged, hydra
+from hne.losses import average_teacher, gaussians, hydra_loss
 from hne.models import checkpoint
 from hne.reporting import comparison
 from hne.training.distillation import (
@@ -73,16 +72,16 @@ def test_objective(temperature: float, rng: torch.Generator) -> None:
         for y, t in zip(head, member, strict=True):
             p, q = (np.exp(v / temperature) / np.exp(v / temperature).sum() for v in (t.numpy(), y.numpy()))
             expected += temperature**2 * (p * np.log(p / q)).sum() / (4 * 5)
-    assert hydra(student, teacher, temperature).item() == pytest.approx(expected)
-    assert hydra(student, student, temperature).abs() < 1e-12
-    assert hydra(student.bfloat16(), teacher.bfloat16(), temperature).dtype == torch.float32
+    assert hydra_loss(student, teacher, temperature).item() == pytest.approx(expected)
+    assert hydra_loss(student, student, temperature).abs() < 1e-12
+    assert hydra_loss(student.bfloat16(), teacher.bfloat16(), temperature).dtype == torch.float32
     with pytest.raises(ValueError, match=r"teacher must have the shape of logits, \(3, 5, 7\), got \(4, 5, 7\)"):
-        hydra(student[:3], teacher, temperature)
+        hydra_loss(student[:3], teacher, temperature)
 
 
 def test_average_of_the_members(rng: torch.Generator) -> None:
     teacher = torch.randn(4, 5, 7, generator=rng, dtype=torch.float64)
-    soft = (averaged(teacher, 2.5) / 2.5).softmax(-1)
+    soft = (average_teacher(teacher, 2.5) / 2.5).softmax(-1)
     torch.testing.assert_close(soft, (teacher / 2.5).softmax(-1).mean(0, keepdim=True))
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import hne_kernels as K
 from hne import OBJECTIVES, metrics
-from hne.data import Dataset, foreign_images, load_dataset
+from hne.data import Dataset, load_dataset, ood_images
 from hne.distributed import World
 from hne.errors import CheckpointError, TrainingError
-from hne.evaluation.classification import evaluate, evaluate_foreign
+from hne.evaluation import evaluate, evaluate_ood
 from hne.models import checkpoint
 from hne.training.config import DEFAULTS, PROTOCOLS, Recipe
 from hne.training.trainer import CHECKPOINT, Run
@@ -213,8 +213,8 @@ def test_foreign_images_are_told_by_uncertainty() -> None:
     pytest.importorskip("torchmetrics")
     run = start(limit_test=60)
     list(run.train())
-    foreign = foreign_images("digits", run.dataset.input).subset(torch.arange(100, 145))
-    found = evaluate_foreign(run.model, run.dataset, foreign, batch_size=7)
+    foreign = ood_images("digits", run.dataset.input).subset(torch.arange(100, 145))
+    found = evaluate_ood(run.model, run.dataset, foreign, batch_size=7)
     assert [row.num_models for row in found] == [1, 2, 4]
     with torch.no_grad():
         inside, outside = (

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from IDX files, the format of MNIST: a big-endian header, then the bytes."""
+"""Fashion-MNIST from IDX files, the format of MNIST: a big-endian header followed by unsigned bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-from .dataset import Dataset, InputFormat, MemoryImages
+from .dataset import Dataset
+from .formats import InputFormat
+from .images import MemoryImages
 from .locate import locate
 
 CLASSES = (
@@ -35,15 +37,14 @@ _ADVICE = (
 
 
 def read_idx(path: str | Path, dims: int) -> np.ndarray:
-    """Read an IDX file of unsigned bytes, gzipped or plain (told by its first bytes).
+    """Read an IDX file of unsigned bytes, gzipped or plain (recognised by its first two bytes).
 
     Args:
         path: the file.
-        dims: number of dimensions it must have.
+        dims: required number of dimensions.
 
     Raises:
-        DataError: the file is truncated, damaged or in another format; the message says what was
-            expected.
+        DataError: the file is truncated, damaged or in another format.
     """
     raw = Path(path).read_bytes()
     if raw.startswith(b"\x1f\x8b"):
@@ -69,7 +70,7 @@ def read_idx(path: str | Path, dims: int) -> np.ndarray:
 
 
 def fashion_mnist(data_dir: str | Path | None = None) -> Dataset:
-    """Zalando's pictures of clothes: 60000 + 10000, 28x28 grey, 10 classes (Xiao et al. 2017)."""
+    """Zalando's images of clothes: 60000 + 10000, 28x28 grey, 10 classes (Xiao et al. 2017)."""
     train = _read_split("train", data_dir)
     test = _read_split("t10k", data_dir)
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -78,8 +79,8 @@ def fashion_mnist(data_dir: str | Path | None = None) -> Dataset:
             f"the test images {tuple(test.images.shape[1:3])}"
         )
     _, height, width, _ = train.images.shape
-    normalisation = InputFormat(1, (height, width), mean=(0.2860,), std=(0.3530,))
-    return Dataset("fashion-mnist", CLASSES, normalisation, train, test)
+    input_format = InputFormat(1, (height, width), mean=(0.2860,), std=(0.3530,))
+    return Dataset("fashion-mnist", CLASSES, input_format, train, test)
 
 
 def _read_split(prefix: str, data_dir: str | Path | None) -> MemoryImages:
@@ -93,7 +94,7 @@ def _read_split(prefix: str, data_dir: str | Path | None) -> MemoryImages:
         )
     if labels.max() >= len(CLASSES):
         raise DataError(f"{labels_path}: expected labels from 0 to 9, found {labels.max()}")
-    # Two pixels of padding: the clothes nearly fill their 28 pixels.
+    # Only two pixels of padding: the clothes nearly fill their 28 pixels.
     return MemoryImages(torch.tensor(images)[..., None], torch.tensor(labels).long(), pad=2, flip=True)
 
 

@@ -1,0 +1,108 @@
+"""Labelled images of a split, in memory or in files."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import augment
+from .formats import InputFormat
+
+
+@dataclass(frozen=True)
+class MemoryImages:
+    """Labelled images in memory, augmented by a padded random crop and a flip.
+
+    Attributes:
+        images: uint8 ``[N, H, W, C]``; for data that are not images, float32 measurements ``[N, 1, 1, C]``.
+        labels: class indices, int64 ``[N]``; for a regression, targets, float32 ``[N]``.
+        pad: pixels of padding for the random crop.
+        flip: whether mirroring keeps the class of an image.
+    """
+
+    images: Tensor
+    labels: Tensor
+    pad: int = 0
+    flip: bool = False
+
+    prefetch = 0  # making a batch costs less than handing it between threads
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the random numbers that augment ``count`` images: float64 ``[count, k]`` in [0, 1)."""
+        return _uniform(count, augment.CROP_AND_FLIP_DRAWS, generator)
+
+    def pixels(self, indices: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return images as uint8 ``[B, H, W, C]``, augmented if ``noise`` (rows of :meth:`draw`) is given."""
+        images = self.images[indices.to(self.images.device)]
+        if noise is None:
+            return images
+        return augment.crop_and_flip(images, noise, pad=self.pad, flip=self.flip)
+
+    def subset(self, indices: Tensor) -> MemoryImages:
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def to(self, device: torch.device) -> MemoryImages:
+        """Move the images to ``device``; batches are then selected and augmented there."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Labelled image files, decoded by threads on demand, augmented by a random resized crop and a flip.
+
+    Attributes:
+        paths: N files.
+        labels: int64 ``[N]``.
+        input: the format to decode to.
+        workers: number of decoding threads.
+    """
+
+    paths: tuple[str, ...]
+    labels: Tensor
+    input: InputFormat
+    workers: int = 8
+    _pool: ThreadPoolExecutor = field(init=False, repr=False, compare=False)
+
+    prefetch = 2  # batches decoded ahead of the one in use
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_pool", ThreadPoolExecutor(self.workers))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`MemoryImages.draw`."""
+        return _uniform(count, augment.RESIZED_CROP_DRAWS, generator)
+
+    def pixels(self, indices: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See :meth:`MemoryImages.pixels`.
+
+        Raises:
+            DataError: a file is not a complete image.
+        """
+        paths = [self.paths[index] for index in indices.tolist()]
+        rows = [None] * len(paths) if noise is None else noise.tolist()
+        return torch.from_numpy(np.stack(list(self._pool.map(self.input.read, paths, rows))))
+
+    def subset(self, indices: Tensor) -> FileImages:
+        paths = tuple(self.paths[index] for index in indices.tolist())
+        return replace(self, paths=paths, labels=self.labels[indices])
+
+    def to(self, device: torch.device) -> FileImages:
+        """Return the same images: files stay where they are."""
+        return self
+
+
+Images = MemoryImages | FileImages
+
+
+def _uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(rows, columns, generator=generator, dtype=torch.float64)

@@ -1,0 +1,75 @@
+"""Detection of out-of-distribution (OOD) images by the uncertainty of an ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data import Dataset, Images
+from ..metrics import Detection, detection, mutual_information, predictive_entropy
+from ..models import HNE
+from .predict import predict
+
+
+@dataclass(frozen=True)
+class OODEvaluation:
+    """Uncertainty of the ensemble of the first ``num_models`` members about out-of-distribution images.
+
+    Attributes:
+        num_models: n, the ensemble size.
+        entropy: mean predictive entropy on these images, in nats.
+        mutual_information: mean mutual information on these images, in nats.
+        by_entropy: detection of these images among the test images by their entropy.
+        by_mutual_information: detection by their mutual information.
+    """
+
+    num_models: int
+    entropy: float
+    mutual_information: float
+    by_entropy: Detection
+    by_mutual_information: Detection
+
+
+@torch.inference_mode()
+def evaluate_ood(
+    model: HNE,
+    dataset: Dataset,
+    ood_images: Images,
+    *,
+    batch_size: int = 256,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[OODEvaluation, ...]:
+    """Measure how well uncertainty separates OOD images from test images, for each of ``model.prefix_sizes``.
+
+    Args:
+        model: is put into eval mode.
+        dataset: provides the test images and their format.
+        ood_images: images in that format, see :func:`hne.data.ood_images`; they are the positive class.
+        batch_size: images at a time.
+        progress: called with the size of every batch that was evaluated.
+    """
+    sizes = model.prefix_sizes
+    inside, outside = (
+        torch.cat(
+            [
+                _uncertainty(members, sizes)
+                for members, _ in predict(model, images, dataset.input, batch_size, progress=progress)
+            ],
+            2,
+        )
+        for images in (dataset.test, ood_images)
+    )
+    return tuple(
+        OODEvaluation(n, *outside[i].mean(1).tolist(), *map(detection, inside[i], outside[i]))
+        for i, n in enumerate(sizes)
+    )
+
+
+def _uncertainty(members: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Predictive entropy and mutual information of every ensemble, ``[P, 2, B]``."""
+    return torch.stack(
+        [torch.stack([predictive_entropy(y), mutual_information(y)]) for y in (members[:n] for n in sizes)]
+    )

@@ -1,0 +1,43 @@
+"""A model's outputs on a split, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from ..data import Images, InputFormat, evaluation_batches
+from ..distributed import World
+from ..models import HNE
+
+
+def predict(
+    model: HNE,
+    images: Images,
+    input_format: InputFormat,
+    batch_size: int,
+    *,
+    channels_last: bool = True,
+    world: World | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the outputs of all members ``[N, B, L]`` and the labels ``[B]`` of each batch, in eval mode.
+
+    Args:
+        model: is put into eval mode.
+        images: the split.
+        input_format: the normalisation of its images.
+        batch_size: images at a time in each process.
+        channels_last: memory layout of the batches.
+        world: the processes that share the batches; by default this one, on the device of the model.
+        progress: called with the size of every batch after the caller has used it.
+    """
+    world = world or World(next(model.parameters()).device)
+    model.eval()
+    batches = evaluation_batches(
+        images, input_format, batch_size, rank=world.rank, world_size=world.size, device=world.device
+    )
+    for inputs, target in batches:
+        yield model(inputs if channels_last else inputs.contiguous()), target
+        if progress is not None:
+            progress(len(target))

@@ -1,0 +1,10 @@
+"""Data come from the folders that a test names, not from those of the environment."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_data_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HNE_DATA", raising=False)

@@ -1,0 +1,93 @@
+"""Writers of small data sets in their real file formats."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hne.data import Dataset
+
+
+def idx_bytes(values: np.ndarray) -> bytes:
+    return struct.pack(f">I{values.ndim}I", 0x0800 + values.ndim, *values.shape) + values.tobytes()
+
+
+def write_fashion_mnist(folder: Path, *, zipped: bool = True) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "train-images-idx3-ubyte": rng.integers(0, 256, (50, 28, 28), np.uint8),
+        "train-labels-idx1-ubyte": rng.integers(0, 10, 50, np.uint8),
+        "t10k-images-idx3-ubyte": rng.integers(0, 256, (20, 28, 28), np.uint8),
+        "t10k-labels-idx1-ubyte": rng.integers(0, 10, 20, np.uint8),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in arrays.items():
+        raw = idx_bytes(values)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(raw)) if zipped else (folder / name).write_bytes(raw)
+    return arrays
+
+
+CIFAR = {
+    "cifar10": (
+        "cifar-10-batches-bin",
+        "cifar-10-binary.tar.gz",
+        [f"data_batch_{i}.bin" for i in range(1, 6)],
+        "test_batch.bin",
+        "batches.meta.txt",
+    ),
+    "cifar100": (
+        "cifar-100-binary",
+        "cifar-100-binary.tar.gz",
+        ["train.bin"],
+        "test.bin",
+        "fine_label_names.txt",
+    ),
+}
+
+
+def write_cifar(root: Path, name: str, *, zipped: bool) -> dict[str, np.ndarray]:
+    """Four records per file, in the folder or the archive; returns the records by file name."""
+    folder, archive, train, test, names = CIFAR[name]
+    classes = 10 if name == "cifar10" else 100
+    rng = np.random.default_rng(1)
+    records = {}
+    for file in (*train, test):
+        pixels = rng.integers(0, 256, (4, 3072), np.uint8)
+        labels = rng.integers(0, classes, (4, 1), np.uint8)
+        coarse = labels % 20 if name == "cifar100" else labels[:, :0]
+        records[file] = np.hstack([coarse, labels, pixels]).astype(np.uint8)
+    content = {file: values.tobytes() for file, values in records.items()}
+    content[names] = "".join(f"thing_{i}\n" for i in range(classes)).encode()
+    (root / folder).mkdir(parents=True)
+    for file, raw in content.items():
+        (root / folder / file).write_bytes(raw)
+    if zipped:
+        with tarfile.open(root / archive, "w:gz") as tar:
+            tar.add(root / folder, folder)
+        for file in content:
+            (root / folder / file).unlink()
+        (root / folder).rmdir()
+    return records
+
+
+def write_image_folders(root: Path, per_class: int = 3) -> None:
+    rng = np.random.default_rng(2)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 256, (40 + 10 * i, 60, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.JPEG")
+
+
+def check_normalisation(dataset: Dataset) -> None:
+    """The published mean and deviation are those of the training images."""
+    pixels = dataset.train.images.double() / 255
+    torch.testing.assert_close(pixels.mean((0, 1, 2)), torch.tensor(dataset.input.mean).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(pixels.std((0, 1, 2)), torch.tensor(dataset.input.std).double(), atol=1e-4, rtol=0)
