@@ -1,4 +1,4 @@
-"""The tree of an ensemble: how many branches each block has, and which of them a leaf runs through."""
+"""The tree of an ensemble: branches per block, and the path of each leaf through them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from functools import cached_property
 
 @dataclass(frozen=True, init=False)
 class Hierarchy:
-    """Branches per block of a network, and the leaves (models) its tree ends in.
+    """A tree: branches per block of a network, and leaves, one per model.
 
     Block ``b`` exists in ``branches[b]`` independent copies. Leaf ``n`` runs through copy
     ``n * branches[b] // num_models`` of block ``b``. That order is depth first, so the first ``n`` leaves need
     the *first* ``ceil(n * branches[b] / num_models)`` copies: a smaller ensemble is a leading slice of every weight.
 
-    One description covers every system that the paper compares::
+    One description covers the paper's systems, and the student of Hydra::
 
         Hierarchy((1, 2, 4, 8, 16))               hierarchical: HNE               Hierarchy.doubling(5, 16)
         Hierarchy((16, 16, 16, 16, 16))           independent networks            Hierarchy.independent(5, 16)
@@ -26,8 +26,8 @@ class Hierarchy:
 
     Args:
         branches: Copies of each block; each count divides the next.
-        num_models: Leaves, a multiple of the last count; the last count itself by default. A larger number means
-            that heads share copies of the last block.
+        num_models: Leaves, a multiple of the last count; the last count itself by default. With a larger number,
+            several heads share a copy of the last block.
 
     Raises:
         TypeError: A count is not an int.
@@ -106,14 +106,14 @@ class Hierarchy:
 
     @cached_property
     def replication(self) -> tuple[int, ...]:
-        """Children of a node of the level above, per level: how often features are replicated on entering each block,
-        and the heads. The input image is the single node above block 0."""
+        """Children per node of the level above, for each level: how often features are replicated on entering each
+        block, and the heads. The input image is the single node above block 0."""
         levels = self.levels
         return tuple(b // a for a, b in zip((1, *levels), levels, strict=False))
 
     def needed(self, num_models: int) -> tuple[int, ...]:
-        """How many (leading) nodes of each level the first ``num_models`` leaves run through; the last entry, the
-        heads, is ``num_models`` itself.
+        """Number of (leading) nodes of each level that the first ``num_models`` leaves run through; the last entry, of
+        the heads, is ``num_models`` itself.
 
         Raises:
             TypeError, ValueError: ``num_models`` is not an int from 1 to ``self.num_models``.
@@ -134,7 +134,7 @@ class Hierarchy:
 
     def nodes(self, leaves: slice, first: int = 0) -> list[tuple[slice, int]]:
         """The nodes that ``leaves`` run through at each level from ``first`` on, and how many of them each node of the
-        level above has (the last one may have fewer). The leaves are the first ones, or one of them alone."""
+        level above has (the last may have fewer). ``leaves`` are the first ones, or a single one."""
         found = []
         for level, children in enumerate(self.replication[first:], first):
             nodes = slice(self.ancestor(leaves.start, level), self.ancestor(leaves.stop - 1, level) + 1)
@@ -142,8 +142,8 @@ class Hierarchy:
         return found
 
     def first_new(self, leaf: int) -> int:
-        """The first level at which ``leaf`` (from 0) leaves the path of its predecessor. All later levels are new to it
-        as well, all earlier ones have been computed already (anytime inference)."""
+        """The first level at which the path of ``leaf`` (from 0) differs from that of the leaf before. Anytime inference
+        has computed the levels before it already, and computes the levels from it on."""
         return self._first_new[leaf]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The networks of the paper, and a small one, as lists of blocks of layer descriptions."""
+"""The networks of the paper, and small ones, as blocks of layer specs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Block = tuple[LayerSpec, ...]
 
 @dataclass(frozen=True)
 class Preset:
-    """A tree and its blocks, one list of layers per block of the tree."""
+    """A tree, and the specs of the layers of each block."""
 
     hierarchy: Hierarchy
     blocks: tuple[Block, ...]
