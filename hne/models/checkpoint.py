@@ -1,7 +1,6 @@
 """Checkpoints: one safetensors file with the tensors, and a JSON config in its metadata.
 
-Reading one runs no code that it contains (no pickle), and a SHA-256 over config and tensors tells
-a damaged file.
+Reading a checkpoint runs no code (no pickle). A SHA-256 over config and tensors detects a damaged file.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ _MODEL = "model/"  # prefix of the network's tensors
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write a checkpoint; whatever happens, ``path`` is the old file or the complete new one.
+    """Write a checkpoint. A crash leaves either the old file or the complete new one.
 
     Args:
         path: the file.
-        tensors: any tensors; those of the network are named by :func:`model_tensors`.
+        tensors: any tensors; :func:`model_tensors` names those of the network.
         config: JSON-able values.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -51,8 +50,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint: its tensors (on the CPU) and its config.
 
     Raises:
-        CheckpointError: there is none, it is damaged, of another version or no checkpoint of an
-            HNE.
+        CheckpointError: the file is missing, damaged, of another version, or no checkpoint of an HNE.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,7 +78,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a file is a checkpoint by what it says of itself, damaged or not."""
+    """Whether the metadata of a file names it a checkpoint; the file may be damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
@@ -89,7 +87,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def model_tensors(model: HNE) -> dict[str, Tensor]:
-    """The tensors of a network under the names they have in a checkpoint."""
+    """The tensors of a network by their names in a checkpoint."""
     return {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
 
 
@@ -97,8 +95,7 @@ def restore_model(model: HNE, tensors: Mapping[str, Tensor], path: str | Path) -
     """Copy the network's tensors of a checkpoint into ``model``.
 
     Raises:
-        CheckpointError: they are not those of this network; the message names the first that
-            differs.
+        CheckpointError: names or shapes differ; the message gives the first difference.
     """
     found = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
     expected = model.state_dict()
@@ -116,11 +113,11 @@ def load_model(path: str | Path, *, naive: bool = False) -> tuple[HNE, dict[str,
     """The network of a checkpoint, in eval mode on the CPU, and the checkpoint's config.
 
     Args:
-        path: a checkpoint; either implementation reads what the other has written.
+        path: a checkpoint, written by either implementation.
         naive: build a :class:`NaiveHNE` instead of a :class:`FusedHNE`.
 
     Raises:
-        CheckpointError: as :func:`load`, or the network is not one that this version can build.
+        CheckpointError: as :func:`load`, or this version cannot build the network.
     """
     tensors, config = load(path)
     try:
