@@ -1,4 +1,4 @@
-// The Python module hne_kernels._C: what is not an op. Importing it registers the ops as well.
+// The Python module hne_kernels._C: functions that are not ops. Importing the module also registers the ops.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
@@ -32,12 +32,14 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.def("build_info", &build_info, "How this library was compiled.");
-  module.def("cpu_capability", &hne::cpu_capability, "The instruction set that the kernels use.");
+  module.def("build_info", &build_info, "How this library was compiled: dict of str to str.");
+  module.def("cpu_capability", &hne::cpu_capability, "Name of the instruction set that the kernels use.");
   module.def("cpu_capabilities_supported", &hne::cpu_capabilities_supported,
-             "Those that this machine has, comma separated, best last.");
-  module.def("forget_layers", &hne::forget_layers, "Forget what the op prepare_layers gave this number for.");
+             "Names of the instruction sets that this machine supports, comma separated, best last.");
+  module.def("forget_layers", &hne::forget_layers,
+             "Free the layers that the op prepare_layers returned this number for.");
   module.def("release_memory", &hne::release_memory,
-             "Give memory that the CPU ops keep and no tensor uses back to the system; how many bytes.");
-  module.def("poison_memory", &hne::poison_memory, "Whether the CPU ops fill their memory with NaN first (tests).");
+             "Return idle buffers of the CPU ops to the system; the number of bytes.");
+  module.def("poison_memory", &hne::poison_memory,
+             "Whether the CPU ops fill large outputs with NaN before they write them (for tests).");
 }

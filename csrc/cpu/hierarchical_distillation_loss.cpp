@@ -1,4 +1,4 @@
-// The co-distillation objective, value and gradient in one pass: each sample's logits are read once.
+// The hierarchical distillation loss (equations 9 and 12) and its gradient in one pass over the logits.
 #include <cmath>
 
 #include "op.h"
@@ -6,7 +6,7 @@
 namespace hne {
 namespace {
 
-constexpr int64_t kSamples = 4;  // of a task
+constexpr int64_t kSamples = 4;  // samples per task
 
 std::tuple<Tensor, Tensor> hierarchical_distillation_loss(const Tensor& logits_in, const Tensor& target_in,
                                                           double alpha, double temperature) {

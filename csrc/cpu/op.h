@@ -1,4 +1,4 @@
-// What every op needs: argument checks, dtype dispatch, scratch memory; with team.h, parallel loops.
+// Shared by all CPU ops: argument checks, dtype dispatch, scratch memory; with thread_team.h, parallel loops.
 #pragma once
 
 #include <cstdlib>
@@ -19,7 +19,7 @@ inline void check_kind(const char* name, const Tensor& t, const Tensor& like) {
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of the first tensor");
 }
 
-// f(T{}) with T = float or double, the types that kernels compute in.
+// Calls f(T{}) with T = float or double, the types in which the kernels compute.
 template <typename F>
 auto dispatch(const Tensor& t, const F& f) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double,
@@ -28,13 +28,14 @@ auto dispatch(const Tensor& t, const F& f) {
 }
 
 // bfloat16 is computed in float32: widened on entry, rounded once on exit.
-inline bool narrow_type(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; }
-inline Tensor widen(const Tensor& t) { return narrow_type(t) ? torch::stable::to(t, ScalarType::Float) : t; }
+inline Tensor widen(const Tensor& t) {
+  return t.scalar_type() == ScalarType::BFloat16 ? torch::stable::to(t, ScalarType::Float) : t;
+}
 inline std::optional<Tensor> widen(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(widen(*t)) : std::nullopt;
 }
 
-// Weights that stay as they are, and where they lie: to ask a tensor for that in every loop takes its time.
+// A contiguous tensor that does not change, with its data pointer: asking a tensor for it costs time in every loop.
 class ConstTensor {
  public:
   explicit ConstTensor(const Tensor& t)
@@ -49,7 +50,8 @@ class ConstTensor {
   const void* data_;
 };
 
-// Memory that a thread keeps between tasks; each use has a slot of its own, uninitialised.
+// Uninitialised memory of the calling thread for `count` values, kept between tasks. Uses at the same time need
+// different slots; the pointer is valid until the next call with this slot.
 template <typename T>
 T* scratch(int slot, int64_t count) {
   struct Buffer {
@@ -66,7 +68,7 @@ T* scratch(int slot, int64_t count) {
     buffer.memory = std::aligned_alloc(64, bytes);
     if (buffer.memory == nullptr) throw std::bad_alloc();
 #if defined(__SANITIZE_ADDRESS__)
-    std::memset(buffer.memory, 0x7f, bytes);  // numbers that overflow where they are taken for something
+    std::memset(buffer.memory, 0x7f, bytes);  // poison: uninitialised reads overflow
 #endif
     buffer.bytes = bytes;
   }

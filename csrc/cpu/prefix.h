@@ -1,11 +1,12 @@
-// Means over nested ensembles.
+// Means over the first members of an ensemble.
 #pragma once
 
 #include "op.h"
 
 namespace hne {
 
-// Running sums over the members of `count` values: means[p] = sum of the first sizes[p] members / sizes[p].
+// means[p] = mean of the first sizes[p] members, for `count` values of each member. Members lie member_stride apart,
+// means mean_stride apart; `sum` [count] holds the running sum.
 template <typename T>
 void prefix_means(const T* member, int64_t member_stride, int64_t models, const std::vector<int64_t>& sizes, T* sum,
                   int64_t count, T* means, int64_t mean_stride) {

@@ -1,10 +1,10 @@
-// Means over the first n members, and their adjoint, in one pass over the logits.
+// Means over the first members of an ensemble, and their gradient, in one pass over the logits.
 #include "prefix.h"
 
 namespace hne {
 namespace {
 
-constexpr int64_t kValues = 2048;  // of one member, a task
+constexpr int64_t kValues = 2048;  // values of one member per task
 
 Tensor prefix_mean(const Tensor& logits_in, const std::vector<int64_t>& sizes) {
   STD_TORCH_CHECK(logits_in.dim() == 3, "logits: expected 3 dimensions");
@@ -39,6 +39,7 @@ Tensor prefix_mean_backward(const Tensor& grad_in, const std::vector<int64_t>& s
       T* sum = scratch<T>(0, count);
       std::fill(sum, sum + count, T(0));
       int64_t p = int64_t(sizes.size()) - 1;
+      // From the last member to the first: `sum` holds the gradient of all ensembles that contain member n.
       for (int64_t n = models - 1; n >= 0; --n) {
         if (p >= 0 && sizes[p] == n + 1) {
           kernels<T>().add_scaled(sum, data<T>(grad) + p * values + first, T(1) / T(n + 1), count);

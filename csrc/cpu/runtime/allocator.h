@@ -1,18 +1,18 @@
-// Memory for what the ops write.
+// Memory for the outputs of the CPU ops.
 #pragma once
 
 #include "tensor.h"
 
 namespace hne {
 
-// An uninitialised tensor of these sizes, with the dtype of `like`. Large ones come from memory that other tensors have
-// given back: fresh memory costs a page fault for every 4 KiB, which is half of a training step.
+// An uninitialised tensor of shape `sizes` with the dtype of `like`. Tensors of 64 KiB and more reuse freed buffers:
+// fresh memory costs a page fault per 4 KiB, which is half the time of a training step.
 Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes);
 
-// Whether such memory is filled with NaN first: what a kernel leaves out then shows.
+// Whether `empty` fills such buffers with NaN, so that tests notice values that a kernel does not write.
 void poison_memory(bool poisoned);
 
-// Gives the memory that no tensor uses back to the system; returns how many bytes.
+// Returns idle buffers to the system; the number of bytes.
 int64_t release_memory();
 
 }  // namespace hne

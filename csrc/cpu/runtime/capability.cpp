@@ -31,18 +31,18 @@ const char* name(Capability level) {
 }
 
 Capability choose() {
-  const char* wanted = std::getenv("HNE_CPU_CAPABILITY");
+  const char* requested = std::getenv("HNE_CPU_CAPABILITY");
   for (Capability level : {Capability::avx512, Capability::avx2, Capability::portable}) {
-    if (wanted != nullptr && *wanted != '\0') {
-      if (std::string(wanted) != name(level)) continue;
+    if (requested != nullptr && *requested != '\0') {
+      if (std::string(requested) != name(level)) continue;
       if (!supported(level))
         throw std::runtime_error(std::string("HNE_CPU_CAPABILITY: this machine has ") + cpu_capabilities_supported() +
-                                 ", got " + wanted);
+                                 ", got " + requested);
       return level;
     }
     if (supported(level)) return level;
   }
-  throw std::runtime_error(std::string("HNE_CPU_CAPABILITY: expected portable, avx2 or avx512, got ") + wanted);
+  throw std::runtime_error(std::string("HNE_CPU_CAPABILITY: expected portable, avx2 or avx512, got ") + requested);
 }
 
 }  // namespace

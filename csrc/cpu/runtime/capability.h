@@ -1,17 +1,18 @@
-// The instruction set that the CPU kernels use, chosen when the library is loaded: the best that this
-// machine has, or what HNE_CPU_CAPABILITY asks for ("portable", "avx2", "avx512").
+// The instruction set of the CPU kernels, chosen once: the best one that this machine supports, or the one named by the
+// environment variable HNE_CPU_CAPABILITY ("portable", "avx2", "avx512").
 #pragma once
 
 namespace hne {
 
 enum class Capability { portable, avx2, avx512 };
 
+// Throws std::runtime_error if HNE_CPU_CAPABILITY names an instruction set that is unknown or not supported.
 Capability capability();
 
 // Name of capability(): "portable", "avx2" or "avx512".
 const char* cpu_capability();
 
-// Names of all that this machine has, comma separated, best last.
+// Names of the instruction sets that this machine supports, comma separated, best last.
 const char* cpu_capabilities_supported();
 
 }  // namespace hne
