@@ -1,5 +1,5 @@
 // A whole bottleneck (inference).
-#include "bottleneck.h"
+#include "bottleneck_chain.h"
 
 namespace hne {
 namespace {
@@ -9,9 +9,9 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand, const Tensor& 
                         const std::optional<Tensor>& shortcut, const std::optional<Tensor>& shortcut_bias,
                         int64_t stride, int64_t replicate, const std::string& activation, bool identity,
                         const std::string& final_activation) {
-  const std::optional<Tensor> given[] = {expand,  expand_bias,  depthwise, depthwise_bias,
-                                         project, project_bias, shortcut,  shortcut_bias};
-  const BottleneckWeights weights(given, stride, replicate, activation, identity, final_activation);
+  const std::optional<Tensor> tensors[] = {expand,  expand_bias,  depthwise, depthwise_bias,
+                                           project, project_bias, shortcut,  shortcut_bias};
+  const BottleneckWeights weights(tensors, stride, replicate, activation, identity, final_activation);
   check_kind("x", x_in, expand);
   const Tensor x = torch::stable::contiguous(widen(x_in));
   const auto sizes = x.sizes();
@@ -20,8 +20,8 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand, const Tensor& 
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     std::vector<int64_t> in_shape = shape;
-    run_bottlenecks<T>(Convolutions<T>({}, in_shape), {Bottleneck<T>(weights, shape)}, data<T>(x), mutable_data<T>(out),
-                       false, out);
+    forward_bottlenecks<T>(ConvolutionChain<T>({}, in_shape), {Bottleneck<T>(weights, shape)}, data<T>(x),
+                           mutable_data<T>(out), false, out);
   });
   return round_to(out, x_in.scalar_type());
 }

@@ -14,7 +14,7 @@ Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight, const Tensor& bias
   const Tensor out = empty(x, g.out_shape());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    convolution.run<T>(g, data<T>(x), mutable_data<T>(out));
+    convolution.forward<T>(g, data<T>(x), mutable_data<T>(out));
   });
   return round_to(out, x_in.scalar_type());
 }

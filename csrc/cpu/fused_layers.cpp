@@ -5,19 +5,19 @@
 #include <unordered_map>
 #include <variant>
 
-#include "bottleneck.h"
+#include "bottleneck_chain.h"
 #include "packed_convolution.h"
 
 namespace hne {
 namespace {
 
-// A layer as prepare_layers is told of it, in the order of hne_kernels/fused_layers.py.
-struct Description {
-  enum Kind : int64_t { convolution, bottleneck, linear_of_mean };
-  int64_t kind, stride, padding, replicate, activation, final_activation, identity, kept;
+// The eight numbers that describe a layer to prepare_layers, in the order of hne_kernels/ops/fused_layers.py.
+struct LayerSpec {
+  enum Kind : int64_t { convolution, bottleneck, pool_linear };  // pool_linear: linear layer of the mean over pixels
+  int64_t kind, stride, padding, replicate, activation, final_activation, identity, returned;
 
   static constexpr int64_t kNumbers = 8;
-  explicit Description(const int64_t* n)
+  explicit LayerSpec(const int64_t* n)
       : kind(n[0]),
         stride(n[1]),
         padding(n[2]),
@@ -25,8 +25,8 @@ struct Description {
         activation(n[4]),
         final_activation(n[5]),
         identity(n[6]),
-        kept(n[7]) {
-    STD_TORCH_CHECK(kind >= convolution && kind <= linear_of_mean, "numbers: expected a kind from 0 to 2");
+        returned(n[7]) {
+    STD_TORCH_CHECK(kind >= convolution && kind <= pool_linear, "numbers: expected a kind from 0 to 2");
   }
 
   int64_t num_weights() const { return kind == bottleneck ? 8 : 2; }
@@ -38,148 +38,155 @@ std::string activation_name(int64_t number) {
   return kNames[number];
 }
 
-// The mean over every map.
-struct Mean {};
+// The mean over the pixels of each feature map.
+struct GlobalPool {};
 
-// Bottlenecks one after the other, the convolutions before them where all of it is one branch, and the mean over the
-// maps of the last if it is wanted.
-struct BottleneckRun {
-  std::vector<PackedConvolution> before;
+// Consecutive bottlenecks, with the convolutions of one branch before them and the global pool after them, if any.
+struct BottleneckSequence {
+  std::vector<PackedConvolution> stem;
   std::vector<BottleneckWeights> bottlenecks;
-  bool mean = false;
+  bool pool = false;
 };
 
-struct Step {
-  std::variant<Mean, PackedConvolution, BottleneckRun> what;
-  bool kept;
+// Layers that are computed together: only the output of the last one is stored for the whole batch.
+struct Stage {
+  std::variant<GlobalPool, PackedConvolution, BottleneckSequence> operation;
+  bool returned;  // whether the output is a result of the call
 };
 
-class Layers {
+class PreparedLayers {
  public:
-  Layers(const std::vector<std::optional<Tensor>>& weights, const std::vector<int64_t>& numbers) {
-    const int64_t count = int64_t(numbers.size()) / Description::kNumbers;
-    STD_TORCH_CHECK(count > 0 && count * Description::kNumbers == int64_t(numbers.size()),
+  PreparedLayers(const std::vector<std::optional<Tensor>>& weights, const std::vector<int64_t>& numbers) {
+    const int64_t count = int64_t(numbers.size()) / LayerSpec::kNumbers;
+    STD_TORCH_CHECK(count > 0 && count * LayerSpec::kNumbers == int64_t(numbers.size()),
                     "numbers: expected eight for each of one or more layers");
-    STD_TORCH_CHECK(!weights.empty() && weights[0].has_value(), "weights: expected one at least");
+    STD_TORCH_CHECK(!weights.empty() && weights[0].has_value(), "weights: expected at least one");
     type_ = weights[0]->scalar_type();
     size_t used = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const Description layer(&numbers[i * Description::kNumbers]);
-      STD_TORCH_CHECK(used + layer.num_weights() <= weights.size(), "weights: expected more of them");
+      const LayerSpec layer(&numbers[i * LayerSpec::kNumbers]);
+      STD_TORCH_CHECK(used + layer.num_weights() <= weights.size(), "weights: fewer than the layers need");
       add(layer, &weights[used]);
       used += layer.num_weights();
     }
-    STD_TORCH_CHECK(used == weights.size() && steps_.back().kept, "weights: expected fewer of them");
-    linear_ = Description(&numbers[(count - 1) * Description::kNumbers]).kind == Description::linear_of_mean;
+    STD_TORCH_CHECK(used == weights.size(), "weights: more than the layers need");
+    STD_TORCH_CHECK(stages_.back().returned, "numbers: expected that the last layer's features are returned");
+    ends_linear_ = LayerSpec(&numbers[(count - 1) * LayerSpec::kNumbers]).kind == LayerSpec::pool_linear;
   }
 
-  // The features after every layer that is kept; those of the last one, if it is linear, without height and width.
+  // The features of the layers to be returned, in order: [branch, batch, height, width, channel]; those of a last
+  // linear layer: [branch, batch, channel].
   std::vector<Tensor> operator()(const Tensor& x_in) const {
     STD_TORCH_CHECK(x_in.is_cpu() && x_in.scalar_type() == type_, "x: expected the dtype of the weights, on the CPU");
     const Tensor x = widen(x_in);
-    std::vector<Tensor> kept;
-    Team::gather([&] { kept = dispatch(x, [&](auto type) { return run_in_parts<decltype(type)>(x); }); });
-    for (Tensor& features : kept) features = round_to(features, type_);
-    return kept;
+    std::vector<Tensor> results;
+    ThreadTeam::lead(
+        [&] { results = dispatch(x, [&](auto type) { return forward_micro_batches<decltype(type)>(x); }); });
+    for (Tensor& features : results) features = round_to(features, type_);
+    return results;
   }
 
  private:
-  void add(const Description& layer, const std::optional<Tensor>* weights) {
+  // Adds the layer to the last stage where it can be computed together with it, else as a new stage.
+  void add(const LayerSpec& layer, const std::optional<Tensor>* weights) {
     STD_TORCH_CHECK(weights[0].has_value() && weights[0]->scalar_type() == type_, "weights: expected one dtype");
     const std::string activation = activation_name(layer.activation);
-    // A run goes on while its features are no result.
-    BottleneckRun* run =
-        steps_.empty() || steps_.back().kept ? nullptr : std::get_if<BottleneckRun>(&steps_.back().what);
-    if (layer.kind != Description::bottleneck) {
+    // A sequence ends where its features are returned.
+    BottleneckSequence* sequence = stages_.empty() || stages_.back().returned
+                                       ? nullptr
+                                       : std::get_if<BottleneckSequence>(&stages_.back().operation);
+    if (layer.kind != LayerSpec::bottleneck) {
       STD_TORCH_CHECK(weights[1].has_value(), "weights: expected a bias");
-      if (layer.kind == Description::linear_of_mean) {
-        if (run != nullptr)
-          run->mean = true;
+      if (layer.kind == LayerSpec::pool_linear) {
+        if (sequence != nullptr)
+          sequence->pool = true;
         else
-          steps_.push_back({Mean{}, false});
+          stages_.push_back({GlobalPool{}, false});
       }
-      steps_.push_back(
+      stages_.push_back(
           {PackedConvolution(*weights[0], *weights[1], layer.stride, layer.padding, layer.replicate, activation),
-           layer.kept != 0});
+           layer.returned != 0});
       return;
     }
     const BottleneckWeights bottleneck(weights, layer.stride, layer.replicate, activation, layer.identity != 0,
                                        activation_name(layer.final_activation));
-    if (run != nullptr && layer.replicate == 1) {
-      run->bottlenecks.push_back(bottleneck);
-      steps_.back().kept = layer.kept != 0;
+    if (sequence != nullptr && layer.replicate == 1) {
+      sequence->bottlenecks.push_back(bottleneck);
+      stages_.back().returned = layer.returned != 0;
     } else {
-      std::vector<PackedConvolution> before;
-      if (bottleneck.branches() == 1) before = take_convolutions();
-      steps_.push_back({BottleneckRun{std::move(before), {bottleneck}}, layer.kept != 0});
+      std::vector<PackedConvolution> stem;
+      if (bottleneck.branches() == 1) stem = take_convolutions();
+      stages_.push_back({BottleneckSequence{std::move(stem), {bottleneck}}, layer.returned != 0});
     }
   }
 
-  // The last steps, as far as they are convolutions whose features are no result.
+  // Removes the convolutions of one branch at the end of the stages, as far as their features are not returned.
   std::vector<PackedConvolution> take_convolutions() {
     std::vector<PackedConvolution> taken;
-    while (!steps_.empty() && !steps_.back().kept) {
-      auto* convolution = std::get_if<PackedConvolution>(&steps_.back().what);
+    while (!stages_.empty() && !stages_.back().returned) {
+      auto* convolution = std::get_if<PackedConvolution>(&stages_.back().operation);
       if (convolution == nullptr || convolution->branches() != 1) break;
       taken.insert(taken.begin(), *convolution);
-      steps_.pop_back();
+      stages_.pop_back();
     }
     return taken;
   }
 
-  // Where features lie between steps, a few samples at a time go through all of them: what one step has written is in
-  // the cache when the next one reads it, and its memory is used again. Features that are kept stay in memory anyway.
+  // Takes one micro-batch after another through all stages: a stage's output is still in the cache when the next stage
+  // reads it, and its memory is reused. If features between stages are returned, the batch stays whole.
   template <typename T>
-  std::vector<Tensor> run_in_parts(Tensor x) const {
-    const int64_t dimension = x.dim() == 4 ? 0 : 1;  // of the batch
-    const int64_t batch = x.size(dimension), parts = batch <= kFewSamples ? 1 : ceil_div(batch, samples<T>(x));
-    if (parts == 1) return run<T>(x);
-    Tensor whole;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = batch * part / parts, count = batch * (part + 1) / parts - first;
-      const Tensor result = run<T>(torch::stable::narrow(x, dimension, first, count)).back();
-      if (part == 0) {
+  std::vector<Tensor> forward_micro_batches(Tensor x) const {
+    const int64_t batch_dim = x.dim() == 4 ? 0 : 1, batch = x.size(batch_dim);
+    const int64_t micro_batches = batch <= kMinMicroBatch ? 1 : ceil_div(batch, micro_batch_size<T>(x));
+    if (micro_batches == 1) return forward<T>(x);
+    Tensor out;
+    for (int64_t i = 0; i < micro_batches; ++i) {
+      const int64_t first = batch * i / micro_batches, count = batch * (i + 1) / micro_batches - first;
+      const Tensor result = forward<T>(torch::stable::narrow(x, batch_dim, first, count)).back();
+      if (i == 0) {
         std::vector<int64_t> shape(result.sizes().begin(), result.sizes().end());
         shape[1] = batch;
-        whole = empty(result, shape);
+        out = empty(result, shape);
       }
-      Tensor place = torch::stable::narrow(whole, 1, first, count);
-      torch::stable::copy_(place, result);
+      Tensor slice = torch::stable::narrow(out, 1, first, count);
+      torch::stable::copy_(slice, result);
     }
-    return {whole};
+    return {out};
   }
 
-  // Samples of a part.
+  // The most samples whose features between two stages take at most kMicroBatchBytes, but at least kMinMicroBatch; the
+  // whole batch if features between stages are returned.
   template <typename T>
-  int64_t samples(const Tensor& x) const {
-    std::vector<int64_t> shape = shape_of(x);
+  int64_t micro_batch_size(const Tensor& x) const {
+    std::vector<int64_t> shape = features_shape(x);
     const int64_t batch = shape[1];
-    int64_t most = 0;  // values of a sample between two steps
-    for (const Step& step : steps_) {
-      if (&step == &steps_.back()) break;
-      if (step.kept) return batch;
-      std::visit([&](const auto& what) { reshape(what, shape); }, step.what);
-      most = std::max(most, shape[0] * shape[2] * shape[3] * shape[4]);
+    int64_t max_values = 0;  // of one sample between two stages
+    for (const Stage& stage : stages_) {
+      if (&stage == &stages_.back()) break;
+      if (stage.returned) return batch;
+      std::visit([&](const auto& operation) { update_shape(operation, shape); }, stage.operation);
+      max_values = std::max(max_values, shape[0] * shape[2] * shape[3] * shape[4]);
     }
-    return std::max(kFewSamples, kPartBytes / std::max<int64_t>(most * int64_t(sizeof(T)), 1));
+    return std::max(kMinMicroBatch, kMicroBatchBytes / std::max<int64_t>(max_values * int64_t(sizeof(T)), 1));
   }
 
   template <typename T>
-  std::vector<Tensor> run(const Tensor& x_in) const {
-    std::vector<int64_t> shape = shape_of(x_in);
-    std::vector<Tensor> kept;
-    Tensor last = in_order<T>(x_in, shape);  // what the next step reads
-    for (const Step& step : steps_) {
-      const bool flat = linear_ && &step == &steps_.back();
-      last =
-          std::visit([&](const auto& what) { return compute<T>(what, data<T>(last), x_in, flat, shape); }, step.what);
-      if (step.kept) kept.push_back(last);
+  std::vector<Tensor> forward(const Tensor& x_in) const {
+    std::vector<int64_t> shape = features_shape(x_in);
+    std::vector<Tensor> results;
+    Tensor features = channels_last<T>(x_in, shape);
+    for (const Stage& stage : stages_) {
+      const bool flat = ends_linear_ && &stage == &stages_.back();
+      features = std::visit(
+          [&](const auto& operation) { return forward_stage<T>(operation, data<T>(features), x_in, flat, shape); },
+          stage.operation);
+      if (stage.returned) results.push_back(features);
     }
-    return kept;
+    return results;
   }
 
-  // Images [batch, channels, height, width] are features of one branch.
-  static std::vector<int64_t> shape_of(const Tensor& x) {
+  // [branch, batch, height, width, channel]; images [batch, channel, height, width] are features of one branch.
+  static std::vector<int64_t> features_shape(const Tensor& x) {
     const auto sizes = x.sizes();
     STD_TORCH_CHECK(x.dim() == 5 || x.dim() == 4, "x: expected 5 dimensions, or 4 of images");
     if (x.dim() == 5) return {sizes.begin(), sizes.end()};
@@ -187,141 +194,146 @@ class Layers {
     return {1, sizes[0], sizes[2], sizes[3], sizes[1]};
   }
 
-  // Features as they follow each other in memory; images in place where they lie channels last.
+  // x as contiguous features; images that lie channels last in memory are not copied.
   template <typename T>
-  static Tensor in_order(const Tensor& x, const std::vector<int64_t>& shape) {
+  static Tensor channels_last(const Tensor& x, const std::vector<int64_t>& shape) {
     if (x.dim() == 5) return torch::stable::contiguous(x);
     const int64_t batch = shape[1], height = shape[2], width = shape[3], channels = shape[4];
     const auto strides = x.strides();
-    const int64_t of_batch = strides[0], of_channel = strides[1], of_row = strides[2], of_column = strides[3];
-    const bool in_place = (channels == 1 || of_channel == 1) && (width == 1 || of_column == channels) &&
-                          (height == 1 || of_row == width * channels) &&
-                          (batch == 1 || of_batch == height * width * channels);
-    if (in_place) return x;
+    const int64_t batch_stride = strides[0], channel_stride = strides[1];
+    const int64_t row_stride = strides[2], column_stride = strides[3];
+    const bool is_channels_last = (channels == 1 || channel_stride == 1) && (width == 1 || column_stride == channels) &&
+                                  (height == 1 || row_stride == width * channels) &&
+                                  (batch == 1 || batch_stride == height * width * channels);
+    if (is_channels_last) return x;
     const Tensor copy = empty(x, shape);
-    const T* const from = data<T>(x);
-    T* const to = mutable_data<T>(copy);
-    const int64_t row = width * channels, rows = batch * height;
-    const int64_t most = std::max<int64_t>(1, kCopied / std::max<int64_t>(row, 1));  // rows of a task
-    parallel_tasks(ceil_div(rows, most), [&](int64_t task) {
-      for (int64_t r = task * most; r < std::min(rows, (task + 1) * most); ++r)
+    const T* const images = data<T>(x);
+    T* const features = mutable_data<T>(copy);
+    const int64_t row_size = width * channels, rows = batch * height;
+    const int64_t task_rows = std::max<int64_t>(1, kCopyValues / std::max<int64_t>(row_size, 1));
+    parallel_tasks(ceil_div(rows, task_rows), [&](int64_t task) {
+      for (int64_t r = task * task_rows; r < std::min(rows, (task + 1) * task_rows); ++r)
         for (int64_t c = 0; c < channels; ++c) {
-          const T* in = from + r / height * of_batch + r % height * of_row + c * of_channel;
-          T* out = to + r * row + c;
-          for (int64_t column = 0; column < width; ++column) out[column * channels] = in[column * of_column];
+          const T* in = images + r / height * batch_stride + r % height * row_stride + c * channel_stride;
+          T* out = features + r * row_size + c;
+          for (int64_t column = 0; column < width; ++column) out[column * channels] = in[column * column_stride];
         }
     });
     return copy;
   }
 
-  // The shape of the features after a step instead of that of x; compute() finds the same.
-  static void reshape(const PackedConvolution& convolution, std::vector<int64_t>& shape) {
+  // Replaces the shape of a stage's input by the shape of its output, as forward_stage() does.
+  static void update_shape(const PackedConvolution& convolution, std::vector<int64_t>& shape) {
     shape = convolution.geometry(shape).out_shape();
   }
 
-  static void reshape(const BottleneckRun& run, std::vector<int64_t>& shape) {
-    for (const PackedConvolution& convolution : run.before) reshape(convolution, shape);
-    for (const BottleneckWeights& bottleneck : run.bottlenecks) shape = bottleneck.geometry(shape).out_shape();
-    if (run.mean) reshape(Mean{}, shape);
+  static void update_shape(const BottleneckSequence& sequence, std::vector<int64_t>& shape) {
+    for (const PackedConvolution& convolution : sequence.stem) update_shape(convolution, shape);
+    for (const BottleneckWeights& bottleneck : sequence.bottlenecks) shape = bottleneck.geometry(shape).out_shape();
+    if (sequence.pool) update_shape(GlobalPool{}, shape);
   }
 
-  static void reshape(const Mean&, std::vector<int64_t>& shape) {
-    STD_TORCH_CHECK(shape[2] * shape[3] > 0, "x: expected maps of at least one pixel");
+  static void update_shape(const GlobalPool&, std::vector<int64_t>& shape) {
+    STD_TORCH_CHECK(shape[2] * shape[3] > 0, "x: expected feature maps of at least one pixel");
     shape[2] = shape[3] = 1;
   }
 
-  // The features after a step, and their shape instead of that of x. `like` is for their memory.
+  // The output of a stage; `shape` changes from the shape of x to that of the output. `like` gives the dtype.
   template <typename T>
-  static Tensor compute(const PackedConvolution& convolution, const T* x, const Tensor& like, bool flat,
-                        std::vector<int64_t>& shape) {
+  static Tensor forward_stage(const PackedConvolution& convolution, const T* x, const Tensor& like, bool flat,
+                              std::vector<int64_t>& shape) {
     const Geometry g = convolution.geometry(shape);
     shape = g.out_shape();
     Tensor out = flat ? empty(like, {shape[0], shape[1], shape[4]}) : empty(like, shape);
-    convolution.run<T>(g, x, mutable_data<T>(out));
+    convolution.forward<T>(g, x, mutable_data<T>(out));
     return out;
   }
 
   template <typename T>
-  static Tensor compute(const BottleneckRun& run, const T* x, const Tensor& like, bool, std::vector<int64_t>& shape) {
-    const Convolutions<T> before(run.before, shape);
-    std::vector<Bottleneck<T>> layers;
-    layers.reserve(run.bottlenecks.size());
-    for (const BottleneckWeights& weights : run.bottlenecks) {
-      layers.emplace_back(weights, shape);
-      shape = layers.back().geometry().out_shape();
+  static Tensor forward_stage(const BottleneckSequence& sequence, const T* x, const Tensor& like, bool,
+                              std::vector<int64_t>& shape) {
+    const ConvolutionChain<T> stem(sequence.stem, shape);
+    std::vector<Bottleneck<T>> bottlenecks;
+    bottlenecks.reserve(sequence.bottlenecks.size());
+    for (const BottleneckWeights& weights : sequence.bottlenecks) {
+      bottlenecks.emplace_back(weights, shape);
+      shape = bottlenecks.back().geometry().out_shape();
     }
-    if (run.mean) reshape(Mean{}, shape);
+    if (sequence.pool) update_shape(GlobalPool{}, shape);
     Tensor out = empty(like, shape);
-    run_bottlenecks<T>(before, layers, x, mutable_data<T>(out), run.mean, out);
+    forward_bottlenecks<T>(stem, bottlenecks, x, mutable_data<T>(out), sequence.pool, out);
     return out;
   }
 
   template <typename T>
-  static Tensor compute(const Mean& mean, const T* x, const Tensor& like, bool, std::vector<int64_t>& shape) {
+  static Tensor forward_stage(const GlobalPool& pool, const T* x, const Tensor& like, bool,
+                              std::vector<int64_t>& shape) {
     const int64_t pixels = shape[2] * shape[3], channels = shape[4];
-    reshape(mean, shape);
+    update_shape(pool, shape);
     Tensor out = empty(like, shape);
-    parallel_tasks(shape[0] * shape[1], [&](int64_t map) {
-      kernels<T>().mean_rows(x + map * pixels * channels, pixels, channels, mutable_data<T>(out) + map * channels);
+    parallel_tasks(shape[0] * shape[1], [&](int64_t map_index) {
+      kernels<T>().mean_rows(x + map_index * pixels * channels, pixels, channels,
+                             mutable_data<T>(out) + map_index * channels);
     });
     return out;
   }
 
-  static constexpr int64_t kCopied = 4096;  // values of an image that a thread copies at once
-  // Of a part of the batch: features between steps, 16 images of HNE-ResNet; but weights are read once for a part.
-  static constexpr int64_t kPartBytes = 8 << 20, kFewSamples = 8;
+  static constexpr int64_t kCopyValues = 4096;  // values of images per task
+  // Features between two stages: 8 MiB are 16 images of HNE-ResNet. A micro-batch has at least 8 samples, since each of
+  // them reads all weights once.
+  static constexpr int64_t kMicroBatchBytes = 8 << 20, kMinMicroBatch = 8;
 
   ScalarType type_;
-  std::vector<Step> steps_;
-  bool linear_;  // the last layer
+  std::vector<Stage> stages_;
+  bool ends_linear_;  // the last layer is a pool_linear
 };
 
-// What has been prepared, by number; nothing else can be asked for.
-class Prepared {
+// The prepared layers of this process by handle.
+class LayersRegistry {
  public:
-  int64_t add(std::shared_ptr<const Layers> layers) {
+  int64_t add(std::shared_ptr<const PreparedLayers> layers) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    layers_[++last_] = std::move(layers);
-    return last_;
+    layers_[++last_handle_] = std::move(layers);
+    return last_handle_;
   }
 
-  std::shared_ptr<const Layers> get(int64_t number) {
+  std::shared_ptr<const PreparedLayers> get(int64_t handle) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = layers_.find(number);
-    STD_TORCH_CHECK(found != layers_.end(), "layers: expected a number of prepare_layers, got ", number);
+    const auto found = layers_.find(handle);
+    STD_TORCH_CHECK(found != layers_.end(), "layers: expected a number of prepare_layers, got ", handle);
     return found->second;
   }
 
-  void forget(int64_t number) {
-    std::shared_ptr<const Layers> last;  // what it holds is freed without the lock
+  void remove(int64_t handle) {
+    std::shared_ptr<const PreparedLayers> removed;  // declared before the guard: frees after the mutex is unlocked
     const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = layers_.find(number);
+    const auto found = layers_.find(handle);
     if (found == layers_.end()) return;
-    last = std::move(found->second);
+    removed = std::move(found->second);
     layers_.erase(found);
   }
 
  private:
   std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<const Layers>> layers_;
-  int64_t last_ = 0;
+  std::unordered_map<int64_t, std::shared_ptr<const PreparedLayers>> layers_;
+  int64_t last_handle_ = 0;
 };
 
-// Never destroyed: Python forgets its layers until the process ends.
-Prepared& prepared() {
-  static Prepared* prepared = new Prepared;
-  return *prepared;
+// Never destroyed: Python removes layers until the process ends.
+LayersRegistry& registry() {
+  static LayersRegistry* registry = new LayersRegistry;
+  return *registry;
 }
 
 int64_t prepare_layers(const std::vector<std::optional<Tensor>>& weights, const std::vector<int64_t>& numbers) {
-  return prepared().add(std::make_shared<const Layers>(weights, numbers));
+  return registry().add(std::make_shared<const PreparedLayers>(weights, numbers));
 }
 
-std::vector<Tensor> fused_layers(const Tensor& x, int64_t layers) { return (*prepared().get(layers))(x); }
+std::vector<Tensor> fused_layers(const Tensor& x, int64_t layers) { return (*registry().get(layers))(x); }
 
 }  // namespace
 
-void forget_layers(int64_t layers) { prepared().forget(layers); }
+void forget_layers(int64_t handle) { registry().remove(handle); }
 
 STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
   m.impl("prepare_layers", TORCH_BOX(&prepare_layers));

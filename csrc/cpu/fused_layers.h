@@ -1,11 +1,11 @@
-// Layers one after the other, their weights checked and laid out once (inference).
+// A sequence of layers in one call, whose weights are checked once (inference).
 #pragma once
 
 #include <cstdint>
 
 namespace hne {
 
-// Forget what prepare_layers gave this number for.
-void forget_layers(int64_t layers);
+// Frees the layers that prepare_layers returned this handle for; an unknown handle is ignored.
+void forget_layers(int64_t handle);
 
 }  // namespace hne

@@ -1,4 +1,4 @@
-// A convolution with packed weights, bias and activation (inference).
+// Convolutions with packed weights, bias and activation (inference).
 #pragma once
 
 #include "branch_conv2d.h"
@@ -26,14 +26,14 @@ class PackedConvolution {
 
   int64_t branches() const { return branches_; }
 
-  // `shape` is that of x.
+  // The geometry for an input of shape `shape`.
   Geometry geometry(const std::vector<int64_t>& shape) const {
     STD_TORCH_CHECK(shape.size() == 5 && shape[4] == in_channels_, "x: does not have the channels of weight");
     return forward_geometry(shape, branches_, out_channels_, kernel_size_, stride_, padding_, replicate_);
   }
 
   template <typename T>
-  void run(const Geometry& g, const T* x, T* out) const {
+  void forward(const Geometry& g, const T* x, T* out) const {
     convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, weight_.data<T>(), bias_.data<T>(),
                        Clamp<T>::named(activation_), out);
   }
@@ -44,12 +44,12 @@ class PackedConvolution {
   std::string activation_;
 };
 
-// Convolutions of one branch, one after the other: what comes before a run of bottlenecks.
+// Convolutions of one branch, applied one after another: the stem before bottlenecks.
 template <typename T>
-class Convolutions {
+class ConvolutionChain {
  public:
-  // `shape` is that of x, and then of the result.
-  Convolutions(const std::vector<PackedConvolution>& layers, std::vector<int64_t>& shape) : layers_(layers) {
+  // `shape` is the shape of the input; it becomes the shape of the output.
+  ConvolutionChain(const std::vector<PackedConvolution>& layers, std::vector<int64_t>& shape) : layers_(layers) {
     for (const PackedConvolution& layer : layers) {
       geometry_.push_back(layer.geometry(shape));
       shape = geometry_.back().out_shape();
@@ -57,17 +57,19 @@ class Convolutions {
   }
 
   size_t size() const { return layers_.size(); }
-  int64_t in_size() const { return geometry_.front().pixels() * geometry_.front().in_channels; }  // values of a map
+  // Values of one feature map: of the input, and of the output of a layer.
+  int64_t in_size() const { return geometry_.front().pixels() * geometry_.front().in_channels; }
   int64_t out_size(size_t layer) const { return geometry_[layer].out_pixels() * geometry_[layer].out_channels; }
 
-  // The features of some maps that follow each other; place(i) is where those of layer i go.
+  // Applies all layers to `num_maps` contiguous feature maps; buffer(i) is the memory for the output of layer i.
+  // Returns the output of the last layer, or x if there are no layers.
   template <typename F>
-  const T* run(const T* x, int64_t maps, const F& place) const {
+  const T* forward(const T* x, int64_t num_maps, const F& buffer) const {
     for (size_t i = 0; i < layers_.size(); ++i) {
       Geometry g = geometry_[i];
-      g.batch = maps;
-      T* const out = place(i);
-      layers_[i].template run<T>(g, x, out);
+      g.batch = num_maps;
+      T* const out = buffer(i);
+      layers_[i].template forward<T>(g, x, out);
       x = out;
     }
     return x;

@@ -1,11 +1,11 @@
-// The depthwise stencil, vectorised over channels; the filter of a channel block stays in registers.
+// Depthwise convolutions, vectorised over channels; the filter of a block of channels stays in registers.
 #pragma once
 
 #include "simd.h"
 
 namespace hne::HNE_ISA {
 
-// Output pixels from which every tap falls inside the row, [first, last).
+// Output pixels [first, last) whose taps all lie inside the row.
 struct Interior {
   int64_t first, last;
   template <typename Row>
@@ -18,7 +18,7 @@ struct Interior {
   }
 };
 
-// Any kernel, any stride, with the test for the edges; output pixels [begin, end).
+// Output pixels [begin, end) for any kernel size and stride, with bounds checks.
 template <typename T, int W>
 HNE_INLINE void depthwise_pixels(const DepthwiseRow<T>& r, int64_t c, int64_t begin, int64_t end) {
   for (int64_t ox = begin; ox < end; ++ox) {
@@ -39,7 +39,8 @@ HNE_INLINE void depthwise_pixels(const DepthwiseRow<T>& r, int64_t c, int64_t be
   }
 }
 
-// 3x3 with no edge in reach: PIXELS outputs at once share the columns they read; what is left over goes by fewer.
+// 3x3 kernel without bounds checks: PIXELS outputs at a time share the columns that they read, the remainder is done
+// with fewer at a time. Returns the first output pixel that is not computed.
 template <typename T, int W, int STRIDE, int PIXELS>
 HNE_INLINE int64_t depthwise_3x3(const DepthwiseRow<T>& r, int64_t c, int64_t ox, int64_t end) {
   Vec<T, W> w[9];

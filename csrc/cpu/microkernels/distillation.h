@@ -1,4 +1,5 @@
-// Equations 9 and 12 for one sample, loss and gradient of all its logits while they are in the first cache.
+// The hierarchical distillation loss (equations 9 and 12) of one sample and the gradient of its logits, in one pass
+// while the logits are in the first cache.
 #pragma once
 
 #include <cmath>
@@ -23,7 +24,7 @@ void store_scaled(T* out, const T* x, T scale, int64_t count) {
   });
 }
 
-// exp(x) for x <= 0: 2^n e^r with r in [-ln 2 / 2, ln 2 / 2], relative error below 2e-7.
+// exp(x) = 2^n e^r for x <= 0, with r in [-ln 2 / 2, ln 2 / 2]; relative error below 2e-7.
 template <int W>
 HNE_INLINE Vec<float, W> exp_nonpositive(Vec<float, W> x) {
   const Vec<float, W> lowest = splat<W>(-87.0f), zero = {};
@@ -41,7 +42,7 @@ HNE_INLINE Vec<float, W> exp_nonpositive(Vec<float, W> x) {
   e = e * r * r + r + 1.0f;
   Vec<int32_t, W> power;
   __builtin_memcpy(&power, &shifted, sizeof power);
-  power = (power - 0x4B400000 + 127) << 23;  // bits of magic: leaves n
+  power = (power - 0x4B400000 + 127) << 23;  // subtracts the bits of magic, which leaves n
   Vec<float, W> scale;
   __builtin_memcpy(&scale, &power, sizeof scale);
   return x < lowest ? zero : e * scale;
@@ -55,7 +56,7 @@ HNE_INLINE Vec<double, W> exp_nonpositive(Vec<double, W> x) {
   return load<W>(values);
 }
 
-// Sums in double, one for each lane, added to vector by vector.
+// One sum in double per lane.
 template <typename T>
 struct LaneSums {
   double sums[kLanes<T>] = {};
@@ -74,23 +75,23 @@ struct LaneSums {
 };
 
 template <typename T>
-T largest(const T* x, int64_t count) {
-  T most[kLanes<T>];
-  for (T& value : most) value = -std::numeric_limits<T>::infinity();
+T maximum(const T* x, int64_t count) {
+  T lanes[kLanes<T>];
+  for (T& value : lanes) value = -std::numeric_limits<T>::infinity();
   for_lanes<T>(count, [&](auto width, int64_t c) {
     constexpr int W = decltype(width)::value;
-    const Vec<T, W> v = load<W>(x + c), m = load<W>(most);
-    store<W>(most, v > m ? v : m);
+    const Vec<T, W> v = load<W>(x + c), m = load<W>(lanes);
+    store<W>(lanes, v > m ? v : m);
   });
-  T peak = most[0];
-  for (const T value : most) peak = value > peak ? value : peak;
+  T peak = lanes[0];
+  for (const T value : lanes) peak = value > peak ? value : peak;
   return peak;
 }
 
-// out = softmax(x * scale); returns log(sum of exp(x * scale - peak)), and peak = max(x * scale)
+// out = softmax(x * scale), peak = max(x * scale); returns log(sum of exp(x * scale - peak)).
 template <typename T>
 double softmax(T* out, const T* x, T scale, int64_t count, T& peak) {
-  peak = largest(x, count) * scale;
+  peak = maximum(x, count) * scale;
   LaneSums<T> sums;
   for_lanes<T>(count, [&](auto width, int64_t c) {
     constexpr int W = decltype(width)::value;
@@ -103,6 +104,9 @@ double softmax(T* out, const T* x, T scale, int64_t count, T& peak) {
   return std::log(total);
 }
 
+// Returns (1 - alpha) * (sum over members of their cross-entropy, eq. 9) + alpha * temperature^2 * (sum over students
+// of their cross-entropy with the teacher's soft labels, eq. 12); writes the gradient of this, divided by d.batch, to
+// d.grad.
 template <typename T>
 double distill_sample(const DistillSample<T>& d) {
   const int64_t classes = d.classes;
@@ -111,7 +115,7 @@ double distill_sample(const DistillSample<T>& d) {
   T* const students = d.scratch + 2 * classes;
   for (int64_t c = 0; c < classes; ++c) sum[c] = 0;
 
-  double independent = 0, distilled = 0;
+  double independent_loss = 0, distillation_loss = 0;
   T peak;
   for (int64_t n = 0, p = 0; n < d.models; ++n) {
     const T* logits = d.logits + n * d.stride;
@@ -121,36 +125,36 @@ double distill_sample(const DistillSample<T>& d) {
       store_scaled(students + p * classes, sum, T(1) / T(n + 1), classes);
       ++p;
     }
-    // Cross-entropy as log(sum) + (peak - logit): no large numbers are subtracted from each other.
+    // Cross-entropy as log(sum) + (peak - logit): avoids the difference of large numbers.
     const double log_sum = softmax(grad, logits, T(1), classes, peak);
-    independent += log_sum + (double(peak) - logits[d.target]);
+    independent_loss += log_sum + (double(peak) - logits[d.target]);
     grad[d.target] -= T(1);
     store_scaled(grad, grad, T((1 - d.alpha) / d.batch), classes);
   }
   if (d.num_students > 0) {
-    const T softness = T(1 / d.temperature);
+    const T inverse_temperature = T(1 / d.temperature);
     store_scaled(sum, sum, T(1) / T(d.models), classes);
-    softmax(teacher, sum, softness, classes, peak);
-    T* const probability = sum;  // the mean is no longer needed
-    // The gradient of student p reaches its members 0 .. size - 1: walk from the largest, adding up.
+    softmax(teacher, sum, inverse_temperature, classes, peak);
+    T* const probability = sum;  // reuses the memory of the mean
+    // Student p passes its gradient to all its members: from the largest student down, the gradients add up.
     for (int64_t p = d.num_students - 1; p >= 0; --p) {
       T* student = students + p * classes;
-      const double log_sum = softmax(probability, student, softness, classes, peak);
+      const double log_sum = softmax(probability, student, inverse_temperature, classes, peak);
       LaneSums<T> cross;
       const T scale = T(d.alpha * d.temperature / (d.batch * double(d.students[p])));
       for_lanes<T>(classes, [&](auto width, int64_t c) {
         constexpr int W = decltype(width)::value;
         const Vec<T, W> label = load<W>(teacher + c);
-        cross.template add<W>(label * (peak - load<W>(student + c) * softness));
+        cross.template add<W>(label * (peak - load<W>(student + c) * inverse_temperature));
         store<W>(student + c, (load<W>(probability + c) - label) * scale);
       });
-      distilled += log_sum + cross.total();
+      distillation_loss += log_sum + cross.total();
       if (p + 1 < d.num_students) add_scaled(student, student + classes, T(1), classes);
       const int64_t first = p > 0 ? d.students[p - 1] : 0;
       for (int64_t n = first; n < d.students[p]; ++n) add_scaled(d.grad + n * d.stride, student, T(1), classes);
     }
   }
-  return (1 - d.alpha) * independent + d.alpha * d.temperature * d.temperature * distilled;
+  return (1 - d.alpha) * independent_loss + d.alpha * d.temperature * d.temperature * distillation_loss;
 }
 
 }  // namespace hne::HNE_ISA

@@ -1,5 +1,5 @@
-// Register-blocked matrix micro-kernels. Left rows are read in place through pointers (a row is the channels
-// of one pixel), so a convolution needs no im2col: a tap's row pointers are the im2col.
+// Register-blocked matrix micro-kernels. The left rows are read in place through pointers (a row is the channels of one
+// pixel), so that a convolution needs no im2col copy: a tap's row pointers take its place.
 #pragma once
 
 #include <algorithm>
@@ -9,45 +9,50 @@
 
 namespace hne::HNE_ISA {
 
-// Shape of a tile, in rows and panels of 16 columns: its accumulators fill the registers. With 32 of them two panels by
-// 14 rows or three by 9: a panel's weights are then read from the first cache, and rarely.
+// A tile is a number of rows by a number of panels (16 columns each) whose accumulators fill the registers: with 32
+// registers two panels by 14 rows or three by 9, so that weights are read rarely, and then from the first cache.
 template <typename T>
 constexpr int kVectorsPerPanel = kLanes<T> < (int)kPanel ? (int)kPanel / kLanes<T> : 1;
 template <typename T>
 constexpr int kMaxPanels = HNE_REGISTERS == 32 && kVectorsPerPanel<T> == 1 ? 3 : 1;
 
-constexpr int64_t kShortSum = 32;  // terms, of all taps
+constexpr int64_t kShortSum = 32;  // terms over all taps
 
 template <typename T>
-constexpr int tile_rows(int panels, bool steps) {
-  const int vectors = panels * kVectorsPerPanel<T>, most = steps ? 14 : 8;  // as many pointers as there are registers
-  if (HNE_REGISTERS == 32) return std::min(most, vectors >= 8 ? 2 : vectors >= 4 ? 6 : vectors == 3 ? 9 : 14);
+constexpr int tile_rows(int panels, bool constant_stride) {
+  // Without a constant row stride, every row needs a general-purpose register for its pointer.
+  const int vectors = panels * kVectorsPerPanel<T>, max_rows = constant_stride ? 14 : 8;
+  if (HNE_REGISTERS == 32) return std::min(max_rows, vectors >= 8 ? 2 : vectors >= 4 ? 6 : vectors == 3 ? 9 : 14);
   return vectors <= 2 ? 6 : vectors <= 4 ? 3 : 1;
 }
 
-// The left rows of a tile at the current column. Where they lie at a constant distance, an address is one of a third as
-// many pointers and a multiple of the distance.
-template <typename T, int ROWS, bool STEPS>
+// The left rows of a tile at the current column. With a constant row stride (CONSTANT_STRIDE), one pointer serves three
+// rows: an address is a pointer plus 0, 1 or 2 strides.
+template <typename T, int ROWS, bool CONSTANT_STRIDE>
 struct LeftRows {
-  static constexpr int EACH = STEPS ? 3 : 1, COUNT = (ROWS + EACH - 1) / EACH;
-  const T* at[COUNT];
-  int64_t step;
-  LeftRows(const Tap<T>& tap, int64_t row) : step(tap.step) {
-    for (int i = 0; i < COUNT; ++i) at[i] = STEPS ? tap.rows[0] + (row + i * EACH) * step : tap.rows[row + i];
+  static constexpr int ROWS_PER_POINTER = CONSTANT_STRIDE ? 3 : 1;
+  static constexpr int POINTERS = (ROWS + ROWS_PER_POINTER - 1) / ROWS_PER_POINTER;
+  const T* pointers[POINTERS];
+  int64_t row_stride;
+  LeftRows(const Tap<T>& tap, int64_t row) : row_stride(tap.row_stride) {
+    for (int i = 0; i < POINTERS; ++i)
+      pointers[i] = CONSTANT_STRIDE ? tap.rows[0] + (row + i * ROWS_PER_POINTER) * row_stride : tap.rows[row + i];
   }
-  HNE_INLINE T value(int row, int64_t k) const { return at[row / EACH][row % EACH * step + k]; }
+  HNE_INLINE T value(int row, int64_t k) const {
+    return pointers[row / ROWS_PER_POINTER][row % ROWS_PER_POINTER * row_stride + k];
+  }
   HNE_INLINE void advance(int64_t columns) {
-    for (int i = 0; i < COUNT; ++i) at[i] += columns;
+    for (int i = 0; i < POINTERS; ++i) pointers[i] += columns;
   }
 };
 
-// `fetched`, if it is not null, is fetched into the second cache meanwhile, and else `ahead`, a panel that is read
-// later.
-template <typename T, int ROWS, int PANELS, bool STEPS>
-void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead, const T* fetched) {
+// Computes one tile. Meanwhile it prefetches into the second cache: `prefetch_data`, or if that is null the panel
+// `prefetch_panel` of the weights, which is read later.
+template <typename T, int ROWS, int PANELS, bool CONSTANT_STRIDE>
+void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t prefetch_panel, const T* prefetch_data) {
   constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel;
   constexpr int PER_PANEL = kVectorsPerPanel<T>, VECTORS = PANELS * PER_PANEL;
-  if (!g.cached) {  // what the end of the tile reads and writes is fetched during the sums
+  if (!g.outputs_cached) {  // out and add are needed after the sums
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
@@ -57,14 +62,14 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead, cons
       }
   }
   const int64_t first = panel * kPanel, columns = g.channels - first;
-  const bool whole = columns >= PANELS * kPanel;
+  const bool full = columns >= PANELS * kPanel;
   Vec<T, W> bias[VECTORS] = {};
   if (g.bias != nullptr) {
-    T present[VECTORS * W] = {};
-    const T* from = g.bias + first;
-    if (!whole) from = std::copy_n(from, columns, present) - columns;
+    T padded[VECTORS * W] = {};
+    const T* source = g.bias + first;
+    if (!full) source = std::copy_n(source, columns, padded) - columns;
 #pragma GCC unroll 16
-    for (int j = 0; j < VECTORS; ++j) bias[j] = load<W>(from + j * W);
+    for (int j = 0; j < VECTORS; ++j) bias[j] = load<W>(source + j * W);
   }
   Vec<T, W> sum[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -73,9 +78,9 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead, cons
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = bias[j];
   for (int64_t t = 0; t < g.num_taps; ++t) {
     const Tap<T>& tap = g.taps[t];
-    LeftRows<T, ROWS, STEPS> left(tap, row);
+    LeftRows<T, ROWS, CONSTANT_STRIDE> left(tap, row);
     const T* right = tap.weight + panel * tap.panel_stride;
-    const T* later = fetched != nullptr ? fetched : tap.weight + ahead * tap.panel_stride;
+    const T* prefetch = prefetch_data != nullptr ? prefetch_data : tap.weight + prefetch_panel * tap.panel_stride;
     const auto column = [&](int64_t k) __attribute__((always_inline)) {
       Vec<T, W> w[VECTORS];
 #pragma GCC unroll 16
@@ -88,23 +93,23 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead, cons
         for (int j = 0; j < VECTORS; ++j) sum[i][j] += x * w[j];
       }
     };
-    for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel, later += kPanel) {
-      __builtin_prefetch(later, 0, 2);
+    for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel, prefetch += kPanel) {
+      __builtin_prefetch(prefetch, 0, 2);
       column(0);
     }
   }
   T* const* out = g.out + row;
   const T* const* add = g.add != nullptr ? g.add + row : nullptr;
   const Clamp<T> range = g.clamp;
-  if (whole) {
+  if (full) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      T* to = out[i] + first;
+      T* out_row = out[i] + first;
 #pragma GCC unroll 16
       for (int j = 0; j < VECTORS; ++j) {
         Vec<T, W> v = sum[i][j];
         if (add != nullptr) v += load<W>(add[i] + first + j * W);
-        store<W>(to + j * W, clamp(v, range));
+        store<W>(out_row + j * W, clamp(v, range));
       }
     }
     return;
@@ -122,84 +127,89 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t ahead, cons
     }
 }
 
-// All rows, in the fewest tiles, of sizes as equal as can be.
-template <typename T, int PANELS, bool STEPS, int ROWS = tile_rows<T>(PANELS, STEPS)>
-void gemm_rows(const Gemm<T>& g, int64_t panel, int64_t ahead, const T* fetched, int64_t row, int64_t rows) {
+// Calls the gemm_tile with ROWS = `rows`.
+template <typename T, int PANELS, bool CONSTANT_STRIDE, int ROWS = tile_rows<T>(PANELS, CONSTANT_STRIDE)>
+void gemm_rows(const Gemm<T>& g, int64_t panel, int64_t prefetch_panel, const T* prefetch_data, int64_t row,
+               int64_t rows) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return gemm_rows<T, PANELS, STEPS, ROWS - 1>(g, panel, ahead, fetched, row, rows);
+    if (rows < ROWS)
+      return gemm_rows<T, PANELS, CONSTANT_STRIDE, ROWS - 1>(g, panel, prefetch_panel, prefetch_data, row, rows);
   }
-  gemm_tile<T, ROWS, PANELS, STEPS>(g, row, panel, ahead, fetched);
+  gemm_tile<T, ROWS, PANELS, CONSTANT_STRIDE>(g, row, panel, prefetch_panel, prefetch_data);
 }
 
-template <typename T, int PANELS, bool STEPS>
+// All rows of PANELS panels, in as few tiles as possible, of nearly equal size.
+template <typename T, int PANELS, bool CONSTANT_STRIDE>
 void gemm_columns(const Gemm<T>& g, int64_t panel) {
-  constexpr int ROWS = tile_rows<T>(PANELS, STEPS);
+  constexpr int ROWS = tile_rows<T>(PANELS, CONSTANT_STRIDE);
   const int64_t panels = (g.channels + kPanel - 1) / kPanel;
   const int64_t tiles = (g.count + ROWS - 1) / ROWS;
-  const int64_t depth = g.num_taps > 0 ? g.taps[0].depth : 0;  // a phase of a strided convolution may meet no tap
-  int64_t ahead = panel + PANELS;                              // each tile fetches one of the panels that come next
-  for (int64_t row = 0, tile = 0; tile < tiles; ++tile, ++ahead) {
+  // The gradient of a strided convolution has phases without taps.
+  const int64_t depth = g.num_taps > 0 ? g.taps[0].depth : 0;
+  int64_t next = panel + PANELS;  // each tile prefetches one of the next PANELS panels
+  for (int64_t row = 0, tile = 0; tile < tiles; ++tile, ++next) {
     const int64_t rows = (g.count - row + tiles - tile - 1) / (tiles - tile);
-    const int64_t fetched = (panel / PANELS * tiles + tile) * depth * kPanel;
-    gemm_rows<T, PANELS, STEPS>(g, panel, ahead < std::min(panel + 2 * PANELS, panels) ? ahead : panel,
-                                fetched < g.ahead.count ? g.ahead.at + fetched : nullptr, row, rows);
+    const int64_t offset = (panel / PANELS * tiles + tile) * depth * kPanel;
+    gemm_rows<T, PANELS, CONSTANT_STRIDE>(g, panel, next < std::min(panel + 2 * PANELS, panels) ? next : panel,
+                                          offset < g.prefetch.count ? g.prefetch.data + offset : nullptr, row, rows);
     row += rows;
   }
 }
 
-template <typename T, bool STEPS>
+template <typename T, bool CONSTANT_STRIDE>
 void gemm_panels(const Gemm<T>& g) {
   const int64_t panels = (g.channels + kPanel - 1) / kPanel;
   int64_t panel = 0;
   if constexpr (kMaxPanels<T> == 3) {
-    // A few rows wait for their weights: many streams of them at once.
-    if (g.count <= tile_rows<T>(8, STEPS))
-      for (; panel + 8 <= panels; panel += 8) gemm_columns<T, 8, STEPS>(g, panel);
-    // Short sums end soon: four panels by 6 rows then, which write whole runs of lines.
+    // Few rows wait for their weights: load eight panels at once.
+    if (g.count <= tile_rows<T>(8, CONSTANT_STRIDE))
+      for (; panel + 8 <= panels; panel += 8) gemm_columns<T, 8, CONSTANT_STRIDE>(g, panel);
+    // Short sums mostly wait for their stores: tiles of four panels by 6 rows write four adjacent cache lines per row.
     int64_t terms = 0;
     for (int64_t t = 0; t < g.num_taps; ++t) terms += g.taps[t].depth;
     if (terms <= kShortSum)
-      for (; panel + 4 <= panels; panel += 4) gemm_columns<T, 4, STEPS>(g, panel);
-    if ((panels - panel) % 2 == 1 && panels - panel > 1) gemm_columns<T, 3, STEPS>(g, panel), panel += 3;
-    for (; panel + 2 <= panels; panel += 2) gemm_columns<T, 2, STEPS>(g, panel);
+      for (; panel + 4 <= panels; panel += 4) gemm_columns<T, 4, CONSTANT_STRIDE>(g, panel);
+    if ((panels - panel) % 2 == 1 && panels - panel > 1) gemm_columns<T, 3, CONSTANT_STRIDE>(g, panel), panel += 3;
+    for (; panel + 2 <= panels; panel += 2) gemm_columns<T, 2, CONSTANT_STRIDE>(g, panel);
   }
-  for (; panel < panels; ++panel) gemm_columns<T, 1, STEPS>(g, panel);
+  for (; panel < panels; ++panel) gemm_columns<T, 1, CONSTANT_STRIDE>(g, panel);
 }
 
 template <typename T>
 void gemm(const Gemm<T>& g) {
-  bool steps = true;
-  for (int64_t t = 0; t < g.num_taps; ++t) steps &= g.taps[t].step != 0;
-  steps ? gemm_panels<T, true>(g) : gemm_panels<T, false>(g);
+  bool constant_stride = true;
+  for (int64_t t = 0; t < g.num_taps; ++t) constant_stride &= g.taps[t].row_stride != 0;
+  constant_stride ? gemm_panels<T, true>(g) : gemm_panels<T, false>(g);
 }
 
-// What a product fetches for those after it, a line of the cache at a time.
+// Walks over the ranges that a product prefetches for later ones, a cache line at a time.
 template <typename T>
-class Fetch {
+class PrefetchCursor {
  public:
-  explicit Fetch(const Outer<T>& o) : ranges_(o.ahead), nothing_(o.sum) {}
+  explicit PrefetchCursor(const Outer<T>& o) : ranges_(o.prefetch), fallback_(o.sum) {}
 
-  // Of so many lines the first one, and the distance to the next.
+  // The first of the next `lines` cache lines, and their distance; after the last range a harmless address, and 0.
   std::pair<const T*, int64_t> take(int64_t lines) {
-    while (range_ < 2 && from_ >= ranges_[range_].count) ++range_, from_ = 0;
-    if (range_ == 2) return {nothing_, 0};
-    const T* at = ranges_[range_].at + from_;
-    from_ += lines * kLine;
-    return {at, kLine};
+    while (range_ < 2 && offset_ >= ranges_[range_].count) ++range_, offset_ = 0;
+    if (range_ == 2) return {fallback_, 0};
+    const T* line = ranges_[range_].data + offset_;
+    offset_ += lines * kLine;
+    return {line, kLine};
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(T);
+  static constexpr int64_t kLine = 64 / sizeof(T);  // values per cache line
   const Prefetch<T>* ranges_;
-  const T* nothing_;
-  int64_t range_ = 0, from_ = 0;
+  const T* fallback_;
+  int64_t range_ = 0, offset_ = 0;
 };
 
+// Computes sum[i][j] for ROWS left channels from i0 and VECTORS * W right channels from j0.
 template <typename T, int ROWS, int W, int VECTORS>
-void outer_tile(const Outer<T>& o, int64_t i0, int64_t j0, const T* ahead, int64_t line) {
+void outer_tile(const Outer<T>& o, int64_t i0, int64_t j0, const T* prefetch, int64_t prefetch_stride) {
   Vec<T, W> sum[ROWS][VECTORS] = {};
-  for (int64_t m = 0; m < o.count; ++m, ahead += line) {
-    __builtin_prefetch(ahead, 0, 2);
+  for (int64_t m = 0; m < o.count; ++m, prefetch += prefetch_stride) {
+    __builtin_prefetch(prefetch, 0, 2);
     const T* left = opaque(o.left[m] + i0);
     const T* right = opaque(o.right[m] + j0);
     Vec<T, W> r[VECTORS];
@@ -219,33 +229,35 @@ void outer_tile(const Outer<T>& o, int64_t i0, int64_t j0, const T* ahead, int64
     for (int j = 0; j < VECTORS; ++j) store<W>(out + j * W, load<W>(out + j * W) + sum[i][j]);
 }
 
+// Calls the outer_tile with ROWS = `rows`.
 template <typename T, int ROWS, int W, int VECTORS>
-void outer_rows(const Outer<T>& o, int64_t i0, int64_t rows, int64_t j0, const T* ahead, int64_t line) {
+void outer_rows(const Outer<T>& o, int64_t i0, int64_t rows, int64_t j0, const T* prefetch, int64_t prefetch_stride) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return outer_rows<T, ROWS - 1, W, VECTORS>(o, i0, rows, j0, ahead, line);
+    if (rows < ROWS) return outer_rows<T, ROWS - 1, W, VECTORS>(o, i0, rows, j0, prefetch, prefetch_stride);
   }
-  outer_tile<T, ROWS, W, VECTORS>(o, i0, j0, ahead, line);
+  outer_tile<T, ROWS, W, VECTORS>(o, i0, j0, prefetch, prefetch_stride);
 }
 
-// All channels on the left, in the fewest tiles, of sizes as equal as can be.
+// All left channels, in as few tiles as possible, of nearly equal size.
 template <typename T, int ROWS, int W, int VECTORS>
-void outer_columns(const Outer<T>& o, int64_t j0, Fetch<T>& fetch) {
+void outer_columns(const Outer<T>& o, int64_t j0, PrefetchCursor<T>& cursor) {
   const int64_t tiles = (o.left_channels + ROWS - 1) / ROWS;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t i0 = o.left_channels * tile / tiles, rows = o.left_channels * (tile + 1) / tiles - i0;
-    const auto [ahead, line] = fetch.take(o.count);
-    outer_rows<T, ROWS, W, VECTORS>(o, i0, rows, j0, ahead, line);
+    const auto [prefetch, prefetch_stride] = cursor.take(o.count);
+    outer_rows<T, ROWS, W, VECTORS>(o, i0, rows, j0, prefetch, prefetch_stride);
   }
 }
 
 template <typename T>
 void outer(const Outer<T>& o) {
   constexpr int W = kLanes<T>, VECTORS = HNE_REGISTERS == 32 ? 4 : 2, ROWS = HNE_REGISTERS == 32 ? 6 : 4;
-  Fetch<T> fetch(o);
+  PrefetchCursor<T> cursor(o);
   int64_t j = 0;
-  for (; j + VECTORS * W <= o.right_channels; j += VECTORS * W) outer_columns<T, ROWS, W, VECTORS>(o, j, fetch);
+  for (; j + VECTORS * W <= o.right_channels; j += VECTORS * W) outer_columns<T, ROWS, W, VECTORS>(o, j, cursor);
   if (j < o.right_channels)
-    for_lanes<T>(o.right_channels, [&](auto width, int64_t c) { outer_columns<T, 8, width.value, 1>(o, c, fetch); }, j);
+    for_lanes<T>(
+        o.right_channels, [&](auto width, int64_t c) { outer_columns<T, 8, width.value, 1>(o, c, cursor); }, j);
 }
 
 }  // namespace hne::HNE_ISA

@@ -1,5 +1,5 @@
-// The inner kernels, one table per instruction set (isa/*.cpp), and what they are asked to compute.
-// Everything is row-major; "row" means the channels of one pixel of one branch, contiguous in memory.
+// The micro-kernels: their arguments, and one table of functions per instruction set (isa/*.cpp).
+// Everything is row-major. A row is the channels of one pixel of one branch, contiguous in memory.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +10,22 @@
 
 namespace hne {
 
-// One term of a convolution: rows[m] . weight, where weight is [panel][depth][kPanel] and panels lie
-// panel_stride apart. A 1x1 convolution has one tap, a kxk convolution k*k, and a bottleneck's last
-// product has two: the projection and the shortcut.
+// One term of a convolution: rows[m] times weight, which is [panel][depth][kPanel] with panels panel_stride apart.
+// A 1x1 convolution has one tap, a kxk convolution k*k, and the end of a bottleneck two: the projection and the
+// shortcut.
 template <typename T>
 struct Tap {
   const T* const* rows;
   const T* weight;
   int64_t panel_stride;
   int64_t depth;
-  int64_t step = 0;  // from one row to the next where it is always the same: rows[0] is then enough
+  int64_t row_stride = 0;  // distance of consecutive rows, if constant: then only rows[0] is read; else 0
 };
 
-// Values that are read next: fetched into the second cache while others are computed with.
+// `count` values that are read next: a kernel prefetches them into the second cache.
 template <typename T>
 struct Prefetch {
-  const T* at;
+  const T* data;
   int64_t count;
 };
 
@@ -40,11 +40,11 @@ struct Gemm {
   const T* bias;        // [channels] or null
   const T* const* add;  // [count] rows or null
   Clamp<T> clamp;
-  Prefetch<T> ahead = {};
-  bool cached = false;  // out and add are near enough: they are not fetched during the sums
+  Prefetch<T> prefetch = {};
+  bool outputs_cached = false;  // out and add lie in the cache: they need no prefetch
 };
 
-// sum[i][j] += over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights
+// sum[i][j] += sum over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights
 template <typename T>
 struct Outer {
   const T* const* left;
@@ -53,10 +53,10 @@ struct Outer {
   int64_t left_channels;
   int64_t right_channels;
   T* sum;  // [left_channels][right_channels]
-  Prefetch<T> ahead[2] = {};
+  Prefetch<T> prefetch[2] = {};
 };
 
-// One row of pixels of a depthwise convolution. rows[ky] are the input rows (zeros where outside the map).
+// One row of output pixels of a depthwise convolution; rows[ky] are the input rows, zeros outside the feature map.
 template <typename T>
 struct DepthwiseRow {
   const T* const* rows;  // [kernel_size]
@@ -68,26 +68,27 @@ struct DepthwiseRow {
   Clamp<T> clamp;
 };
 
-// One row of pixels of the gradient of a depthwise convolution's input, stride above 1:
+// One row of pixels of the input gradient of a depthwise convolution with a stride above 1:
 // out[ix] += sum over kx, ky of rows[ky][ox] * weight[ky][kx], ox * stride + kx = ix + padding.
 template <typename T>
 struct DepthwiseInputRow {
-  const T* const* rows;  // [kernel_size], null where no output row meets this input row
+  const T* const* rows;  // [kernel_size], null if no output row reads this input row
   const T* weight;       // [kernel_size][kernel_size][channels]
   T* out;                // [width][channels]
   int64_t width, out_width, channels, kernel_size, stride, padding;
 };
 
-// sum[ky][kx][c] += over ox of grad[ox][c] * rows[ky][ox * stride + kx - padding][c]
+// The gradient of a depthwise convolution's weights, for one row of output pixels:
+// sum[ky][kx][c] += sum over ox of grad[ox][c] * rows[ky][ox * stride + kx - padding][c].
 template <typename T>
 struct DepthwiseWeightRow {
   const T* grad;         // [out_width][channels]
-  const T* const* rows;  // [kernel_size], null where outside the map
+  const T* const* rows;  // [kernel_size], null outside the feature map
   T* sum;                // [kernel_size][kernel_size][channels]
   int64_t width, out_width, channels, kernel_size, stride, padding;
 };
 
-// Normalisation of `count` rows of `channels`: value = (x - mean) * scale + shift (+ add).
+// Normalisation of `count` rows of `channels`: clamp((x - mean) * scale + shift + add). Each kernel uses some members.
 template <typename T>
 struct NormRows {
   const T* x;
@@ -97,23 +98,23 @@ struct NormRows {
   const T* add;    // or null
   Clamp<T> clamp;  // the activation
   T* out;
-  // The way back:
-  const T* grad;  // of the output
-  const T* y;     // the output, to know where the activation was flat; null: it is computed again
-  T* out_masked;  // gradient behind the activation, or null
-  T* streamed;    // copy of it that is not read soon: rows of whole cache lines, or null
-  double* sums;   // [2][channels], added to
+  // Backward:
+  const T* grad;  // gradient of the output
+  const T* y;     // the output: the activation's gradient is 0 where y is an end of the clamp; null: y is recomputed
+  T* out_masked;  // gradient of the activation's input, or null
+  T* streamed;    // non-temporal copy of the masked gradient, in rows of whole cache lines, or null
+  double* sums;   // [2][channels], accumulated into
   T* partial;     // [2][channels] of scratch memory
   int64_t count, channels;
 };
 
-// Ensembles of one sample: prefix means over the members and the distillation loss.
+// The hierarchical distillation loss of one sample, and its gradient.
 template <typename T>
 struct DistillSample {
   const T* logits;          // [models] rows of `classes`, `stride` apart
   T* grad;                  // the same layout
   T* scratch;               // [num_students + 2][classes]
-  const int64_t* students;  // ensemble sizes below models
+  const int64_t* students;  // ensemble sizes, rising and below `models`
   int64_t num_students, models, classes, stride, target;
   double alpha, temperature, batch;
 };
@@ -127,13 +128,13 @@ struct Kernels {
   void (*depthwise_weight_row)(const DepthwiseWeightRow<T>&);
   void (*normalize)(const NormRows<T>&);
   void (*normalize_backward)(const NormRows<T>&);
-  void (*mask)(const NormRows<T>&);
-  void (*moments)(const NormRows<T>&);
+  void (*mask)(const NormRows<T>&);                                             // the gradient of the activation
+  void (*moments)(const NormRows<T>&);                                          // sums of x - shift and of its squares
   void (*mean_rows)(const T* rows, int64_t count, int64_t channels, T* out);    // out[c] = mean over m of rows[m][c]
   void (*transpose_panel)(const T* in, int64_t stride, int64_t depth, T* out);  // out[k][n] = in[n * stride + k]
   void (*add_scaled)(T* out, const T* x, T scale, int64_t count);               // out += scale * x
   void (*store_scaled)(T* out, const T* x, T scale, int64_t count);             // out = scale * x
-  double (*distill_sample)(const DistillSample<T>&);                            // the sample's loss
+  double (*distill_sample)(const DistillSample<T>&);                            // returns the sample's loss
 };
 
 namespace portable {

@@ -1,4 +1,4 @@
-// The mean over the pixels of a map.
+// The mean over the pixels of a feature map (global average pooling).
 #pragma once
 
 #include "simd.h"
@@ -18,8 +18,9 @@ void mean_rows(const T* rows, int64_t count, int64_t channels, T* out) {
   };
   constexpr int W = kLanes<T>;
   int64_t c = 0;
-  for (; c + 4 * W <= channels; c += 4 * W) columns(Width<W>{}, Width<4>{}, c);  // as many sums as hide their latency
-  for_lanes<T>(channels, [&](auto width, int64_t at) { columns(width, Width<1>{}, at); }, c);
+  for (; c + 4 * W <= channels; c += 4 * W)
+    columns(Width<W>{}, Width<4>{}, c);  // four independent sums hide the latency of the additions
+  for_lanes<T>(channels, [&](auto width, int64_t channel) { columns(width, Width<1>{}, channel); }, c);
 }
 
 }  // namespace hne::HNE_ISA

@@ -1,6 +1,5 @@
-// Vectors of the instruction set that this file is compiled for, by the compilers' vector extensions:
-// one source gives AVX-512, AVX2 and portable code. Included by isa/*.cpp alone, which define
-// HNE_ISA (namespace), HNE_VECTOR_BYTES and HNE_REGISTERS.
+// Vectors by the compilers' vector extensions: one source gives AVX-512, AVX2 and portable code. Only for isa/*.cpp,
+// which define HNE_ISA (namespace), HNE_VECTOR_BYTES and HNE_REGISTERS (number of vector registers).
 #pragma once
 
 #include <cstdint>
@@ -37,7 +36,8 @@ HNE_INLINE void store(T* p, Vec<T, W> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Past the caches, where a vector is a whole line of them: memory that is not read soon is not read first, either.
+// Non-temporal store where a vector is a whole cache line (AVX-512), else an ordinary store: for memory that is not
+// read soon, so that writing it neither reads it first nor evicts other data.
 template <int W, typename T>
 HNE_INLINE void stream(T* p, Vec<T, W> v) {
 #if HNE_VECTOR_BYTES == 64
@@ -46,7 +46,7 @@ HNE_INLINE void stream(T* p, Vec<T, W> v) {
   store<W>(p, v);
 }
 
-// What was streamed is there for other threads.
+// Orders streamed values before later stores, so that other threads see them.
 HNE_INLINE void finish_stream() {
 #if HNE_VECTOR_BYTES == 64
   _mm_sfence();
@@ -58,14 +58,14 @@ HNE_INLINE Vec<T, W> splat(T value) {
   return value - Vec<T, W>{};
 }
 
-// Keeps the compiler from making a register of every address beside p, where a distance would do.
+// Hides the origin of p from the compiler, which else keeps a register for every address near p instead of an offset.
 template <typename T>
 HNE_INLINE T* opaque(T* p) {
   asm("" : "+r"(p));
   return p;
 }
 
-// NaN stays NaN: both comparisons are then false.
+// NaN stays NaN: both comparisons are false.
 template <typename V, typename T>
 HNE_INLINE V clamp(V v, const Clamp<T>& range) {
   const V low = range.low - V{}, high = range.high - V{};
@@ -78,7 +78,7 @@ struct Width {
   static constexpr int value = W;
 };
 
-// f(width, c) over channels 0..count-1: the widest vectors first, then narrower ones, then single values.
+// Calls f(width, c) for channels [c, count): the widest vectors first, then narrower ones, then single values.
 template <typename T, int W = kLanes<T>, typename F>
 HNE_INLINE void for_lanes(int64_t count, const F& f, int64_t c = 0) {
   for (; c + W <= count; c += W) f(Width<W>{}, c);

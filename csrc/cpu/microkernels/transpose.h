@@ -1,4 +1,4 @@
-// Rows to columns, in registers.
+// Transposition of a panel of weights, in registers.
 #pragma once
 
 #include <utility>
@@ -14,7 +14,7 @@ namespace hne::HNE_ISA {
 #endif
 
 #if defined(HNE_SHUFFLES)
-// Exchanges the off-diagonal blocks of D x D in all blocks of 2D x 2D.
+// Swaps the two off-diagonal D x D blocks of every 2D x 2D block.
 template <int D, typename T, int W, int... LANE>
 HNE_INLINE void exchange(Vec<T, W> (&rows)[W], std::integer_sequence<int, LANE...>) {
 #pragma GCC unroll 16
@@ -33,7 +33,7 @@ HNE_INLINE void transpose_square(Vec<T, W> (&rows)[W]) {
 }
 #endif
 
-// out[k][n] = in[n * stride + k] for a panel of kPanel rows n of `depth` values k.
+// out[k][n] = in[n * stride + k] for the kPanel rows n and the `depth` columns k of a panel.
 template <typename T>
 void transpose_panel(const T* in, int64_t stride, int64_t depth, T* out) {
   int64_t k = 0;

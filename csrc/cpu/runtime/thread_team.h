@@ -1,14 +1,14 @@
-// Threads that work together: one leads, the others help it with its parallel loops.
+// A team of threads for the parallel loops of one op: the calling thread leads, the others help.
 //
-// To start threads costs microseconds in every loop, as many as a layer of one image takes. So they are started once
-// for all the loops of an op, and wait for the next one by spinning. A loop does not wait for threads that come late:
-// the others do their share.
+// Starting threads takes microseconds per loop, as long as one layer of one image. A team therefore starts its threads
+// once for all loops of an op; between loops the helpers spin. A loop does not wait for helpers that arrive late: the
+// other threads take over their tasks.
 //
-// Linux may wake a thread on the core of the one that woke it, though another core has nothing to do, and libgomp's
-// threads spin for milliseconds where they wait for each other: the second one would get that core only when the time
-// slice of the first one ends, and an op of microseconds takes 4 ms or 8. So a helper that finds another thread of its
-// team on its core goes elsewhere, and the leader lets those that have not come have its core, before it waits. (A
-// thread that has once been moved keeps the cores that it was allowed then, even if its cpuset grows.)
+// Linux may wake a thread on the core of its waker although another core is idle, and libgomp's threads spin for
+// milliseconds while they wait for each other. The woken thread would then run only after its waker's time slice, and
+// an op of microseconds would take 4 or 8 ms. Therefore a helper that finds another thread of its team on its core
+// moves to a free core, and at the end of the op the leader yields its core to helpers that have not arrived, before it
+// waits for them. (A thread that has moved once keeps its affinity of that time, even if its cpuset grows later.)
 #pragma once
 
 #include <atomic>
@@ -27,74 +27,77 @@
 
 namespace hne {
 
-class Team {
+class ThreadTeam {
  public:
-  // Call lead(), with the threads of torch.set_num_threads to share its parallel_tasks.
+  // Calls body() on this thread, as the leader of a team of torch.get_num_threads() threads that share its
+  // parallel_tasks. No team is made if the thread leads one already, or if there is only one thread.
   template <typename F>
-  static void gather(const F& lead) {
+  static void lead(const F& body) {
     const int64_t threads = torch::stable::get_num_threads();
-    if (led() != nullptr || threads <= 1) return lead();
-    Team team(threads);
-    team.take_core();
+    if (current() != nullptr || threads <= 1) return body();
+    ThreadTeam team(threads);
+    team.claim_core();
     std::exception_ptr failure;
-    bool ready = true;
+    bool started = false;
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      if (&led() != team.leader_) return team.help(begin, end);
-      if (!ready) return;  // it is given several of the threads' parts one after the other
-      ready = false;
-      led() = &team;
+      if (&current() != team.leader_) return team.help(begin, end);
+      if (started) return;  // parallel_for may call the leader once for each of several threads
+      started = true;
+      current() = &team;
       try {
-        lead();
+        body();
       } catch (...) {
         failure = std::current_exception();
       }
-      led() = nullptr;
+      current() = nullptr;
       team.dismiss(threads - (end - begin));
     });
     if (failure) std::rethrow_exception(failure);
   }
 
   // The team that the calling thread leads, or null.
-  static Team*& led() {
-    static thread_local Team* team = nullptr;
+  static ThreadTeam*& current() {
+    static thread_local ThreadTeam* team = nullptr;
     return team;
   }
 
   int64_t threads() const { return threads_; }
 
-  // f(task) for every task: by the leader.
+  // Calls f(task) for every task in [0, tasks) on all threads of the team; on the leader alone within another loop.
+  // Only the leader calls it.
   template <typename F>
-  void share(int64_t tasks, const F& f) {
-    if (tasks == 1 || working_) {
+  void run_tasks(int64_t tasks, const F& f) {
+    if (tasks == 1 || in_loop_) {
       for (int64_t task = 0; task < tasks; ++task) f(task);
       return;
     }
-    for (int64_t i = 0; i < threads_; ++i) {  // neighbours to one thread: they may read the same weights
-      shares_[i].next.store(tasks * i / threads_, std::memory_order_relaxed);
-      shares_[i].end = tasks * (i + 1) / threads_;
+    for (int64_t i = 0; i < threads_; ++i) {  // consecutive tasks per thread: they often read the same weights
+      ranges_[i].next.store(tasks * i / threads_, std::memory_order_relaxed);
+      ranges_[i].end = tasks * (i + 1) / threads_;
     }
     context_ = &f;
     call_ = [](const void* context, int64_t task) { (*static_cast<const F*>(context))(task); };
-    working_ = true;
+    in_loop_ = true;
     const int64_t loop = loop_.load(std::memory_order_relaxed) + 1;
     loop_.store(loop);
     work(0);
-    loop_.store(loop + 1);  // nobody begins with it any more
-    SpinWait patience;
-    while (inside_.load() > 0) patience.wait();
-    working_ = false;
+    loop_.store(loop + 1);  // closed: no helper starts on this loop any more
+    SpinWait spin;
+    while (active_helpers_.load() > 0) spin.wait();
+    in_loop_ = false;
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
-  static constexpr int kYields = 64, kCores = 1024, kBits = 64;
+  static constexpr int kDismissYields = 64, kMaxCores = 1024, kBitsPerWord = 64;
+  static constexpr int64_t kDismissed = -2;
 
-  struct alignas(64) Share {
+  struct alignas(64) TaskRange {
     std::atomic<int64_t> next;
     int64_t end;
   };
 
-  // Waits for what is about to happen; for longer, without keeping others from the core.
+  // Waits for an event that is near: spins first, then yields the core.
   class SpinWait {
    public:
     void wait() {
@@ -113,104 +116,104 @@ class Team {
     int times_ = 0;
   };
 
-  explicit Team(int64_t threads) : threads_(threads), leader_(&led()), shares_(new Share[threads]) {}
+  explicit ThreadTeam(int64_t threads) : threads_(threads), leader_(&current()), ranges_(new TaskRange[threads]) {}
 
-  // By the thread that stands for some of all threads.
+  // Works on the leader's loops until dismissed. The calling thread stands for the threads [begin, end) of the team.
   void help(int64_t begin, int64_t end) {
-    if (!take_core()) leave_core();
-    present_.fetch_add(end - begin);
-    SpinWait patience;
-    for (int64_t seen = 0;;) {
+    if (!claim_core()) move_to_free_core();
+    arrived_.fetch_add(end - begin);
+    SpinWait spin;
+    for (int64_t last = 0;;) {
       const int64_t loop = loop_.load();
-      if (loop == kOver) return;
-      if (loop % 2 == 0 || loop == seen) {
-        patience.wait();
+      if (loop == kDismissed) return;
+      if (loop % 2 == 0 || loop == last) {
+        spin.wait();
         continue;
       }
-      inside_.fetch_add(1);
+      active_helpers_.fetch_add(1);
       if (loop_.load() == loop) work(begin);
-      inside_.fetch_sub(1);
-      seen = loop, patience = {};
+      active_helpers_.fetch_sub(1);
+      last = loop, spin = {};
     }
   }
 
+  // Runs the tasks of thread `self` first, then the remaining tasks of the others.
   void work(int64_t self) {
     for (int64_t i = 0; i < threads_; ++i) {
-      Share& share = shares_[(self + i) % threads_];  // its own first, then what is left of the others'
-      while (share.next.load(std::memory_order_relaxed) < share.end) {
-        const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
-        if (task >= share.end) break;
+      TaskRange& range = ranges_[(self + i) % threads_];
+      while (range.next.load(std::memory_order_relaxed) < range.end) {
+        const int64_t task = range.next.fetch_add(1, std::memory_order_relaxed);
+        if (task >= range.end) break;
         try {
           call_(context_, task);
         } catch (...) {
-          const std::lock_guard<std::mutex> guard(failing_);
+          const std::lock_guard<std::mutex> guard(failure_mutex_);
           if (!failure_) failure_ = std::current_exception();
         }
       }
     }
   }
 
-  // The end: a thread that has not come by now may be waiting for this core.
-  void dismiss(int64_t others) {
-    loop_.store(kOver);
-    for (int times = 0; times < kYields && present_.load() < others; ++times) std::this_thread::yield();
+  // Ends the helpers' work. A helper that has not arrived may be waiting for this core: yield it.
+  void dismiss(int64_t helpers) {
+    loop_.store(kDismissed);
+    for (int times = 0; times < kDismissYields && arrived_.load() < helpers; ++times) std::this_thread::yield();
   }
 
-  // Whether no other thread of the team has taken the core that this one is on.
-  bool take_core() {
+  // Claims the core of the calling thread; false if another thread of the team has claimed it.
+  bool claim_core() {
 #ifdef __linux__
     const int core = sched_getcpu();
-    if (core < 0 || core >= kCores) return true;
-    const uint64_t bit = uint64_t(1) << (core % kBits);
-    return (taken_[core / kBits].fetch_or(bit) & bit) == 0;
+    if (core < 0 || core >= kMaxCores) return true;
+    const uint64_t bit = uint64_t(1) << (core % kBitsPerWord);
+    return (claimed_cores_[core / kBitsPerWord].fetch_or(bit) & bit) == 0;
 #else
     return true;
 #endif
   }
 
-  // For one that none has taken. It goes at once, and may go on from there to wherever it was allowed to be.
-  void leave_core() {
+  // Moves the calling thread to a core that no thread of the team has claimed, then restores its affinity: the move is
+  // immediate, and later the scheduler may place the thread as before.
+  void move_to_free_core() {
 #ifdef __linux__
     cpu_set_t allowed, free;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;  // more cores than a set holds
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;  // the machine has more cores than a cpu_set_t
     free = allowed;
-    for (int other = 0; other < kCores; ++other)
-      if (taken_[other / kBits].load() >> (other % kBits) & 1) CPU_CLR(other, &free);
+    for (int other = 0; other < kMaxCores; ++other)
+      if (claimed_cores_[other / kBitsPerWord].load() >> (other % kBitsPerWord) & 1) CPU_CLR(other, &free);
     if (CPU_COUNT(&free) == 0) return;
     if (sched_setaffinity(0, sizeof free, &free) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
 #endif
   }
 
-  static constexpr int64_t kOver = -2;
-
   const int64_t threads_;
-  Team** const leader_;  // tells the leading thread from others
-  std::unique_ptr<Share[]> shares_;
-  bool working_ = false;
-  std::mutex failing_;
+  ThreadTeam** const leader_;  // address of the leading thread's current(): identifies that thread
+  std::unique_ptr<TaskRange[]> ranges_;
+  bool in_loop_ = false;
+  std::mutex failure_mutex_;
   std::exception_ptr failure_;
-  alignas(64) std::atomic<int64_t> loop_{0};  // number of the loop: odd while it is open
+  alignas(64) std::atomic<int64_t> loop_{0};  // number of the loop: odd while it is open; or kDismissed
   void (*call_)(const void*, int64_t) = nullptr;
   const void* context_ = nullptr;
-  alignas(64) std::atomic<int64_t> inside_{0};  // threads that help with it
-  std::atomic<int64_t> present_{0};             // of all threads but the leader, those that have come
-  std::atomic<uint64_t> taken_[kCores / kBits] = {};
+  alignas(64) std::atomic<int64_t> active_helpers_{0};  // helpers that are in the current loop
+  std::atomic<int64_t> arrived_{0};                     // threads of the team that have arrived, without the leader's
+  std::atomic<uint64_t> claimed_cores_[kMaxCores / kBitsPerWord] = {};
 };
 
-// Threads that share a loop.
+// Number of threads that share a parallel loop.
 inline int64_t num_threads() {
-  const Team* team = Team::led();
+  const ThreadTeam* team = ThreadTeam::current();
   return team != nullptr ? team->threads() : int64_t(torch::stable::get_num_threads());
 }
 
-// f(task) for every task, by all threads of torch.set_num_threads.
+// Calls f(task) for every task in [0, tasks), on all threads of torch.set_num_threads.
 template <typename F>
 void parallel_tasks(int64_t tasks, const F& f) {
   if (tasks <= 0) return;
   if (tasks == 1) return f(0);
-  Team::gather([&] {
-    if (Team* team = Team::led()) return team->share(tasks, f);
-    for (int64_t task = 0; task < tasks; ++task) f(task);  // there is one thread
+  ThreadTeam::lead([&] {
+    if (ThreadTeam* team = ThreadTeam::current()) return team->run_tasks(tasks, f);
+    for (int64_t task = 0; task < tasks; ++task) f(task);  // torch has one thread
   });
 }
 

@@ -1,7 +1,7 @@
-// 16 registers of 8 floats; run only where capability() found them.
+// 16 registers of 8 floats; these functions run only if capability() is avx2.
 #if defined(__x86_64__)
 
-// The standard headers come before the target: what they define must run on any machine.
+// The standard headers come before the target: their inline functions must run on any machine.
 #include <cmath>
 #include <cstdint>
 #include <limits>

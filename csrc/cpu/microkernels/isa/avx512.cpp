@@ -1,7 +1,7 @@
-// 32 registers of 16 floats; run only where capability() found them.
+// 32 registers of 16 floats; these functions run only if capability() is avx512.
 #if defined(__x86_64__)
 
-// The standard headers come before the target: what they define must run on any machine.
+// The standard headers come before the target: their inline functions must run on any machine.
 #include <immintrin.h>
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, gathered in its table. Included by portable.cpp, avx2.cpp, avx512.cpp.
+// The table of the micro-kernels of one instruction set. Included by portable.cpp, avx2.cpp and avx512.cpp.
 #include "../depthwise.h"
 #include "../distillation.h"
 #include "../gemm.h"
