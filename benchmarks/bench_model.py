@@ -25,7 +25,7 @@ from torch import Tensor
 from workload import Network, Workload
 
 from hne import HNE, FusedHNE
-from hne.cli.export import Ensemble, write_onnx
+from hne.inference import EnsembleMean, write_onnx
 from hne.losses import objective
 
 OF_TRAINING = ("fused", "naive", "channels_last", "channels_last_compiled")  # sides whose memory is measured
@@ -55,7 +55,7 @@ class Models:
         path = self._folder / f"{num_models}.onnx"
         if not path.exists():
             with torch.no_grad():
-                write_onnx(Ensemble(copy.deepcopy(self.naive), num_models).eval(), self._images, path)
+                write_onnx(EnsembleMean(copy.deepcopy(self.naive), num_models).eval(), self._images, path)
         return path
 
 
@@ -175,7 +175,7 @@ def bench_inference(
 
     def side(model: HNE, x: Tensor) -> Callable[[Any], Side]:
         def make(wrap: Any) -> Side:
-            function = wrap(Ensemble(model, n).eval())
+            function = wrap(EnsembleMean(model, n).eval())
             return lambda: function(x)
 
         return make

@@ -1,4 +1,4 @@
-"""One process or several: rank, device and the few collective operations that training needs."""
+"""One process or several: rank, device and the collective operations that training and evaluation need."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from .errors import TrainingError
 
-_PATIENCE = 0.2  # seconds
+_GLOO_RELEASE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together.
+    """This process and the group of processes that compute together.
 
     Attributes:
-        device: where it computes.
-        rank, size: its number, and how many there are.
+        device: Device of this process.
+        rank: Number of this process, from 0.
+        size: Number of processes.
     """
 
     device: torch.device
@@ -32,23 +33,23 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes files and talks."""
+        """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes."""
+        """Sum ``tensor`` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def share_buffers(self, module: nn.Module) -> None:
-        """Give every process the buffers (running statistics) of the first."""
+        """Copy the buffers (running statistics) of the first process to all others."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """``module`` with its gradients averaged over the processes."""
+        """``module`` with gradients averaged over the processes; ``module`` itself in a single process."""
         if self.size == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
@@ -56,15 +57,18 @@ class World:
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process, or the first of those that torchrun has started."""
+    """Whether this is the only process or the first of those started by torchrun; works before they have joined."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device that ``auto`` (a GPU if there is one), ``cpu`` or ``cuda`` means for this process.
+    """The device for this process.
+
+    Args:
+        name: ``cpu``, ``cuda``, or ``auto`` for a GPU if there is one and the CPU otherwise.
 
     Raises:
-        TrainingError: ``cuda`` was asked for and there is none.
+        TrainingError: ``name`` is ``cuda`` and there is no GPU.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -75,9 +79,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
-    """Join the processes that torchrun has started (gloo on the CPU, nccl on GPUs), or be the
-    only one.
-    """
+    """Join the processes started by torchrun (gloo on CPUs, nccl on GPUs); without torchrun, a world of one."""
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield World(device)
         return
@@ -87,7 +89,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     try:
         yield World(device, dist.get_rank(), dist.get_world_size())
     finally:
-        # A thread of gloo may still have to give back a tensor, for which it needs Python's lock, which the end of the
-        # group would keep for ever: both wait. Sleeping lets go of the lock.
-        time.sleep(_PATIENCE)
+        # A thread of gloo may still have to release a tensor, which takes the GIL. Destroying the group holds the GIL
+        # while it waits for that thread: a deadlock. Sleeping releases the GIL first.
+        time.sleep(_GLOO_RELEASE_SECONDS)
         dist.destroy_process_group()

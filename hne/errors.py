@@ -8,12 +8,12 @@ class HNEError(Exception):
 
 
 class DataError(HNEError, ValueError):
-    """A data set is missing, truncated or not in the format it should have."""
+    """A data set is missing, truncated or in another format than expected."""
 
 
 class CheckpointError(HNEError, ValueError):
-    """A checkpoint is missing, damaged, or belongs to something else."""
+    """A checkpoint is missing, damaged or from another run or model."""
 
 
 class TrainingError(HNEError, RuntimeError):
-    """Training cannot start with these options, or went wrong (a loss that is not finite)."""
+    """Training cannot start with the given options, or failed, for instance because the loss is not finite."""

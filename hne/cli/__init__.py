@@ -16,28 +16,35 @@ from . import anytime, bench, distill, evaluate, export, info, study, train
 _COMMANDS = (train, study, distill, evaluate, anytime, bench, info, export)
 
 _DESCRIPTION = """\
-Hierarchical neural ensembles: N networks in one tree, evaluated one after the other, so that an
-answer is ready after each of them, and every further one makes it better.
+Hierarchical neural ensembles: N networks that share the trunk of a tree. They are evaluated one after
+the other: an answer is ready after the first, and better answers follow.
 """
 _EPILOG = """\
 start here:
   hne train                                         a small ensemble on scikit-learn's digits
-  hne eval runs/digits-hne_tiny                     accuracy and cost of the first 1, 2, 4, ... N networks
+  hne eval runs/digits-hne_tiny                     accuracy and cost of the first 1, 2, 4, ... N members
   hne anytime runs/digits-hne_tiny --deadline-ms 2  the best answers that are ready after 2 ms
-  hne study table1                                  what to train an ensemble for: the paper's Table 1, on digits
+  hne study table1                                  the paper's Table 1 (accuracy by objective), on digits
 
 `hne COMMAND --help` explains each command. A folder written by `hne train` stands for its checkpoint.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0, or 2 for an error that the user can mend."""
+    """Run the command line.
+
+    Args:
+        argv: Arguments; by default those of the process.
+
+    Returns:
+        The exit code: 0 for success, 2 for an error, 130 after an interruption, or a command's own code.
+    """
     args = _parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return args.run(args)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+            return args.execute(args)
+    except BrokenPipeError:  # the reader of the output, for instance `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (HNEError, ValueError, TypeError, OSError, RuntimeError) as error:

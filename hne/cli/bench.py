@@ -11,15 +11,13 @@ from torch import Tensor
 from ..distributed import choose_device
 from ..evaluation import seconds_per_call
 from ..losses import objective
-from ..models.hne import HNE, FusedHNE
-from ..models.presets import PRESETS
+from ..models import HNE, PRESETS, FusedHNE
 from ..reporting import show_table
-from .options import Subparsers, add_computing, computing, new_parser, positive, positives
+from . import options
 
 _DESCRIPTION = """\
-A quick comparison of the fused implementation with the naive one (plain PyTorch) on random images
-and weights. That both give the same logits is checked first. The thorough comparison is
-`pytest --benchmark`.
+Compare the speed of the fused implementation with that of the naive one (plain PyTorch), on random
+images and weights. Both must give the same logits. For thorough benchmarks: `pytest --benchmark`.
 """
 _EXAMPLES = """\
   hne bench
@@ -28,44 +26,50 @@ _EXAMPLES = """\
 """
 
 
-def add_parser(commands: Subparsers) -> None:
+def add_parser(commands: options.Subparsers) -> None:
     """Add the command to ``hne``."""
-    parser = new_parser(commands, "bench", "how fast the fused kernels are here", _DESCRIPTION, _EXAMPLES)
-    parser.set_defaults(run=run)
+    parser = options.new_parser(
+        commands, "bench", "measure the speed of the kernels on this machine", _DESCRIPTION, _EXAMPLES
+    )
+    parser.set_defaults(execute=execute)
     group = parser.add_argument_group("workload")
-    group.add_argument("--preset", choices=tuple(PRESETS), default="hne_tiny", help="(default: hne_tiny)")
+    group.add_argument("--preset", choices=tuple(PRESETS), default="hne_tiny", help="architecture (default: hne_tiny)")
     group.add_argument("--width", type=float, default=1.0, metavar="F", help="factor on every channel count")
-    group.add_argument("--num-models", type=positive, metavar="N", help="evaluate the first N models (default: all)")
+    group.add_argument(
+        "--num-models", type=options.positive_int, metavar="N", help="evaluate the first N members (default: all)"
+    )
     group.add_argument(
         "--batch-sizes",
-        type=positives,
+        type=options.positive_ints,
         default=(1, 8, 64),
         metavar="K,K,...",
-        help="(default: 1,8,64)",
+        help="images per batch (default: 1,8,64)",
     )
     group.add_argument(
         "--input-size",
-        type=positive,
+        type=options.positive_int,
         metavar="PIXELS",
         help="height and width of the images (default: 32; 224 for hne_mobilenetv2_075)",
     )
-    group.add_argument("--train", action="store_true", help="time a training step: forward, loss, backward")
+    group.add_argument(
+        "--train", action="store_true", help="time a training step (forward, loss, backward) instead of inference"
+    )
     group.add_argument(
         "--seconds",
         type=float,
         default=1.0,
         metavar="S",
-        help="time to spend on each figure at least (default: 1)",
+        help="least time to spend on each measurement (default: 1)",
     )
-    add_computing(parser)
+    options.add_computing(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Time both implementations and show the table."""
+def execute(args: argparse.Namespace) -> int:
+    """Time both implementations, and print the table."""
     device = choose_device(args.device)
     size = args.input_size or (224 if args.preset == "hne_mobilenetv2_075" else 32)
     rows = []
-    with computing(args):
+    with options.computing(args):
         torch.manual_seed(0)
         fused = FusedHNE.from_preset(args.preset, num_classes=100, width=args.width).to(device)
         fused.train(args.train)

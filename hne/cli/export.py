@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import InputFormat
 from ..files import replacing
-from ..models.hne import HNE
-from .options import Subparsers, add_checkpoint, checkpoint_path, load_model, new_parser, positive
+from ..inference import EnsembleMean, write_onnx, write_pt2
+from . import options
+from .loading import checkpoint_path, load_model
 
 _DESCRIPTION = """\
-Export a trained ensemble as a program that runs without this package's Python code: from images
-[batch, channels, height, width] (float32, normalised) to the mean logits [batch, classes] of the
-first n networks.
+Export a trained ensemble as a program that runs without this package's Python code. Its input is
+normalised float32 images [batch, channels, height, width], its output the mean logits
+[batch, classes] of the first N members.
 
-pt2 is a program of torch.export: `torch.export.load("ensemble.pt2").module()(images)`. It is made
-of plain PyTorch operations and needs torch alone; with --kernels, of this package's, and needs
-`import hne_kernels` first.
+pt2 is a program of torch.export: `torch.export.load("ensemble.pt2").module()(images)`. It consists
+of plain PyTorch operations and needs torch alone. With --kernels it consists of this package's
+operations and needs `import hne_kernels` first.
 
 onnx is a graph for ONNX Runtime, OpenVINO and others, with input "images" and output "logits".
 Writing it needs `pip install onnx onnxscript`.
@@ -35,86 +33,32 @@ _EXAMPLES = """\
 """
 
 
-class Ensemble(nn.Module):
-    """The first ``num_models`` leaves of a tree as one network: images [B, C, H, W] to logits [B, L]."""
-
-    def __init__(self, model: HNE, num_models: int) -> None:
-        super().__init__()
-        self.model = model
-        self.num_models = num_models
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images, self.num_models).mean(0)
+_FORMATS: dict[str, Callable[[EnsembleMean, Tensor, Path], Tensor]] = {"pt2": write_pt2, "onnx": write_onnx}
 
 
-def write_pt2(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
-    """Write a program of torch.export for any batch size; returns what it makes of ``images``."""
-    program = torch.export.export(ensemble, (images,), dynamic_shapes=_ANY_BATCH)
-    torch.export.save(program, path)
-    result: Tensor = torch.export.load(path).module()(images)
-    return result
-
-
-def write_onnx(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
-    """Write an ONNX graph for any batch size; returns what it makes of ``images``.
-
-    That is computed by ONNX Runtime where it is installed, and else by the reference evaluator of ``onnx``.
-
-    Raises:
-        RuntimeError: ``onnx`` or ``onnxscript`` is not installed.
-    """
-    if not (find_spec("onnx") and find_spec("onnxscript")):
-        raise RuntimeError("--format onnx needs two packages more: pip install onnx onnxscript")
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # misses torchvision
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
-        program = torch.onnx.export(
-            ensemble,
-            (images,),
-            dynamic_shapes=_ANY_BATCH,
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path)
-    inputs = {"images": images.numpy()}
-    if find_spec("onnxruntime"):
-        from onnxruntime import InferenceSession
-
-        (logits,) = InferenceSession(path).run(None, inputs)
-    else:
-        from onnx.reference import ReferenceEvaluator
-
-        (logits,) = ReferenceEvaluator(str(path)).run(None, inputs)
-    return torch.from_numpy(logits)
-
-
-_ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)
-_FORMATS: dict[str, Callable[[Ensemble, Tensor, Path], Tensor]] = {"pt2": write_pt2, "onnx": write_onnx}
-
-
-def add_parser(commands: Subparsers) -> None:
+def add_parser(commands: options.Subparsers) -> None:
     """Add the command to ``hne``."""
-    parser = new_parser(commands, "export", "write a stand-alone program", _DESCRIPTION, _EXAMPLES)
-    parser.set_defaults(run=run)
-    add_checkpoint(parser)
-    parser.add_argument("--format", choices=tuple(_FORMATS), default="pt2", help="(default: pt2)")
-    parser.add_argument("--num-models", type=positive, metavar="N", help="networks to keep (default: all)")
+    parser = options.new_parser(commands, "export", "write a stand-alone program", _DESCRIPTION, _EXAMPLES)
+    parser.set_defaults(execute=execute)
+    options.add_checkpoint(parser)
+    parser.add_argument("--format", choices=tuple(_FORMATS), default="pt2", help="format of the program (default: pt2)")
+    parser.add_argument(
+        "--num-models", type=options.positive_int, metavar="N", help="ensemble size (default: all members)"
+    )
     parser.add_argument("--kernels", action="store_true", help="use this package's kernels in the program")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="(default: ensemble-N.FORMAT beside the checkpoint)"
+        "--output", type=Path, metavar="FILE", help="the file (default: ensemble-N.FORMAT beside the checkpoint)"
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def execute(args: argparse.Namespace) -> int:
     """Export, and check that the written program gives the same logits."""
     if args.kernels and args.format != "pt2":
         raise ValueError(f"--kernels: expected with --format pt2, got {args.format}, whose programs know no such ops")
-    model, config = load_model(args.checkpoint, torch.device("cpu"), naive=not args.kernels)
+    model, stored = load_model(args.checkpoint, torch.device("cpu"), naive=not args.kernels)
     num_models = args.num_models or model.num_models
-    ensemble = Ensemble(model, num_models).eval()
-    input_format = InputFormat.from_dict(config["data"]["input"])
+    ensemble = EnsembleMean(model, num_models).eval()
+    input_format = InputFormat.from_dict(stored["data"]["input"])
     images = torch.randn(2, input_format.channels, *input_format.size)
     folder = checkpoint_path(args.checkpoint).parent
     output = args.output or folder / f"ensemble-{num_models}.{args.format}"

@@ -7,30 +7,31 @@ import argparse
 from hne_kernels import default_sizes
 from hne_kernels import info as kernel_info
 
-from ..models.hne import FusedHNE
-from ..models.presets import PRESETS
+from ..models import PRESETS, FusedHNE
 from ..reporting import format_macs, show_table
-from ..training.config import DEFAULTS
-from .options import Subparsers, new_parser
+from ..training import DEFAULTS
+from . import options
 
-_DESCRIPTION = "Show this machine, the kernels that are usable on it, and what each preset costs.\n"
+_DESCRIPTION = "Show this machine, the kernels that are usable on it, and the cost of each preset.\n"
 _EXAMPLES = """\
   hne info
 """
 
-# Input that each preset is meant for (height and width, channels), and the classes of its data set in the paper.
+# Input of each preset (height and width, channels), and the number of outputs for its data set.
 _INPUTS = {"hne_mobilenetv2_075": (224, 3, 1000), "hne_tiny": (8, 1, 10), "hne_mlp": (1, 10, 2)}
 _CIFAR100 = (32, 3, 100)
 
 
-def add_parser(commands: Subparsers) -> None:
+def add_parser(commands: options.Subparsers) -> None:
     """Add the command to ``hne``."""
-    parser = new_parser(commands, "info", "this machine, the kernels, the presets", _DESCRIPTION, _EXAMPLES)
-    parser.set_defaults(run=run)
+    parser = options.new_parser(
+        commands, "info", "show this machine, the kernels and the presets", _DESCRIPTION, _EXAMPLES
+    )
+    parser.set_defaults(execute=execute)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Show the tables."""
+def execute(args: argparse.Namespace) -> int:
+    """Print the tables."""
     for title, values in kernel_info.sections():
         show_table([title, ""], values.items(), text_columns=2)
         print()

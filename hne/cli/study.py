@@ -3,65 +3,63 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..data import Dataset, load_dataset
+from ..data import Dataset
 from ..distributed import World, choose_device, join_world
 from ..errors import TrainingError
 from ..evaluation import Evaluation
-from ..experiments import STUDIES, Panel, collect, panels, recipes
-from ..experiments.designs import Choices
-from ..experiments.report import tables, write_report
-from ..experiments.runs import Progress, claimed, progress, run_name
-from ..losses import OBJECTIVES, objective
-from ..reporting import show_table
-from ..training.config import Recipe
-from ..training.run_directory import final_evaluation, train_into
-from ..training.trainer import CHECKPOINT, Run
-from .options import Subparsers, add_computing, add_data, add_quiet, computing, new_parser, positive
-from .recipe_options import (
-    add,
-    add_distillation,
-    add_network,
-    add_numerics,
-    add_optimisation,
-    add_training_data,
-    given,
-    protocol_line,
+from ..experiments import (
+    STUDIES,
+    Panel,
+    RunState,
+    StudySettings,
+    collect_results,
+    lock_runs,
+    macs_per_epoch,
+    panel_tables,
+    read_run_state,
+    run_name,
+    study_panels,
+    training_configs,
+    write_report,
 )
+from ..reporting import show_table
+from ..training import EpochRecord, TrainConfig, Trainer, final_evaluation
+from . import config_options, options
+from .loading import load_training_data
+from .training_runs import RunReporter, train_runs
 
 _DESCRIPTION = """\
-Repeat experiments of the HNE paper: train what they compare, over several seeds, and write the
-table and the figure.
+Repeat experiments of the HNE paper: train every model that they compare, over several seeds, and
+write tables and figures.
 
-  table1    accuracy of the ensembles of 1, 2, 4, ... N networks, by objective: I, H, I+H, I+D, I+HD
+  table1    accuracy of the ensembles of 1, 2, 4, ... N members, by objective: I, H, I+H, I+D, I+HD
   figure4   accuracy and diversity (standard deviation of the logits) against multiply-adds, by
-            distillation: none (I), from the whole ensemble to each network (I+D, for each of
+            distillation: none (I), from the whole ensemble to each member (I+D, for each of
             --alphas), hierarchical (I+HD)
-  figure5   the same, by what the networks share: the tree of an HNE, nothing, a trunk
-            (multi-branch); and, to compare, one network at several --widths
-  figure9   accuracy of the ensembles, and of each of their networks by itself: I, I+D, I+HD
+  figure5   the same, by sharing scheme: the tree of an HNE, independent networks, a shared trunk
+            (multi-branch), and for comparison one network at several --widths
+  figure9   accuracy of the ensembles and of each member by itself: I, I+D, I+HD
 
-Several may be named at once. Each goes to --out as NAME.md and NAME.csv (mean and standard
-deviation over the seeds) and, but for table1, NAME.png and NAME.svg.
+Several studies can be named at once. Each writes NAME.md and NAME.csv (mean and standard deviation
+over the seeds) into --out and, except for table1, NAME.png and NAME.svg.
 
-Every training run has a folder in --runs, named after its recipe. Studies share the runs that they
-have in common; runs that are there are not trained again, and one that was interrupted goes on
-after its last epoch. So the same command, given again, completes a study, and with other options
-it trains only what these change. --dry-run shows what there is and what is missing.
+Every training run has a folder in --runs, named after its options. Studies share runs. A finished
+run is not trained again, and an interrupted one continues after its last epoch. The same command,
+given again, therefore completes a study, and with other options it trains only the runs that
+change. --dry-run lists the finished and the missing runs.
 
---data, --epochs, --limit-train, --scale, --num-models and --seeds set the size. Without them, it is
-the paper's protocol for the data set (quick for digits), at full width, with 3 seeds. --scale is a
-factor on the channel counts of all networks, and costs (and times) go about with its square; 0.5
-makes the paper's small networks. Several scales are reported side by side.
+--data, --epochs, --limit-train, --scale, --num-models and --seeds set the size of a study. By
+default it follows the paper's protocol for the data set (quick for digits) at full width with 3
+seeds. --scale is a factor on the channel counts of all networks; cost and time grow about with its
+square, and 0.5 makes the paper's small networks. Several scales are reported side by side.
 """
 _EXAMPLES = """\
   hne study table1                                          on digits: minutes on two cores
@@ -70,198 +68,174 @@ _EXAMPLES = """\
   hne study table1 --data cifar100 --scale 1,0.5 --amp      the paper's protocol: for a GPU
   hne study figure4 --data cifar100 --scale 1,0.5 --amp --dry-run
 """
-_DEFAULTS = {"scale": (1.0,), "seeds": 3, "alphas": Choices.alphas, "widths": Choices.widths}
+_DEFAULTS = {"scale": (1.0,), "seeds": 3, "alphas": StudySettings.alphas, "widths": StudySettings.widths}
 
 
-def add_parser(commands: Subparsers) -> None:
+def add_parser(commands: options.Subparsers) -> None:
     """Add the command to ``hne``."""
-    parser = new_parser(commands, "study", "the paper's experiments", _DESCRIPTION, _EXAMPLES)
-    parser.set_defaults(run=run)
+    parser = options.new_parser(commands, "study", "repeat the paper's experiments", _DESCRIPTION, _EXAMPLES)
+    parser.set_defaults(execute=execute, **_DEFAULTS)
     parser.add_argument("studies", nargs="+", choices=tuple(STUDIES), metavar="STUDY", help=", ".join(STUDIES))
-    _add_study(parser)
-    add_data(parser, default="digits")
-    add_training_data(parser)
-    add_network(parser)
-    _add_objective(parser)
-    add_optimisation(parser)
-    add_computing(parser)
-    add_numerics(parser)
+    study = parser.add_argument_group("study")
+    for flag, help in (
+        ("--out", "folder of the reports (default: runs/study-DATA-PRESET)"),
+        ("--runs", "folder of the training runs (default: runs in --out)"),
+    ):
+        study.add_argument(flag, type=Path, metavar="DIR", help=help)
+    seeds = "train every config K times, with the seeds 0 to K - 1 (default: 3)"
+    study.add_argument("--seeds", type=options.positive_int, metavar="K", help=seeds)
+    dry_run = "train nothing: list the runs with their state, and report on the finished ones"
+    study.add_argument("--dry-run", action="store_true", help=dry_run)
+    options.add_quiet(study)
+    options.add_data(parser, default="digits")
+    config_options.add_options(parser.add_argument_group("training data"), *config_options.TRAINING_DATA)
+    config_options.add_options(parser.add_argument_group("model"), "preset", "num_models")
+    comparisons = parser.add_argument_group("comparisons")
+    helps = {"objective": "objective of the ensembles of figure5 (default: I+HD)"}
+    config_options.add_options(comparisons, "objective", "alpha", "temperature", helps=helps)
+    for group, flag, help in (
+        (study, "--scale", "factor on the channel counts of all networks, or several factors (default: 1)"),
+        (comparisons, "--alphas", "weights of the distillation of I+D in figure4 (default: 0.25,0.5,0.75)"),
+        (comparisons, "--widths", "widths of the one network in figure5, relative to the members (default: 0.5,1,2)"),
+    ):
+        group.add_argument(flag, type=options.distinct_floats, metavar="F,F,...", help=help)
+    config_options.add_options(parser.add_argument_group("optimisation"), *config_options.OPTIMISATION)
+    config_options.add_options(parser.add_argument_group("numerics"), *config_options.NUMERICS)
+    options.add_computing(parser)
 
 
-def _add_study(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("study")
-    group.add_argument("--out", type=Path, metavar="DIR", help="for the reports (default: runs/study-DATA-PRESET)")
-    group.add_argument("--runs", type=Path, metavar="DIR", help="for the training runs (default: runs in --out)")
-    group.add_argument(
-        "--seeds",
-        type=positive,
-        metavar="K",
-        default=_DEFAULTS["seeds"],
-        help="train everything K times, with the seeds 0 to K - 1 (default: 3)",
-    )
-    group.add_argument(
-        "--scale",
-        type=_numbers,
-        metavar="F,F,...",
-        default=_DEFAULTS["scale"],
-        help="factor on the channel counts of all networks, or several (default: 1)",
-    )
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="train nothing: list the runs with their state, and report on those that are finished",
-    )
-    add_quiet(group)
-
-
-def _add_objective(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("comparisons")
-    add(group, "--objective", choices=OBJECTIVES, help="figure5: what its ensembles are trained for (default: I+HD)")
-    add_distillation(group)
-    group.add_argument(
-        "--alphas",
-        type=_numbers,
-        metavar="A,A,...",
-        default=_DEFAULTS["alphas"],
-        help="figure4: weights of the distillation that I+D is tried with (default: 0.25,0.5,0.75)",
-    )
-    group.add_argument(
-        "--widths",
-        type=_numbers,
-        metavar="F,F,...",
-        default=_DEFAULTS["widths"],
-        help="figure5: of the one network, in relation to those of the ensembles (default: 0.5,1,2)",
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Train what is missing, and report."""
-    base = Recipe.of(**given(args))
+def execute(args: argparse.Namespace) -> int:
+    """Train the missing runs, and report."""
+    base = TrainConfig.of(**config_options.given_options(args))
     out = args.out or Path("runs") / f"study-{base.data}-{base.preset}"
     folder = args.runs or out / "runs"
-    choices = Choices(base, args.alphas, args.widths)
-    compared = {name: panels(STUDIES[name], choices, args.scale) for name in dict.fromkeys(args.studies)}
-    needed = recipes((panel for some in compared.values() for panel in some), args.seeds)
-    with computing(args), join_world(choose_device(args.device)) as world:
-        dataset = load_dataset(
-            base.data,
-            args.data_dir,
-            image_size=base.image_size,
-            limit_train=base.limit_train,
-            limit_test=base.limit_test,
-        )
+    settings = StudySettings(base, args.alphas, args.widths)
+    studies = {name: study_panels(STUDIES[name], settings, args.scale) for name in dict.fromkeys(args.studies)}
+    configs = training_configs((panel for panels in studies.values() for panel in panels), args.seeds)
+    with options.computing(args), join_world(choose_device(args.device)) as world:
+        dataset = load_training_data(args, base)
         if dataset.target is not None:
             raise ValueError(f"data: expected a data set with classes, as the paper's are, got {base.data}")
-        costs = _costs(needed, dataset)
-        found = {recipe: progress(folder / run_name(recipe), recipe, dataset) for recipe in needed}
+        macs = macs_per_epoch(configs, dataset)
+        states = {config: read_run_state(folder / run_name(config), config, dataset) for config in configs}
         if world.main and not args.quiet:
-            _introduce(base, dataset, world, found, out)
+            _introduce(base, dataset, world, states, out)
         failures: list[str] = []
         if not args.dry_run:
-            with claimed(folder) if world.main else nullcontext():
-                failures = _train(found, costs, dataset, world, folder, quiet=args.quiet)
+            with lock_runs(folder) if world.main else nullcontext():
+                failures = _train_missing(states, macs, dataset, world, folder, args)
         elif world.main:
-            _list(found, costs)
+            _list_runs(states, macs)
         if world.main:
             about = _about(base, dataset, args)
-            for name, parts in compared.items():
-                _report(name, parts, found, out, f"{base.preset} on {base.data}", about, args)
+            for name, panels in studies.items():
+                _report(name, panels, states, out, f"{base.preset} on {base.data}", about, args)
     if failures:
-        raise TrainingError(f"{len(failures)} of {len(found)} runs failed: {'; '.join(failures)}")
+        raise TrainingError(f"{len(failures)} of {len(states)} runs failed: {'; '.join(failures)}")
     return 0
 
 
-def _costs(needed: Iterable[Recipe], dataset: Dataset) -> dict[Recipe, int]:
-    """Multiply-adds of an epoch's forward passes.
-
-    Raises:
-        ValueError: a recipe cannot be trained: better now than when its turn comes.
-    """
-    macs: dict[Recipe, int] = {}
-    for recipe in needed:
-        alike = replace(recipe, seed=0)
-        if alike not in macs:
-            objective(recipe.objective, recipe.alpha, recipe.temperature)
-            with torch.device("meta"):  # shapes without memory
-                macs[alike] = recipe.build_model(dataset).macs(input_size=dataset.input.size)
-        macs[recipe] = macs[alike]
-    return {recipe: macs[recipe] * len(dataset.train) for recipe in needed}
-
-
-def _introduce(base: Recipe, dataset: Dataset, world: World, found: Mapping[Recipe, Progress], out: Path) -> None:
-    """Say what is about to happen."""
-    done = sum(state.evaluation is not None for state in found.values())
-    begun = sum(state.epochs > 0 and state.evaluation is None for state in found.values())
+def _introduce(
+    base: TrainConfig, dataset: Dataset, world: World, states: Mapping[TrainConfig, RunState], out: Path
+) -> None:
+    """Print the size of the study and how far it is."""
+    done = sum(state.evaluation is not None for state in states.values())
+    begun = sum(state.epochs > 0 and state.evaluation is None for state in states.values())
     print(
         f"{base.preset} on {base.data}: {len(dataset.train)} training and {len(dataset.test)} test images, "
-        f"{protocol_line(base.to_dict())}\n"
-        f"{len(found)} runs: {done} finished, {begun} begun, {len(found) - done - begun} to start; "
+        f"{config_options.protocol_line(base.to_dict())}\n"
+        f"{len(states)} runs: {done} finished, {begun} begun, {len(states) - done - begun} to start; "
         f"{world.size} process(es) on {world.device}, {torch.get_num_threads()} thread(s); results in {out}",
         flush=True,
     )
 
 
-def _list(found: Mapping[Recipe, Progress], costs: Mapping[Recipe, int]) -> None:
-    """Show the runs, their states, and what is left to do."""
-    left = {recipe: costs[recipe] * (recipe.epochs - state.epochs) for recipe, state in found.items()}
-    show_table(
-        ["run", "epochs", "state", "to go"],
-        [
-            (
-                run_name(recipe),
-                f"{state.epochs}/{recipe.epochs}",
-                "finished" if state.evaluation else "begun" if state.epochs else "to start",
-                f"{left[recipe] / 1e12:.3f} T",
-            )
-            for recipe, state in found.items()
-        ],
-        caption=f"{sum(left.values()) / 1e12:.3f} T multiply-adds of forward passes to go (training: three times that)",
-        text_columns=3,
-    )
+def _list_runs(states: Mapping[TrainConfig, RunState], macs: Mapping[TrainConfig, int]) -> None:
+    """Print the runs, their states and their remaining multiply-adds."""
+    left = {config: macs[config] * (config.epochs - state.epochs) for config, state in states.items()}
+    rows = [
+        (
+            run_name(config),
+            f"{state.epochs}/{config.epochs}",
+            "finished" if state.evaluation else "begun" if state.epochs else "to start",
+            f"{left[config] / 1e12:.3f} T",
+        )
+        for config, state in states.items()
+    ]
+    total = f"{sum(left.values()) / 1e12:.3f} T multiply-adds of forward passes to go (training: three times that)"
+    show_table(["run", "epochs", "state", "to go"], rows, caption=total, text_columns=3)
 
 
-def _train(
-    found: dict[Recipe, Progress],
-    costs: Mapping[Recipe, int],
+def _train_missing(
+    states: dict[TrainConfig, RunState],
+    macs: Mapping[TrainConfig, int],
     dataset: Dataset,
     world: World,
     folder: Path,
-    *,
-    quiet: bool,
+    args: argparse.Namespace,
 ) -> list[str]:
-    """Train what is not finished, and bring ``found`` up to date; returns which runs failed, and why."""
-    talks = world.main and not quiet
-    missing = [recipe for recipe, state in found.items() if state.evaluation is None]
-    work = sum(costs[recipe] * (recipe.epochs - found[recipe].epochs) for recipe in missing)
-    done, start = 0, time.monotonic()
-    failures = []
-    for number, recipe in enumerate(missing, 1):
-        path = folder / run_name(recipe)
-        training = Run(recipe, dataset, world)
-        if (path / CHECKPOINT).exists():
-            training.restore(path / CHECKPOINT)
-        if talks:
-            print(f"run {number}/{len(missing)}  {path.name}", flush=True)
-        try:
-            for row in train_into(path, training, eval_every=recipe.epochs, quiet=quiet):
-                done += costs[recipe]
-                if talks:
-                    left = (time.monotonic() - start) * (work - done) / done
-                    print(
-                        f"  epoch {row.epoch:{len(str(recipe.epochs))}}/{recipe.epochs}  loss {row.loss:.4f}  "
-                        f"{row.images_per_second:.0f} img/s  {_duration(left)} left",
-                        flush=True,
-                    )
-        except TrainingError as error:  # the others may do better
-            failures.append(f"{path.name}: {error}")
-            work -= costs[recipe] * (recipe.epochs - training.epoch)
-            if talks:
-                print(f"  failed: {error}", flush=True)
-        else:
-            evaluation = final_evaluation(training)
-            assert isinstance(evaluation, Evaluation)  # run() refuses regressions
-            found[recipe] = Progress(training.epoch, evaluation)
-    return failures
+    """Train the runs that are not finished, and update ``states``.
+
+    Returns:
+        Name and error of each run that failed.
+    """
+    missing = [config for config, state in states.items() if state.evaluation is None]
+    work = sum(macs[config] * (config.epochs - states[config].epochs) for config in missing)
+    reporter = _Reporter(not world.main or args.quiet, len(missing), macs, work)
+    runs = train_runs(
+        {folder / run_name(config): config for config in missing},
+        lambda config: Trainer(config, dataset, world),
+        reporter,
+        resume=True,
+        eval_every=max((config.epochs for config in missing), default=1),  # at the end only
+        quiet=args.quiet,
+    )
+    for _, trainer in runs:
+        evaluation = final_evaluation(trainer)
+        assert isinstance(evaluation, Evaluation)  # execute() refuses regressions
+        states[trainer.config] = RunState(trainer.epoch, evaluation)
+        del trainer  # frees its memory before the next run
+    return reporter.failures
+
+
+class _Reporter(RunReporter):
+    """Estimates the remaining time, and goes on after a failed run.
+
+    Args:
+        silent: Print nothing.
+        runs: Number of runs.
+        macs: Multiply-adds of an epoch of each run.
+        work: Multiply-adds of all epochs of all runs.
+    """
+
+    def __init__(self, silent: bool, runs: int, macs: Mapping[TrainConfig, int], work: int) -> None:
+        super().__init__(silent)
+        self.failures: list[str] = []
+        self._runs, self._macs, self._work = runs, macs, work
+        self._started = self._done = 0
+        self._start_time = time.monotonic()
+
+    def start(self, folder: Path, trainer: Trainer) -> None:
+        self._started += 1
+        self._print(f"run {self._started}/{self._runs}  {folder.name}")
+
+    def epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+        self._done += self._macs[trainer.config]
+        left = (time.monotonic() - self._start_time) * (self._work - self._done) / self._done
+        epochs = trainer.config.epochs
+        self._print(
+            f"  epoch {record.epoch:{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  "
+            f"{record.images_per_second:.0f} img/s  {_duration(left)} left"
+        )
+
+    def failure(self, folder: Path, trainer: Trainer, error: TrainingError) -> None:
+        self.failures.append(f"{folder.name}: {error}")
+        self._work -= self._macs[trainer.config] * (trainer.config.epochs - trainer.epoch)
+        self._print(f"  failed: {error}")
+
+    def _print(self, text: str) -> None:
+        if not self.silent:
+            print(text, flush=True)
 
 
 def _duration(seconds: float) -> str:
@@ -273,47 +247,47 @@ def _duration(seconds: float) -> str:
 
 def _report(
     name: str,
-    parts: tuple[Panel, ...],
-    found: Mapping[Recipe, Progress],
+    panels: tuple[Panel, ...],
+    states: Mapping[TrainConfig, RunState],
     out: Path,
-    what: str,
+    subject: str,
     about: str,
     args: argparse.Namespace,
 ) -> None:
-    """Show the tables of a study, and write its files."""
+    """Print the tables of a study, and write its files."""
     study = STUDIES[name]
-    results = collect(parts, args.seeds, lambda recipe: found[recipe].evaluation)
-    needed = recipes(parts, args.seeds)
-    missing = sum(found[recipe].evaluation is None for recipe in needed)
-    if missing == len(needed):
+    results = collect_results(panels, args.seeds, lambda config: states[config].evaluation)
+    configs = training_configs(panels, args.seeds)
+    missing = sum(states[config].evaluation is None for config in configs)
+    if missing == len(configs):
         print(f"{name}: nothing is finished yet")
         return
     if missing:
-        about += f"\n\nPreliminary: {missing} of {len(needed)} runs are missing."
+        about += f"\n\nPreliminary: {missing} of {len(configs)} runs are missing."
     command = _command(name, args)
-    files = write_report(out, name, study, results, what, f"{about}\n\n```sh\n{command}\n```")
+    files = write_report(out, name, study, results, subject, f"{about}\n\n```sh\n{command}\n```")
     for panel in results:
-        for table in tables(study, panel):
+        for table in panel_tables(study, panel):
             scale = f", width {panel.scale:g}" if len(results) > 1 else ""
             show_table(table.columns, table.rows, title=f"\n{name}: {table.title}{scale}", text_columns=1)
     print(f"\n{name}: wrote {', '.join(path.name for path in files)} to {out}", flush=True)
 
 
-def _about(base: Recipe, dataset: Dataset, args: argparse.Namespace) -> str:
+def _about(base: TrainConfig, dataset: Dataset, args: argparse.Namespace) -> str:
     """The setting of a study, for its report."""
     seeds = f"Mean ± standard deviation over {args.seeds} seeds" if args.seeds > 1 else "One seed"
     return (
-        f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, {protocol_line(base.to_dict())}. "
-        f"Where nothing else is said, objective {base.objective}, alpha {base.alpha:g}, "
-        f"temperature {base.temperature:g}."
+        f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, "
+        f"{config_options.protocol_line(base.to_dict())}. Unless stated otherwise, objective {base.objective}, "
+        f"alpha {base.alpha:g}, temperature {base.temperature:g}."
     )
 
 
 def _command(name: str, args: argparse.Namespace) -> str:
-    """The command that makes a study, without the paths."""
+    """The command that repeats a study, without the paths and the options that change no result."""
     words = ["hne", "study", name]
-    options = given(args) | {option: getattr(args, option) for option in _DEFAULTS}
-    for option, value in options.items():
+    given = config_options.given_options(args) | {option: getattr(args, option) for option in _DEFAULTS}
+    for option, value in given.items():
         flag = option.replace("_", "-")
         if value is False:
             words.append(f"--no-{flag}")
@@ -323,14 +297,3 @@ def _command(name: str, args: argparse.Namespace) -> str:
             text = ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
             words += [f"--{flag}", text]
     return shlex.join(words)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    """Different numbers, at least 0, with commas between them, for argparse."""
-    try:
-        values = tuple(map(float, text.split(",")))
-    except ValueError:
-        values = ()
-    if not values or not all(0 <= value < math.inf for value in values) or len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"expected different numbers with commas between them, got {text!r}")
-    return values

@@ -1,7 +1,9 @@
-"""The experiments of the HNE paper by name: what they compare, the runs that it takes, and what comes of them."""
+"""The experiments of the HNE paper by name: their designs, training runs, results and reports."""
 
-from .designs import STUDIES, Curve, Panel, Study, panels, recipes
-from .results import CurveResult, Estimate, PanelResult, Result, collect
+from .designs import STUDIES, Curve, Panel, Study, StudySettings, study_panels, training_configs
+from .report import panel_tables, write_report
+from .results import CurveResult, Estimate, PanelResult, Result, collect_results
+from .runs import RunState, lock_runs, macs_per_epoch, read_run_state, run_name
 
 __all__ = [
     "STUDIES",
@@ -11,8 +13,16 @@ __all__ = [
     "Panel",
     "PanelResult",
     "Result",
+    "RunState",
     "Study",
-    "collect",
-    "panels",
-    "recipes",
+    "StudySettings",
+    "collect_results",
+    "lock_runs",
+    "macs_per_epoch",
+    "panel_tables",
+    "read_run_state",
+    "run_name",
+    "study_panels",
+    "training_configs",
+    "write_report",
 ]

@@ -1,4 +1,4 @@
-"""Which networks the paper's experiments compare: each study as curves, each curve as recipes."""
+"""The designs of the HNE paper's experiments: each study compares curves, and each curve is a list of configs."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from typing import Any
 
 from ..hierarchy import Hierarchy
 from ..losses import OBJECTIVES
-from ..models.presets import PRESETS
-from ..training.config import Recipe
+from ..models import PRESETS
+from ..training import TrainConfig
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a row of a table or a curve of a figure shows.
+    """A row of a table, or a curve of a figure.
 
     Attributes:
-        kind: the objective or the system, which decides the colour: the same in every figure.
-        label: its name in tables and figures.
-        recipes: one network, of which every ensemble size is a point; or one network at several widths, a point each.
-            Their seed is replaced by that of each repetition.
+        kind: The objective or system. It decides the colour, the same in every figure.
+        label: Name in tables and figures.
+        configs: One config, whose ensemble sizes are the points of the curve, or single networks of several widths,
+            one point each. The seed of each repetition replaces theirs.
     """
 
     kind: str
     label: str
-    recipes: tuple[Recipe, ...]
+    configs: tuple[TrainConfig, ...]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What is compared with each other: networks of one scale."""
+    """Curves of one scale, which are compared with each other."""
 
     scale: float
     curves: tuple[Curve, ...]
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What a study leaves open.
+class StudySettings:
+    """The settings that the user of a study chooses.
 
     Attributes:
-        base: all that its networks have in common.
-        alphas: weights of the distillation that ``I+D`` is tried with.
-        widths: of the one network that ensembles are compared with, in relation to the ensembles' networks.
+        base: The options that all runs have in common.
+        alphas: Weights of the distillation in the ``I+D`` runs of figure 4.
+        widths: Widths of the single networks of figure 5, relative to the ensemble's members.
     """
 
-    base: Recipe
+    base: TrainConfig
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     widths: tuple[float, ...] = (0.5, 1.0, 2.0)
 
     @property
     def blocks(self) -> int:
-        """Blocks of the architecture."""
+        """Number of blocks of the architecture."""
         return len(PRESETS[self.base.preset].blocks)
 
     @property
@@ -63,12 +63,12 @@ class Choices:
         return Hierarchy.doubling(self.blocks, self.base.num_models)
 
     def curve(self, kind: str, label: str, tree: Hierarchy, scales: Sequence[float], **options: Any) -> Curve:
-        """Networks of one tree and objective."""
+        """A curve of one tree at one or several scales; ``options`` replace those of ``base``."""
         base = replace(self.base, branches=tree.branches, num_models=tree.num_models, **options)
         return Curve(kind, label, tuple(replace(base, width=scale) for scale in scales))
 
-    def trained_for(self, objective: str, scale: float, label: str | None = None, alpha: float | None = None) -> Curve:
-        """The HNE, trained for an objective; label and alpha are the usual ones by default."""
+    def hne_curve(self, objective: str, scale: float, label: str | None = None, alpha: float | None = None) -> Curve:
+        """A curve of the HNE trained for an objective; by default with the objective as label and the usual alpha."""
         return self.curve(
             objective,
             label or objective,
@@ -84,54 +84,54 @@ class Study:
     """An experiment of the paper.
 
     Attributes:
-        title: what it shows.
-        curves: what it compares, at a scale.
-        tables: the quantities to tabulate, as :mod:`hne.study.tables` names them.
-        figure: ``cost`` (accuracy and diversity against multiply-adds), ``members`` (ensembles and the networks by
-            themselves) or None.
+        title: Heading of the report.
+        curves: Function from settings and scale to the curves.
+        tables: Names of the tables, keys of ``hne.experiments.tables.TABLES``.
+        figure: ``cost`` for accuracy and diversity against multiply-adds, ``members`` for the accuracy of ensembles
+            and of each member by itself, or None.
     """
 
     title: str
-    curves: Callable[[Choices, float], tuple[Curve, ...]]
+    curves: Callable[[StudySettings, float], tuple[Curve, ...]]
     tables: tuple[str, ...]
     figure: str | None
 
 
-def _objectives(choices: Choices, scale: float) -> tuple[Curve, ...]:
-    return tuple(choices.trained_for(objective, scale) for objective in OBJECTIVES)
+def _objectives(settings: StudySettings, scale: float) -> tuple[Curve, ...]:
+    return tuple(settings.hne_curve(objective, scale) for objective in OBJECTIVES)
 
 
-def _distillations(choices: Choices, scale: float) -> tuple[Curve, ...]:
+def _distillations(settings: StudySettings, scale: float) -> tuple[Curve, ...]:
     return (
-        choices.trained_for("I", scale, "I (no distillation)"),
-        *(choices.trained_for("I+D", scale, f"I+D, alpha {alpha:g}", alpha) for alpha in choices.alphas),
-        choices.trained_for("I+HD", scale),
+        settings.hne_curve("I", scale, "I (no distillation)"),
+        *(settings.hne_curve("I+D", scale, f"I+D, alpha {alpha:g}", alpha) for alpha in settings.alphas),
+        settings.hne_curve("I+HD", scale),
     )
 
 
-def _systems(choices: Choices, scale: float) -> tuple[Curve, ...]:
-    blocks, models = choices.blocks, choices.hierarchy.num_models
+def _sharing_schemes(settings: StudySettings, scale: float) -> tuple[Curve, ...]:
+    blocks, members = settings.blocks, settings.hierarchy.num_models
     trunk = (blocks + 1) // 2  # three of the paper's five blocks
     return (
-        choices.curve("HNE", "HNE", choices.hierarchy, [scale]),
-        choices.curve("independent", "independent networks", Hierarchy.independent(blocks, models), [scale]),
-        choices.curve("multi-branch", "multi-branch", Hierarchy.multi_branch(blocks, models, trunk), [scale]),
-        # With one network, the other objectives are multiples of I, or nothing.
-        choices.curve(
+        settings.curve("HNE", "HNE", settings.hierarchy, [scale]),
+        settings.curve("independent", "independent networks", Hierarchy.independent(blocks, members), [scale]),
+        settings.curve("multi-branch", "multi-branch", Hierarchy.multi_branch(blocks, members, trunk), [scale]),
+        # For a single network, every other objective is zero or a multiple of I.
+        settings.curve(
             "single",
             "one network",
             Hierarchy.single(blocks),
-            [scale * width for width in choices.widths],
+            [scale * width for width in settings.widths],
             objective="I",
         ),
     )
 
 
-def _members(choices: Choices, scale: float) -> tuple[Curve, ...]:
+def _members(settings: StudySettings, scale: float) -> tuple[Curve, ...]:
     return (
-        choices.trained_for("I", scale, "I (no distillation)"),
-        choices.trained_for("I+D", scale),
-        choices.trained_for("I+HD", scale),
+        settings.hne_curve("I", scale, "I (no distillation)"),
+        settings.hne_curve("I+D", scale),
+        settings.hne_curve("I+HD", scale),
     )
 
 
@@ -140,17 +140,19 @@ STUDIES: dict[str, Study] = {
     "figure4": Study(
         "Accuracy and diversity by distillation", _distillations, ("accuracy", "diversity", "macs"), "cost"
     ),
-    "figure5": Study("Accuracy and diversity by sharing scheme", _systems, ("accuracy", "diversity", "macs"), "cost"),
+    "figure5": Study(
+        "Accuracy and diversity by sharing scheme", _sharing_schemes, ("accuracy", "diversity", "macs"), "cost"
+    ),
     "figure9": Study("Ensembles and their networks by themselves", _members, ("accuracy", "members"), "members"),
 }
 
 
-def panels(study: Study, choices: Choices, scales: Iterable[float]) -> tuple[Panel, ...]:
-    """What a study compares at each scale, the factor on the channel counts of its networks."""
-    return tuple(Panel(scale, study.curves(choices, scale)) for scale in scales)
+def study_panels(study: Study, settings: StudySettings, scales: Iterable[float]) -> tuple[Panel, ...]:
+    """The panels of a study, one for each scale. A scale is a factor on the channel counts of all networks."""
+    return tuple(Panel(scale, study.curves(settings, scale)) for scale in scales)
 
 
-def recipes(compared: Iterable[Panel], seeds: int) -> tuple[Recipe, ...]:
-    """Every run that panels need, each once, first all of one seed."""
-    needed = [recipe for panel in compared for curve in panel.curves for recipe in curve.recipes]
-    return tuple(dict.fromkeys(replace(recipe, seed=seed) for seed in range(seeds) for recipe in needed))
+def training_configs(panels: Iterable[Panel], seeds: int) -> tuple[TrainConfig, ...]:
+    """The configs of all runs that panels need, without duplicates, ordered by seed."""
+    configs = [config for panel in panels for curve in panel.curves for config in curve.configs]
+    return tuple(dict.fromkeys(replace(config, seed=seed) for seed in range(seeds) for config in configs))

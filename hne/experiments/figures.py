@@ -15,10 +15,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from ..reporting import COST, HALO, log_cost_axis, new_figure, save_figure, style_axes
 from .results import CurveResult, Estimate, PanelResult
 
-# Okabe and Ito's colours, which the colour-blind tell apart. What is the same network has the same colour in every
-# figure: the HNE trained for I+HD is HNE among the systems.
+# The colours of Okabe and Ito can be told apart by the colour-blind. The same network has the same colour in every
+# figure: "I+HD" among the objectives and "HNE" among the systems are one network.
 _BLUE, _GREEN, _VERMILLION, _GREY = "#0072B2", "#009E73", "#D55E00", "#555555"
-_STYLES = {  # colour and markers
+_STYLES = {  # by kind of curve: colour and markers
     "I": (_GREY, "s"),
     "I+D": (_BLUE, "^vD"),
     "I+HD": (_VERMILLION, "o"),
@@ -27,18 +27,18 @@ _STYLES = {  # colour and markers
     "multi-branch": (_GREEN, "o"),
     "single": (_GREY, "D"),
 }
-_LINE = 13  # points from one label to the next
+_LINE = 13  # typographic points between labels
 
 
-def against_cost(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
-    """Accuracy and diversity against multiply-adds: two plots for every panel, a curve for each of its own.
+def plot_against_cost(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
+    """Plot accuracy and diversity against multiply-adds, side by side, a row for each panel.
 
-    Where all networks of a panel have the same costs, its x-axis names the sizes; elsewhere, the markers do.
+    The x-axis names the ensemble sizes where all results of a panel have the same costs; elsewhere the markers do.
 
     Args:
-        panels: with at least one curve each.
-        path: the file; its ending chooses the format.
-        title: above the figure.
+        panels: Panels with at least one curve each.
+        path: The file; its ending chooses the format.
+        title: Title above the figure.
     """
     figure = new_figure(11.5, 4.4 * len(panels))
     figure.set_layout_engine("constrained", w_pad=0.15)
@@ -50,19 +50,19 @@ def against_cost(panels: Sequence[PanelResult], path: str | Path, title: str) ->
             (accuracy, "accuracy", 100, "test accuracy (%)"),
             (diversity, "diversity", 1, "diversity (std. deviation of the logits)"),
         ):
-            _plot_against_cost(axes, panel, quantity, factor)
+            _draw_against_cost(axes, panel, quantity, factor)
             axes.set_ylabel(prefix + label)
             axes.set_xlabel(COST)
     save_figure(figure, path)
 
 
-def members(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
-    """Accuracy of the ensembles as a curve over n, and of every network by itself as bars: a plot for every curve.
+def plot_members(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
+    """Plot the accuracy of ensembles as a curve over n and of each member as bars: a column for each curve.
 
     Args:
-        panels: with at least one curve each.
-        path: the file; its ending chooses the format.
-        title: above the figure.
+        panels: Panels with at least one curve each.
+        path: The file; its ending chooses the format.
+        title: Title above the figure.
     """
     columns = max(len(panel.curves) for panel in panels)
     figure = new_figure(1 + 3.4 * columns, 3.9 * len(panels))
@@ -73,21 +73,21 @@ def members(panels: Sequence[PanelResult], path: str | Path, title: str) -> None
         for axes in row[len(panel.curves) :]:
             axes.set_visible(False)
         for axes, (curve, color, marker) in zip(row, _styled(panel.curves), strict=False):
-            _plot_members(axes, curve, color, marker)
+            _draw_members(axes, curve, color, marker)
         row[0].set_ylim(_limits(panel))
         prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
         row[0].set_ylabel(prefix + "test accuracy (%)")
     save_figure(figure, path)
 
 
-FIGURES = {"cost": against_cost, "members": members}
+FIGURES = {"cost": plot_against_cost, "members": plot_members}
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
 
 
 def _styled(curves: Sequence[CurveResult]) -> Iterator[tuple[CurveResult, str, str]]:
-    """Curves with their colour and marker; several of a kind go from light to dark, and each has its marker."""
+    """Each curve with its colour and marker. Curves of the same kind go from light to dark and differ in marker."""
     for curve in curves:
         color, markers = _STYLES[curve.kind]
         alike = [other for other in curves if other.kind == curve.kind]
@@ -104,20 +104,20 @@ class _Point(NamedTuple):
     cost: float
     value: float
     estimate: Estimate
-    name: str  # the size of an ensemble, or the width of a network among those of other widths
+    name: str  # ensemble size, or width where a curve compares widths
 
 
 def _points(curve: CurveResult, quantity: str, factor: float) -> list[_Point]:
     several = len(curve.results) > 1
     return [
-        _Point(macs / 1e6, factor * e.mean, e, rf"$\times${result.recipe.width:g}" if several else str(n))
+        _Point(macs / 1e6, factor * e.mean, e, rf"$\times${result.config.width:g}" if several else str(n))
         for result in curve.results
         for n, macs, e in zip(result.sizes, result.macs, result.of_ensembles(quantity), strict=True)
-        if quantity != "diversity" or n > 1  # one network has none
+        if quantity != "diversity" or n > 1  # a single network has none
     ]
 
 
-def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: float) -> None:
+def _draw_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: float) -> None:
     costs = {result.macs: result.sizes for result in panel.results}
     macs, sizes = next(iter(costs.items()))
     same_costs = len(costs) == 1
@@ -128,9 +128,9 @@ def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
             continue
         several = len(curve.results) > 1
         numbered = not (same_costs or several)
-        # A hair apart, points of the same cost show all their error bars.
+        # Points of the same cost are shifted a little, so that all error bars show.
         shift = (max(macs) / min(macs)) ** (0.012 * (index - (len(panel.curves) - 1) / 2)) if same_costs else 1
-        level = 10 - index  # the first is on top, and each number on its own marker
+        level = 10 - index  # the first curve on top, each number above its marker
         axes.errorbar(
             [shift * point.cost for point in points],
             [point.value for point in points],
@@ -146,11 +146,11 @@ def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
         )
         for point in points:
             if numbered:
-                _write(
+                _annotate(
                     axes, point, (0, 0), ha="center", va="center_baseline", size=7, color="white", zorder=level + 0.5
                 )
             elif several:
-                _write(axes, point, (-5, 5), ha="right", size=8, color=color, zorder=level + 0.5)
+                _annotate(axes, point, (-5, 5), ha="right", size=8, color=color, zorder=level + 0.5)
         label = rf"{curve.label} ($\times$ width)" if several else curve.label
         ends.append((shift * points[-1].cost, points[-1].value, label, color))
     style_axes(axes)
@@ -166,12 +166,12 @@ def _plot_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
     _label_ends(axes, ends)
 
 
-def _write(axes: Axes, point: _Point, offset: tuple[float, float], **style: Any) -> None:
-    """The name of a point, so many typographic points from it."""
+def _annotate(axes: Axes, point: _Point, offset: tuple[float, float], **style: Any) -> None:
+    """Write the name of a point at an offset in typographic points."""
     axes.annotate(point.name, (point.cost, point.value), xytext=offset, textcoords="offset points", **style)
 
 
-def _plot_members(axes: Axes, curve: CurveResult, color: str, marker: str) -> None:
+def _draw_members(axes: Axes, curve: CurveResult, color: str, marker: str) -> None:
     (result,) = curve.results
     alone, ensembles = result.of_members(), result.of_ensembles("accuracy")
     leaves = range(1, len(alone) + 1)
@@ -201,8 +201,7 @@ def _plot_members(axes: Axes, curve: CurveResult, color: str, marker: str) -> No
 
 
 def _limits(panel: PanelResult) -> tuple[float, float]:
-    """An accuracy axis for all networks and ensembles of a panel. Differences of a percent are to be seen: it does not
-    begin at 0."""
+    """Limits of the accuracy axis of a panel; above 0 at the bottom, so that differences of a per cent show."""
     estimates = [e for result in panel.results for e in (*result.of_members(), *result.of_ensembles("accuracy"))]
     low = min(100 * (e.mean - (e.deviation or 0)) for e in estimates)
     high = max(100 * (e.mean + (e.deviation or 0)) for e in estimates)
@@ -211,17 +210,22 @@ def _limits(panel: PanelResult) -> tuple[float, float]:
 
 
 def _bars(estimates: Sequence[Estimate], factor: float) -> list[float] | None:
-    """Lengths of the error bars: a standard deviation; None without repetitions."""
+    """Error bars of one standard deviation; None without repetitions."""
     if any(estimate.deviation is None for estimate in estimates):
         return None
     return [factor * (estimate.deviation or 0) for estimate in estimates]
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Name curves to the right of the plot, each level with its end or as close to it as the others allow."""
+    """Label curves to the right of the plot, each at the height of its last point or as close as the others allow.
+
+    Args:
+        axes: The plot.
+        ends: For each curve, x and y of its last point, label and colour.
+    """
     figure = axes.figure
-    assert isinstance(figure, Figure)  # not a part of one
-    figure.draw_without_rendering()  # only then are the positions known
+    assert isinstance(figure, Figure)  # not a subfigure
+    figure.draw_without_rendering()  # the layout engine fixes the positions here
     scale = 72 / figure.dpi
     heights = [scale * axes.transData.transform((x, y))[1] for x, y, _, _ in ends]
     bottom, top = (scale * edge for edge in axes.bbox.intervaly)
@@ -241,9 +245,9 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 
 
 def _spread(heights: Sequence[float], gap: float, top: float) -> list[float]:
-    """Move positions apart until there is a ``gap`` between neighbours, none above ``top``; their order stays."""
+    """Move heights apart until neighbours differ by ``gap`` and none is above ``top``. Their order stays."""
     placed = sorted(heights)
-    for _ in range(200):  # neighbours that are too close push each other away
+    for _ in range(200):  # neighbours closer than the gap push each other away
         for low, high in pairwise(range(len(placed))):
             push = max(0.0, gap - (placed[high] - placed[low])) / 2
             placed[low] -= push

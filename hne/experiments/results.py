@@ -1,4 +1,4 @@
-"""What the finished runs of a study say: means and standard deviations over the seeds."""
+"""Results of a study: the evaluations of finished runs, as means and standard deviations over the seeds."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..evaluation import Evaluation
-from ..training.config import Recipe
+from ..training import TrainConfig
 from .designs import Panel
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a quantity over repetitions.
+    """A quantity over repetitions.
 
     Attributes:
-        mean: of the repetitions.
-        deviation: their standard deviation (that of a sample); None for a single one.
+        mean: Mean of the repetitions.
+        deviation: Sample standard deviation; None for a single repetition.
     """
 
     mean: float
@@ -25,7 +25,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Of at least one value."""
+        """The estimate from at least one value."""
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def format(self, digits: int, factor: float = 1.0) -> str:
@@ -36,41 +36,41 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Result:
-    """A network over its seeds.
+    """The evaluations of one config over its seeds.
 
     Attributes:
-        label: a name for tables.
-        recipe: with the seed of none in particular.
-        evaluations: of every seed that is finished, at least one.
+        label: Name in tables.
+        config: The config; its seed has no meaning.
+        evaluations: Evaluations of the finished seeds, at least one.
     """
 
     label: str
-    recipe: Recipe
+    config: TrainConfig
     evaluations: tuple[Evaluation, ...]
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The ensemble sizes that were evaluated."""
+        """The ensemble sizes n that were evaluated."""
         return tuple(ensemble.num_models for ensemble in self.evaluations[0].ensembles)
 
     @property
     def macs(self) -> tuple[int, ...]:
-        """What each of them costs."""
+        """Multiply-adds of each ensemble size for one image."""
         return tuple(ensemble.macs for ensemble in self.evaluations[0].ensembles)
 
     def of_ensembles(self, quantity: str) -> tuple[Estimate, ...]:
-        """An attribute of :class:`hne.evaluation.EnsembleMetrics`, for every size."""
-        columns = zip(*(e.ensembles for e in self.evaluations), strict=True)
+        """An attribute of :class:`hne.evaluation.EnsembleMetrics`, for each ensemble size."""
+        columns = zip(*(evaluation.ensembles for evaluation in self.evaluations), strict=True)
         return tuple(Estimate.of([getattr(ensemble, quantity) for ensemble in column]) for column in columns)
 
     def of_members(self) -> tuple[Estimate, ...]:
-        """The accuracy of every leaf by itself."""
+        """The accuracy of each member by itself."""
         return tuple(map(Estimate.of, zip(*(e.member_accuracy for e in self.evaluations), strict=True)))
 
 
 @dataclass(frozen=True)
 class CurveResult:
-    """What has come of a :class:`Curve`: its networks that are finished in at least one seed."""
+    """Results of a :class:`Curve`: those of its configs that are finished for at least one seed."""
 
     kind: str
     label: str
@@ -79,41 +79,41 @@ class CurveResult:
 
 @dataclass(frozen=True)
 class PanelResult:
-    """What has come of a :class:`Panel`; curves of which nothing is finished are left out."""
+    """Results of a :class:`Panel`, without the curves that have none."""
 
     scale: float
     curves: tuple[CurveResult, ...]
 
     @property
     def results(self) -> tuple[Result, ...]:
-        """All networks, curve by curve."""
+        """The results of all curves."""
         return tuple(result for curve in self.curves for result in curve.results)
 
 
-def collect(
-    panels: Iterable[Panel], seeds: int, evaluation_of: Callable[[Recipe], Evaluation | None]
+def collect_results(
+    panels: Iterable[Panel], seeds: int, evaluation_of: Callable[[TrainConfig], Evaluation | None]
 ) -> tuple[PanelResult, ...]:
-    """Put together what is finished.
+    """Collect the results of all finished runs.
 
     Args:
-        panels: what is compared.
-        seeds: repetitions of every run.
-        evaluation_of: gives the evaluation of a finished run, and None for another.
+        panels: The panels of a study.
+        seeds: Number of repetitions of every run.
+        evaluation_of: Returns the evaluation of a run, or None if it is not finished.
     """
 
-    def result(label: str, recipe: Recipe) -> Result | None:
-        found = (evaluation_of(replace(recipe, seed=seed)) for seed in range(seeds))
+    def result(label: str, config: TrainConfig) -> Result | None:
+        found = (evaluation_of(replace(config, seed=seed)) for seed in range(seeds))
         evaluations = tuple(evaluation for evaluation in found if evaluation is not None)
-        return Result(label, recipe, evaluations) if evaluations else None
+        return Result(label, config, evaluations) if evaluations else None
 
     collected = []
     for panel in panels:
         curves = []
         for curve in panel.curves:
-            several = len(curve.recipes) > 1
+            several = len(curve.configs) > 1
             candidates = [
-                result(f"{curve.label}, width {recipe.width:g}" if several else curve.label, recipe)
-                for recipe in curve.recipes
+                result(f"{curve.label}, width {config.width:g}" if several else curve.label, config)
+                for config in curve.configs
             ]
             finished = tuple(candidate for candidate in candidates if candidate is not None)
             if finished:

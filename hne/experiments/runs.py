@@ -1,87 +1,87 @@
-"""The runs of studies in one folder, by names that tell what each is, and how far it is."""
+"""The training runs of studies: a folder each, named after the config, and how far each run is."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
+
+import torch
 
 from ..data import Dataset
 from ..errors import CheckpointError, TrainingError
 from ..evaluation import Evaluation
+from ..losses import objective
 from ..models import checkpoint
-from ..training.config import Recipe
-from ..training.run_directory import SUMMARY
-from ..training.trainer import CHECKPOINT, check_same_run
+from ..training import CHECKPOINT, SUMMARY, TrainConfig, check_same_run
 
 
-def run_name(recipe: Recipe) -> str:
-    """The name of a run's folder: what distinguishes it for people, and a digest of the whole recipe, so that no two
-    recipes share a folder."""
-    tree = "preset" if recipe.branches is None else ".".join(map(str, recipe.branches))
-    alpha = "" if recipe.objective in ("I", "H") else f"-alpha{recipe.alpha:g}"
+def run_name(config: TrainConfig) -> str:
+    """The folder name of a run: its main options for people, and a digest of all options that makes it unique."""
+    tree = "preset" if config.branches is None else ".".join(map(str, config.branches))
+    alpha = "" if config.objective in ("I", "H") else f"-alpha{config.alpha:g}"
     return (
-        f"{recipe.data}-{recipe.preset}-x{recipe.width:g}-{tree}-{recipe.objective}{alpha}"
-        f"-{recipe.epochs}ep-seed{recipe.seed}-{_digest(recipe)}"
+        f"{config.data}-{config.preset}-x{config.width:g}-{tree}-{config.objective}{alpha}"
+        f"-{config.epochs}ep-seed{config.seed}-{_digest(config)}"
     )
 
 
-def _digest(recipe: Recipe) -> str:
-    """Of all options but those that have their default: one that is new to :class:`Recipe` changes no name."""
-    defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
-    values = {name: value for name, value in recipe.to_dict().items() if value != defaults.get(name, MISSING)}
+def _digest(config: TrainConfig) -> str:
+    """A digest of the options that differ from their defaults, so that a new option changes no existing name."""
+    defaults = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
+    values = {name: value for name, value in config.to_dict().items() if value != defaults.get(name, MISSING)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """How far a run is.
 
     Attributes:
-        epochs: that are done.
-        evaluation: at its end; None before.
+        epochs: Number of finished epochs.
+        evaluation: Evaluation after the last epoch; None before.
     """
 
     epochs: int
     evaluation: Evaluation | None = None
 
 
-def progress(folder: Path, recipe: Recipe, dataset: Dataset) -> Progress:
-    """How far the run of ``recipe`` on ``dataset`` in ``folder`` is.
+def read_run_state(folder: Path, config: TrainConfig, dataset: Dataset) -> RunState:
+    """Read how far the run of ``config`` on ``dataset`` in ``folder`` is.
 
     Raises:
-        CheckpointError: the folder holds another run, or what it holds cannot be read.
+        CheckpointError: The folder holds another run, or an unreadable file.
     """
     summary, path = folder / SUMMARY, folder / CHECKPOINT
     if summary.exists():
         try:
             values = json.loads(summary.read_text())
-            found = Progress(recipe.epochs, Evaluation.from_dict(values["evaluation"]))
+            state = RunState(config.epochs, Evaluation.from_dict(values["evaluation"]))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{summary}: damaged, or written by another version of hne ({error!r}); remove {folder} to train anew"
             ) from error
-        check_same_run(summary, values, recipe, dataset)
-        return found
+        check_same_run(summary, values, config, dataset)
+        return state
     if not path.exists():
-        return Progress(0)
-    _, config = checkpoint.load(path)
-    check_same_run(path, config, recipe, dataset)
-    return Progress(config["epoch"])
+        return RunState(0)
+    _, stored = checkpoint.load(path)
+    check_same_run(path, stored, config, dataset)
+    return RunState(stored["epoch"])
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in ``folder``, which is made if it is not there.
+def lock_runs(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in ``folder``, which is created if necessary.
 
-    The claim ends with the process at the latest, however that ends.
+    The operating system releases the lock when the process ends in any way.
 
     Raises:
-        TrainingError: another process has claimed it.
+        TrainingError: Another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
@@ -92,3 +92,20 @@ def claimed(folder: Path) -> Iterator[None]:
                 f"{folder}: another process trains here; wait for it, or name another --runs"
             ) from error
         yield
+
+
+def macs_per_epoch(configs: Iterable[TrainConfig], dataset: Dataset) -> dict[TrainConfig, int]:
+    """Multiply-adds of the forward passes of an epoch, for each config.
+
+    Raises:
+        ValueError: A config cannot be trained. All configs are checked before the first run starts.
+    """
+    macs: dict[TrainConfig, int] = {}
+    for config in configs:
+        without_seed = replace(config, seed=0)
+        if without_seed not in macs:
+            objective(config.objective, config.alpha, config.temperature)
+            with torch.device("meta"):  # shapes without memory
+                macs[without_seed] = config.build_model(dataset).macs(input_size=dataset.input.size)
+        macs[config] = macs[without_seed]
+    return {config: cost * len(dataset.train) for config, cost in macs.items()}

@@ -4,55 +4,31 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from ..evaluation import EnsembleMetrics
 from ..files import replacing
+from ..reporting import Table
 from .results import Estimate, PanelResult, Result
 
 
-@dataclass(frozen=True)
-class Table:
-    """Text in rows.
-
-    Attributes:
-        title: what it shows.
-        columns: their heads; that of the first, which names the rows, is empty.
-        rows: as wide as the columns.
-        best: row and column of the cells that are the best of their column.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    best: frozenset[tuple[int, int]] = frozenset()
-
-    def markdown(self) -> str:
-        """In Markdown, with the best in bold."""
-        lines = [f"| {' | '.join(self.columns)} |", f"|---|{'---:|' * (len(self.columns) - 1)}"]
-        for r, row in enumerate(self.rows):
-            cells = (f"**{cell}**" if (r, c) in self.best else cell for c, cell in enumerate(row))
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
-
-
-def accuracy(results: Sequence[Result]) -> Table:
-    """Of every ensemble size; the best is told where all networks have the same price."""
+def accuracy_table(results: Sequence[Result]) -> Table:
+    """Accuracy of each ensemble size. The best are marked where all results have the same costs."""
     estimates = [result.of_ensembles("accuracy") for result in results]
     best = _best(estimates) if len({result.macs for result in results}) == 1 else frozenset()
     return _by_size("Accuracy (%)", results, [[_percent(e) for e in row] for row in estimates], best)
 
 
-def diversity(results: Sequence[Result]) -> Table:
-    """Of every ensemble of at least two."""
+def diversity_table(results: Sequence[Result]) -> Table:
+    """Diversity of each ensemble of at least two members."""
     results = [result for result in results if result.sizes != (1,)]
     cells = [["", *(e.format(3) for e in result.of_ensembles("diversity")[1:])] for result in results]
     return _by_size("Diversity (standard deviation of the logits over the networks)", results, cells)
 
 
-def macs(results: Sequence[Result]) -> Table:
-    """What every ensemble size costs; in one row if it is the same for all networks."""
+def macs_table(results: Sequence[Result]) -> Table:
+    """Cost of each ensemble size, in a single row where all results have the same costs."""
     table = _by_size(
         "Cost of an image (million multiply-adds)",
         results,
@@ -62,14 +38,14 @@ def macs(results: Sequence[Result]) -> Table:
     return table if len(costs) > 1 else Table(table.title, table.columns, (("all", *costs.pop()),))
 
 
-def members(results: Sequence[Result]) -> Table:
-    """The accuracy of every network by itself."""
+def members_table(results: Sequence[Result]) -> Table:
+    """Accuracy of each member by itself."""
     count = max(len(result.of_members()) for result in results)
     rows = tuple((result.label, *map(_percent, result.of_members())) for result in results)
     return Table("Accuracy of each network by itself (%)", ("", *map(str, range(1, count + 1))), rows)
 
 
-TABLES = {"accuracy": accuracy, "diversity": diversity, "macs": macs, "members": members}
+TABLES = {"accuracy": accuracy_table, "diversity": diversity_table, "macs": macs_table, "members": members_table}
 
 
 def _by_size(
@@ -78,16 +54,24 @@ def _by_size(
     cells: Sequence[Sequence[str]],
     best: frozenset[tuple[int, int]] = frozenset(),
 ) -> Table:
-    """Every network's own sizes put into the columns of all sizes."""
+    """A table with a column for every ensemble size that any result has.
+
+    Args:
+        title: Title of the table.
+        results: The rows.
+        cells: For each result, a cell for each of its own sizes.
+        best: Row and column of the cells to mark.
+    """
     sizes = sorted({n for result in results for n in result.sizes})
     rows = []
     for result, row in zip(results, cells, strict=True):
-        own = dict(zip(result.sizes, row, strict=True))
-        rows.append((result.label, *(own.get(n, "") for n in sizes)))
+        by_size = dict(zip(result.sizes, row, strict=True))
+        rows.append((result.label, *(by_size.get(n, "") for n in sizes)))
     return Table(title, ("", *(f"n = {n}" for n in sizes)), tuple(rows), best)
 
 
 def _best(estimates: Sequence[Sequence[Estimate]]) -> frozenset[tuple[int, int]]:
+    """Row and column of the highest mean of each column; column 0 holds the labels."""
     columns = zip(*estimates, strict=True)
     return frozenset(
         (max(range(len(column)), key=lambda row: column[row].mean), index) for index, column in enumerate(columns, 1)
@@ -105,26 +89,29 @@ _COLUMNS = (
 
 
 def write_csv(path: Path, panels: Iterable[PanelResult]) -> None:
-    """Write every quantity of every network: a row for each ensemble size, whose index is n, and for the accuracy of
-    each network by itself (``member_accuracy``, from 1)."""
-    quantities = [field.name for field in fields(EnsembleMetrics) if field.name not in ("num_models", "macs")]
+    """Write every quantity of every result as CSV.
+
+    The column ``index`` is the ensemble size n, or for ``member_accuracy`` the number of the member, from 1.
+    """
+    names = [field.name for field in fields(EnsembleMetrics) if field.name not in ("num_models", "macs")]
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for panel in panels:
             for result in panel.results:
-                recipe = result.recipe
-                branches = ".".join(map(str, recipe.branches or ()))
-                head = (panel.scale, result.label, branches, recipe.objective, recipe.alpha, recipe.width)
-                for what, index, cost, estimate in _quantities(result, quantities):
+                config = result.config
+                branches = ".".join(map(str, config.branches or ()))
+                head = (panel.scale, result.label, branches, config.objective, config.alpha, config.width)
+                for name, index, macs, estimate in _quantities(result, names):
                     deviation = "" if estimate.deviation is None else f"{estimate.deviation:.6g}"
                     tail = (f"{estimate.mean:.6g}", deviation, len(result.evaluations))
-                    writer.writerow((*head, what, index, cost, *tail))
+                    writer.writerow((*head, name, index, macs, *tail))
 
 
 def _quantities(result: Result, names: Iterable[str]) -> Iterable[tuple[str, int, int | str, Estimate]]:
+    """Name, index, multiply-adds and estimate of every quantity."""
     for name in names:
-        for n, cost, estimate in zip(result.sizes, result.macs, result.of_ensembles(name), strict=True):
-            yield name, n, cost, estimate
-    for leaf, estimate in enumerate(result.of_members(), 1):
-        yield "member_accuracy", leaf, "", estimate
+        for n, macs, estimate in zip(result.sizes, result.macs, result.of_ensembles(name), strict=True):
+            yield name, n, macs, estimate
+    for member, estimate in enumerate(result.of_members(), 1):
+        yield "member_accuracy", member, "", estimate

@@ -1,6 +1,7 @@
-"""Inference within limits of time or launches."""
+"""Inference beyond the model's own calls: deadlines, CUDA graphs, stand-alone programs."""
 
 from .cuda_graphs import GraphedHNE
+from .export import EnsembleMean, write_onnx, write_pt2
 from .predictor import Answer, AnytimePredictor
 
-__all__ = ["Answer", "AnytimePredictor", "GraphedHNE"]
+__all__ = ["Answer", "AnytimePredictor", "EnsembleMean", "GraphedHNE", "write_onnx", "write_pt2"]

@@ -1,4 +1,4 @@
-"""What a training run is: every option that its result depends on."""
+"""The config of a training run: every option that its result depends on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing_extensions import Self
 
 from ..data import DATASETS, Dataset
 from ..hierarchy import Hierarchy
-from ..models.hne import HNE, FusedHNE, NaiveHNE
+from ..models import HNE, FusedHNE, NaiveHNE
 
-# The protocols of the paper's section 4.1, a short one for a small data set, and one for rows of a table.
+# cifar and imagenet: section 4.1 of the HNE paper. quick: small images. tabular: regression.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "quick": {"epochs": 30, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "schedule": "cosine"},
     "cifar": {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine"},
@@ -35,7 +35,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Protocol and network that suit a data set, unless the user says otherwise.
+# Default protocol and preset of each data set.
 DEFAULTS: dict[str, tuple[str, str]] = {
     "digits": ("quick", "hne_tiny"),
     "fashion-mnist": ("cifar", "hne_small_resnet50_cifar"),
@@ -47,15 +47,16 @@ DEFAULTS: dict[str, tuple[str, str]] = {
 
 SCHEDULES = ("cosine", "halving")
 
-# Halve the learning rate after these shares of the epochs: 60, 90, 110, 125, 135, 145 of 150.
+# Shares of the epochs after which the "halving" schedule halves the learning rate: 60, 90, 110, 125, 135, 145 of 150.
 _HALVINGS = tuple(epoch / 150 for epoch in (60, 90, 110, 125, 135, 145))
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A training run. Checkpoints store it, and ``--resume`` follows it to the same result.
+class TrainConfig:
+    """The config of a training run. Checkpoints store it, and a resumed run follows it to the same result.
 
-    ``None`` means: the whole data set, the preset's own number of models and tree, no clipping.
+    ``None`` stands for the whole data set (``limit_train``, ``limit_test``), the size and tree of the preset
+    (``num_models``, ``branches``), the image size of the data set, or no clipping.
     """
 
     data: str
@@ -97,7 +98,14 @@ class Recipe:
 
     @classmethod
     def of(cls, **options: Any) -> Self:
-        """The given options, completed by the protocol (given, or the one that suits the data)."""
+        """A config of the given options; all others come from the protocol and the defaults of the data set.
+
+        Args:
+            options: Fields by name. ``data`` is ``digits`` by default.
+
+        Raises:
+            ValueError: An option has an unknown or impossible value.
+        """
         data = options.setdefault("data", "digits")
         if data not in DEFAULTS:
             raise ValueError(f"data: expected one of {', '.join(DATASETS)}, got {data!r}")
@@ -108,14 +116,14 @@ class Recipe:
         return cls(**{**PROTOCOLS[protocol], "protocol": protocol, "preset": preset, **options})
 
     def learning_rate(self, epoch: float) -> float:
-        """The learning rate after ``epoch`` epochs (steps are fractions)."""
+        """The learning rate after ``epoch`` epochs; a step is a fraction of an epoch."""
         progress = epoch / self.epochs
         if self.schedule == "cosine":
             return self.lr * (1 + math.cos(math.pi * progress)) / 2
         return self.lr * 0.5 ** sum(progress >= halving for halving in _HALVINGS)
 
     def build_model(self, dataset: Dataset) -> HNE:
-        """The untrained network; torch's global generator decides its weights."""
+        """The untrained model. Its weights are drawn from torch's global generator."""
         kind = NaiveHNE if self.naive else FusedHNE
         hierarchy = None if self.branches is None else Hierarchy(self.branches, self.num_models)
         return kind.from_preset(
@@ -128,7 +136,7 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
+        """The options as JSON-able values."""
         return asdict(self)
 
     @classmethod
@@ -136,10 +144,10 @@ class Recipe:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: an option is missing or unknown.
+            ValueError: An option is missing or unknown.
         """
         names = {field.name for field in fields(cls)}
         if values.keys() != names:
-            raise ValueError(f"a recipe has the options {sorted(names)}, got {sorted(values)}")
+            raise ValueError(f"a training config has the options {sorted(names)}, got {sorted(values)}")
         branches = values["branches"]
         return cls(**{**values, "branches": None if branches is None else tuple(branches)})

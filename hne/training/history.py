@@ -1,30 +1,28 @@
-"""What a training run leaves behind: a CSV row per epoch and a JSON summary."""
+"""The history of a training run: a record per epoch, and the CSV log of all records."""
 
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..evaluation import Evaluation, RegressionEvaluation
 from ..files import replacing
-from ..reporting import show_evaluation
 
 
 @dataclass(frozen=True)
-class Row:
-    """One epoch.
+class EpochRecord:
+    """One epoch of training.
 
     Attributes:
-        epoch: its number, from 1.
-        lr: learning rate of its first step.
-        loss: mean over its steps.
-        seconds: time it took, without the evaluation.
-        images_per_second: training images of all processes.
-        evaluation: after it, if there was one.
+        epoch: Number of the epoch, from 1.
+        lr: Learning rate of its first step.
+        loss: Mean loss of its steps.
+        seconds: Duration without the evaluation.
+        images_per_second: Training images of all processes per second.
+        evaluation: Evaluation after the epoch, if there was one.
     """
 
     epoch: int
@@ -35,11 +33,11 @@ class Row:
     evaluation: Evaluation | RegressionEvaluation | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
+        """The record as JSON-able values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Row:
+    def from_dict(cls, values: dict[str, Any]) -> EpochRecord:
         """The inverse of :meth:`to_dict`."""
         evaluation = values["evaluation"]
         if evaluation is not None:
@@ -48,35 +46,16 @@ class Row:
         return cls(**{**values, "evaluation": evaluation})
 
 
-def write_csv(path: Path, history: Sequence[Row]) -> None:
-    """Write the whole history: a resumed run has every epoch once, whatever an earlier one had
-    logged.
-    """
-    flat = [_flatten(row) for row in history]
-    columns = list(dict.fromkeys(column for row in flat for column in row))
+def write_log(path: Path, history: Sequence[EpochRecord]) -> None:
+    """Write the whole history as CSV, so that a resumed run has every epoch once, whatever it had logged before."""
+    rows = [_flatten(record) for record in history]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(flat)
+        writer.writerows(rows)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON that people read."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _flatten(row: Row) -> dict[str, Any]:
-    values = {name: value for name, value in row.to_dict().items() if name != "evaluation"}
-    return values if row.evaluation is None else {**values, **row.evaluation.columns()}
-
-
-def show_row(row: Row, epochs: int) -> None:
-    """Print how an epoch of ``epochs`` went."""
-    print(
-        f"epoch {row.epoch:{len(str(epochs))}}/{epochs}  loss {row.loss:.4f}  lr {row.lr:.4g}  "
-        f"{row.images_per_second:.0f} img/s",
-        flush=True,
-    )
-    if row.evaluation is not None and row.epoch < epochs:
-        show_evaluation(row.evaluation)
+def _flatten(record: EpochRecord) -> dict[str, Any]:
+    values = {name: value for name, value in record.to_dict().items() if name != "evaluation"}
+    return values if record.evaluation is None else {**values, **record.evaluation.columns()}

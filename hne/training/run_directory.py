@@ -12,80 +12,90 @@ import torch
 from hne_kernels import available_backends
 
 from ..evaluation import Evaluation, RegressionEvaluation
-from ..files import remove_leftovers
+from ..files import remove_leftovers, write_json
 from ..reporting import plot_accuracy_against_macs
-from .history import Row, write_csv, write_json
-from .trainer import CHECKPOINT, Run, describe
+from .history import EpochRecord, write_log
+from .trainer import Trainer, describe_dataset
 
+CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.csv"
 SUMMARY = "summary.json"
 PLOT = "accuracy.png"
 
 
 def train_into(
-    folder: Path, run: Run, *, eval_every: int | None = None, checkpoint_every: int = 1, quiet: bool = False
-) -> Iterator[Row]:
-    """Train to the end; the files are there whenever a row is yielded, all of them after the last.
+    folder: Path, trainer: Trainer, *, eval_every: int | None = None, checkpoint_every: int = 1, quiet: bool = False
+) -> Iterator[EpochRecord]:
+    """Train to the last epoch. Checkpoint and log are written before each record is yielded, all files at the end.
 
     Args:
-        folder: is made if it is not there; what killed processes left half-written in it is removed.
-        run: new, or restored from the checkpoint.
-        eval_every: evaluate after so many epochs and the last one; about ten times by default.
-        checkpoint_every: save after so many epochs and the last one.
-        quiet: no progress bars.
+        folder: Folder of the run. It is created, and half-written files of killed processes in it are removed.
+        trainer: A new trainer, or one restored from a checkpoint.
+        eval_every: Evaluate after this number of epochs and at the end; by default about ten times.
+        checkpoint_every: Save after this number of epochs and at the end.
+        quiet: Show no progress bars.
     """
-    main, epochs = run.world.main, run.recipe.epochs
+    main, epochs = trainer.world.main, trainer.config.epochs
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-    for row in run.train(eval_every=eval_every or math.ceil(epochs / 10), quiet=quiet):
+    for record in trainer.train(eval_every=eval_every or math.ceil(epochs / 10), quiet=quiet):
         if main:
-            if row.epoch == epochs or row.epoch % checkpoint_every == 0:
-                run.save(folder / CHECKPOINT)
-            write_csv(folder / LOG, run.history)
-        yield row
+            if record.epoch == epochs or record.epoch % checkpoint_every == 0:
+                trainer.save(folder / CHECKPOINT)
+            write_log(folder / LOG, trainer.history)
+        yield record
     if main:
-        _finish(folder, run)
+        _finish(folder, trainer)
 
 
-def final_evaluation(run: Run) -> Evaluation | RegressionEvaluation:
-    """That of a run after its last epoch."""
-    evaluation = run.history[-1].evaluation
+def remove_run(folder: Path) -> None:
+    """Remove the files that mark a run as begun or finished, so that a new one starts in the folder."""
+    for name in (CHECKPOINT, SUMMARY):
+        (folder / name).unlink(missing_ok=True)
+
+
+def final_evaluation(trainer: Trainer) -> Evaluation | RegressionEvaluation:
+    """The evaluation of a finished run."""
+    evaluation = trainer.history[-1].evaluation
     assert evaluation is not None  # the last epoch is always evaluated
     return evaluation
 
 
-def title(run: Run) -> str:
-    """What was trained, in a line."""
-    return f"{run.recipe.preset} on {run.recipe.data}, {run.recipe.epochs} epochs"
+def run_title(trainer: Trainer) -> str:
+    """Preset, data set and number of epochs in a line."""
+    config = trainer.config
+    return f"{config.preset} on {config.data}, {config.epochs} epochs"
 
 
-def _finish(folder: Path, run: Run) -> None:
-    """Write log, summary and (for a classification) plot, of a restored run once more. The summary comes last: a folder
-    that has one is complete."""
-    evaluation = final_evaluation(run)
-    write_csv(folder / LOG, run.history)
+def _finish(folder: Path, trainer: Trainer) -> None:
+    """Write the log, the plot (of a classification) and the summary, also where a finished run was restored.
+
+    The summary comes last: a folder with a summary is complete.
+    """
+    evaluation = final_evaluation(trainer)
+    write_log(folder / LOG, trainer.history)
     if isinstance(evaluation, Evaluation):
-        plot_accuracy_against_macs({run.recipe.preset: evaluation}, folder / PLOT, title(run))
+        plot_accuracy_against_macs({trainer.config.preset: evaluation}, folder / PLOT, run_title(trainer))
         single = {"mean_member_accuracy": evaluation.mean_member_accuracy}
     else:
         single = {"mean_member_rmse": evaluation.mean_member_rmse}
     write_json(
         folder / SUMMARY,
         {
-            "recipe": run.recipe.to_dict(),
-            "data": describe(run.dataset),
-            "model": run.model.config(),
-            "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+            "recipe": trainer.config.to_dict(),
+            "data": describe_dataset(trainer.dataset),
+            "model": trainer.model.config(),
+            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
             "evaluation": evaluation.to_dict(),
             **single,
-            "loss": run.history[-1].loss,
-            "seconds": sum(row.seconds for row in run.history),
-            "images_per_second": median(row.images_per_second for row in run.history),
+            "loss": trainer.history[-1].loss,
+            "seconds": sum(record.seconds for record in trainer.history),
+            "images_per_second": median(record.images_per_second for record in trainer.history),
             "environment": {
                 "torch": torch.__version__,
-                "device": str(run.world.device),
-                "processes": run.world.size,
+                "device": str(trainer.world.device),
+                "processes": trainer.world.size,
                 "threads": torch.get_num_threads(),
                 "backends": available_backends(),
             },

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hne.cli import export, main
+from hne.cli import main
 from hne.data import load_dataset
+from hne.inference import export
 from hne.models.checkpoint import load_model
-from hne.training.trainer import CHECKPOINT
+from hne.training import CHECKPOINT
 
 COMMANDS = ("train", "study", "distill", "eval", "anytime", "bench", "info", "export")
 SMALL = ("--limit-train", "64", "--limit-test", "40", "--batch-size", "32", "--width", "0.5", "--threads", "1")

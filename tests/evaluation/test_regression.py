@@ -15,15 +15,14 @@ from hne.distributed import World
 from hne.errors import TrainingError
 from hne.evaluation import RegressionEvaluation, evaluate_regression
 from hne.losses import gaussians
-from hne.training.config import Recipe
-from hne.training.trainer import CHECKPOINT, Run
+from hne.training import CHECKPOINT, TrainConfig, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def start(**options: Any) -> Run:
-    recipe = Recipe.of(**{"data": "diabetes", "num_models": 4, "epochs": 2, **options})
-    return Run(recipe, load_dataset("diabetes"), World(torch.device("cpu")))
+def start(**options: Any) -> Trainer:
+    config = TrainConfig.of(**{"data": "diabetes", "num_models": 4, "epochs": 2, **options})
+    return Trainer(config, load_dataset("diabetes"), World(torch.device("cpu")))
 
 
 def test_evaluation_agrees_with_its_definition() -> None:
@@ -74,7 +73,7 @@ def test_resumed_run_is_the_same(tmp_path: Path) -> None:
 
 
 def test_only_likelihood_is_trained() -> None:
-    with pytest.raises(TrainingError, match=r"objective: expected I .* as diabetes is, got I\+HD"):
+    with pytest.raises(TrainingError, match=r"objective: expected I .* as diabetes is a regression, got I\+HD"):
         start(objective="I+HD")
 
 
@@ -88,7 +87,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, message in (
         (["eval", str(out), "--ood", "digits"], "diabetes has none"),
         (["eval", str(out), "--data", "digits"], "does not fit digits"),
-        (["anytime", str(out)], "expected a network that names classes, got a regression of diabetes"),
+        (["anytime", str(out)], "expected a classifier, got a regression of diabetes"),
         (["study", "figure4", "--data", "diabetes"], "expected a data set with classes"),
     ):
         assert main(argv) == 2

@@ -1,4 +1,4 @@
-"""Training: recipes, the loop, and runs that end alike whether interrupted, shared among processes, or neither."""
+"""Training: configs, the loop, and equal results of interrupted, distributed and plain runs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from hne.distributed import World
 from hne.errors import CheckpointError, TrainingError
 from hne.evaluation import evaluate, evaluate_ood
 from hne.models import checkpoint
-from hne.training.config import DEFAULTS, PROTOCOLS, Recipe
-from hne.training.trainer import CHECKPOINT, Run
+from hne.training import CHECKPOINT, DEFAULTS, PROTOCOLS, TrainConfig, Trainer
 
 HERE = World(torch.device("cpu"))
 SMALL: dict[str, Any] = {"limit_train": 64, "limit_test": 40, "batch_size": 16, "width": 0.5, "num_models": 4}
@@ -34,13 +33,13 @@ SMALL_FLAGS = "--limit-train 64 --limit-test 40 --batch-size 16 --width 0.5 --nu
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def start(**options: Any) -> Run:
-    recipe = Recipe.of(**{**SMALL, "epochs": 1, **options})
-    return Run(recipe, data(recipe), HERE)
+def start(**options: Any) -> Trainer:
+    config = TrainConfig.of(**{**SMALL, "epochs": 1, **options})
+    return Trainer(config, data(config), HERE)
 
 
-def data(recipe: Recipe) -> Dataset:
-    return load_dataset("digits", limit_train=recipe.limit_train, limit_test=recipe.limit_test)
+def data(config: TrainConfig) -> Dataset:
+    return load_dataset("digits", limit_train=config.limit_train, limit_test=config.limit_test)
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -58,34 +57,34 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert config_a == config_b
 
 
-# Recipes ------------------------------------------------------------------------------------------------------------
+# Configs ------------------------------------------------------------------------------------------------------------
 
 
 def test_protocols_are_the_papers() -> None:
-    cifar = Recipe.of(data="cifar100")
+    cifar = TrainConfig.of(data="cifar100")
     assert (cifar.epochs, cifar.batch_size, cifar.lr, cifar.momentum) == (200, 128, 0.1, 0.9)
     assert (cifar.weight_decay, cifar.schedule, cifar.alpha, cifar.temperature) == (5e-4, "cosine", 0.5, 2)
     assert (cifar.preset, cifar.objective) == ("hne_resnet50_cifar", "I+HD")
-    imagenet = Recipe.of(data="imagenet")
+    imagenet = TrainConfig.of(data="imagenet")
     assert (imagenet.epochs, imagenet.batch_size, imagenet.lr, imagenet.weight_decay) == (150, 450, 0.1, 1e-5)
     assert (imagenet.alpha, imagenet.preset) == (0.75, "hne_mobilenetv2_075")
-    assert Recipe.of(data="digits", protocol="cifar", lr=0.3).lr == 0.3
+    assert TrainConfig.of(data="digits", protocol="cifar", lr=0.3).lr == 0.3
     assert {protocol for protocol, _ in DEFAULTS.values()} == set(PROTOCOLS)
 
 
 def test_cosine_schedule() -> None:
-    recipe = Recipe.of(data="cifar10")
-    assert recipe.learning_rate(0) == 0.1
-    assert recipe.learning_rate(100) == pytest.approx(0.05)
-    assert recipe.learning_rate(200) == pytest.approx(0)
+    config = TrainConfig.of(data="cifar10")
+    assert config.learning_rate(0) == 0.1
+    assert config.learning_rate(100) == pytest.approx(0.05)
+    assert config.learning_rate(200) == pytest.approx(0)
 
 
 def test_halving_schedule() -> None:
-    recipe = Recipe.of(data="imagenet")
-    halved = [epoch for epoch in range(1, 150) if recipe.learning_rate(epoch) < recipe.learning_rate(epoch - 1)]
+    config = TrainConfig.of(data="imagenet")
+    halved = [epoch for epoch in range(1, 150) if config.learning_rate(epoch) < config.learning_rate(epoch - 1)]
     assert halved == [60, 90, 110, 125, 135, 145]
-    assert recipe.learning_rate(149) == 0.1 / 64
-    assert Recipe.of(data="imagenet", epochs=15).learning_rate(6) == 0.05, "stretched with the epochs"
+    assert config.learning_rate(149) == 0.1 / 64
+    assert TrainConfig.of(data="imagenet", epochs=15).learning_rate(6) == 0.05, "stretched with the epochs"
 
 
 @pytest.mark.parametrize(
@@ -100,22 +99,22 @@ def test_halving_schedule() -> None:
         ({"weight_decay": -1.0}, r"weight_decay: expected at least 0, got -1\.0"),
     ],
 )
-def test_bad_recipes(options: dict[str, Any], message: str) -> None:
+def test_bad_configs(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Recipe.of(**options)
+        TrainConfig.of(**options)
 
 
-def test_recipes_survive_json() -> None:
-    recipe = Recipe.of(branches=(1, 1, 2, 2), num_models=4)
-    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
-    with pytest.raises(ValueError, match="a recipe has the options"):
-        Recipe.from_dict({"lr": 1})
+def test_configs_survive_json() -> None:
+    config = TrainConfig.of(branches=(1, 1, 2, 2), num_models=4)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="a training config has the options"):
+        TrainConfig.from_dict({"lr": 1})
 
 
-def test_network_of_a_recipe() -> None:
-    run = start(branches=(1, 1, 2, 2), num_models=4)
-    assert run.model.hierarchy.branches == (1, 1, 2, 2)
-    assert run.model.num_models == 4
+def test_model_of_a_config() -> None:
+    trainer = start(branches=(1, 1, 2, 2), num_models=4)
+    assert trainer.model.hierarchy.branches == (1, 1, 2, 2)
+    assert trainer.model.num_models == 4
     assert type(start(naive=True).model).__name__ == "NaiveHNE"
 
 
@@ -123,9 +122,9 @@ def test_network_of_a_recipe() -> None:
 
 
 def test_it_learns() -> None:
-    run = start(width=1.0, limit_train=400, limit_test=200, epochs=8)
-    rows = list(run.train(eval_every=4))
-    assert [row.epoch for row in rows] == list(range(1, 9)) == list(range(1, run.epoch + 1))
+    trainer = start(width=1.0, limit_train=400, limit_test=200, epochs=8)
+    rows = list(trainer.train(eval_every=4))
+    assert [row.epoch for row in rows] == list(range(1, 9)) == list(range(1, trainer.epoch + 1))
     assert [row.evaluation is not None for row in rows] == [False, False, False, True] * 2
     assert rows[-1].loss < 0.8 * rows[0].loss
     evaluation = rows[-1].evaluation
@@ -136,11 +135,11 @@ def test_it_learns() -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains(name: str) -> None:
-    run = start(objective=name, limit_train=16)
-    before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    (row,) = run.train()
+    trainer = start(objective=name, limit_train=16)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    (row,) = trainer.train()
     assert row.loss > 0
-    moved = [key for key, value in run.model.state_dict().items() if not torch.equal(value, before[key])]
+    moved = [key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])]
     assert moved == list(before)
 
 
@@ -157,10 +156,10 @@ def test_seed_decides() -> None:
 
 
 def test_gradients_are_clipped() -> None:
-    run = start(clip_grad_norm=1e-3, momentum=0.0, weight_decay=0.0, lr=1.0, limit_train=16)
-    before = torch.cat([p.detach().flatten() for p in run.model.parameters()])
-    list(run.train())
-    after = torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    trainer = start(clip_grad_norm=1e-3, momentum=0.0, weight_decay=0.0, lr=1.0, limit_train=16)
+    before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    list(trainer.train())
+    after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     assert (after - before).norm().item() == pytest.approx(1e-3, rel=0.05)
 
 
@@ -170,27 +169,27 @@ def test_divergence_is_an_error() -> None:
 
 
 def test_batches_that_cannot_be_shared() -> None:
-    recipe = Recipe.of(**SMALL, epochs=1)
+    config = TrainConfig.of(**SMALL, epochs=1)
     with pytest.raises(TrainingError, match="a multiple of the 3 processes, got 16"):
-        Run(recipe, data(recipe), World(torch.device("cpu"), size=3))
-    few = replace(recipe, limit_train=1)
+        Trainer(config, data(config), World(torch.device("cpu"), size=3))
+    few = replace(config, limit_train=1)
     with pytest.raises(TrainingError, match=r"at least 2 images .* got 1 training images"):
-        Run(few, data(few), HERE)
+        Trainer(few, data(few), HERE)
     assert start(limit_train=9, batch_size=64).batch_size == 9
 
 
 def test_evaluation_agrees_with_its_definition() -> None:
-    run = start(limit_test=100)
-    list(run.train())
-    evaluation = evaluate(run.model, run.dataset, batch_size=7)
+    trainer = start(limit_test=100)
+    list(trainer.train())
+    evaluation = evaluate(trainer.model, trainer.dataset, batch_size=7)
     with torch.no_grad():
-        images = run.dataset.input.normalise(run.dataset.test.pixels(torch.arange(100)))
-        members, target = run.model(images), run.dataset.test.labels
+        images = trainer.dataset.input.normalise(trainer.dataset.test.pixels(torch.arange(100)))
+        members, target = trainer.model(images), trainer.dataset.test.labels
     prefixes = K.prefix_mean(members)
     for ensemble, logits in zip(evaluation.ensembles, prefixes, strict=True):
         assert ensemble.accuracy == pytest.approx((logits.argmax(1) == target).float().mean().item())
         assert ensemble.nll == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-4)
-        assert ensemble.macs == run.model.macs(ensemble.num_models, (8, 8))
+        assert ensemble.macs == trainer.model.macs(ensemble.num_models, (8, 8))
     assert [ensemble.num_models for ensemble in evaluation.ensembles] == [1, 2, 4]
     for ensemble in evaluation.ensembles:
         n = ensemble.num_models
@@ -209,17 +208,17 @@ def test_evaluation_agrees_with_its_definition() -> None:
     assert evaluation.images == 100
 
 
-def test_foreign_images_are_told_by_uncertainty() -> None:
+def test_ood_images_are_detected_by_uncertainty() -> None:
     pytest.importorskip("torchmetrics")
-    run = start(limit_test=60)
-    list(run.train())
-    foreign = ood_images("digits", run.dataset.input).subset(torch.arange(100, 145))
-    found = evaluate_ood(run.model, run.dataset, foreign, batch_size=7)
+    trainer = start(limit_test=60)
+    list(trainer.train())
+    foreign = ood_images("digits", trainer.dataset.input).subset(torch.arange(100, 145))
+    found = evaluate_ood(trainer.model, trainer.dataset, foreign, batch_size=7)
     assert [row.num_models for row in found] == [1, 2, 4]
     with torch.no_grad():
         inside, outside = (
-            run.model(run.dataset.input.normalise(split.pixels(torch.arange(len(split)))))
-            for split in (run.dataset.test, foreign)
+            trainer.model(trainer.dataset.input.normalise(split.pixels(torch.arange(len(split)))))
+            for split in (trainer.dataset.test, foreign)
         )
     for row in found:
         n = row.num_models
@@ -256,12 +255,12 @@ def test_resumed_run_is_the_same_bit_for_bit(options: dict[str, Any], tmp_path: 
 
 def test_another_run_cannot_be_resumed(tmp_path: Path) -> None:
     start().save(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"of another run: recipe lr was 0\.05, now it is 0\.2"):
+    with pytest.raises(CheckpointError, match=r"of another run: option lr was 0\.05, now it is 0\.2"):
         start(lr=0.2).restore(tmp_path / "run")
-    run = start()
-    run.dataset = replace(run.dataset, classes=tuple("abcdefghij"))
+    trainer = start()
+    trainer.dataset = replace(trainer.dataset, classes=tuple("abcdefghij"))
     with pytest.raises(CheckpointError, match="of another run: data classes was"):
-        run.restore(tmp_path / "run")
+        trainer.restore(tmp_path / "run")
 
 
 def command(out: Path, *flags: str) -> list[str]:

@@ -1,0 +1,101 @@
+"""Loading of models and data, as the options of a command name them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Dataset, Images, load_dataset, ood_images
+from ..errors import CheckpointError
+from ..models import HNE, checkpoint
+from ..training import CHECKPOINT, TrainConfig
+
+
+def checkpoint_path(path: Path) -> Path:
+    """The file of a checkpoint, which may be named by its folder."""
+    return path / CHECKPOINT if path.is_dir() else path
+
+
+def load_model(path: Path, device: torch.device, *, naive: bool = False) -> tuple[HNE, dict[str, Any]]:
+    """The model of a checkpoint, in eval mode on ``device``, and the checkpoint's metadata."""
+    model, stored = checkpoint.load_model(checkpoint_path(path), naive=naive)
+    return model.to(device), stored
+
+
+def load_test_data(args: argparse.Namespace, stored: dict[str, Any]) -> Dataset:
+    """The data set of ``--data``, or by default the one that the checkpoint was trained on.
+
+    Args:
+        args: The options of a command with :func:`add_checkpoint` and :func:`add_data`.
+        stored: Metadata of the checkpoint.
+
+    Raises:
+        CheckpointError: The images or classes differ from those of the training data.
+    """
+    trained = stored["data"]
+    name = getattr(args, "data", trained["name"])
+    dataset = load_dataset(
+        name,
+        args.data_dir,
+        image_size=stored["recipe"]["image_size"] if name == trained["name"] else None,
+        limit_test=getattr(args, "limit_test", None),
+    )
+    check_fits(args.checkpoint, stored, dataset)
+    return dataset
+
+
+def load_training_data(args: argparse.Namespace, config: TrainConfig) -> Dataset:
+    """The data set of a config."""
+    return load_dataset(
+        config.data,
+        args.data_dir,
+        image_size=config.image_size,
+        limit_train=config.limit_train,
+        limit_test=config.limit_test,
+    )
+
+
+def load_ood_images(args: argparse.Namespace, dataset: Dataset) -> Images | None:
+    """The out-of-distribution images of ``--ood`` in the format of ``dataset``; None without that option.
+
+    Raises:
+        ValueError: ``dataset`` is a regression.
+    """
+    if args.ood is None:
+        return None
+    if dataset.target is not None:
+        raise ValueError(f"--ood: expected data with classes, since it needs their entropy; {dataset.name} has none")
+    return ood_images(args.ood, dataset.input, args.data_dir, limit=getattr(args, "limit_test", None))
+
+
+def check_fits(path: Path, stored: dict[str, Any], dataset: Dataset) -> None:
+    """Check that a data set has the classes and the image shape of a checkpoint's training data.
+
+    Args:
+        path: The checkpoint, for the message.
+        stored: Metadata of the checkpoint.
+        dataset: The data set.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    trained = stored["data"]
+    expected = trained["input"]
+    actual = dataset.input
+    if (list(dataset.classes), actual.channels, list(actual.size)) != (
+        trained["classes"],
+        expected["channels"],
+        expected["size"],
+    ):
+        raise CheckpointError(
+            f"{checkpoint_path(path)}: trained on {trained['name']} "
+            f"({_shape(len(trained['classes']), expected['channels'], expected['size'])}), does not "
+            f"fit {dataset.name} ({_shape(len(dataset.classes), actual.channels, actual.size)})"
+        )
+
+
+def _shape(classes: int, channels: int, size: Any) -> str:
+    return f"{classes} classes, images {channels}x{size[0]}x{size[1]}"

@@ -1,0 +1,131 @@
+"""Training runs of the commands train, study and distill: one function trains configs into their folders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..distributed import World
+from ..errors import TrainingError
+from ..reporting import show_evaluation
+from ..training import CHECKPOINT, EpochRecord, TrainConfig, Trainer, remove_run, train_into
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def check_unused(folders: Iterable[Path], args: argparse.Namespace) -> None:
+    """Check that no folder has a run already, unless ``--resume`` or ``--overwrite`` is given.
+
+    Raises:
+        TrainingError: A folder has one.
+    """
+    if args.resume or args.overwrite:
+        return
+    for folder in folders:
+        if (folder / CHECKPOINT).exists():
+            raise TrainingError(
+                f"{folder} has a run already: --resume continues it, --overwrite replaces it, --out names another "
+                "folder"
+            )
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of :func:`hne.cli.options.add_run`, as keyword arguments of :func:`train_runs`."""
+    names = ("resume", "overwrite", "eval_every", "checkpoint_every", "quiet")
+    return {name: getattr(args, name) for name in names}
+
+
+class RunReporter:
+    """Prints how training runs proceed.
+
+    Args:
+        silent: Print nothing.
+    """
+
+    def __init__(self, silent: bool) -> None:
+        self.silent = silent
+
+    def start(self, folder: Path, trainer: Trainer) -> None:
+        """Called before the first epoch of a run."""
+
+    def epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+        """Called after each epoch."""
+        if not self.silent:
+            show_epoch(record, trainer.config.epochs)
+
+    def failure(self, folder: Path, trainer: Trainer, error: TrainingError) -> None:
+        """Called when a run fails. Raises the error again; a subclass may go on with the next run instead."""
+        raise error
+
+
+def train_runs(
+    configs: Mapping[Path, Config],
+    make_trainer: Callable[[Config], Trainer],
+    reporter: RunReporter,
+    *,
+    resume: bool,
+    overwrite: bool = False,
+    eval_every: int | None = None,
+    checkpoint_every: int = 1,
+    quiet: bool = False,
+) -> Iterator[tuple[Path, Trainer]]:
+    """Train each config in its folder, one after the other.
+
+    Args:
+        configs: Configs by folder.
+        make_trainer: Makes the trainer of a config; called when its turn comes.
+        reporter: Prints how the runs proceed.
+        resume: Continue the runs that have a checkpoint.
+        overwrite: Remove the runs of all folders, once the first trainer could be made.
+        eval_every: See :func:`hne.training.train_into`.
+        checkpoint_every: Likewise.
+        quiet: Likewise.
+
+    Yields:
+        Folder and trainer of each finished run.
+    """
+    for folder, config in configs.items():
+        trainer = make_trainer(config)
+        path = folder / CHECKPOINT
+        if resume and path.exists():
+            trainer.restore(path)
+        if overwrite and trainer.world.main:
+            for old in configs:
+                remove_run(old)
+            overwrite = False
+        reporter.start(folder, trainer)
+        try:
+            for record in train_into(
+                folder, trainer, eval_every=eval_every, checkpoint_every=checkpoint_every, quiet=quiet
+            ):
+                reporter.epoch(trainer, record)
+        except TrainingError as error:
+            reporter.failure(folder, trainer, error)
+        else:
+            yield folder, trainer
+
+
+@contextmanager
+def hint_on_interrupt(world: World, hint: str) -> Iterator[None]:
+    """Print ``hint`` when the user interrupts the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if world.main:
+            print(hint, file=sys.stderr)
+        raise
+
+
+def show_epoch(record: EpochRecord, epochs: int) -> None:
+    """Print the record of an epoch, and its evaluation unless it is the last."""
+    print(
+        f"epoch {record.epoch:{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  lr {record.lr:.4g}  "
+        f"{record.images_per_second:.0f} img/s",
+        flush=True,
+    )
+    if record.evaluation is not None and record.epoch < epochs:
+        show_evaluation(record.evaluation)
