@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import Dataset
 from ..distributed import World
 from ..hierarchy import Hierarchy
-from ..layers import ConvNorm as Unit
+from ..layers import ConvNorm
 from ..losses import Objective, average_teacher, gaussian_divergence, gaussians, hydra_loss
 from ..metrics import mixture
 from ..models import HNE, PRESETS
@@ -136,7 +136,7 @@ def expand_branches(single: HNE, model: HNE) -> None:
             raise ValueError(f"single must be a network of the same {key} as model")
     source, target = single.state_dict(), model.state_dict()
     for name, module in model.named_modules():
-        if isinstance(module, Unit) and f"{name}.conv.weight" not in source:
+        if isinstance(module, ConvNorm) and f"{name}.conv.weight" not in source:
             module.bn.reset_parameters()
             module.conv.weight.copy_(torch.eye(module.channels)[..., None, None].repeat(module.branches, 1, 1, 1))
     for name, tensor in source.items():
