@@ -1,4 +1,4 @@
-"""``python -m hne`` is ``hne``."""
+"""``python -m hne`` runs the command ``hne``."""
 
 import sys
 

@@ -150,7 +150,7 @@ def _train(
 
 
 class _Reporter(RunReporter):
-    """Also introduces each run."""
+    """Prints the name of each run before its first epoch."""
 
     def start(self, folder: Path, trainer: Trainer) -> None:
         if not self.silent:

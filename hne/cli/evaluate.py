@@ -35,8 +35,8 @@ their probabilities:
 
 --ood DATA adds out-of-distribution (OOD) images: the test images of a data set or the pictures in a
 folder, resized, made grey or RGB and normalised like the images that the checkpoint was trained on.
-AUROC, AUPR and FPR95 show how well entropy and MI tell them from the test images. OOD images are the
-positive class: FPR95 is the share of test images taken for OOD where 95 % of the OOD images are
+AUROC, AUPR and FPR95 show how well entropy and MI separate them from the test images. OOD images are
+the positive class: FPR95 is the share of test images taken for OOD where 95 % of the OOD images are
 detected.
 
 For a regression (diabetes): RMSE and NLL of the mixture, in the units of the target.
@@ -92,5 +92,5 @@ def _evaluate_ood(model: HNE, dataset: Dataset, images: Images, args: argparse.N
     """Evaluate the detection of OOD images, print the table, and return the results as JSON-able values."""
     with options.progress_bar(len(dataset.test) + len(images), args) as bar:
         evaluations = evaluate_ood(model, dataset, images, batch_size=args.batch_size, progress=bar.update)
-    show_ood(evaluations, f"{len(images)} images of {args.ood} told from those of {dataset.name}")
+    show_ood(evaluations, f"{len(images)} OOD images of {args.ood} against those of {dataset.name}")
     return {"data": args.ood, "images": len(images), "ensembles": [asdict(evaluation) for evaluation in evaluations]}

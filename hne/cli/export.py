@@ -54,7 +54,7 @@ def add_parser(commands: options.Subparsers) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Export, and check that the written program gives the same logits."""
     if args.kernels and args.format != "pt2":
-        raise ValueError(f"--kernels: expected with --format pt2, got {args.format}, whose programs know no such ops")
+        raise ValueError(f"--kernels: expected with --format pt2, got {args.format}, which has no such operations")
     model, stored = load_model(args.checkpoint, torch.device("cpu"), naive=not args.kernels)
     num_models = args.num_models or model.num_models
     ensemble = EnsembleMean(model, num_models).eval()

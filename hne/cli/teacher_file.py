@@ -81,7 +81,7 @@ class TeacherFile:
             if given.setdefault("preset", trained["preset"]) == trained["preset"]:
                 given.setdefault("width", trained["width"])
         elif "data" not in given:
-            raise ValueError("--data: expected the data set that the logits are for, as a file does not say it")
+            raise ValueError("--data: expected the data set that the logits are for, since the file does not name it")
         else:
             given["augment"] = False
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]

@@ -97,7 +97,7 @@ def _plan(args: argparse.Namespace) -> tuple[Path, TrainConfig]:
 
 
 class _Reporter(RunReporter):
-    """Also introduces the run."""
+    """Prints the settings of the run before the first epoch."""
 
     def __init__(self, silent: bool, resume: bool) -> None:
         super().__init__(silent)

@@ -70,7 +70,7 @@ class Result:
 
 @dataclass(frozen=True)
 class CurveResult:
-    """Results of a :class:`Curve`: those of its configs that are finished for at least one seed."""
+    """The results of a :class:`Curve`, without configs that are not finished for any seed."""
 
     kind: str
     label: str
@@ -79,7 +79,7 @@ class CurveResult:
 
 @dataclass(frozen=True)
 class PanelResult:
-    """Results of a :class:`Panel`, without the curves that have none."""
+    """The results of a :class:`Panel`, without curves that have none."""
 
     scale: float
     curves: tuple[CurveResult, ...]

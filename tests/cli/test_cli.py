@@ -204,12 +204,12 @@ def test_eval_shows_and_writes_every_figure(run: Path, tmp_path: Path, capsys: p
     assert main(["eval", str(run), "--limit-test", "40", "--ood", str(tmp_path), "--json", str(path)]) == 0
     out = capsys.readouterr().out
     figures = json.loads(path.read_text())
-    assert f"3 images of {tmp_path} told from those of digits" in out
-    for ensemble, foreign in zip(figures["evaluation"]["ensembles"], figures["ood"]["ensembles"], strict=True):
+    assert f"3 OOD images of {tmp_path} against those of digits" in out
+    for ensemble, ood in zip(figures["evaluation"]["ensembles"], figures["ood"]["ensembles"], strict=True):
         n = ensemble["num_models"]
         assert re.search(rf"^ *{n} +{ensemble['brier']:.4f} +{ensemble['ece']:.4f} ", out, re.M)
-        found = foreign["by_entropy"]
-        assert re.search(rf"^ *{n} +{foreign['entropy']:.4f} +{found['auroc']:.2%} +{found['aupr']:.2%} ", out, re.M)
+        found = ood["by_entropy"]
+        assert re.search(rf"^ *{n} +{ood['entropy']:.4f} +{found['auroc']:.2%} +{found['aupr']:.2%} ", out, re.M)
 
 
 def test_eval_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

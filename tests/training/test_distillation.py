@@ -82,8 +82,8 @@ def test_students() -> None:
 
 def test_each_head_learns_its_member() -> None:
     trainer = start(epochs=15, augment=False, width=1.0)
-    rows = list(trainer.train(eval_every=15))
-    assert rows[-1].loss < 0.7 * rows[0].loss
+    records = list(trainer.train(eval_every=15))
+    assert records[-1].loss < 0.7 * records[0].loss
     student = member_outputs(trainer.model, trainer.dataset.train, trainer.dataset.input).log_softmax(-1)
     member = random_outputs().softmax(-1)
     divergence = torch.tensor([[(p * (p.log() - q)).sum(-1).mean() for p in member] for q in student])
@@ -106,8 +106,8 @@ def test_regression_matches_gaussians(objective: str) -> None:
     config = student_configs(base, 3, compare=True)["hydra" if objective == HYDRA else "distilled"]
     teacher = torch.tensor([[-1.0, 0.5], [0.0, -1.0], [1.0, 1.0]])[:, None].expand(-1, 295, -1)
     trainer = DistillationTrainer(config, dataset, HERE, tabulated_teacher(teacher))
-    rows = list(trainer.train(eval_every=30))
-    assert rows[-1].loss < 0.2 * rows[0].loss
+    records = list(trainer.train(eval_every=30))
+    assert records[-1].loss < 0.2 * records[0].loss
     mean, variance = gaussians(member_outputs(trainer.model, dataset.train, dataset.input))
     wanted_mean, wanted_variance = gaussians(teacher[:, 0])
     if objective == HINTON:

@@ -123,31 +123,31 @@ def test_model_of_a_config() -> None:
 
 def test_it_learns() -> None:
     trainer = start(width=1.0, limit_train=400, limit_test=200, epochs=8)
-    rows = list(trainer.train(eval_every=4))
-    assert [row.epoch for row in rows] == list(range(1, 9)) == list(range(1, trainer.epoch + 1))
-    assert [row.evaluation is not None for row in rows] == [False, False, False, True] * 2
-    assert rows[-1].loss < 0.8 * rows[0].loss
-    evaluation = rows[-1].evaluation
+    records = list(trainer.train(eval_every=4))
+    assert [record.epoch for record in records] == list(range(1, 9)) == list(range(1, trainer.epoch + 1))
+    assert [record.evaluation is not None for record in records] == [False, False, False, True] * 2
+    assert records[-1].loss < 0.8 * records[0].loss
+    evaluation = records[-1].evaluation
     assert evaluation is not None
     assert evaluation.ensembles[-1].accuracy > 0.5
-    assert rows[0].lr == 0.05
+    assert records[0].lr == 0.05
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains(name: str) -> None:
     trainer = start(objective=name, limit_train=16)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    (row,) = trainer.train()
-    assert row.loss > 0
+    (record,) = trainer.train()
+    assert record.loss > 0
     moved = [key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])]
     assert moved == list(before)
 
 
 @pytest.mark.parametrize("options", [{"amp": True}, {"channels_last": False}, {"augment": False}, {"momentum": 0.0}])
 def test_options_train(options: dict[str, Any]) -> None:
-    (row,) = start(**options).train()
+    (record,) = start(**options).train()
     (usual,) = start().train()
-    assert row.loss == pytest.approx(usual.loss, rel=0.05)
+    assert record.loss == pytest.approx(usual.loss, rel=0.05)
 
 
 def test_seed_decides() -> None:
@@ -212,13 +212,13 @@ def test_ood_images_are_detected_by_uncertainty() -> None:
     pytest.importorskip("torchmetrics")
     trainer = start(limit_test=60)
     list(trainer.train())
-    foreign = ood_images("digits", trainer.dataset.input).subset(torch.arange(100, 145))
-    found = evaluate_ood(trainer.model, trainer.dataset, foreign, batch_size=7)
+    images = ood_images("digits", trainer.dataset.input).subset(torch.arange(100, 145))
+    found = evaluate_ood(trainer.model, trainer.dataset, images, batch_size=7)
     assert [row.num_models for row in found] == [1, 2, 4]
     with torch.no_grad():
         inside, outside = (
             trainer.model(trainer.dataset.input.normalise(split.pixels(torch.arange(len(split)))))
-            for split in (trainer.dataset.test, foreign)
+            for split in (trainer.dataset.test, images)
         )
     for row in found:
         n = row.num_models
