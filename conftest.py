@@ -13,25 +13,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark-quick",
         action="store_true",
-        help="run every comparison for a few rounds only: shows that it runs, not how fast",
+        help="run every comparison for one round only: shows that it works, not how fast it is",
     )
     group.addoption(
         "--benchmark-workload",
         choices=("cpu", "gpu", "rehearsal"),
-        help="what to compare: by default what suits the machine; rehearsal is what is done on a GPU, tiny, on a CPU",
+        help="comparisons to run (default: those for this machine); rehearsal: those for a GPU, tiny, on a CPU",
     )
     group.addoption(
         "--benchmark-budget",
         metavar="SECONDS",
         type=float,
-        help="skip the comparisons that have not begun after so many seconds",
+        help="skip all comparisons that have not begun after this time",
     )
     group.addoption(
         "--benchmark-save-table",
         metavar="PATH",
         type=Path,
         help="write the table of the comparisons, with machine and commit, to PATH.md and PATH.json; "
-        "rows that are there of the same machine and commit stay",
+        "earlier rows of the same machine and commit stay",
     )
 
 
@@ -42,11 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs the plugin: pip install pytest-benchmark")
     if not config.getoption("--benchmark-compare"):
-        config.option.benchmark_quiet = True  # its table knows nothing of the naive side; ours has both
+        config.option.benchmark_quiet = True  # its table lacks the naive side; ours has both
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Of the folders beside this file, only one is looked into."""
+    """Collect from only one of the folders beside this file."""
     wanted = "benchmarks" if config.getoption("--benchmark") else "tests"
     beside = collection_path.parent == config.rootpath and collection_path.is_dir()
     return True if beside and collection_path.name != wanted else None

@@ -1,6 +1,6 @@
-"""Says which extensions there are; how they are compiled stands in build_backend/native.py.
+"""Registers the extensions; build_backend/native.py compiles them.
 
-Quick rebuild in place after a change under csrc/: `python setup.py build_ext --inplace`.
+Quick rebuild after a change below csrc/: `python setup.py build_ext --inplace`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "build_backend"))  # already there when the PEP 517 backend runs us
+sys.path.insert(0, str(ROOT / "build_backend"))  # already on the path when the PEP 517 backend runs this file
 
 import native  # noqa: E402
 

@@ -1,7 +1,7 @@
-"""What a call of an op costs beside its kernel: the public function against the registered op that it ends in.
+"""Overhead of an op call: the public function against the registered op that it calls.
 
-The public function checks its arguments and chooses a backend. The inputs are so small that the kernels take next to
-nothing; what remains of the registered op is PyTorch's dispatcher.
+The public function checks its arguments and chooses a backend. The inputs are tiny, so the time of the registered op is
+mostly that of PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from workload import Workload
 import hne_kernels as K
 
 
-class _Record(TorchDispatchMode):
-    """The calls of this package's ops."""
+class _OpRecorder(TorchDispatchMode):
+    """Records the calls of this package's ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,13 +35,13 @@ class _Record(TorchDispatchMode):
 
 
 def registered_op(call: Side) -> Side:
-    """The one op that ``call`` calls, with its arguments. Where ``call`` gives the first result alone, so does it."""
-    with _Record() as record:
+    """Return a call of the one op that ``call`` calls, with the same arguments and results."""
+    with _OpRecorder() as recorder:
         public = call()
-    ((op, args, kwargs),) = record.calls
+    ((op, args, kwargs),) = recorder.calls
     if type(op(*args, **kwargs)) is type(public):
         return lambda: op(*args, **kwargs)
-    return lambda: op(*args, **kwargs)[0]
+    return lambda: op(*args, **kwargs)[0]  # the public function returns the first result only
 
 
 def _ones(*shape: int) -> Tensor:
@@ -86,7 +86,7 @@ CALLS = {
 @pytest.mark.parametrize("op", CALLS)
 def bench_call(op: str, versus: Any, workload: Workload) -> None:
     if workload.device != "cpu":
-        pytest.skip("a call returns before the GPU has done it")
+        pytest.skip("a call returns before the GPU has finished")
     call = CALLS[op]()
     with torch.no_grad():
         versus(

@@ -1,7 +1,7 @@
-"""HNE-ResNet and HNE-MobileNetV2 as a whole: a training step of the paper's objective, inference of the first n models,
-and anytime inference.
+"""Whole networks, HNE-ResNet and HNE-MobileNetV2: training step, inference of the first n members, anytime inference.
 
-Training comes first: each step asks for a gigabyte, and what other benchmarks leave behind in the allocator costs it.
+Training comes first: a step allocates a gigabyte, and memory that other benchmarks leave in the allocator slows it
+down.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from hne import HNE, FusedHNE
 from hne.inference import EnsembleMean, write_onnx
 from hne.losses import objective
 
-OF_TRAINING = ("fused", "naive", "channels_last", "channels_last_compiled")  # sides whose memory is measured
+MEMORY_SIDES = ("fused", "naive", "channels_last", "channels_last_compiled")  # sides whose memory is measured
 
 
 def build(network: Network, device: str) -> FusedHNE:
-    """With running statistics that are not those of a new model."""
+    """Build a model and train its running statistics for a few batches."""
     torch.manual_seed(0)
     fused = FusedHNE.from_preset(**network.preset).to(device)
     with torch.no_grad():
@@ -42,16 +42,16 @@ def build(network: Network, device: str) -> FusedHNE:
 
 
 class Models:
-    """The models of one network with the same weights: fused, naive, channels-last naive, and graphs of naive."""
+    """The models of one network with equal weights: fused, naive, channels-last, and exported graphs of naive."""
 
     def __init__(self, network: Network, device: str, folder: Path) -> None:
         self.fused = build(network, device)
         self.naive = self.fused.to_naive()
-        self.last = channels_last.of(self.fused)
+        self.last = channels_last.convert(self.fused)
         self._images, self._folder = torch.zeros(2, 3, network.size, network.size), folder
 
     def graph(self, num_models: int) -> Path:
-        """What ``hne export --format onnx --num-models n`` writes: a file, written once."""
+        """Path of the file that ``hne export --format onnx --num-models n`` writes; written at the first call."""
         path = self._folder / f"{num_models}.onnx"
         if not path.exists():
             with torch.no_grad():
@@ -72,7 +72,7 @@ def models(workload: Workload, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 def _shape(*parts: str, dtype: torch.dtype) -> str:
-    """float32 goes without saying."""
+    """Join the parts of a row's shape, with the dtype unless it is float32."""
     return ", ".join([*parts, *([] if dtype == torch.float32 else [str(dtype).removeprefix("torch.")])])
 
 
@@ -94,8 +94,8 @@ def _images(batch: int, network: Network, rng: torch.Generator, device: str) -> 
 
 
 def _step(call: Any, model: HNE, x: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Any]:
-    """Loss, logits and gradients."""
-    # A cache of lowered weights would not be filled anew when a CUDA graph is replayed.
+    """Compute loss, logits and gradients."""
+    # Autocast's cache of converted weights would go stale when a CUDA graph is replayed.
     lowered = dtype not in (torch.float32, torch.float64)
     mixed = torch.autocast(x.device.type, dtype, cache_enabled=False) if lowered else contextlib.nullcontext()
     with mixed:
@@ -105,11 +105,11 @@ def _step(call: Any, model: HNE, x: Tensor, target: Tensor, dtype: torch.dtype) 
 
 
 def _memory_of_step(side: str, network: Network, batch: int, compiler: dict[str, str], threads: int) -> float:
-    """MiB at the peak of a float32 training step on the CPU; to be called in a process of its own."""
+    """Peak memory of a float32 training step on the CPU, in MiB. Call it in a fresh process."""
     torch.set_num_threads(threads)
     fused = FusedHNE.from_preset(**network.preset).train()
     makers = {"fused": lambda: fused, "naive": fused.to_naive}
-    model: HNE = makers.get(side, lambda: channels_last.of(fused))()
+    model: HNE = makers.get(side, lambda: channels_last.convert(fused))()
     call = torch.compile(model, dynamic=False, **compiler) if side.endswith("compiled") else model
     x = torch.randn(batch, 3, network.size, network.size)
     x = x.contiguous(memory_format=torch.channels_last) if side.startswith("channels_last") else x
@@ -138,10 +138,11 @@ def bench_training_step(
             name: memory.in_fresh_process(
                 _memory_of_step, name, network, batch, workload.compiler, torch.get_num_threads()
             )
-            for name in OF_TRAINING
+            for name in MEMORY_SIDES
         }
 
-    # A ReLU that rounding turns on or off changes gradients by per cents, on either side. In float64 hardly any turns.
+    # Gradients are compared in float64: in float32 rounding turns some ReLUs on or off, which changes gradients by
+    # per cents on either side.
     if workload.device == "cpu":
         doubles = (copy.deepcopy(model).double() for model in (fused, naive))
         check_agreement(*(_step(model, model, x[:4].double(), target[:4], torch.float64) for model in doubles))
@@ -167,7 +168,7 @@ def bench_training_step(
 def bench_inference(
     inference: tuple[Network, int, int, torch.dtype], models: Any, versus: Any, workload: Workload, rng: torch.Generator
 ) -> None:
-    """The mean logits of the first n, which is what an exported graph gives."""
+    """Mean logits of the first n members, as an exported graph returns them."""
     network, n, batch, dtype = inference
     ours = models(network)
     fused, naive, last = (copy.deepcopy(model).to(dtype).eval() for model in (ours.fused, ours.naive, ours.last))
@@ -183,7 +184,7 @@ def bench_inference(
     def peer(name: str) -> Side:
         return peers.PEERS[name](ours.graph(n), x)
 
-    with torch.no_grad(), fused.frozen_parameters():  # as those of the graphs are
+    with torch.no_grad(), fused.frozen_parameters():  # the weights in the exported graphs are constants, too
         versus(
             side(fused, x),
             side(naive, x),
@@ -202,7 +203,7 @@ def bench_inference(
 def bench_anytime(
     anytime: tuple[Network, int, torch.dtype], models: Any, versus: Any, workload: Workload, rng: torch.Generator
 ) -> None:
-    """An answer after every model, through all of them."""
+    """Anytime inference through all members, with an answer after each."""
     network, batch, dtype = anytime
     ours = models(network)
     fused, naive = (copy.deepcopy(model).to(dtype).eval() for model in (ours.fused, ours.naive))

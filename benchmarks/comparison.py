@@ -1,4 +1,4 @@
-"""One comparison: do all sides agree, then how long does each take, measured turn by turn."""
+"""One comparison: check that all sides agree, then time them alternately."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from meters import Meter, Side
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-# By precision: how far results may be apart by rounding, summed up over a network. In float32 it is the largest
-# difference, as a part of the largest value; else the norm of all differences, as a part of that of all values: where
-# rounding turns a ReLU on or off, a single gradient may differ by any amount.
-# A training step normalises by its own batch: its logits in bfloat16 are 8e-2 from those in float32 by either way.
+# Largest relative difference between two sides that rounding explains, by precision. In float32 it compares the largest
+# difference with the largest value. Else it compares the norms of differences and values, because rounding may turn a
+# ReLU on or off, and a single gradient may then differ by any amount.
+# A training step normalises by the statistics of its batch: on every side, its logits in bfloat16 differ by 8e-2 from
+# those in float32.
 TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "bfloat16": 5e-2, "tf32 training": 5e-2, "bfloat16 training": 0.15}
 EAGER = "eager"
 
 
 class Case(TypedDict, total=False):
-    """What a row of a model is of, for the tables and plots that are made from several rows."""
+    """The settings behind a row of a model, for tables and plots that combine several rows."""
 
     network: str
     num_models: int
     batch: int
     dtype: str
-    macs: int  # multiply-adds of an image
+    macs: int  # multiply-adds for one image
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a fused side, and those it is compared with."""
+    """A row of the table: a fused side and its peers."""
 
     name: str
     shape: str
@@ -40,20 +41,20 @@ class Row:
     naive_ms: float
     images_per_s: float
     rounds: int
-    backend: str = ""  # of the fused side; "" for the one that is chosen automatically
-    others_ms: dict[str, float] = field(default_factory=dict)  # naive by other means, and other engines
-    floor_ms: float | None = None  # no side is faster, see roofline.py
+    backend: str = ""  # of the fused side; "" if it is chosen automatically
+    others_ms: dict[str, float] = field(default_factory=dict)  # other peers: PyTorch in other ways, other engines
+    floor_ms: float | None = None  # lower bound for any side, see roofline.py
     case: Case = field(default_factory=Case)
-    memory_mib: dict[str, float] = field(default_factory=dict)  # of a call at its peak, by side
+    memory_mib: dict[str, float] = field(default_factory=dict)  # peak memory of a call, by side
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the fastest other side."""
+        """Speed relative to the fastest peer; above 1 the fused side is faster."""
         return min(self.naive_ms, *self.others_ms.values(), float("inf")) / self.fused_ms
 
     @property
     def of_peak(self) -> float | None:
-        """Share of the time that cannot be saved."""
+        """Lower bound over measured time, 0 to 1."""
         return None if self.floor_ms is None else self.floor_ms / self.fused_ms
 
     def record(self) -> dict[str, Any]:
@@ -62,14 +63,18 @@ class Row:
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """All tensors of a result, in order."""
+    """List all tensors of a nested result, in order."""
     if isinstance(result, Tensor):
         return [result]
     return [tensor for part in result for tensor in tensors(part)] if isinstance(result, Sequence) else []
 
 
 def check_agreement(fused: Any, naive: Any, precision: str = "float32") -> None:
-    """Raise unless both results are the same up to the ``TOLERANCES`` of ``precision``."""
+    """Check that both results are equal up to the ``TOLERANCES`` of ``precision``.
+
+    Raises:
+        AssertionError: they differ.
+    """
     tolerance, order = TOLERANCES[precision], float("inf") if precision == "float32" else 2
     pairs = list(zip(tensors(fused), tensors(naive), strict=True))
     assert pairs, "nothing to compare"
@@ -82,7 +87,7 @@ def check_agreement(fused: Any, naive: Any, precision: str = "float32") -> None:
 
 
 class Watch:
-    """What pytest-benchmark takes for its clock: it goes on by what was measured."""
+    """A clock for pytest-benchmark that advances by the measured times."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -91,14 +96,14 @@ class Watch:
         return self.now
 
 
-def _seconds_of_a_call(side: Side, meter: Meter) -> float:
-    """Once it is warm, which it is not in the call that shows how many a turn may have."""
+def _seconds_per_call(side: Side, meter: Meter) -> float:
+    """Time of a warm call. The first call, a cold one, tells how many calls fit into a turn."""
     first = meter.seconds(side, 1, warm=False)
     return first if _is_long(first, meter) else meter.seconds(side, max(1, int(meter.turn / first)))
 
 
 def _is_long(seconds: float, meter: Meter) -> bool:
-    """So long a call would not be quicker for another one before it."""
+    """Whether a call takes so long that a warm-up call before it would change nothing."""
     return seconds >= 10 * meter.turn
 
 
@@ -120,47 +125,46 @@ def compare(
 ) -> list[Row]:
     """Check that all sides agree and time them alternately, for about ``seconds`` in all.
 
-    In a round, one side after the other has a turn of the meter, with as many calls as it manages in that time: what
-    else the machine does falls on all alike. pytest-benchmark keeps the rounds of the first fused side; its
-    ``extra_info`` has the rest.
+    In a round each side has one turn, with as many calls as fit into the turn of the meter: other load of the machine
+    affects all sides alike. pytest-benchmark stores the rounds of the first fused side; ``extra_info`` has the rest.
 
     Args:
-        benchmark: Takes ``watch`` for its clock.
-        fused: What to time, by backend.
-        naive: What to compare with, by name; the results of all others are compared with those of ``naive`` first. The
-            one called ``eager`` is timed as it is launched from Python, without preparation.
-        meter: Times the sides.
-        name, shape: Of the rows.
-        images: That one call handles, for the throughput.
-        precision: Of :func:`check_agreement`.
-        floor_ms: Of the rows.
-        seconds: None for a single round, which shows only that everything runs.
-        case: Of the rows.
-        memory_mib: Tells that of the rows, once all is timed.
+        benchmark: pytest-benchmark's fixture, with ``watch`` as its clock.
+        fused: fused sides to time, by backend.
+        naive: peers to compare with, by name. The results of all sides are first compared with those of the peer
+            ``naive``. The peer ``eager`` is timed as launched from Python, without preparation by the meter.
+        meter: times the sides.
+        name, shape: of the rows.
+        images: number of images per call, for the throughput.
+        precision: see :func:`check_agreement`.
+        floor_ms: of the rows.
+        seconds: None for a single round, which only shows that everything runs.
+        case: of the rows.
+        memory_mib: measures the memory of the rows, after all timings.
 
     Returns:
         A row for each fused side; none with ``--benchmark-disable``.
 
     Raises:
-        AssertionError: The results differ.
+        AssertionError: the results differ.
     """
     sides = [*naive.items(), *fused.items()]
     ready = {side: call if side == EAGER else meter.prepare(call) for side, call in sides}
-    right = ready["naive"]()
+    expected = ready["naive"]()
     for side, call in ready.items():
         if side != "naive":
             try:
-                check_agreement(call(), right, precision)
+                check_agreement(call(), expected, precision)
             except AssertionError as error:
                 raise AssertionError(f"{side or 'fused'}: {error}") from None
-    del right
+    del expected
     calls, long, rounds = dict.fromkeys(ready, 1), dict.fromkeys(ready, True), 1
     if seconds is not None:
-        taken = {side: _seconds_of_a_call(call, meter) for side, call in ready.items()}
-        calls = {side: max(1, round(meter.turn / once)) for side, once in taken.items()}
-        long = {side: _is_long(once, meter) for side, once in taken.items()}
-        of_a_round = sum(calls[side] * once + meter.before_turn for side, once in taken.items())
-        rounds = max(3, min(100, round(seconds / of_a_round)))
+        per_call = {side: _seconds_per_call(call, meter) for side, call in ready.items()}
+        calls = {side: max(1, round(meter.turn / once)) for side, once in per_call.items()}
+        long = {side: _is_long(once, meter) for side, once in per_call.items()}
+        per_round = sum(calls[side] * once + meter.before_turn for side, once in per_call.items())
+        rounds = max(3, min(100, round(seconds / per_round)))
     turns: dict[str, list[float]] = {side: [] for side in ready}
 
     def turn(side: str) -> None:
@@ -179,7 +183,7 @@ def compare(
     benchmark.pedantic(first_turn, teardown=other_turns, rounds=rounds)
     if benchmark.disabled:
         return []
-    ms = {side: median(of_side) * 1e3 for side, of_side in turns.items()}
+    ms = {side: median(seconds_per_turn) * 1e3 for side, seconds_per_turn in turns.items()}
     others = {side: ms[side] for side in naive if side != "naive"}
     shared = {"others_ms": others, "floor_ms": floor_ms, "case": case or {}, "memory_mib": memory_mib()}
     rows = [Row(name, shape, ms[side], ms["naive"], images / ms[side] * 1e3, rounds, side, **shared) for side in fused]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the comparison as a fixture, and the table at the end."""
+"""Shared by all benchmarks: the fixture that compares sides, and the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ import hne_kernels as K
 _ROWS = pytest.StashKey[list[Row]]()
 _REMARKS = pytest.StashKey[list[str]]()
 _START = pytest.StashKey[float]()
-_QUICK = "Too few rounds to be figures: --benchmark-quick."
+_QUICK = "Too few rounds for a measurement: --benchmark-quick."
 
 Versus = Callable[..., None]
-# What a compiled side compiles, and another leaves as it is.
+# Either torch.compile or the identity: a compiled side and an eager side are made by the same function.
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in K.unavailable_backends().items())
         raise pytest.UsageError(f"no backend can serve a GPU here ({reasons})")
     if workload.device == "cuda":
-        # As fast as PyTorch can: the naive sides profit, and the fused ones follow the choice of TF32.
+        # PyTorch's fastest settings, for the peers; the fused sides follow the choice of TF32.
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
 
@@ -78,7 +78,7 @@ def meter(workload: Workload) -> Meter:
 
 @pytest.fixture(scope="session")
 def rates(pytestconfig: pytest.Config, workload: Workload, meter: Meter) -> Callable[[torch.dtype], Rates]:
-    """What this machine was seen to do in a dtype, measured once."""
+    """Rates of this machine in a dtype, measured once."""
 
     @functools.cache
     def of(dtype: torch.dtype) -> Rates:
@@ -91,7 +91,7 @@ def rates(pytestconfig: pytest.Config, workload: Workload, meter: Meter) -> Call
 
 
 def _remark(config: pytest.Config, line: str) -> None:
-    """Have a line written with the table, once."""
+    """Add a line to the remarks of the table, once."""
     if line not in config.stash[_REMARKS]:
         config.stash[_REMARKS].append(line)
 
@@ -111,13 +111,13 @@ def versus(
     meter: Meter,
     rates: Callable[[torch.dtype], Rates],
 ) -> Iterator[Versus]:
-    """``versus(fused, naive, channels_last=None, peers={}, name=, shape=, images=, dtype=, work=)``: see
-    :func:`comparison.compare`.
+    """Return ``versus(fused, naive, channels_last=None, peers={}, name=, shape=, images=, dtype=, work=)``.
 
-    A side is given by a function of what compiles (or leaves alone) what it calls; it is made and called with the
-    backend that it stands for. A peer is made by a function of nothing; so is what is timed ``beside`` the fused side,
-    and has a row of its own. ``kind`` tells which of the others take part, see :mod:`workload`. ``work()`` tells the
-    least that a call must do.
+    See :func:`comparison.compare`. The arguments ``fused``, ``naive`` and ``channels_last`` are functions that make a
+    side. They take ``wrap``, which is ``torch.compile`` or the identity, and apply it to the function that is timed. A
+    side is made and called under its own backend. ``peers`` and ``beside`` map names to functions without arguments
+    that make a side; a side in ``beside`` gets a row of its own. ``kind`` selects the peers, see :mod:`workload`.
+    ``work()`` returns the least work of a call.
     """
     quick = request.config.getoption("--benchmark-quick")
     watch = Watch()
@@ -125,11 +125,11 @@ def versus(
     benchmark = request.getfixturevalue("benchmark")
 
     def side(backend: str, make: Callable[[Wrap], Side], wrap: Wrap) -> Side:
-        served = (lambda call: call()) if backend == "" else functools.partial(_served, backend)
-        call = served(lambda: make(wrap))
-        return lambda: served(call)
+        run = (lambda call: call()) if backend == "" else functools.partial(_run_on, backend)
+        call = run(lambda: make(wrap))
+        return lambda: run(call)
 
-    def run(
+    def versus(
         fused: Callable[[Wrap], Side],
         naive: Callable[[Wrap], Side],
         channels_last: Callable[[Wrap], Side] | None = None,
@@ -146,9 +146,9 @@ def versus(
         others = workload.others.get(kind, ())
         compiled = functools.partial(torch.compile, dynamic=False, **workload.compiler)
         makers = {
-            "naive": (naive, _as_it_is),
-            "eager": (naive, _as_it_is),
-            "channels_last": (channels_last, _as_it_is),
+            "naive": (naive, _identity),
+            "eager": (naive, _identity),
+            "channels_last": (channels_last, _identity),
             "compiled": (naive, compiled),
             "channels_last_compiled": (channels_last, compiled),
             "frozen": (channels_last, compiled),
@@ -156,12 +156,12 @@ def versus(
         absent = {name: why for name in peers if name in others and (why := missing(name))}
         for why in absent.values():
             _remark(request.config, why)
-        give_back()  # the memory of earlier comparisons: all begin alike
+        give_back()  # free the memory of earlier comparisons: all start alike
         with meter.running(), freezing("frozen" in others):
             rows = compare(
                 benchmark,
-                {backend: side(backend, fused, _as_it_is) for backend in workload.backends}
-                | {name: side("", lambda wrap, make=make: make(), _as_it_is) for name, make in beside.items()},
+                {backend: side(backend, fused, _identity) for backend in workload.backends}
+                | {name: side("", lambda wrap, make=make: make(), _identity) for name, make in beside.items()},
                 {
                     name: side("reference", make, wrap)
                     for name, (make, wrap) in makers.items()
@@ -178,23 +178,23 @@ def versus(
         request.config.stash[_ROWS] += rows
         _save(request.config)
 
-    yield run
+    yield versus
     torch._dynamo.reset()
     gc.collect()
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+def _identity(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _served(backend: str, call: Side) -> Any:
+def _run_on(backend: str, call: Side) -> Any:
     with K.use_backend(backend):
         return call()
 
 
 @pytest.fixture(scope="session")
 def rng() -> torch.Generator:
-    """The same seed in every run: figures of different runs are to be compared."""
+    """Same seed in every run, so that runs can be compared."""
     return torch.Generator().manual_seed(0)
 
 
@@ -204,7 +204,7 @@ def _facts() -> dict[str, str]:
 
 
 def _save(config: pytest.Config) -> list[Any]:
-    """Write the table as it stands; after each comparison, since a run may be cut off."""
+    """Write the table so far. Called after each comparison, because a run may be interrupted."""
     path = config.getoption("--benchmark-save-table")
     if path is None:
         return []

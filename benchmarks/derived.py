@@ -1,4 +1,4 @@
-"""Small tables that are made from the rows of the large one."""
+"""Small tables, derived from the rows of the large table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from comparison import Row
 
-CALL, DISPATCHER = "op call", "dispatcher"  # name of the rows of bench_calls.py, and their second side
+CALL, DISPATCHER = "op call", "dispatcher"  # rows of bench_calls.py: their name, and their second side
 
 Line = tuple[str, ...]
 
@@ -22,12 +22,12 @@ class SmallTable:
 
 
 def is_in_large_table(row: Row) -> bool:
-    """Whether a row is not shown in a small table alone."""
+    """Whether the large table shows a row; op calls have a small table only."""
     return row.name != CALL
 
 
 def small_tables(rows: Sequence[Row]) -> list[SmallTable]:
-    """Those for which there are rows."""
+    """Make the small tables that have rows."""
     tables = [
         SmallTable(
             "The first n models against all: time and multiply-adds",
@@ -58,7 +58,7 @@ Setting = tuple[str, str, str]  # backend, network, dtype
 
 
 def _by_case(rows: Sequence[Row], name: str) -> dict[tuple[Setting, int, int], Row]:
-    """Rows by setting, batch and number of models."""
+    """Index the rows called ``name`` by setting, batch size and number of models."""
     return {
         ((row.backend, row.case["network"], row.case["dtype"]), row.case["batch"], row.case["num_models"]): row
         for row in rows

@@ -1,4 +1,4 @@
-"""What the figures were measured on and of: the line above every table."""
+"""Description of the machine and the commit, for the line above every table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hne_kernels import extension
 
 
 def cpu_name() -> str:
-    """Model of the processor, as the system calls it."""
+    """Model name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -26,8 +26,10 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a ``+`` if files differ from it (but for figures of an earlier call); outside of
-    git what HNE_COMMIT says."""
+    """Short hash of the checkout, with a ``+`` if files differ from it; outside git the value of ``HNE_COMMIT``.
+
+    Changes below benchmarks/results do not count: they come from earlier runs.
+    """
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -42,7 +44,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, str]:
-    """What computes: names and values."""
+    """Hardware and software versions, by name."""
     facts = {
         "cpu": cpu_name(),
         "cores": str(os.cpu_count()),
@@ -63,7 +65,7 @@ def machine() -> dict[str, str]:
 
 
 def _driver() -> str:
-    """Version of the GPU's driver, or "unknown"."""
+    """Version of the GPU driver, or "unknown"."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -72,5 +74,5 @@ def _driver() -> str:
 
 
 def describe() -> dict[str, str]:
-    """The machine, and what was measured on it when."""
+    """The machine, the commit and the date."""
     return machine() | {"commit": commit(), "date": datetime.date.today().isoformat()}

@@ -1,4 +1,4 @@
-"""How much memory a training step takes: measured in a process of its own, whatever allocates it."""
+"""Peak memory of a training step, measured in a fresh process so that every allocator counts."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def in_fresh_process(function: Callable[..., float], *arguments: Any) -> float:
-    """The result of ``function`` in a process that has done nothing else."""
+    """Call ``function`` in a fresh process and return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         return executor.submit(function, *arguments).result()
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
-    """MiB that a second call takes at its peak, beyond what the process has after the first one (Linux).
+    """Peak memory of a second call in MiB, beyond the memory of the process after the first call (Linux only).
 
-    Pages that are resident count: those of the allocator and of each engine's scratch memory. The first call compiles
-    and fills caches; what it has freed is given back to the system before the second one.
+    Resident pages count: those of the allocator and of each engine's scratch memory. The first call compiles and fills
+    caches; the memory that it frees is returned to the system before the second call.
     """
     call()
     gc.collect()
     give_back()
-    _RESET.write_text("5")  # the peak begins anew
+    _RESET.write_text("5")  # resets the peak
     before = _resident("VmRSS")
     call()
     return (_resident("VmHWM") - before) / 1024
 
 
 def give_back() -> None:
-    """Return freed memory to the system: what our ops keep, and the C library, where it can be told to."""
+    """Return freed memory to the system: idle buffers of this package's ops, and the heap of glibc."""
     K.release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -45,6 +45,6 @@ def give_back() -> None:
 
 
 def _resident(entry: str) -> int:
-    """KiB."""
+    """Read an entry of the process status, in KiB."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(entry))
     return int(line.split()[1])

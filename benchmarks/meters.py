@@ -1,4 +1,4 @@
-"""How long a call takes: by the clock of the host, or by events on a GPU."""
+"""Timing of calls, by the clock of the host or by events on a GPU."""
 
 from __future__ import annotations
 
@@ -14,32 +14,31 @@ Side = Callable[[], Any]
 
 
 class Meter(Protocol):
-    """Times sides of a comparison.
+    """Times the sides of a comparison.
 
     Attributes:
-        turn: Seconds that a turn of a side is to take.
-        before_turn: Seconds that pass before each turn.
+        turn: intended length of a side's turn, in seconds.
+        before_turn: preparation before each turn, in seconds.
     """
 
     turn: float
     before_turn: float
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
-        """Everything of a comparison happens in here, the making of its inputs included."""
+        """Context for a whole comparison, creation of its inputs included."""
 
     def prepare(self, side: Side) -> Side:
-        """Warm up, and return what is to be timed: it gives the same result."""
+        """Warm up a side, and return the call to time; it has the same result."""
 
     def seconds(self, side: Side, calls: int, *, warm: bool = True) -> float:
-        """Mean time of a call; of a first one, if it is not to be ``warm``."""
+        """Mean time of a call, after warm-up calls if ``warm``."""
 
 
 class HostMeter:
-    """For what is done when the call returns.
+    """Times calls that have finished when they return.
 
-    Threads that have nothing to do spin for a while before they sleep (libgomp's for 6 ms), and would take a core from
-    the side that comes next. So each turn begins with a rest. Then calls that are not timed wake the threads of this
-    side and have its weights in the cache.
+    Idle threads spin for a while before they sleep (libgomp's for 6 ms) and would take a core from the next side, so
+    each turn begins with a rest. Untimed calls then wake the threads of this side and bring its weights into the cache.
     """
 
     REST, WARM_UP = 0.02, 0.01
@@ -63,8 +62,10 @@ class HostMeter:
 
 
 class GpuMeter:
-    """For kernels on a GPU: captured in a CUDA graph, so that no side pays for its launches, and timed by events
-    around each replay, before which the L2 cache is overwritten."""
+    """Times kernels on a GPU by events around the replay of a CUDA graph.
+
+    The graph removes the cost of launches from every side. The L2 cache is overwritten before each replay.
+    """
 
     WARM_UPS = 3
     turn, before_turn = 0.005, 0.0
@@ -73,15 +74,15 @@ class GpuMeter:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flushing = torch.empty(2 * cache, dtype=torch.int8, device=device)
+        self._flush_buffer = torch.empty(2 * cache, dtype=torch.int8, device=device)
         self._pool: Any = None
 
     @contextlib.contextmanager
     def running(self) -> Any:
-        # Backward passes run on the stream of their forward passes: one stream for all, which captures as well.
+        # A backward pass runs on the stream of its forward pass, so one stream does everything, capture included.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            # Graphs of one comparison are replayed one after the other, in the same memory.
+            # The graphs of a comparison are replayed one after the other, so they share their memory.
             self._pool = torch.cuda.graph_pool_handle()
             yield
         torch.cuda.synchronize(self._device)
@@ -103,7 +104,7 @@ class GpuMeter:
     def seconds(self, side: Side, calls: int, *, warm: bool = True) -> float:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         for start, end in events:
-            self._flushing.zero_()
+            self._flush_buffer.zero_()
             start.record()
             side()
             end.record()

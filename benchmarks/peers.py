@@ -1,6 +1,6 @@
-"""Inference engines: two on the graph that ``hne export --format onnx`` writes, and PyTorch's own compiler.
+"""Inference engines to compare with: two that run the exported ONNX graph, and PyTorch's own compiler.
 
-They get what favours them: batches of one size, as many threads as PyTorch has, and images that are not copied.
+Settings favour the peers: fixed batch sizes, as many threads as PyTorch has, and no copies of the images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def onnxruntime(graph: Path, images: Tensor) -> Side:
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    # Its threads spin within a call, as they do by default, but not for 30 ms after it: that is another side's turn.
+    # Threads spin during a call, as by default, but not for 30 ms after it: that would slow down the next side.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_free_dimension_override_by_name("batch", len(images))
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -36,7 +36,7 @@ def onnxruntime(graph: Path, images: Tensor) -> Side:
 
 
 def openvino(graph: Path, images: Tensor) -> Side:
-    """OpenVINO: from images to logits, which the next call overwrites."""
+    """OpenVINO: from images to logits. Each call overwrites the logits of the previous one."""
     import openvino as ov
 
     core = ov.Core()
@@ -45,7 +45,7 @@ def openvino(graph: Path, images: Tensor) -> Side:
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # where the processor has bfloat16, it would compute in that
+        "INFERENCE_PRECISION_HINT": "f32",  # on processors with bfloat16 it would use that
     }
     request = core.compile_model(model, "CPU", options).create_infer_request()
     request.set_input_tensor(ov.Tensor(images.numpy(), shared_memory=True))
@@ -62,7 +62,7 @@ PEERS: dict[str, Callable[[Path, Tensor], Side]] = {"onnxruntime": onnxruntime, 
 
 
 def missing(name: str) -> str | None:
-    """What to install for a peer, or None if it is there: itself, and what writes the graph."""
+    """Say which packages a peer needs that are not installed; None if nothing is missing."""
     packages = [package for package in (name, "onnx", "onnxscript") if find_spec(package) is None]
     if not packages:
         return None
@@ -70,11 +70,10 @@ def missing(name: str) -> str | None:
 
 
 def freezing(wanted: bool = True) -> contextlib.AbstractContextManager[Any]:
-    """Within it, what ``torch.compile`` compiles without gradients has its parameters for constants: batch norms are
-    folded, weights packed.
+    """Context in which ``torch.compile`` treats parameters as constants, if it compiles without gradients.
 
-    As an option of ``torch.compile`` it comes too late: the tracer has made the parameters inputs, and nothing is
-    folded.
+    It then folds batch norms and packs weights. The option of the same name of ``torch.compile`` takes effect too late:
+    the tracer has already turned parameters into inputs, and nothing is folded.
     """
     if not wanted:
         return contextlib.nullcontext()

@@ -1,5 +1,6 @@
-"""Time per image against the number of networks: ``plot.py NAME.json`` draws NAME-NETWORK.png and .svg of every network
-whose inference was measured.
+"""Plot time per image against ensemble size.
+
+``plot.py NAME.json`` draws NAME-NETWORK.png and .svg for every network whose inference was measured.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from table import TITLES, read_rows
 
 from hne.files import replacing
 
-# Of Okabe and Ito, who chose them for every kind of eyes; naive sides are grey.
+# The palette of Okabe and Ito, distinguishable with colour blindness; naive sides are grey.
 COLORS = {
     "fused": "#D55E00",
     "onnxruntime": "#0072B2",
@@ -38,7 +39,7 @@ _FACTS = ("cpu", "gpu", "threads", "torch", "commit", "date")
 
 
 def time_per_image(rows: Sequence[Row], machine: dict[str, str]) -> Figure:
-    """Plot the inference rows of one network: a line per system, a panel per batch size, and what is out of reach."""
+    """Plot the inference rows of one network: a panel per batch size, a line per system, and the lower bound."""
     batches = sorted({row.case["batch"] for row in rows})
     figure = Figure(figsize=(1.2 + 3 * len(batches), 4.8), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
@@ -67,7 +68,7 @@ def _num_models(row: Row) -> int:
 def _panel(axes: Axes, rows: Sequence[Row]) -> None:
     batch = rows[0].case["batch"]
     backends = {row.backend: [r for r in rows if r.backend == row.backend] for row in rows}
-    rows = next(iter(backends.values()))  # what is not fused is the same in all
+    rows = next(iter(backends.values()))  # all backends have the same peers
     n = [row.case["num_models"] for row in rows]
 
     def draw(side: str, title: str, ms: Iterable[float | None]) -> None:
@@ -107,7 +108,7 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def save_plots(path: Path) -> list[Path]:
-    """Draw what is in a JSON file of the benchmarks, beside it; returns the paths of the plots."""
+    """Draw the plots of a JSON file of the benchmarks, beside that file; return their paths."""
     record = json.loads(path.read_text())
     rows = [row for row in read_rows(record) if row.name == "inference" and row.case]
     written = []
@@ -117,7 +118,7 @@ def save_plots(path: Path) -> list[Path]:
         suffix = "" if dtype == "float32" else f"-{dtype}"
         for ending in ("png", "svg"):
             written.append(path.with_name(f"{path.stem}-{network.lower()}{suffix}.{ending}"))
-            # The same plot is the same file: without a date, and with names that do not change.
+            # Equal plots give equal files: no date, no random identifiers.
             fixed = {"metadata": {"Date": None}} if ending == "svg" else {}
             with rc_context({"svg.hashsalt": "hne"}), replacing(written[-1]) as temporary:
                 figure.savefig(temporary, **fixed)

@@ -1,4 +1,4 @@
-"""The time below which a call cannot take: what it must move and compute, over what the machine was seen to do."""
+"""Lower bound of a call's time: the work it must do, divided by the measured rates of the machine."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hne.layers.modules import BottleneckLayer, Layer, Size, units
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a call must do."""
+    """The least work of a call."""
 
-    bytes: int  # each input read once, each result written once
-    flops: int  # of matrix products and convolutions, a multiply-add being two
+    bytes: int  # each input is read once, each result written once
+    flops: int  # of matrix products and convolutions; a multiply-add counts as two
 
     def floor_seconds(self, rates: Rates) -> float:
         return max(self.bytes / rates.bytes_per_s, self.flops / rates.flops_per_s)
@@ -30,9 +30,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured: a large copy, bytes read plus bytes written, and large matrix products."""
+    """Measured rates of the machine: a large copy, and large matrix products."""
 
-    bytes_per_s: float  # infinite where it was not measured: what is in the caches is not bound by it
+    bytes_per_s: float  # read plus written; infinite if not measured, since caches are faster than memory
     flops_per_s: float
 
     def __str__(self) -> str:
@@ -43,8 +43,15 @@ class Rates:
 def measure(
     meter: Meter, device: torch.device, dtype: torch.dtype, *, megabytes: int | None, sizes: Sequence[int]
 ) -> Rates:
-    """The best of several: copies of so many MiB, and products of random matrices of ``size`` x ``size`` (zeros would
-    be faster)."""
+    """Measure the rates, as the best of several repetitions.
+
+    Args:
+        meter: times the calls.
+        device: where to compute.
+        dtype: of the matrices.
+        megabytes: MiB to copy; None to leave the copy out.
+        sizes: edge lengths of the square matrices. They are random, because zeros multiply faster.
+    """
 
     def best(side: Side) -> float:
         ready = meter.prepare(side)
@@ -64,11 +71,12 @@ def measure(
 
 
 def of_op(function: Callable[..., Any], inputs: dict[str, Tensor], gradients: Sequence[str] = ()) -> Work:
-    """The work of an op, counted without computing anything.
+    """Work of an op, counted on meta tensors.
 
     Args:
-        function: The op, called with ``inputs`` by name.
-        gradients: Names of the inputs whose gradients are the work; none for the forward pass.
+        function: the op, called with ``inputs`` by name.
+        inputs: tensors.
+        gradients: names of the inputs whose gradients are computed; none for the forward pass.
     """
     empty = {name: t.detach().to("meta") for name, t in inputs.items()}
     with torch.no_grad(), K.use_backend("reference"), FlopCounterMode(display=False) as counter:
@@ -78,42 +86,42 @@ def of_op(function: Callable[..., Any], inputs: dict[str, Tensor], gradients: Se
     moved = sum(t.nbytes for t in [*inputs.values(), *results])
     if not gradients:
         return Work(moved, flops)
-    # A product has two factors; each gradient asked for is a product of the same size.
+    # A product has two factors; the gradient of each is a product of the same size.
     products = sum(name in gradients for name in ("x", "features", "weight"))
     return Work(moved + sum(inputs[name].nbytes for name in gradients), flops * products)
 
 
 def of_inference(model: HNE, num_models: int, batch: int, size: int, itemsize: int) -> Work:
-    """The work of a model whose every layer is one kernel: a layer reads and writes its features and weights once."""
+    """Work of inference with one kernel per layer, which reads its input and weights and writes its output once."""
     layers = list(_layers(model, num_models, size))
-    maps = sum(sum(values[:1] + values[-1:]) for _, values, _ in layers)
+    features = sum(sum(values[:1] + values[-1:]) for _, values, _ in layers)
     weights = sum(filters for *_, filters in layers) + num_models * model.head.macs()
-    return Work((batch * maps + weights) * itemsize, 2 * batch * model.macs(num_models, size))
+    return Work((batch * features + weights) * itemsize, 2 * batch * model.macs(num_models, size))
 
 
 def of_training(model: HNE, batch: int, size: int, itemsize: int) -> Work:
-    """The work of a training step in which every convolution is one kernel, its batch norm included.
+    """Work of a training step with one kernel per convolution, batch norm included.
 
-    A convolution reads and writes its features once in the forward pass and twice in the backward pass (the features
+    A convolution moves its feature maps once in the forward pass and twice in the backward pass (the feature maps
     again, and their gradients). Weights and their gradients are in float32.
     """
     layers = list(_layers(model, model.num_models, size))
-    maps = sum(_of_convolutions(layer, values) for layer, values, _ in layers)
+    features = sum(_of_convolutions(layer, values) for layer, values, _ in layers)
     weights = sum(filters for *_, filters in layers) + model.num_models * model.head.macs()
-    return Work(3 * batch * maps * itemsize + 2 * 4 * weights, 3 * 2 * batch * model.macs(None, size))
+    return Work(3 * batch * features * itemsize + 2 * 4 * weights, 3 * 2 * batch * model.macs(None, size))
 
 
 def of_training_layer(
     layer: Layer, parents: int, branches: int, channels: int, batch: int, size: int, itemsize: int
 ) -> Work:
-    """The same of one layer, with weights in the dtype of the features."""
+    """See :func:`of_training`, for one layer, with weights in the dtype of the features."""
     values = _values(layer, (size, size), channels, parents, branches)
-    maps, flops = _of_convolutions(layer, values), 2 * batch * branches * layer.macs((size, size))
-    return Work((3 * batch * maps + 2 * _filters(layer)) * itemsize, 3 * flops)
+    features, flops = _of_convolutions(layer, values), 2 * batch * branches * layer.macs((size, size))
+    return Work((3 * batch * features + 2 * _filters(layer)) * itemsize, 3 * flops)
 
 
 def _layers(model: HNE, num_models: int, size: int) -> Iterator[tuple[Layer, list[int], int]]:
-    """Every layer, the values of :func:`_values`, and those in its filters, of what the first leaves run through."""
+    """Yield each layer, its :func:`_values` and its number of weights, for the branches of the first members."""
     *needed, _ = model.hierarchy.needed(num_models)
     shape, channels, parents = (size, size), model.in_channels, 1
     for block, branches, all_branches in zip(model._blocks(), needed, model.hierarchy.branches, strict=True):
@@ -124,7 +132,7 @@ def _layers(model: HNE, num_models: int, size: int) -> Iterator[tuple[Layer, lis
 
 
 def _values(layer: Layer, shape: Size, channels: int, parents: int, branches: int) -> list[int]:
-    """Values of one image in the maps of a layer, from what its first convolution reads to what its last one writes."""
+    """Sizes of the feature maps of one image in a layer, from the input of its first convolution to its output."""
     inside = []
     if isinstance(layer, BottleneckLayer):
         middle = branches * layer.description.middle
@@ -137,7 +145,7 @@ def _values(layer: Layer, shape: Size, channels: int, parents: int, branches: in
 
 
 def _of_convolutions(layer: Layer, values: list[int]) -> int:
-    """What all convolutions of a layer read and write."""
+    """Number of values that the convolutions of a layer read and write."""
     shortcut = [values[0], values[-1]] if isinstance(layer, BottleneckLayer) and layer.shortcut is not None else []
     return sum([*values[:-1], *values[1:], *shortcut])
 

@@ -1,4 +1,4 @@
-"""The tables at the end of a run, on the terminal and as Markdown and JSON."""
+"""The tables at the end of a run, on the terminal, in Markdown and in JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from comparison import Row
 from derived import Line, is_in_large_table, small_tables
 
-_WORDS = ("name", "shape", "backend", "network", "op", "")  # titles of what is no number
-TITLES = {  # of sides; the others are called as they are
+_TEXT_COLUMNS = ("name", "shape", "backend", "network", "op", "")  # all other columns are numbers
+TITLES = {  # of sides; a side without a title is shown by its name
     "eager": "naive eager",
     "channels_last": "channels-last",
     "channels_last_compiled": "channels-last, compiled",
@@ -23,7 +23,7 @@ TITLES = {  # of sides; the others are called as they are
 
 
 def header(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Titles of the columns; those in which no row has anything are left out."""
+    """Titles of the columns that have a value in some row."""
     return (
         "name",
         "shape",
@@ -39,7 +39,7 @@ def header(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
-    """A line under :func:`header`."""
+    """Format a row, by the columns of :func:`header`."""
     others = (row.others_ms.get(name) for name in _others(rows))
     share = [] if row.of_peak is None else [f"{row.of_peak:.0%}"]
     return (
@@ -70,23 +70,23 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def text(rows: Sequence[Row]) -> list[str]:
-    """The large table on the terminal."""
+    """Format the large table for the terminal."""
     return aligned(header(rows), [cells(row, rows) for row in rows])
 
 
 def aligned(titles: Line, lines: Sequence[Line]) -> list[str]:
-    """Columns of a terminal: names on the left and numbers on the right."""
+    """Align the columns for the terminal: text left, numbers right."""
     lines = [titles, *lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     return ["  ".join(map(_aligned, line, widths, titles)).rstrip() for line in lines]
 
 
 def _aligned(cell: str, width: int, title: str) -> str:
-    return cell.ljust(width) if title in _WORDS else cell.rjust(width)
+    return cell.ljust(width) if title in _TEXT_COLUMNS else cell.rjust(width)
 
 
 def markdown(rows: Sequence[Row], machine: dict[str, str], note: str, remarks: Sequence[str] = ()) -> str:
-    """A document: machine, large table, how many are slower, small tables."""
+    """Format the document: machine, summary, large table, small tables."""
     large = [row for row in rows if is_in_large_table(row)]
     lines = [
         "# Fused against naive",
@@ -107,7 +107,7 @@ def markdown(rows: Sequence[Row], machine: dict[str, str], note: str, remarks: S
 def _markdown_table(titles: Line, lines: Sequence[Line]) -> list[str]:
     return [
         "| " + " | ".join(titles) + " |",
-        "|" + "|".join("---" if title in _WORDS else "---:" for title in titles) + "|",
+        "|" + "|".join("---" if title in _TEXT_COLUMNS else "---:" for title in titles) + "|",
         *("| " + " | ".join(line) + " |" for line in lines),
     ]
 
@@ -115,16 +115,16 @@ def _markdown_table(titles: Line, lines: Sequence[Line]) -> list[str]:
 def save(
     path: Path, rows: Sequence[Row], machine: dict[str, str], note: str = "", remarks: Sequence[str] = ()
 ) -> list[Path]:
-    """Write ``path`` with the endings .md and .json; returns both paths.
+    """Write ``path`` with the suffixes .md and .json; return both paths.
 
-    Rows that are there of the same machine and commit, and that are not measured anew, stay. ``remarks`` say what else
-    was seen in this run.
+    Earlier rows of the same machine and commit stay, unless they were measured again. ``remarks`` are lines about this
+    run, for the top of the table.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [path.with_name(path.name + ending) for ending in (".md", ".json")]
     fresh = {(row.name, row.shape, row.backend) for row in rows}
     rows = [
-        *(row for row in _rows_of(written[1], machine, note) if (row.name, row.shape, row.backend) not in fresh),
+        *(row for row in _earlier_rows(written[1], machine, note) if (row.name, row.shape, row.backend) not in fresh),
         *rows,
     ]
     written[0].write_text(markdown(rows, machine, note, remarks))
@@ -133,8 +133,8 @@ def save(
     return written
 
 
-def _rows_of(path: Path, machine: dict[str, str], note: str) -> list[Row]:
-    """The rows of an earlier run, if it was of the same kind on the same machine and commit."""
+def _earlier_rows(path: Path, machine: dict[str, str], note: str) -> list[Row]:
+    """Read the rows of an earlier run with the same note, machine and commit."""
     if not path.exists():
         return []
     record = json.loads(path.read_text())
@@ -144,6 +144,6 @@ def _rows_of(path: Path, machine: dict[str, str], note: str) -> list[Row]:
 
 
 def read_rows(record: dict[str, Any]) -> list[Row]:
-    """The rows of a JSON file."""
+    """Parse the rows of a JSON file."""
     names = [f.name for f in fields(Row)]
     return [Row(**{name: row[name] for name in names if name in row}) for row in record["rows"]]

@@ -1,4 +1,4 @@
-"""What is compared on which kind of machine."""
+"""Workloads: the comparisons for each kind of machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import hne_kernels as K
 
 
 class Network(NamedTuple):
-    """A network, and the size of its images."""
+    """A network and its image size."""
 
     name: str
     size: int
@@ -21,27 +21,27 @@ class Network(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes and sides of the comparisons."""
+    """Sizes, dtypes and sides of the comparisons."""
 
     device: str
-    backends: tuple[str, ...]  # fused sides; "" is the one that is chosen automatically
-    others: dict[str, tuple[str, ...]]  # sides besides fused and naive, for "op", "inference" and "training"
-    ops: tuple[int, torch.dtype]  # batch, and dtype of the features
-    heads: tuple[tuple[int, int, int, int], ...]  # models, batch, channels, classes
-    training: tuple[tuple[Network, int, torch.dtype], ...]  # batch, and float32 or what autocast lowers to
-    inference: tuple[tuple[Network, int, int, torch.dtype], ...]  # number of models, batch, dtype
+    backends: tuple[str, ...]  # fused sides; "" is the automatic choice
+    others: dict[str, tuple[str, ...]]  # peers besides naive, for "op", "inference" and "training"
+    ops: tuple[int, torch.dtype]  # batch, dtype of the features
+    heads: tuple[tuple[int, int, int, int], ...]  # members, batch, channels, classes
+    training: tuple[tuple[Network, int, torch.dtype], ...]  # batch, float32 or the dtype of autocast
+    inference: tuple[tuple[Network, int, int, torch.dtype], ...]  # ensemble size, batch, dtype
     anytime: tuple[tuple[Network, int, torch.dtype], ...]  # batch, dtype
     compiler: dict[str, str]  # options of torch.compile
-    rates: tuple[int | None, tuple[int, ...]]  # MiB to copy and sizes of matrices, to measure what the machine can do
-    memory: bool = False  # measure that of a training step
-    seconds: float = 1.5  # for a comparison
+    rates: tuple[int | None, tuple[int, ...]]  # MiB to copy and sizes of matrices, to measure the machine
+    memory: bool = False  # measure the memory of a training step
+    seconds: float = 1.5  # per comparison
 
     @property
     def meter(self) -> Meter:
         return GpuMeter(torch.device(self.device)) if self.device == "cuda" else HostMeter()
 
     def precision(self, dtype: torch.dtype, *, training: bool = False) -> str:
-        """Of `comparison.check_agreement`."""
+        """Choose the precision for :func:`comparison.check_agreement`."""
         if dtype == torch.float32 and self.device == "cpu":
             return "float32"
         name = "tf32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")  # tf32: see conftest.py
@@ -52,10 +52,10 @@ RESNET = Network("HNE-ResNet", 32, {"name": "hne_resnet50_cifar", "num_classes":
 MOBILENET = Network("HNE-MobileNetV2", 224, {"name": "hne_mobilenetv2_075", "num_classes": 1000})
 TINY = Network("HNE-tiny", 8, {"name": "hne_tiny", "num_classes": 10, "width": 0.25, "num_models": 2})
 
-_HEADS = ((16, 128, 256, 100), (8, 450, 1280, 1000))  # of both networks, at the batches that they are trained with
+_HEADS = ((16, 128, 256, 100), (8, 450, 1280, 1000))  # of both networks, at their training batch sizes
 
 _COMPILED = ("compiled", "channels_last_compiled")
-_LAUNCHED = ("eager", "channels_last", *_COMPILED)
+_EAGER_AND_COMPILED = ("eager", "channels_last", *_COMPILED)
 _PEERS = ("frozen", "onnxruntime", "openvino")
 _ON_GPU = tuple(name for name in ("cuda", "triton") if torch.cuda.is_available() and name in K.available_backends())
 
@@ -79,22 +79,22 @@ CPU = Workload(
 GPU = Workload(
     device="cuda",
     backends=_ON_GPU,
-    others={"op": ("channels_last", *_COMPILED), "inference": _LAUNCHED, "training": _LAUNCHED},
+    others={"op": ("channels_last", *_COMPILED), "inference": _EAGER_AND_COMPILED, "training": _EAGER_AND_COMPILED},
     ops=(128, torch.bfloat16),
     heads=_HEADS,
     training=tuple((RESNET, batch, dtype) for batch in (128, 512) for dtype in (torch.bfloat16, torch.float32)),
-    # The goal first: it is what a budget is spent on first.
+    # The most important settings come first, in case the time budget runs out.
     inference=tuple((RESNET, n, batch, torch.bfloat16) for batch in (128, 1, 32, 1024) for n in (16, 4, 1)),
     anytime=((RESNET, 1, torch.bfloat16),),
-    compiler={"mode": "max-autotune-no-cudagraphs"},  # the meter captures the graph, for every side alike
+    compiler={"mode": "max-autotune-no-cudagraphs"},  # the meter captures a graph of every side itself
     rates=(1024, (8192,)),
     seconds=0.5,
 )
-# Every side and step of both, tiny and on any machine: shows that it runs and that the sides agree, not how fast.
+# Every side and step of CPU and GPU, tiny, on any machine: shows that all sides run and agree, not how fast they are.
 REHEARSAL = Workload(
     device="cpu",
     backends=("cpp",),
-    others=GPU.others | {"inference": (*_LAUNCHED, *_PEERS)},
+    others=GPU.others | {"inference": (*_EAGER_AND_COMPILED, *_PEERS)},
     ops=(2, torch.bfloat16),
     heads=((2, 4, 8, 10),),
     training=((TINY, 4, torch.bfloat16), (TINY, 4, torch.float32)),

@@ -1,9 +1,8 @@
-"""PEP 517 build backend: setuptools, and the torch of the environment being installed into.
+"""PEP 517 build backend: setuptools, built against the torch of the target environment.
 
-pip builds in an isolated environment, where a torch that is installed already is out of sight; one
-listed under `[build-system] requires` would be downloaded again, in another version. But the paths
-of the environment itself are still known there, so its torch is put back on the path. Only where
-there is none is torch asked for.
+pip builds in an isolated environment, which hides an installed torch. A torch in `[build-system] requires` would be
+downloaded again, possibly in another version. The paths of the target environment are still known there, so this
+backend puts its torch back on the path. It requires torch as a build dependency only where the environment has none.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ TORCH_REQUIREMENT = "torch>=" + ".".join(map(str, TORCH_TARGET))
 
 
 def environment_paths() -> list[str]:
-    """Package folders of the environment being installed into, nearest first."""
+    """Package folders of the target environment, nearest first."""
     paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     return list(dict.fromkeys(paths))
 
 
 def find_torch(paths: list[str]) -> str | None:
-    """The folder among `paths` with a torch that is new enough to build against."""
+    """Find the first of `paths` with a torch that is new enough to build against."""
     for path in paths:
         for distribution in metadata.distributions(name="torch", path=[path]):
             major, minor = distribution.version.split(".")[:2]
@@ -45,8 +44,8 @@ def _requires() -> list[str]:
     return [] if find_torch(environment_paths()) else [TORCH_REQUIREMENT]
 
 
-def _show_torch() -> None:
-    # Last: setuptools and ninja of the isolated environment keep the right of way.
+def _add_torch_to_path() -> None:
+    # Appended, so that setuptools and ninja of the isolated environment take precedence.
     path = find_torch(environment_paths())
     if path and path not in sys.path:
         sys.path.append(path)
@@ -73,14 +72,14 @@ def prepare_metadata_for_build_editable(folder: str, config_settings: Settings =
 
 
 def build_wheel(folder: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
-    _show_torch()
-    for stale in Path("build").glob("lib*"):  # or modules that are gone would be packed again
+    _add_torch_to_path()
+    for stale in Path("build").glob("lib*"):  # else deleted modules would end up in the wheel
         shutil.rmtree(stale)
     return build_meta.build_wheel(folder, config_settings, metadata_directory)
 
 
 def build_editable(folder: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
-    _show_torch()
+    _add_torch_to_path()
     return build_meta.build_editable(folder, config_settings, metadata_directory)
 
 

@@ -1,8 +1,8 @@
-"""How the C++ and CUDA libraries are compiled.
+"""Compilation of the C++ and CUDA libraries.
 
-Environment: `CXX` compiler, `MAX_JOBS` compile jobs, `HNE_WERROR=1` warnings are errors,
-`HNE_SANITIZE=address,undefined` instrumented build, `HNE_CUDA=0|1` CUDA library off | required,
-`TORCH_CUDA_ARCH_LIST` its targets.
+Environment variables: `CXX` (compiler), `MAX_JOBS` (parallel compile jobs), `HNE_WERROR=1` (warnings are errors),
+`HNE_SANITIZE=address,undefined` (instrumented build), `HNE_CUDA=0|1` (CUDA library off | required),
+`TORCH_CUDA_ARCH_LIST` (GPU targets).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
 CPU_LIBRARY = "hne_kernels._C"  # a Python module that also registers the ops
-CUDA_LIBRARY = "hne_kernels._C_cuda"  # ops only
-TORCH_TARGET = (2, 11)  # oldest torch served: the stable ABI of this release is compiled against
+CUDA_LIBRARY = "hne_kernels._C_cuda"  # registers ops, no Python module
+TORCH_TARGET = (2, 11)  # oldest supported torch; its stable ABI is the one used
 CUDA_TARGETS = "8.0;9.0a"
-BYTES_PER_JOB = 3 << 29  # 1.5 GiB: what one compiler process needs at its peak, and some more
+BYTES_PER_JOB = 3 << 29  # 1.5 GiB: peak memory of a compiler process, rounded up
 
 
 class BuildError(SystemExit):
@@ -39,12 +39,12 @@ class BuildError(SystemExit):
 
 
 def cpp_flags(environ: Mapping[str, str]) -> list[str]:
-    """Flags of every C++ file; torch's build helper adds `-std=`.
+    """Flags for every C++ file; torch's build helper adds `-std=`.
 
-    None of them names an instruction set: csrc/cpu/microkernels/isa/*.cpp do that for their own functions, and
-    which of those run is decided at run time.
+    No flag selects an instruction set: csrc/cpu/microkernels/isa/*.cpp do that for their own functions, and the library
+    chooses among those at run time.
     """
-    flags = ["-fno-math-errno", "-ffp-contract=fast"]  # as much of -ffast-math as keeps NaN and inf
+    flags = ["-fno-math-errno", "-ffp-contract=fast"]  # the part of -ffast-math that preserves NaN and infinity
     flags += ["-fno-wrapv", "-fvisibility=hidden", "-Wall", "-Wextra"]
     if environ.get("HNE_WERROR") == "1":
         flags.append("-Werror")
@@ -57,7 +57,7 @@ def cpp_flags(environ: Mapping[str, str]) -> list[str]:
 
 
 def nvcc_flags(environ: Mapping[str, str]) -> list[str]:
-    """Flags of every CUDA file; torch's build helper adds the targets."""
+    """Flags for every CUDA file; torch's build helper adds the targets."""
     flags = ["-O3", "-DUSE_CUDA", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"]
     if environ.get("HNE_WERROR") == "1":
         flags += ["--Werror", "all-warnings", "--compiler-options", "-Werror"]
@@ -70,7 +70,7 @@ def target_define() -> str:
 
 
 def job_count(environ: Mapping[str, str], cpus: int, available_bytes: int) -> int:
-    """Compile jobs at once: `MAX_JOBS`, else what processors and memory allow."""
+    """Number of parallel compile jobs: `MAX_JOBS`, else as many as processors and memory allow."""
     if asked := environ.get("MAX_JOBS"):
         if not asked.isdigit() or int(asked) == 0:
             raise BuildError(f"MAX_JOBS must be a positive integer, got {asked!r}.")
@@ -79,7 +79,7 @@ def job_count(environ: Mapping[str, str], cpus: int, available_bytes: int) -> in
 
 
 def available_bytes() -> int:
-    """Free memory of the machine or, if that is less, of the container."""
+    """Free memory of the machine, or of the container if that is less."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -92,10 +92,10 @@ def available_bytes() -> int:
 
 
 def cxx_compiler(environ: Mapping[str, str]) -> str:
-    """The C++ compiler's command: `CXX`, else the first one on the PATH."""
+    """Command of the C++ compiler: `CXX`, else the first known compiler on the PATH."""
     candidates = [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]
     for command in candidates:
-        # `CXX` may carry a launcher or flags ("ccache g++"): the first word is what must be there.
+        # `CXX` may contain a launcher or flags ("ccache g++"), so only its first word must be a program.
         if shutil.which(command.split()[0], path=environ.get("PATH")):
             return command
     raise BuildError(
@@ -113,7 +113,7 @@ def check_python_headers() -> None:
 
 
 def cuda_toolkit(environ: Mapping[str, str]) -> Path | None:
-    """The CUDA toolkit's folder: `CUDA_HOME`, else where the nvcc on the PATH says it belongs."""
+    """Folder of the CUDA toolkit: `CUDA_HOME`, else the toolkit that the nvcc on the PATH reports."""
     if environ.get("HNE_CUDA") == "0":
         return None
     if home := environ.get("CUDA_HOME"):
@@ -121,7 +121,7 @@ def cuda_toolkit(environ: Mapping[str, str]) -> Path | None:
     else:
         nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc and Path(nvcc).exists():
-        # Not simply two folders up: nvcc on the PATH is often a wrapper that lies elsewhere.
+        # The nvcc on the PATH is often a wrapper outside the toolkit, so nvcc itself is asked.
         dry = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
         if match := re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE):
             return Path(match.group(1)).resolve()
@@ -134,7 +134,7 @@ def cuda_toolkit(environ: Mapping[str, str]) -> Path | None:
 
 
 def git_commit(root: Path) -> str:
-    """Short hash of the checkout, "-dirty" if edited; empty outside one."""
+    """Short hash of the checkout, with "-dirty" after edits; empty outside a checkout."""
     if not (root / ".git").exists():
         return ""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -146,13 +146,13 @@ def git_commit(root: Path) -> str:
 
 
 def extensions(root: Path) -> list[Extension]:
-    """The libraries there are sources for."""
+    """The libraries that have sources."""
     cpu = [*root.glob("csrc/*.cpp"), *root.glob("csrc/cpu/**/*.cpp")]
     cuda = [*root.glob("csrc/cuda/**/*.cu"), *root.glob("csrc/cuda/**/*.cpp")]
     headers = [*root.glob("csrc/**/*.h"), *root.glob("csrc/**/*.cuh")]
 
     def extension(name: str, sources: Sequence[Path]) -> Extension:
-        # setuptools wants paths relative to setup.py
+        # setuptools requires paths relative to setup.py
         relative = sorted(str(path.relative_to(root)) for path in sources)
         depends = sorted(str(path.relative_to(root)) for path in headers)
         return Extension(name, relative, depends=depends, language="c++")
@@ -164,7 +164,7 @@ def extensions(root: Path) -> list[Extension]:
 
 
 def write_build_info(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write build_info.h for csrc/bindings.cpp; untouched if nothing changed."""
+    """Write build_info.h for csrc/bindings.cpp, unless its content is unchanged."""
     lines = ["// Written by build_backend/native.py.", "#pragma once"]
     for key, value in values.items():
         text = value if isinstance(value, str) else " ".join(value)
@@ -177,10 +177,10 @@ def write_build_info(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def build_command(root: Path) -> type[build_ext]:
-    """setuptools' `build_ext` on top of torch's; without torch, one that says so when it runs."""
+    """Return the `build_ext` command, based on torch's; without torch, a command that fails with an explanation."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # not needed here
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # NumPy is not needed here
             import torch
     except ModuleNotFoundError as error:
         if error.name != "torch":
@@ -190,17 +190,17 @@ def build_command(root: Path) -> type[build_ext]:
 
     toolkit = cuda_toolkit(os.environ)
     if toolkit:
-        cpp_extension.CUDA_HOME = str(toolkit)  # None where torch itself is without CUDA
+        cpp_extension.CUDA_HOME = str(toolkit)  # torch leaves it None in builds without CUDA
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_TARGETS)
 
     class Build(cpp_extension.BuildExtension):
-        """Compiles the CUDA library if it can, then the CPU library, which knows the outcome."""
+        """Compiles the CUDA library if possible, then the CPU library, which stores the outcome."""
 
         extensions: list[Extension]
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            # Always the same folder, also when pip offers a temporary one: rebuilds are quick.
+            # Always the same folder, even when pip passes a temporary one, so that rebuilds are incremental.
             kind = os.environ.get("HNE_SANITIZE", "release").replace(",", "-")
             self.build_temp = str(root / "build" / f"{kind}-{sys.implementation.cache_tag}")
 
@@ -211,11 +211,11 @@ def build_command(root: Path) -> type[build_ext]:
             os.environ["MAX_JOBS"] = str(jobs)
             super().run()
             if self.inplace and CUDA_LIBRARY not in [extension.name for extension in self.extensions]:
-                (root / "hne_kernels" / "_C_cuda.so").unlink(missing_ok=True)  # of an earlier build
+                (root / "hne_kernels" / "_C_cuda.so").unlink(missing_ok=True)  # left by an earlier build
 
         def get_ext_filename(self, fullname: str) -> str:
             filename: str = super().get_ext_filename(fullname)
-            if fullname.endswith("_C_cuda"):  # no Python module, so no Python version in its name
+            if fullname.endswith("_C_cuda"):  # not a Python module, so without a Python version in its name
                 return filename.replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so")
             return filename
 
@@ -260,7 +260,7 @@ def build_command(root: Path) -> type[build_ext]:
             )
 
         def build_extension(self, extension: Extension) -> None:
-            """Compile with what torch and the CUDA toolkit bring."""
+            """Compile with the headers and libraries of torch and the CUDA toolkit."""
             headers = cpp_extension.include_paths()  # torch's headers include pybind11's
             system = [word for path in headers for word in ("-isystem", path)]
             common = [target_define(), *system]
@@ -276,7 +276,7 @@ def build_command(root: Path) -> type[build_ext]:
             if extension.name == CUDA_LIBRARY:
                 assert toolkit is not None
                 extension.library_dirs += [str(toolkit / "lib64"), str(toolkit / "lib")]
-                # Static: no second libcudart to find, whichever one torch has brought.
+                # Static, so that no libcudart besides torch's must be found at run time.
                 extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
             super().build_extension(extension)
 

@@ -1,8 +1,8 @@
-"""Everything that needs a GPU, in one go: build, test suite, compute-sanitizer, benchmarks.
+"""Run everything that needs a GPU: build, test suite, compute-sanitizer, benchmarks.
 
-It needs CUDA's compiler, PyTorch, Triton and pytest, and no network. Each step has a share of the time; one that runs
-out of it is stopped, says so, and the next one goes on. The last one, the benchmarks, has all the time that is left,
-and compares what matters most first.
+Requires the CUDA compiler, PyTorch, Triton and pytest, but no network. Each step has a time limit. A step that exceeds
+it is stopped and reported, and the next step runs. The last step, the benchmarks, gets all remaining time and starts
+with the most important comparisons.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cuda", "triton")
-GRACE = 15  # seconds in which a step that is told to stop may report what it has
+GRACE = 15  # seconds for a stopped step to report its partial results
 
 
 class Failure(Exception):
-    """What went wrong, in a line."""
+    """A step failed; the message is the reason, in one line."""
 
 
 class Skipped(Exception):
-    """Why a step cannot be done on this machine, in a line."""
+    """A step cannot run on this machine; the message is the reason, in one line."""
 
 
 class RanOut(Exception):
-    """What a step had done when its time was over, in a line."""
+    """A step exceeded its time; the message is its progress, in one line."""
 
 
 @dataclass
 class Outcome:
-    """What became of a step."""
+    """Outcome of a step."""
 
     result: str  # passed, FAILED, skipped, ran out
     seconds: float
@@ -56,9 +56,9 @@ class Check:
     """One run of the steps.
 
     Args:
-        seconds: For all of them.
-        results: Folder of the results.
-        expression: Chooses benchmarks, as pytest's ``-k``.
+        seconds: total time of all steps.
+        results: folder of the results.
+        expression: selects benchmarks, as pytest's ``-k`` does.
     """
 
     def __init__(self, seconds: float, results: Path, expression: str = "") -> None:
@@ -67,10 +67,10 @@ class Check:
         self._step_end = self._end
         results.mkdir(parents=True, exist_ok=True)
 
-    def step(self, function: Callable[[Check], str], share: float | None) -> Outcome:
-        """Do a step in at most ``share`` seconds, or in all the time that is left."""
+    def step(self, function: Callable[[Check], str], limit: float | None) -> Outcome:
+        """Run a step for at most ``limit`` seconds; None for all remaining time."""
         start = time.monotonic()
-        self._step_end = self._end if share is None else min(self._end, start + share)
+        self._step_end = self._end if limit is None else min(self._end, start + limit)
         try:
             result, note = "passed", function(self)
         except Failure as failure:
@@ -82,15 +82,15 @@ class Check:
         return Outcome(result, round(time.monotonic() - start, 1), note)
 
     def left(self) -> float:
-        """Seconds that the step has left."""
+        """Remaining seconds of the step."""
         return self._step_end - time.monotonic()
 
     def run(self, *command: str, seconds: float | None = None, **environ: str) -> str:
-        """Run from the root of the checkout. The output is returned, and kept in ``check.log``.
+        """Run a command in the root of the checkout; return its output and append it to ``check.log``.
 
         Raises:
-            Failure: It could not be run, or ended with an error.
-            RanOut: It was interrupted after ``seconds``, or when the step's time was over.
+            Failure: the command could not be started, or ended with an error.
+            RanOut: it was interrupted after ``seconds``, or at the end of the step's time.
         """
         limit = self.left() if seconds is None else min(seconds, self.left())
         if limit <= 0:
@@ -105,7 +105,7 @@ class Check:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    # Started in the background of a shell, this process ignores interrupts, and so would its children.
+                    # In the background of a shell this process ignores interrupts, and its children would inherit that.
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )
             except OSError as error:
@@ -125,11 +125,11 @@ class Check:
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> bool:
-    """Wait for a process; if it takes longer than ``limit``, end it and all its children and return True."""
+    """Wait for a process; after ``limit`` seconds end it with all its children, and return True."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(limit)
         return False
-    process.send_signal(signal.SIGINT)  # pytest then reports what it has
+    process.send_signal(signal.SIGINT)  # pytest then reports its results so far
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
     with contextlib.suppress(ProcessLookupError):
@@ -142,16 +142,16 @@ def _wait(process: subprocess.Popen[bytes], limit: float) -> bool:
 
 
 def machine(check: Check) -> str:
-    """what is needed is there"""
+    """check that the requirements are installed"""
     missing = [
-        what
-        for what, there in {
+        requirement
+        for requirement, found in {
             "nvcc": shutil.which("nvcc") or os.environ.get("CUDA_HOME"),
             "a GPU that torch can use": torch.cuda.is_available(),
             "triton": importlib.util.find_spec("triton"),
             "pytest": importlib.util.find_spec("pytest"),
         }.items()
-        if not there
+        if not found
     ]
     if missing:
         raise Failure(f"missing: {', '.join(missing)}")
@@ -159,37 +159,37 @@ def machine(check: Check) -> str:
 
 
 def build(check: Check) -> str:
-    """the extension, for this GPU alone, with the environment's own PyTorch and nothing fetched"""
+    """compile the extension for this GPU only, against the installed PyTorch, without downloads"""
     major, minor = torch.cuda.get_device_capability()
     target = f"{major}.{minor}" + ("a" if major == 9 else "")
     pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", ".")
-    # No versions are asked for, and pip refuses constraints of a build that it does not isolate.
+    # No constraints: pip rejects them for a build without isolation.
     free = {"PIP_CONSTRAINT": "", "PIP_BUILD_CONSTRAINT": "", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
     check.run(*pip, seconds=None, HNE_CUDA="1", TORCH_CUDA_ARCH_LIST=target, **free)
     return f"for sm_{target.replace('.', '')}"
 
 
 def backends(check: Check) -> str:
-    """all four can be used"""
+    """check that all four backends are available"""
     code = "import hne_kernels as K; print(dict(K.unavailable_backends()))"
-    said = check.run(sys.executable, "-c", code).strip().splitlines()[-1]
-    if said != "{}":
-        raise Failure(f"not available: {said}")
+    output = check.run(sys.executable, "-c", code).strip().splitlines()[-1]
+    if output != "{}":
+        raise Failure(f"not available: {output}")
     return "reference, cpp, cuda, triton"
 
 
 def gpu_tests(check: Check) -> str:
-    """the tests of both GPU backends"""
+    """run the tests of both GPU backends"""
     return suite(check, "cuda or triton or gpu", BACKENDS)
 
 
 def other_tests(check: Check) -> str:
-    """the rest of the test suite"""
+    """run the rest of the test suite"""
     return suite(check, "not (cuda or triton or gpu)", ())
 
 
 def suite(check: Check, expression: str, served: tuple[str, ...]) -> str:
-    """Run the tests that ``expression`` chooses and that are not marked slow; some must be of each ``served``."""
+    """Run the tests selected by ``expression`` and not marked slow; each backend in ``served`` must have some."""
     missing = [package for package in ("hypothesis",) if importlib.util.find_spec(package) is None]
     without = ["--ignore=tests/kernels/test_properties.py"] if missing else []
     workers = []
@@ -210,17 +210,20 @@ def suite(check: Check, expression: str, served: tuple[str, ...]) -> str:
     if missing:
         note += f", without test_properties.py (no {', '.join(missing)})"
     if stopped:
-        raise RanOut(f"{note}; then its time was over")
+        raise RanOut(f"{note}; then the time was over")
     return note
 
 
 def counted(report: Path, served: tuple[str, ...], *, complete: bool) -> str:
-    """What a report of pytest says in a line; why tests were skipped is printed.
+    """Summarise a report of pytest in one line, and print the reasons of skipped tests.
 
-    If it is not complete, its last test was interrupted, and there may be backends that it had not come to.
+    Args:
+        report: JUnit file of pytest.
+        served: backends that must have passed tests.
+        complete: False if pytest was interrupted. Its last test is then ignored, and backends may have no tests yet.
 
     Raises:
-        Failure: A test failed, or none passed of a backend in ``served``.
+        Failure: a test failed, or a backend in ``served`` has no passed test.
     """
     if not report.exists():
         raise Failure("pytest left no report")
@@ -243,12 +246,12 @@ def counted(report: Path, served: tuple[str, ...], *, complete: bool) -> str:
 
 
 def memcheck(check: Check) -> str:
-    """accesses beyond the memory of a tensor, on small shapes, both backends"""
+    """look for accesses outside of tensors, on small shapes, both backends"""
     return sanitizer(check, "memcheck")
 
 
 def racecheck(check: Check) -> str:
-    """races in shared memory, on small shapes, both backends"""
+    """look for races in shared memory, on small shapes, both backends"""
     return sanitizer(check, "racecheck")
 
 
@@ -258,12 +261,23 @@ def sanitizer(check: Check, tool: str) -> str:
         raise Skipped("compute-sanitizer is not on the PATH")
     notes, stopped = [], False
     for backend, rest in zip(BACKENDS, (2, 1), strict=True):
-        ours = ("--kernel-regex", "kns=hne") if backend == "cuda" else ()  # Triton's are called as in the source
+        kernels = (
+            ("--kernel-regex", "kns=hne") if backend == "cuda" else ()
+        )  # Triton names kernels after their functions
         tests = f"test_results_and_gradients and ({backend}-bfloat16 or {backend}-float32)"
         try:
-            # Without torch's cache every tensor is an allocation of its own, and an access beyond it is seen.
-            said = check.run(
-                *(program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "application-only", *ours),
+            # Without torch's cache every tensor is a separate allocation, so that accesses outside of it are found.
+            output = check.run(
+                *(
+                    program,
+                    "--tool",
+                    tool,
+                    "--error-exitcode",
+                    "99",
+                    "--target-processes",
+                    "application-only",
+                    *kernels,
+                ),
                 *(sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels/test_parity.py", "-k", tests),
                 seconds=check.left() / rest,
                 PYTORCH_NO_CUDA_MEMORY_CACHING="1",
@@ -276,7 +290,7 @@ def sanitizer(check: Check, tool: str) -> str:
             notes.append(f"{backend}: {done}")
             stopped = True
         else:
-            notes.append(f"{backend}: {_last_line(said, ' passed')}")
+            notes.append(f"{backend}: {_last_line(output, ' passed')}")
     if stopped:
         raise RanOut("; ".join(notes))
     return "; ".join(notes)
@@ -287,23 +301,23 @@ def _last_line(text: str, part: str) -> str:
 
 
 def benchmarks(check: Check) -> str:
-    """all sides against each other, and against the roofline"""
+    """compare all sides with each other and with the lower bound"""
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise Skipped("the package pytest-benchmark is not installed")
     table = check.results / gpu_name()
-    budget = check.left() - 45  # the comparison that has begun then may end
+    budget = check.left() - 45  # leaves time to finish the running comparison
     choice = ("-k", check.expression) if check.expression else ()
-    said = check.run(
+    output = check.run(
         *(sys.executable, "-m", "pytest", "--benchmark", "-q", "-rs", "--benchmark-workload=gpu"),
         *(f"--benchmark-save-table={table}", f"--benchmark-budget={budget:.0f}", *choice),
     )
-    note = f"{_last_line(said, 'comparisons, fused slower')}: {table}.md"
-    if "the budget of" in said:
-        raise RanOut(f"{note}; {_last_line(said, ' skipped')}")
+    note = f"{_last_line(output, 'comparisons, fused slower')}: {table}.md"
+    if "the budget of" in output:
+        raise RanOut(f"{note}; {_last_line(output, ' skipped')}")
     return note
 
 
-# The step, and how many of the seconds it may take at most; the last one takes what is left.
+# Each step and its limit in seconds; the last step takes the remaining time.
 STEPS: dict[str, tuple[Callable[[Check], str], float | None]] = {
     "machine": (machine, 15),
     "build": (build, 150),
@@ -321,7 +335,7 @@ def gpu_name() -> str:
 
 
 def facts() -> dict[str, str]:
-    """GPU, driver, versions and commit, as the benchmarks have them; before the build only what torch knows."""
+    """GPU, driver, versions and commit, as in the benchmarks; before the build only the versions that torch knows."""
     code = "import json, machine; facts = machine.describe(); print(json.dumps(facts))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
@@ -332,7 +346,7 @@ def facts() -> dict[str, str]:
 
 
 def save(path: Path, machine: dict[str, str], done: dict[str, Outcome]) -> None:
-    """Write the outcomes; those of other steps that are there of the same machine and commit stay."""
+    """Write the outcomes; earlier outcomes of other steps on the same machine and commit stay."""
     steps = {}
     if path.exists():
         before = json.loads(path.read_text())
@@ -345,14 +359,14 @@ def save(path: Path, machine: dict[str, str], done: dict[str, Outcome]) -> None:
 def arguments() -> argparse.Namespace:
     width = max(map(len, STEPS))
     steps = "\n".join(
-        f"  {name:<{width}}  {'the rest' if share is None else f'{share:>6} s'}  {function.__doc__}"
-        for name, (function, share) in STEPS.items()
+        f"  {name:<{width}}  {'the rest' if limit is None else f'{limit:>6} s'}  {function.__doc__}"
+        for name, (function, limit) in STEPS.items()
     )
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""\
-steps, and the longest that each may take:
+steps and their time limits:
 {steps}
 
 examples:
@@ -360,17 +374,22 @@ examples:
   python tools/gpu_check.py --only build --only gpu-tests --seconds 600      some steps, with more time
   python tools/gpu_check.py --only benchmarks --benchmarks 'inference and 128'   one part of the table
 
-A step that is given alone has all the seconds. A machine that has not been used before must build first. Results
-are added to those of earlier calls on the same machine and commit: RESULTS/<gpu>.md and .json are the table of the
-benchmarks, <gpu>-check.json the outcome of the steps, check.log all output.
+A step given alone may use all the time. The first call on a new machine must include the build. Results are added to
+those of earlier calls on the same machine and commit: RESULTS/<gpu>.md and .json hold the table of the benchmarks,
+<gpu>-check.json the outcomes of the steps, check.log all output.
 The exit status is 1 if a step failed or ran out of time.
 """,
     )
-    parser.add_argument("--only", action="append", choices=tuple(STEPS), metavar="STEP", help="(may be given again)")
-    parser.add_argument("--seconds", type=float, default=560, help="for all steps together (default: 560)")
-    parser.add_argument("--benchmarks", default="", metavar="EXPRESSION", help="choose benchmarks, as pytest -k does")
     parser.add_argument(
-        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="(default: benchmarks/results)"
+        "--only", action="append", choices=tuple(STEPS), metavar="STEP", help="run this step only (repeatable)"
+    )
+    parser.add_argument("--seconds", type=float, default=560, help="total time (default: 560)")
+    parser.add_argument("--benchmarks", default="", metavar="EXPRESSION", help="select benchmarks, as pytest -k does")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="folder of the results (default: benchmarks/results)",
     )
     return parser.parse_args()
 
@@ -381,10 +400,10 @@ def main() -> int:
     chosen = args.only or list(STEPS)
     done: dict[str, Outcome] = {}
     for name in (name for name in STEPS if name in chosen):
-        function, share = STEPS[name]
-        done[name] = check.step(function, None if len(chosen) == 1 else share)
+        function, limit = STEPS[name]
+        done[name] = check.step(function, None if len(chosen) == 1 else limit)
         if name in ("machine", "build") and done[name].result != "passed":
-            break  # nothing to check
+            break  # the other steps cannot run
     if torch.cuda.is_available():
         save(check.results / f"{gpu_name()}-check.json", facts(), done)
     for name, outcome in done.items():

@@ -1,4 +1,4 @@
-"""What was built, how the build decides, and what it says when it cannot go on."""
+"""The build: its result, its decisions, and its error texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environ})
 
 
-# --- what was built ----------------------------------------------------------------------------------------
+# --- result ------------------------------------------------------------------------------------------------
 
 
 def test_build_info() -> None:
@@ -79,7 +79,7 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     assert str(ROOT) not in result.stdout
 
 
-# --- what an import says of a library that is not right ----------------------------------------------------
+# --- error texts of an import without a working library ----------------------------------------------------
 
 
 def test_missing_library(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_cuda_library_says_why_it_is_not_there(tmp_path: Path) -> None:
     assert reason in (extension.load_cuda_library(tmp_path) or "")
 
 
-# --- how the build decides ---------------------------------------------------------------------------------
+# --- decisions of the build --------------------------------------------------------------------------------
 
 
 def fake_torch(folder: Path, version: str) -> Path:

@@ -1,4 +1,4 @@
-"""Data come from the folders that a test names, not from those of the environment."""
+"""Tests find data only in the folders that they name."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_imagenet(tmp_path: Path) -> None:
 
 
 def test_evaluation_sees_the_centre(tmp_path: Path) -> None:
-    """Shorter side to 8/7 of the size, then the centre: a white square in a black frame stays white."""
+    """The shorter side is resized to 8/7 of the size, then the black frame around the white square is cropped off."""
     pixels = np.zeros((64, 128, 3), np.uint8)
     pixels[4:60, 36:92] = 255
     Image.fromarray(pixels).save(tmp_path / "square.png")
@@ -40,7 +40,7 @@ def test_evaluation_sees_the_centre(tmp_path: Path) -> None:
     assert (input_format.read(tmp_path / "square.png") == 255).all()
 
 
-def test_truncated_picture_is_named(tmp_path: Path) -> None:
+def test_truncated_image_is_named(tmp_path: Path) -> None:
     write_image_folders(tmp_path)
     path = tmp_path / "train" / "cat" / "1.JPEG"
     path.write_bytes(path.read_bytes()[:-200])
@@ -50,7 +50,7 @@ def test_truncated_picture_is_named(tmp_path: Path) -> None:
         list(batches)
 
 
-def test_incomplete_picture_folders(tmp_path: Path) -> None:
+def test_incomplete_image_folders(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match=f"found {tmp_path / 'train'}, but no folder {tmp_path / 'val'}"):
         load_dataset("imagenet", tmp_path)

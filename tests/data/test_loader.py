@@ -14,7 +14,7 @@ from hne.data import InputFormat, MemoryImages, evaluation_batches, load_dataset
 
 
 def numbered(count: int, pad: int = 0) -> tuple[MemoryImages, InputFormat]:
-    """Images whose pixels are their number."""
+    """Create images whose pixels all hold the index of the image."""
     images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 6, 6, 1).contiguous()
     return MemoryImages(images, torch.arange(count), pad=pad), InputFormat(1, (6, 6), (0.0,), (1 / 255,))
 
@@ -69,7 +69,7 @@ def test_batches_are_normalised_and_channels_last() -> None:
 
 
 def test_files_come_in_the_order_of_memory(tmp_path: Path) -> None:
-    """Decoded ahead by threads, and still a function of the generator alone."""
+    """Threads decode in advance, yet the batches depend on the generator only."""
     write_image_folders(tmp_path, per_class=6)
     dataset = load_dataset("imagenet", tmp_path, image_size=16)
     epochs = []

@@ -67,7 +67,7 @@ def test_missing_files_say_where_and_how(name: str, tmp_path: Path, monkeypatch:
         load_dataset(name, empty)
     with pytest.raises(DataError, match=rf"{absent} \(no such folder\)"):
         load_dataset(name, absent)
-    if name != "fashion-mnist":  # that one may be installed
+    if name != "fashion-mnist":  # a system package may have installed it
         monkeypatch.setenv("HNE_DATA", str(empty))
         with pytest.raises(DataError, match=rf"in {empty}.*--data-dir DIR or HNE_DATA=DIR"):
             load_dataset(name)

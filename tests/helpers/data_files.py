@@ -52,7 +52,7 @@ CIFAR = {
 
 
 def write_cifar(root: Path, name: str, *, zipped: bool) -> dict[str, np.ndarray]:
-    """Four records per file, in the folder or the archive; returns the records by file name."""
+    """Write four records per file, into a folder or an archive; return the records by file name."""
     folder, archive, train, test, names = CIFAR[name]
     classes = 10 if name == "cifar10" else 100
     rng = np.random.default_rng(1)
@@ -87,7 +87,7 @@ def write_image_folders(root: Path, per_class: int = 3) -> None:
 
 
 def check_normalisation(dataset: Dataset) -> None:
-    """The published mean and deviation are those of the training images."""
+    """Check that the published mean and standard deviation are those of the training images."""
     pixels = dataset.train.images.double() / 255
     torch.testing.assert_close(pixels.mean((0, 1, 2)), torch.tensor(dataset.input.mean).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(pixels.std((0, 1, 2)), torch.tensor(dataset.input.std).double(), atol=1e-4, rtol=0)

@@ -50,7 +50,7 @@ def entropy(probabilities: np.ndarray) -> float:
     return -sum(p * math.log(p) for p in probabilities)
 
 
-# Ensembles ------------------------------------------------------------------------------------------------------------
+# Ensembles ----------------------------------------------------------------------------------------------------------
 
 
 def test_accuracy_of_each_ensemble() -> None:
@@ -131,7 +131,7 @@ def test_entropy_and_mutual_information(logits: Tensor) -> None:
 
 
 def test_uncertainty_at_its_limits() -> None:
-    sure = 500 * torch.eye(3)[:, None]  # three models, each sure of another class
+    sure = 500 * torch.eye(3)[:, None]  # three members, each certain of another class
     assert predictive_entropy(sure).item() == pytest.approx(math.log(3))
     assert mutual_information(sure).item() == pytest.approx(math.log(3))
     assert predictive_entropy(sure[:1]).item() == 0
@@ -157,7 +157,7 @@ def test_detection(shift: float, ties: bool, rng: torch.Generator) -> None:
 
 
 def test_detection_by_close_scores() -> None:
-    """Differences that float32 has only just: none is rounded away."""
+    """Scores that differ in the last bit of float32 stay different."""
     pytest.importorskip("torchmetrics")
     inside = torch.full((50,), 3.0)
     found = detection(inside, torch.nextafter(inside, torch.tensor(4.0)))

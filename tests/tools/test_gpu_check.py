@@ -1,4 +1,4 @@
-"""``make gpu-check``: how it keeps to its time, what it counts, what it leaves behind. (Its steps need a GPU.)"""
+"""``make gpu-check``: time limits, counting of tests, result files. (The steps themselves need a GPU.)"""
 
 from __future__ import annotations
 

@@ -1,0 +1,114 @@
+"""Tables and plots of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+pytestmark = pytest.mark.usefixtures("_import_benchmarks")
+
+
+def _row(**given: object) -> Any:
+    from comparison import Row
+
+    values = {"name": "op", "shape": "1 x 1", "fused_ms": 1.0, "naive_ms": 2.0, "images_per_s": 1.0, "rounds": 3}
+    return Row(**(values | given))
+
+
+def _inference(n: int, batch: int, fused_ms: float, **given: Any) -> Any:
+    case = {"network": "net", "num_models": n, "batch": batch, "dtype": "float32", "macs": 100 * n}
+    return _row(**{"name": "inference", "shape": f"n = {n}, batch {batch}", "fused_ms": fused_ms, "case": case} | given)
+
+
+def test_slower_than_naive_is_marked() -> None:
+    from table import text
+
+    _, faster, slower = text([_row(fused_ms=fused) for fused in (1.0, 4.0)])
+    assert "2.00" in faster
+    assert "SLOWER" not in faster
+    assert "0.50" in slower
+    assert "SLOWER" in slower
+
+
+def test_the_fastest_naive_side_counts() -> None:
+    from table import markdown, text
+
+    rows = [
+        _row(backend="cuda", others_ms={"eager": 8.0, "channels_last": 1.5}, floor_ms=0.25),
+        _row(backend="triton", fused_ms=4.0),
+    ]
+    assert [row.ratio for row in rows] == [1.5, 0.5]
+    head, first, second = (line.split() for line in text(rows))
+    assert " ".join(head[2:]) == ("backend fused ms naive ms naive eager ms channels-last ms images/s ratio of peak")
+    assert first[-6:] == ["2.000", "8.000", "1.500", "1", "1.50", "25%"]
+    assert second[-4:] == ["2.000", "1", "0.50", "SLOWER"]
+    table = [line for line in markdown(rows, {}, "").splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1, table
+
+
+def test_tables_grow_on_the_same_machine_and_commit(tmp_path: Path) -> None:
+    from table import save
+
+    here = {"gpu": "A", "commit": "1", "date": "today"}
+    save(tmp_path / "table", [_row(), _row(shape="2 x 2", backend="cuda", others_ms={"eager": 9.0})], here)
+    save(tmp_path / "table", [_row(fused_ms=0.5), _row(shape="3 x 3")], here | {"date": "tomorrow"})
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [(row["shape"], row["fused_ms"]) for row in rows] == [("2 x 2", 1.0), ("1 x 1", 0.5), ("3 x 3", 1.0)]
+    assert rows[0]["others_ms"] == {"eager": 9.0}
+    save(tmp_path / "table", [_row()], here | {"commit": "2"})
+    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 1
+
+
+def test_small_tables() -> None:
+    from derived import small_tables
+    from table import markdown, text
+
+    rows = [
+        *(_inference(n, batch, n * batch * (1.0 if n == 4 else 1.2)) for n in (2, 4) for batch in (8, 64)),
+        _inference(4, 8, 40.0, name="anytime"),
+        _row(name="op call", shape="an op", fused_ms=0.012),
+        _row(name="op call", shape="an op", fused_ms=0.004, backend="dispatcher"),
+        _row(name="training step", memory_mib={"fused": 1000.4, "naive": 2000.0}),
+    ]
+    tables = {table.title.partition(":")[0].partition(",")[0]: table for table in small_tables(rows)}
+    assert {title: list(table.lines) for title, table in tables.items()} == {
+        "The first n models against all": [("net", batch, "2 of 4", "60.0%", "50.0%", "+20%") for batch in ("8", "64")],
+        "Time per image at batch 64 against batch 8": [
+            ("net", n, ms, ms, "1.00") for n, ms in (("2", "2.400"), ("4", "4.000"))
+        ],
+        "Anytime": [("net", "8", "40.000", "32.000", "1.25")],
+        "An op call on tiny inputs": [("an op", "12.0", "4.0", "8.0", "2000.0")],
+        "Memory of a training step at its peak": [("1 x 1", "1,000", "2,000")],
+    }
+    assert small_tables([_row()]) == []
+    document = markdown(rows, {}, "")
+    assert all(f"## {table.title}" in document for table in tables.values())
+    assert "op call" not in document.partition("##")[0], "it has a table of its own"
+    assert "backend" not in text(rows[:4])[0]
+
+
+def test_plots(tmp_path: Path) -> None:
+    from plot import save_plots, time_per_image
+    from table import save
+
+    others = {"onnxruntime": 3.0, "frozen": 4.0}
+    rows = [_inference(n, batch, 2.0 * batch, others_ms=others, floor_ms=1.0) for n in (1, 2) for batch in (1, 8)]
+    batch_1, batch_8 = time_per_image(rows, {}).get_axes()
+    lines = {line.get_label(): list(line.get_ydata()) for line in batch_8.get_lines()}
+    assert lines == {
+        "this package": [2, 2],
+        "ONNX Runtime": [3 / 8, 3 / 8],
+        "torch.compile + freezing": [0.5, 0.5],
+        "naive (PyTorch)": [0.25, 0.25],
+        "at the measured peak": [0.125, 0.125],
+    }
+    assert (batch_1.get_title(), batch_8.get_title()) == ("batch 1", "batch 8")
+    save(tmp_path / "cpu", rows, {})
+    assert [path.name for path in save_plots(tmp_path / "cpu.json")] == ["cpu-net.png", "cpu-net.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-net.png", "cpu-net.svg", "cpu.json", "cpu.md"]
+    save(tmp_path / "ops", [_row()], {})
+    assert save_plots(tmp_path / "ops.json") == [], "no inference, no plot"
