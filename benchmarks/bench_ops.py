@@ -22,9 +22,8 @@ from torch import Tensor
 from workload import Workload
 
 import hne_kernels as K
-from hne.executors.kernels import Fused
-from hne.executors.naive import Naive
-from hne.layers.modules import Bottleneck, Execution
+from hne.executors import KernelExecutor, NaiveExecutor, SubtreeExecutor
+from hne.layers import Bottleneck, build_layer
 
 # layer: branches in, children each, size of the map, channels in and out, kernel, stride
 CONVOLUTIONS = {
@@ -220,10 +219,12 @@ def bench_training_unit(layer: str, bench: Bench) -> None:
     children = parents * r
     x = bench.normal(parents, bench.batch, size, size, channels)
     cotangent = bench.normal(children, bench.batch, size // stride, size // stride, outputs)
-    module = Bottleneck(outputs, middle, stride=stride).build(channels, children, r).to(x.device, x.dtype).train()
+    module = (
+        build_layer(Bottleneck(outputs, middle, stride=stride), channels, children, r).to(x.device, x.dtype).train()
+    )
 
     def side(
-        execution: Execution, lay_out: Function, memory: torch.memory_format, dtype: torch.dtype = x.dtype
+        executor: SubtreeExecutor, lay_out: Function, memory: torch.memory_format, dtype: torch.dtype = x.dtype
     ) -> Callable[[Any], Side]:
         """Gives the result, then the gradients of input and parameters."""
         ours = copy.deepcopy(module).to(dtype, memory_format=memory)
@@ -234,7 +235,7 @@ def bench_training_unit(layer: str, bench: Bench) -> None:
             return y if y.dim() == 5 else y.unflatten(1, (branches, -1)).permute(1, 0, 3, 4, 2)
 
         def make(wrap: Any) -> Side:
-            call = wrap(lambda x: execution.block([ours], x, slice(0, children), r))
+            call = wrap(lambda x: executor.materialize(ours(executor, x, slice(0, children), r)))
 
             def step() -> Any:
                 y = call(leaves[0])
@@ -251,18 +252,18 @@ def bench_training_unit(layer: str, bench: Bench) -> None:
     def interleaved_last(x: Tensor) -> Tensor:
         return interleaved(x).contiguous(memory_format=torch.channels_last)
 
-    executions: list[tuple[Execution, Function, torch.memory_format]] = [
-        (Fused(), _as_it_is, torch.contiguous_format),
-        (Naive(), interleaved, torch.contiguous_format),
-        (channels_last.ChannelsLast(), interleaved_last, torch.channels_last),
+    executors: list[tuple[SubtreeExecutor, Function, torch.memory_format]] = [
+        (KernelExecutor(), _as_it_is, torch.contiguous_format),
+        (NaiveExecutor(), interleaved, torch.contiguous_format),
+        (channels_last.ChannelsLastExecutor(), interleaved_last, torch.channels_last),
     ]
     # Rounding turns ReLUs on and off, and with them gradients, on any side: those are compared in float64.
     if x.device.type == "cpu":
-        fused, *others = (side(*how, torch.float64)(_as_it_is)() for how in executions)
+        fused, *others = (side(*how, torch.float64)(_as_it_is)() for how in executors)
         for other in others:
             check_agreement(fused, other)
     bench.versus(
-        *(_results_alone(side(*how)) for how in executions),
+        *(_results_alone(side(*how)) for how in executors),
         name="training unit",
         shape=f"{layer}: {parents}>{children} x {bench.batch} x {size}x{size} x "
         f"{channels}>{middle}>{outputs}, /{stride}",

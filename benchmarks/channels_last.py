@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hne import HNE
-from hne.executors.naive import Naive
-from hne.layers.modules import Execution
+from hne.executors import NaiveExecutor
 
 
 def convolve(
@@ -37,8 +36,8 @@ def convolve(
     return torch.cat([convolve_parents(0, complete), convolve_parents(complete, parents)], 1)
 
 
-class ChannelsLast(Naive):
-    """:class:`Naive` without replication of features. Images and parameters must be in channels-last memory."""
+class ChannelsLastExecutor(NaiveExecutor):
+    """:class:`NaiveExecutor` without replication of features. Images and parameters must be in channels-last memory."""
 
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, branches: int, replicate: int
@@ -47,12 +46,12 @@ class ChannelsLast(Naive):
 
 
 class ChannelsLastHNE(HNE):
-    """A hierarchical ensemble computed by :class:`ChannelsLast`."""
+    """A hierarchical ensemble computed by :class:`ChannelsLastExecutor`."""
 
-    _EXECUTION = ChannelsLast()
+    _EXECUTOR = ChannelsLastExecutor()
 
-    def execution(self) -> Execution:
-        return self._EXECUTION
+    def executor(self) -> ChannelsLastExecutor:
+        return self._EXECUTOR
 
 
 def convert(model: HNE) -> ChannelsLastHNE:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hne_kernels as K
 from hne import HNE
-from hne.layers.modules import BottleneckLayer, Layer, Size, units
+from hne.layers import BottleneckLayer, BranchModule, Layer, Size
 
 
 @dataclass(frozen=True)
@@ -124,23 +124,23 @@ def _layers(model: HNE, num_models: int, size: int) -> Iterator[tuple[Layer, lis
     """Yield each layer, its :func:`_values` and its number of weights, for the branches of the first members."""
     *needed, _ = model.hierarchy.needed(num_models)
     shape, channels, parents = (size, size), model.in_channels, 1
-    for block, branches, all_branches in zip(model._blocks(), needed, model.hierarchy.branches, strict=True):
+    for block, branches, all_branches in zip(model.layers_of_blocks(), needed, model.hierarchy.branches, strict=True):
         for layer in block:
             values = _values(layer, shape, channels, parents, branches)
             yield layer, values, _filters(layer) * branches // all_branches
-            shape, channels, parents = layer.output_size(shape), layer.description.channels, branches
+            shape, channels, parents = layer.output_size(shape), layer.spec.channels, branches
 
 
 def _values(layer: Layer, shape: Size, channels: int, parents: int, branches: int) -> list[int]:
     """Sizes of the feature maps of one image in a layer, from the input of its first convolution to its output."""
     inside = []
     if isinstance(layer, BottleneckLayer):
-        middle = branches * layer.description.middle
+        middle = branches * layer.spec.middle
         inside = [middle * prod(shape), middle * prod(layer.output_size(shape))]
     return [
         parents * channels * prod(shape),
         *inside,
-        branches * layer.description.channels * prod(layer.output_size(shape)),
+        branches * layer.spec.channels * prod(layer.output_size(shape)),
     ]
 
 
@@ -151,4 +151,4 @@ def _of_convolutions(layer: Layer, values: list[int]) -> int:
 
 
 def _filters(layer: Layer) -> int:
-    return sum(unit.conv.weight.numel() for unit in units(layer))
+    return sum(module.conv.weight.numel() for module in layer.modules() if isinstance(module, BranchModule))
