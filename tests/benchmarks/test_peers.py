@@ -30,12 +30,12 @@ def test_peers_compute_the_exported_graph(tmp_path: Path, rng: torch.Generator) 
     import peers
     from comparison import check_agreement
 
-    from hne.cli.export import Ensemble, write_onnx
+    from hne.inference import EnsembleMean, write_onnx
 
     installed = [name for name in peers.PEERS if peers.missing(name) is None]
     if not installed:
         pytest.skip("no inference engine is installed")
-    ensemble = Ensemble(build(NaiveHNE, TREES["doubling"], rng, torch.float32), 2).eval()
+    ensemble = EnsembleMean(build(NaiveHNE, TREES["doubling"], rng, torch.float32), 2).eval()
     x = images(rng, dtype=torch.float32)
     with torch.no_grad():
         expected = ensemble(x)
