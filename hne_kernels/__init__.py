@@ -6,9 +6,8 @@ leading slice of features and weights, and the replication of a branching layer 
 
 from . import extension as _extension  # noqa: F401  (loads the compiled ops; must come first)
 from .allocator import release_memory
-from .checks import autocast_dtype, default_sizes
-from .lazy import LazyNorm, LazyPointwise, conv_stats, entry_conv_stats, materialize
-from .dispatch import BACKENDS, select as backend_for, add_module, available_backends, unavailable_backends, use_backend
+from .checks import default_sizes
+from .dispatch import add_module, available_backends, unavailable_backends, use_backend
 from .extension import build_info
 from .ops.branch_conv2d import branch_conv2d
 from .ops.branch_conv2d_moments import branch_conv2d_moments
@@ -32,7 +31,6 @@ if "triton" in available_backends():
     add_module("triton", _triton)
 
 __all__ = [
-    "BACKENDS",
     "FusedLayer",
     "FusedLayers",
     "available_backends",
