@@ -1,9 +1,7 @@
-// Every op of the package at a glance. Shapes and meaning: hne_kernels/<op>.py.
-// Features are branch-major and channels-last, [branch, batch, height, width, channel];
-// `replicate` r lets output branch g read input branch g / r. A backward is an op like any other.
+// The schemas of all ops. hne_kernels/ops/<op>.py documents shapes and meaning.
+// Features are branch-major and channels-last, [branch, batch, height, width, channel].
+// With `replicate` r, output branch g reads input branch g / r. Backward passes are ops, too.
 #include <torch/csrc/stable/library.h>
-
-#include <string>
 
 STABLE_TORCH_LIBRARY(hne, m) {
   m.def("branch_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, int replicate) -> Tensor");
@@ -24,53 +22,35 @@ STABLE_TORCH_LIBRARY(hne, m) {
       "branch_depthwise_conv2d_backward_weight(Tensor grad, Tensor x, int kernel_size, "
       "int stride, int padding, int replicate) -> Tensor");
 
-  for (const std::string op : {"branch_conv2d_stats", "branch_depthwise_conv2d_stats"}) {
-    const std::string normalization = "Tensor? mean, Tensor? scale, Tensor? shift, str activation, ";
-    const std::string above = "Tensor grad, Tensor grad_mean, Tensor grad_var, Tensor y, Tensor y_mean, ";
-    const std::string geometry = "int stride, int padding, int replicate";
-    m.def((op + "(Tensor x, Tensor weight, " + normalization + geometry + ") -> (Tensor y, Tensor mean, Tensor var)")
-              .c_str());
-    m.def((op + "_backward(" + above + "Tensor weight, Tensor x, " + normalization + geometry +
-           ", bool need_input, bool need_weight) -> "
-           "(Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_weight)")
-              .c_str());
-  }
+  // The normalisation of a feature map is one tensor [3, branches, channels]: mean, scale, shift.
   m.def(
-      "branch_residual_conv2d_stats(Tensor x, Tensor weight, Tensor? residual, Tensor mean, Tensor scale, "
-      "Tensor shift, str activation) -> (Tensor z, Tensor y, Tensor mean, Tensor var)");
+      "branch_norm_conv2d(Tensor x, Tensor weight, Tensor? norm, Tensor? residual, str activation, int stride, "
+      "int padding, int replicate, bool materialize) -> (Tensor y, Tensor mean, Tensor var, Tensor z)");
   m.def(
-      "branch_residual_conv2d_stats_backward(Tensor grad_z, Tensor grad_y, Tensor grad_mean, Tensor grad_var, "
-      "Tensor z, Tensor y, Tensor y_mean, Tensor x, Tensor weight, Tensor mean, Tensor scale, Tensor shift, "
-      "str activation, bool has_residual) -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, "
-      "Tensor grad_residual, Tensor grad_weight)");
-  {
-    const std::string normalization = "Tensor mean, Tensor scale, Tensor shift, str activation";
-    const std::string out = "Tensor out_mean, Tensor out_scale, Tensor out_shift, str out_activation";
-    const std::string added = "Tensor? residual_mean, Tensor? residual_scale, Tensor? residual_shift";
-    m.def(("branch_conv2d_moments(Tensor x, Tensor weight, " + normalization +
-           ") -> (Tensor mean, Tensor var, Tensor x_mean, Tensor product)")
-              .c_str());
-    m.def(("branch_conv2d_moments_backward(Tensor grad_mean, Tensor grad_var, Tensor x_mean, Tensor product, "
-           "Tensor x, Tensor weight, " +
-           normalization + ") -> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_weight)")
-              .c_str());
-    m.def(("branch_projection(Tensor x, Tensor weight, Tensor? residual, Tensor? next_weight, " + normalization + ", " +
-           out + ", " + added + ") -> (Tensor z, Tensor y, Tensor mean, Tensor var)")
-              .c_str());
-    m.def(("branch_projection_backward(Tensor grad_z, Tensor grad_y, Tensor grad_mean, Tensor grad_var, Tensor z, "
-           "Tensor y, Tensor y_mean, Tensor x, Tensor weight, Tensor? residual, Tensor? next_weight, " +
-           normalization + ", " + out + ", " + added +
-           ", bool has_residual) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_residual, "
-           "Tensor grad_next_weight, Tensor grad_scale, Tensor grad_shift, Tensor grad_out_scale, "
-           "Tensor grad_out_shift, Tensor grad_residual_scale)")
-              .c_str());
-  }
+      "branch_norm_conv2d_backward(Tensor grad_y, Tensor grad_mean, Tensor grad_var, Tensor? grad_z, Tensor y, "
+      "Tensor y_mean, Tensor? z, Tensor x, Tensor weight, Tensor? norm, str activation, int stride, int padding, "
+      "int replicate, bool has_residual, bool need_input, bool need_weight) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm, Tensor grad_residual)");
   m.def(
-      "branch_normalize(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor? residual, str activation) -> "
-      "Tensor");
+      "branch_pointwise_stats(Tensor x, Tensor weight, Tensor norm, str activation) "
+      "-> (Tensor mean, Tensor var, Tensor x_mean, Tensor product)");
   m.def(
-      "branch_normalize_backward(Tensor grad, Tensor x, Tensor y, Tensor mean, Tensor scale, str activation) "
-      "-> (Tensor grad_x, Tensor grad_scale, Tensor grad_shift, Tensor grad_residual)");
+      "branch_pointwise_stats_backward(Tensor grad_mean, Tensor grad_var, Tensor x_mean, Tensor product, Tensor x, "
+      "Tensor weight, Tensor norm, str activation) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm)");
+  m.def(
+      "branch_pointwise_norm_conv2d(Tensor x, Tensor weight, Tensor norm, str activation, Tensor out_norm, "
+      "str out_activation, Tensor? residual, Tensor? residual_norm, Tensor? next_weight) "
+      "-> (Tensor z, Tensor y, Tensor mean, Tensor var)");
+  m.def(
+      "branch_pointwise_norm_conv2d_backward(Tensor grad_z, Tensor grad_y, Tensor grad_mean, Tensor grad_var, "
+      "Tensor z, Tensor y, Tensor y_mean, Tensor x, Tensor weight, Tensor norm, str activation, Tensor out_norm, "
+      "str out_activation, Tensor? residual, Tensor? residual_norm, Tensor? next_weight, bool has_residual) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm, Tensor grad_out_norm, Tensor grad_residual, "
+      "Tensor grad_residual_norm, Tensor grad_next_weight)");
+  m.def("branch_normalize(Tensor x, Tensor norm, Tensor? residual, str activation) -> Tensor");
+  m.def(
+      "branch_normalize_backward(Tensor grad, Tensor x, Tensor y, Tensor norm, str activation) "
+      "-> (Tensor grad_x, Tensor grad_norm, Tensor grad_residual)");
 
   m.def(
       "fused_conv2d(Tensor x, Tensor weight, Tensor bias, int stride, int padding, int replicate, "

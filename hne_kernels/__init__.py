@@ -4,19 +4,21 @@ Features are branch-major and channels-last, ``[branch, batch, height, width, ch
 leading slice of features and weights, and the replication of a branching layer is an index, never a copy.
 """
 
+from importlib import metadata as _metadata
+
 from . import extension as _extension  # noqa: F401  (loads the compiled ops; must come first)
 from .allocator import release_memory
-from .checks import default_sizes
-from .dispatch import add_module, available_backends, unavailable_backends, use_backend
+from .checks import autocast_dtype, default_sizes
+from .dispatch import BACKENDS, add_module, available_backends, backend_for, unavailable_backends, use_backend
+from .environment import environment_report
 from .extension import build_info
+from .lazy import ConvStats, Features, LazyNorm, LazyPointwise, conv_stats, entry_conv_stats, materialize
 from .ops.branch_conv2d import branch_conv2d
-from .ops.branch_conv2d_moments import branch_conv2d_moments
-from .ops.branch_conv2d_stats import branch_conv2d_stats
 from .ops.branch_depthwise_conv2d import branch_depthwise_conv2d
-from .ops.branch_depthwise_conv2d_stats import branch_depthwise_conv2d_stats
+from .ops.branch_norm_conv2d import branch_norm_conv2d
 from .ops.branch_normalize import branch_normalize
-from .ops.branch_projection import branch_projection, projection_pays
-from .ops.branch_residual_conv2d_stats import branch_residual_conv2d_stats
+from .ops.branch_pointwise_norm_conv2d import branch_pointwise_norm_conv2d
+from .ops.branch_pointwise_stats import branch_pointwise_stats
 from .ops.fused_bottleneck import fused_bottleneck
 from .ops.fused_conv2d import fused_conv2d
 from .ops.fused_layers import FusedLayer, FusedLayers
@@ -25,32 +27,46 @@ from .ops.prefix_logits import prefix_logits
 from .ops.prefix_mean import prefix_mean
 from .packing import pack_weight, unpack_weight
 
+try:
+    __version__ = _metadata.version("hne-kernels")
+except _metadata.PackageNotFoundError:  # built in place, not installed
+    __version__ = str(build_info()["version"])
+
 if "triton" in available_backends():
     from . import triton as _triton
 
     add_module("triton", _triton)
 
 __all__ = [
+    "BACKENDS",
+    "ConvStats",
+    "Features",
     "FusedLayer",
     "FusedLayers",
+    "LazyNorm",
+    "LazyPointwise",
+    "__version__",
+    "autocast_dtype",
     "available_backends",
+    "backend_for",
     "branch_conv2d",
-    "branch_conv2d_moments",
-    "branch_conv2d_stats",
     "branch_depthwise_conv2d",
-    "branch_depthwise_conv2d_stats",
+    "branch_norm_conv2d",
     "branch_normalize",
-    "branch_projection",
-    "branch_residual_conv2d_stats",
+    "branch_pointwise_norm_conv2d",
+    "branch_pointwise_stats",
     "build_info",
+    "conv_stats",
     "default_sizes",
+    "entry_conv_stats",
+    "environment_report",
     "fused_bottleneck",
     "fused_conv2d",
     "hierarchical_distillation_loss",
+    "materialize",
     "pack_weight",
     "prefix_logits",
     "prefix_mean",
-    "projection_pays",
     "release_memory",
     "unavailable_backends",
     "unpack_weight",

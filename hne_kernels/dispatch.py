@@ -24,7 +24,7 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 
 # Fastest first: what an automatic choice tries on each kind of device before the reference.
 _PREFERENCE = {"cpu": ("cpp", "cuda"), "cuda": ("cuda", "triton")}
-_DTYPES = {
+DTYPES = {
     "cpp": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
     "triton": (torch.float32, torch.float16, torch.bfloat16),
@@ -121,19 +121,14 @@ def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return f"it serves tensors on {' and '.join(devices)}, got {device}"
     if device.type == "cuda" and (reason := _gpu_too_old(device)) is not None:
         return reason
-    if dtype not in _DTYPES[backend]:
-        return f"it serves {', '.join(str(d) for d in _DTYPES[backend])}, got {dtype}"
+    if dtype not in DTYPES[backend]:
+        return f"it serves {', '.join(str(d) for d in DTYPES[backend])}, got {dtype}"
     return None
 
 
 @_constant_when_compiled
 def _gpu_too_old(device: torch.device) -> str | None:
     return extension.gpu_too_old(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def serves(backend: str, tensor: Tensor) -> bool:
-    """Whether ``backend`` can serve tensors of this device and dtype."""
-    return _rejects(backend, tensor.device, tensor.dtype) is None
 
 
 @functools.cache
@@ -155,7 +150,7 @@ def _pass_on_tf32() -> None:
         _tf32_passed_on = allowed
 
 
-def select(tensor: Tensor) -> str:
+def backend_for(tensor: Tensor) -> str:
     """Name of the backend that serves a call whose first tensor is ``tensor``.
 
     Raises:
@@ -177,29 +172,61 @@ def select(tensor: Tensor) -> str:
     return "reference"
 
 
-def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function that computes ``op`` for ``tensor``: a registered op, or plain PyTorch."""
-    backend = select(tensor)
-    function = getattr(_MODULES[backend], op)
+# Implementations that are not the function of that name in the backend's module, by backend and op.
+_REGISTERED: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def register(op: str, function: Callable[..., Any], *backends: str) -> None:
+    """Let ``backends`` compute ``op`` by ``function``, for example one that calls other ops.
+
+    Otherwise a backend computes an op by the function of that name in its module.
+    """
+    for backend in backends:
+        _REGISTERED[backend, op] = function
+
+
+def implementation(op: str, tensor: Tensor, late_check: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The function that computes ``op`` where the first argument is ``tensor``: the one way to choose a backend.
+
+    Args:
+        op: name of the op.
+        tensor: the first argument of the call.
+        late_check: for a call whose arguments are not checked yet, the check of them, which takes the arguments of the
+            op. The C++ ops of the CPU refuse wrong arguments by themselves, so that there the check runs only after a
+            refusal, to explain it; before other implementations it runs first.
+
+    Raises:
+        RuntimeError: the explicitly chosen backend cannot serve the call.
+    """
+    if late_check is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        return late_check  # raises: no backend serves such a call
+    backend = backend_for(tensor)
+    function: Callable[..., Any] | None = _REGISTERED.get((backend, op))
+    if function is None:
+        function = getattr(_MODULES[backend], op)
+        if backend == "reference" and checks.autocast_dtype(tensor.device.type) is not None:
+            function = autocast.casting(op, function, tensor.device.type)  # for others PyTorch's dispatcher casts
     if backend == "cuda":
         _pass_on_tf32()
-    registered = backend != "reference"  # the others have autocast from PyTorch's dispatcher
-    if registered or checks.autocast_dtype(tensor.device.type) is None:
+    if late_check is None:
         return function
-    return autocast.casting(op, function, tensor.device.type)
+    late = backend == "cpp" and not torch.compiler.is_compiling()
+    return functools.partial(_check_after if late else _check_before, function, late_check)
 
 
-def call(op: str, check: Callable[..., Any], first: Tensor, *arguments: Any) -> Any:
-    """Compute ``op`` of these arguments, whose errors ``check`` explains.
+def _check_before(function: Callable[..., Any], check: Callable[..., Any], *arguments: Any) -> Any:
+    check(*arguments)
+    return function(*arguments)
 
-    The C++ ops refuse what would not fit in memory themselves, quicker than Python: only then is it explained.
-    """
-    floating = isinstance(first, Tensor) and first.is_floating_point()  # select() has no words for anything else
-    if torch.compiler.is_compiling() or not floating or select(first) != "cpp":
-        check(first, *arguments)
-        return implementation(op, first)(first, *arguments)
+
+def _check_after(function: Callable[..., Any], check: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return getattr(torch.ops.hne, op)(first, *arguments)
+        return function(*arguments)
     except Exception:
-        check(first, *arguments)
+        check(*arguments)
         raise
+
+
+def has_kernel(op: str, tensor: Tensor) -> bool:
+    """Whether the backend that serves ``tensor`` has a kernel for ``op``, rather than composing it from other ops."""
+    return isinstance(implementation(op, tensor), torch._ops.OpOverloadPacket)

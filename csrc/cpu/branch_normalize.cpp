@@ -1,77 +1,64 @@
-// Normalisation by given statistics, the residual sum and the activation: the end of a block in training.
-#include "prologue.h"
+// Normalisation by given statistics, residual sum and activation at the end of a block, in training.
+#include "conv_norm.h"
 
 namespace hne {
 namespace {
 
-Tensor branch_normalize(const Tensor& x_in, const Tensor& mean_in, const Tensor& scale_in, const Tensor& shift_in,
-                        const std::optional<Tensor>& residual_in, const std::string& activation) {
-  STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
-  const int64_t branches = x_in.size(0), channels = x_in.size(4);
+Tensor branch_normalize(const Tensor& x_in, const Tensor& norm, const std::optional<Tensor>& residual_in,
+                        const std::string& activation) {
+  const Normalization normalization("norm", x_in, norm, activation);
   check_kind("x", x_in, x_in);
-  check_vector("mean", mean_in, x_in, branches, channels);
-  check_vector("scale", scale_in, x_in, branches, channels);
-  check_vector("shift", shift_in, x_in, branches, channels);
+  const auto sizes = x_in.sizes();
   if (residual_in.has_value()) {
-    const auto sizes = x_in.sizes();
     check_shape("residual", *residual_in, {sizes.begin(), sizes.end()});
     check_kind("residual", *residual_in, x_in);
   }
-  const Tensor x = torch::stable::contiguous(widen(x_in)), mean = torch::stable::contiguous(mean_in);
-  const Tensor scale = torch::stable::contiguous(scale_in), shift = torch::stable::contiguous(shift_in);
+  const Tensor x = torch::stable::contiguous(widen(x_in));
   const std::optional<Tensor> residual = contiguous(widen(residual_in));
-  Tensor y = empty(x, x_in.sizes());
+  const Tensor y = empty(x, sizes);
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const PrologueInput<T> map{
-        data<T>(x),        x.size(1) * x.size(2) * x.size(3), channels, data<T>(mean), data<T>(scale), data<T>(shift),
-        data<T>(residual), Clamp<T>::named(activation)};
-    map.write(branches, mutable_data<T>(y));
+    PrologueInput<T> input = normalization.input<T>(x);
+    input.add = data<T>(residual);
+    input.write(x.size(0), mutable_data<T>(y));
   });
   return round_to(y, x_in.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tensor& grad_in, const Tensor& x_in,
-                                                                     const Tensor& y_in, const Tensor& mean_in,
-                                                                     const Tensor& scale_in,
-                                                                     const std::string& activation) {
-  STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
-  const int64_t branches = x_in.size(0), channels = x_in.size(4);
-  const int64_t rows = x_in.size(1) * x_in.size(2) * x_in.size(3);
-  const auto sizes = x_in.sizes();
+// The gradient of the residual is `grad` itself where there is no activation; it is left empty then.
+std::tuple<Tensor, Tensor, Tensor> branch_normalize_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                             const Tensor& y_in, const Tensor& norm,
+                                                             const std::string& activation) {
+  const Normalization normalization("norm", x_in, norm, activation);
   check_kind("x", x_in, x_in);
+  const auto sizes = x_in.sizes();
   for (const auto& [name, t] : {std::pair{"grad", &grad_in}, {"y", &y_in}}) {
     check_shape(name, *t, {sizes.begin(), sizes.end()});
     check_kind(name, *t, x_in);
   }
-  check_vector("mean", mean_in, x_in, branches, channels);
-  check_vector("scale", scale_in, x_in, branches, channels);
-  const bool masks = activation != "none";
+  const bool activates = activation != "none";
   const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
-  const Tensor y = masks ? torch::stable::contiguous(widen(y_in)) : x;
-  const Tensor mean = torch::stable::contiguous(mean_in), scale = torch::stable::contiguous(scale_in);
-  Tensor grad_x = empty(x, x_in.sizes());
-  Tensor grad_scale = empty(scale, {branches, channels});
-  Tensor grad_shift = empty(scale, {branches, channels});
-  Tensor grad_residual = masks ? empty(x, x_in.sizes()) : empty(x, {0});
+  const Tensor y = activates ? torch::stable::contiguous(widen(y_in)) : x;
+  const Tensor grad_x = empty(x, sizes), grad_norm = empty(norm, norm.sizes());
+  const Tensor grad_residual = activates ? empty(x, sizes) : empty(x, {0});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     constexpr int64_t kRows = 512;
-    const int64_t shares = ceil_div(rows, kRows);
-    ChannelSums<T> sums(branches, shares, channels);
-    parallel_tasks(branches * shares, [&](int64_t task) {
-      const int64_t branch = task / shares, first = task % shares * kRows, at = (branch * rows + first) * channels;
-      NormRows<T> r{};
-      r.x = data<T>(x) + at, r.y = data<T>(y) + at, r.grad = data<T>(grad) + at;
-      r.out = mutable_data<T>(grad_x) + at, r.out_masked = masks ? mutable_data<T>(grad_residual) + at : nullptr;
-      r.mean = data<T>(mean) + branch * channels, r.scale = data<T>(scale) + branch * channels;
-      r.count = std::min(kRows, rows - first), r.channels = channels, r.clamp = Clamp<T>::named(activation);
-      sums.add(branch, task % shares, r, kernels<T>().normalize_backward);
+    const PrologueInput<T> input = normalization.input<T>(x);
+    const int64_t branches = x.size(0), blocks = ceil_div(input.rows, kRows);
+    ChannelSums<T> sums(branches, blocks, input.channels);
+    parallel_tasks(branches * blocks, [&](int64_t task) {
+      const int64_t branch = task / blocks, first = task % blocks * kRows;
+      const int64_t at = (branch * input.rows + first) * input.channels;
+      NormRows<T> r = input.norm(branch, first, std::min(kRows, input.rows - first));
+      r.y = data<T>(y) + at, r.grad = data<T>(grad) + at, r.out = mutable_data<T>(grad_x) + at;
+      r.out_masked = activates ? mutable_data<T>(grad_residual) + at : nullptr;
+      sums.add(branch, task % blocks, r, kernels<T>().normalize_backward);
     });
-    sums.finish(branches, mutable_data<T>(grad_shift), mutable_data<T>(grad_scale));
+    sums.finish_norm(*normalization.norm, grad_norm);
   });
   const ScalarType dtype = x_in.scalar_type();
-  return {round_to(grad_x, dtype), grad_scale, grad_shift, round_to(grad_residual, dtype)};
+  return {round_to(grad_x, dtype), grad_norm, round_to(grad_residual, dtype)};
 }
 
 }  // namespace

@@ -1,19 +1,18 @@
-// Products with a matrix per branch, rows of channels against rows of channels: what the pointwise convolutions of the
-// end of a bottleneck are made of.
+// Pointwise convolutions as products of rows of channels with one matrix per branch.
 #pragma once
 
 #include "branch_conv2d.h"
 
 namespace hne {
 
-// A pointwise convolution, from x, and one that may follow it.
+// The sizes of a pointwise convolution of x, and of a second one that may follow it.
 struct PointwiseSizes {
-  int64_t branches, rows, in, out, next;  // next is 0 where no convolution follows
-  std::vector<int64_t> maps;              // of x
+  int64_t branches, rows, in, out, next;  // next: output channels of the second convolution, 0 without one
+  std::vector<int64_t> x_shape;
   PointwiseSizes(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& next_weight = {}) : next(0) {
     STD_TORCH_CHECK(x.dim() == 5 && weight.dim() == 5, "x, weight: expected 5 dimensions");
     const auto sizes = x.sizes();
-    maps.assign(sizes.begin(), sizes.end());
+    x_shape.assign(sizes.begin(), sizes.end());
     branches = x.size(0), rows = x.size(1) * x.size(2) * x.size(3), in = x.size(4), out = weight.size(1);
     check_shape("weight", weight, {branches, out, in, 1, 1});
     check_kind("x", x, x);
@@ -25,10 +24,12 @@ struct PointwiseSizes {
     check_kind("next_weight", *next_weight, x);
   }
 
-  std::vector<int64_t> map(int64_t channels) const { return {maps[0], maps[1], maps[2], maps[3], channels}; }
+  std::vector<int64_t> shape(int64_t channels) const {
+    return {x_shape[0], x_shape[1], x_shape[2], x_shape[3], channels};
+  }
 };
 
-// Pointers to rows that follow each other.
+// Pointers to consecutive rows.
 template <typename T>
 T** row_pointers(T* first, int64_t count, int64_t channels, int slot) {
   T** rows = scratch<T*>(slot, count);
@@ -36,7 +37,7 @@ T** row_pointers(T* first, int64_t count, int64_t channels, int slot) {
   return rows;
 }
 
-// Matrices [branch][out][in], packed: of rows x, `multiply` gives x W^T, or x W where they are transposed.
+// Packed matrices W [branch][out][in]: `multiply` computes x W^T for rows x, or x W if `transposed`.
 template <typename T>
 class PackedMatrices {
  public:
@@ -73,7 +74,7 @@ void add_outer(const T* left, int64_t left_channels, const T* right, int64_t rig
   kernels<T>().outer({left_rows, right_rows, count, left_channels, right_channels, sum, {ahead}});
 }
 
-// Sum of products in double, of several sums that do not wait for each other.
+// Sum of products in double, as several independent sums, which a processor adds in parallel.
 template <typename T, typename U>
 double dot(const T* a, const U* b, int64_t count) {
   constexpr int64_t kSums = 8;
@@ -85,19 +86,19 @@ double dot(const T* a, const U* b, int64_t count) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-// Blocks of rows of a branch, shared by tasks: sums of a share are of its own, and added in order.
+// The blocks of rows of a branch, divided among tasks. Each task sums on its own, and the sums are added in order.
 struct RowPartition {
-  int64_t rows, blocks, count;  // count of a branch
+  int64_t rows, blocks, tasks;  // of a branch
   RowPartition(int64_t branches, int64_t rows)
       : rows(rows),
         blocks(ceil_div(rows, kBlockRows)),
-        count(std::clamp<int64_t>(ceil_div(2 * num_threads(), std::max<int64_t>(branches, 1)), 1,
+        tasks(std::clamp<int64_t>(ceil_div(2 * num_threads(), std::max<int64_t>(branches, 1)), 1,
                                   std::max<int64_t>(blocks, 1))) {}
 
-  // f(block, first, count) for the blocks of a share
+  // f(block, first row, rows) for the blocks of a task.
   template <typename F>
-  void each(int64_t share, const F& f) const {
-    for (int64_t block = blocks * share / count; block < blocks * (share + 1) / count; ++block)
+  void for_each_block(int64_t task, const F& f) const {
+    for (int64_t block = blocks * task / tasks; block < blocks * (task + 1) / tasks; ++block)
       f(block, block * kBlockRows, std::min(kBlockRows, rows - block * kBlockRows));
   }
 };

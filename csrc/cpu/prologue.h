@@ -1,4 +1,4 @@
-// Maps that are normalised where they are read, and sums over the rows that are written.
+// Feature maps that are normalised where they are read, and sums per channel over the rows that are written.
 #pragma once
 
 #include <functional>
@@ -9,27 +9,39 @@ namespace hne {
 
 constexpr int64_t kSumRows = 128;  // rows summed in the tensor's own precision before they join sums in double
 
-// The statistics of a tensor of this type, and what is made of them.
+// The dtype of batch statistics and of a normalisation, for a feature map like `t`.
 inline ScalarType statistics_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_vector(const char* name, const Tensor& t, const Tensor& x, int64_t branches, int64_t channels) {
-  check_shape(name, t, {branches, channels});
+inline void check_statistics(const char* name, const Tensor& t, const Tensor& x, const std::vector<int64_t>& shape) {
+  check_shape(name, t, shape);
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.scalar_type() == statistics_type(x), name, ": expected the dtype of the statistics of x");
 }
 
-// Of a map [branch][row][channel] the rows that come after some of them, to be fetched; of no map none.
-template <typename T>
-Prefetch<T> rows_after(const T* map, int64_t rows, int64_t channels, int64_t branch, int64_t first, int64_t count) {
-  if (map == nullptr || first + count >= rows) return {};
-  return {map + (branch * rows + first + count) * channels, std::min(count, rows - first - count) * channels};
+// A normalisation is one tensor [3][branch][channel].
+enum NormRow { kMean, kScale, kShift };
+
+inline void check_norm(const char* name, const Tensor& norm, const Tensor& x, int64_t branches, int64_t channels) {
+  check_statistics(name, norm, x, {3, branches, channels});
 }
 
-// A map [branch][row][channel] as a convolution reads it: as it lies in memory, or, where there is a mean,
-// clamp((x - mean) * scale + shift + add). The vectors are [branch][channel].
-// What is computed can be kept: for maps that are read once.
+template <typename T>
+const T* norm_row(const Tensor& norm, NormRow row) {
+  return data<T>(norm) + row * norm.size(1) * norm.size(2);
+}
+
+// Rows to prefetch next from a feature map [branch][row][channel]; empty for a null or exhausted one.
+template <typename T>
+Prefetch<T> rows_after(const T* feature_map, int64_t rows, int64_t channels, int64_t branch, int64_t first,
+                       int64_t count) {
+  if (feature_map == nullptr || first + count >= rows) return {};
+  return {feature_map + (branch * rows + first + count) * channels, std::min(count, rows - first - count) * channels};
+}
+
+// The feature map [branch][row][channel] that a convolution reads: x as it lies in memory or, with a normalisation,
+// clamp((x - mean) * scale + shift + add), computed where it is read. Vectors are [branch][channel].
 template <typename T>
 struct PrologueInput {
   const T* x;
@@ -39,7 +51,7 @@ struct PrologueInput {
   const T* shift = nullptr;
   const T* add = nullptr;
   Clamp<T> clamp = {};
-  T* kept = nullptr;
+  T* store = nullptr;  // a feature map for the computed rows, or null; each row is then to be read once
 
   bool computed() const { return mean != nullptr; }
 
@@ -52,11 +64,11 @@ struct PrologueInput {
     return r;
   }
 
-  // Rows of a branch; if they are computed, then where they are kept, or into `memory`, [count][channels].
+  // Rows of a branch. Computed rows go to `store` or else to `memory`, [count][channels].
   const T* read(int64_t branch, int64_t first, int64_t count, T* memory) const {
     if (!computed()) return x + (branch * rows + first) * channels;
     NormRows<T> r = norm(branch, first, count);
-    r.out = kept != nullptr ? kept + (branch * rows + first) * channels : memory;
+    r.out = store != nullptr ? store + (branch * rows + first) * channels : memory;
     kernels<T>().normalize(r);
     return r.out;
   }
@@ -71,32 +83,33 @@ struct PrologueInput {
   }
 };
 
-// Told when rows [first, first + count) of a branch have been written, each of them once.
+// Called when rows [first, first + count) of a branch have been written, each row once.
 using RowsWritten = std::function<void(int64_t branch, int64_t first, int64_t count)>;
 
-// The same map in memory, kept by `hold`: for a reader that would compute a row again and again.
+// The same feature map in memory owned by `hold`, for a reader that would otherwise compute a row several times.
 template <typename T>
-PrologueInput<T> in_memory(const PrologueInput<T>& map, int64_t branches, Tensor& hold) {
-  if (!map.computed()) return map;
-  hold = empty(hold, {branches, map.rows, map.channels});
-  map.write(branches, mutable_data<T>(hold));
-  return {data<T>(hold), map.rows, map.channels};
+PrologueInput<T> in_memory(const PrologueInput<T>& input, int64_t branches, Tensor& hold) {
+  if (!input.computed()) return input;
+  hold = empty(hold, {branches, input.rows, input.channels});
+  input.write(branches, mutable_data<T>(hold));
+  return {data<T>(hold), input.rows, input.channels};
 }
 
-// Two sums per channel of every branch, in double. Each task has a share of its own, and shares are added in order:
-// the same result for any number of threads.
+// Two sums per channel and branch, in double. Each task adds to a partial sum of its own; partial sums are added in
+// order, so the result does not depend on the number of threads.
 template <typename T>
 class ChannelSums {
  public:
-  ChannelSums(int64_t branches, int64_t shares, int64_t channels)
-      : shares_(shares), channels_(channels), sums_(branches * shares * 2 * channels, 0.0) {}
+  // `partials` is the number of partial sums of a branch.
+  ChannelSums(int64_t branches, int64_t partials, int64_t channels)
+      : branches_(branches), partials_(partials), channels_(channels), sums_(branches * partials * 2 * channels, 0.0) {}
 
-  // Adds what `kernel` sums over the rows of `r`.
-  void add(int64_t branch, int64_t share, NormRows<T> r, void (*kernel)(const NormRows<T>&)) {
+  // Adds the sums that `kernel` takes over the rows of `r`.
+  void add(int64_t branch, int64_t partial, NormRows<T> r, void (*kernel)(const NormRows<T>&)) {
     const auto next = [&](auto*& pointer) {
       if (pointer != nullptr) pointer += kSumRows * channels_;
     };
-    r.sums = share_of(branch, share), r.partial = scratch<T>(6, 2 * channels_);
+    r.sums = partial_sum(branch, partial), r.partial = scratch<T>(6, 2 * channels_);
     for (int64_t left = r.count; left > 0; left -= kSumRows) {
       r.count = std::min(kSumRows, left);
       kernel(r);
@@ -104,55 +117,65 @@ class ChannelSums {
     }
   }
 
-  double* share_of(int64_t branch, int64_t share) { return sums_.data() + (branch * shares_ + share) * 2 * channels_; }
+  double* partial_sum(int64_t branch, int64_t partial) {
+    return sums_.data() + (branch * partials_ + partial) * 2 * channels_;
+  }
 
-  // The sums of all shares, [branch][channel] each.
-  void finish(int64_t branches, T* first, T* second) {
-    parallel_tasks(branches, [&](int64_t branch) {
+  // Writes the gradient of `norm`, both [3][branch][channel], from the sums of g and of g (x - mean), where g is the
+  // gradient of (x - mean) * scale + shift.
+  void finish_norm(const Tensor& norm, const Tensor& grad_norm) {
+    const T* const scale = norm_row<T>(norm, kScale);
+    T* const out = mutable_data<T>(grad_norm);
+    const int64_t size = branches_ * channels_;
+    parallel_tasks(branches_, [&](int64_t branch) {
       std::vector<double> total(2 * channels_, 0.0);
-      for (int64_t share = 0; share < shares_; ++share)
-        for (int64_t i = 0; i < 2 * channels_; ++i) total[i] += share_of(branch, share)[i];
-      std::copy(total.begin(), total.begin() + channels_, first + branch * channels_);
-      std::copy(total.begin() + channels_, total.end(), second + branch * channels_);
+      for (int64_t partial = 0; partial < partials_; ++partial)
+        for (int64_t i = 0; i < 2 * channels_; ++i) total[i] += partial_sum(branch, partial)[i];
+      for (int64_t c = 0, i = branch * channels_; c < channels_; ++c, ++i) {
+        const T grad_shift = T(total[c]);
+        out[kMean * size + i] = -scale[i] * grad_shift;
+        out[kScale * size + i] = T(total[channels_ + c]);
+        out[kShift * size + i] = grad_shift;
+      }
     });
   }
 
  protected:
-  int64_t shares_, channels_;
+  int64_t branches_, partials_, channels_;
   std::vector<double> sums_;
 };
 
-// Mean and variance per channel of every branch. A share sums the distances from its first row, and shares are united
-// by the formula of Chan et al. (1979): nothing cancels where a mean is large.
+// Mean and variance per channel and branch. A partial sum is of distances from its first row, and partial sums are
+// combined by the formula of Chan et al. (1979): nothing cancels where a mean is large.
 template <typename T>
 class Moments : ChannelSums<T> {
  public:
-  Moments(int64_t branches, int64_t shares, int64_t channels)
-      : ChannelSums<T>(branches, shares, channels),
-        counts_(branches * shares, 0),
-        origins_(branches * shares * channels) {}
+  Moments(int64_t branches, int64_t partials, int64_t channels)
+      : ChannelSums<T>(branches, partials, channels),
+        counts_(branches * partials, 0),
+        origins_(branches * partials * channels) {}
 
-  // A share is added once.
-  void add(int64_t branch, int64_t share, const T* rows, int64_t count) {
-    const int64_t at = branch * this->shares_ + share;
+  // Sums the rows of a partial sum, which is added once.
+  void add(int64_t branch, int64_t partial, const T* rows, int64_t count) {
+    const int64_t at = branch * this->partials_ + partial;
     T* origin = origins_.data() + at * this->channels_;
     std::copy(rows, rows + this->channels_, origin);
     counts_[at] = count;
     NormRows<T> r{};
     r.x = rows, r.shift = origin, r.count = count, r.channels = this->channels_;
-    ChannelSums<T>::add(branch, share, r, kernels<T>().moments);
+    ChannelSums<T>::add(branch, partial, r, kernels<T>().moments);
   }
 
-  void finish(int64_t branches, T* mean, T* var) {
-    parallel_tasks(branches, [&](int64_t branch) {
+  void finish(T* mean, T* var) {
+    parallel_tasks(this->branches_, [&](int64_t branch) {
       const int64_t channels = this->channels_;
       std::vector<double> average(channels, 0.0), squares(channels, 0.0);
       double before = 0;
-      for (int64_t share = 0; share < this->shares_; ++share) {
-        const int64_t at = branch * this->shares_ + share;
+      for (int64_t partial = 0; partial < this->partials_; ++partial) {
+        const int64_t at = branch * this->partials_ + partial;
         if (counts_[at] == 0) continue;
         const double count = double(counts_[at]), both = before + count;
-        const double* sums = this->share_of(branch, share);
+        const double* sums = this->partial_sum(branch, partial);
         for (int64_t c = 0; c < channels; ++c) {
           const double distance = sums[c] / count;
           const double apart = double(origins_[at * channels + c]) + distance - average[c];

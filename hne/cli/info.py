@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hne_kernels import default_sizes
-from hne_kernels import info as kernel_info
+from hne_kernels import default_sizes, environment_report
 
 from ..models import PRESETS, FusedHNE
 from ..reporting import format_macs, show_table
@@ -32,7 +31,7 @@ def add_parser(commands: options.Subparsers) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print the tables."""
-    for title, values in kernel_info.sections():
+    for title, values in environment_report():
         show_table([title, ""], values.items(), text_columns=2)
         print()
     for name in PRESETS:

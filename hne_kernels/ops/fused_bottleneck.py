@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,9 +56,9 @@ def fused_bottleneck(
     """
     weights = (expand, expand_bias, depthwise, depthwise_bias, project, project_bias, shortcut, shortcut_bias)
     checks.no_gradient("fused_bottleneck", x, *weights)
-    checks.at_least("stride", stride, 1)  # to the dispatcher, True is a number as well
-    options = stride, replicate, activation, identity, final_activation
-    return dispatch.call("fused_bottleneck", check, x, *weights, *options)
+    checks.at_least("stride", stride, 1)  # PyTorch's dispatcher accepts True as a number
+    op = dispatch.implementation("fused_bottleneck", x, late_check=check)
+    return op(x, *weights, stride, replicate, activation, identity, final_activation)
 
 
 def check(
@@ -128,40 +130,8 @@ def check(
 
 
 @torch.library.register_fake("hne::fused_bottleneck")
-def _(
-    x: Tensor,
-    expand: Tensor,
-    expand_bias: Tensor,
-    depthwise: Tensor,
-    depthwise_bias: Tensor,
-    project: Tensor,
-    project_bias: Tensor,
-    shortcut: Tensor | None,
-    shortcut_bias: Tensor | None,
-    stride: int,
-    replicate: int,
-    activation: str,
-    identity: bool,
-    final_activation: str,
-) -> Tensor:
-    return x.new_empty(
-        check(
-            x,
-            expand,
-            expand_bias,
-            depthwise,
-            depthwise_bias,
-            project,
-            project_bias,
-            shortcut,
-            shortcut_bias,
-            stride,
-            replicate,
-            activation,
-            identity,
-            final_activation,
-        )
-    )
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(check(x, *rest))
 
 
 autocast.register("fused_bottleneck")

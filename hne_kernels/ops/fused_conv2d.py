@@ -36,9 +36,10 @@ def fused_conv2d(
         RuntimeError: a gradient is asked for; this op is for inference.
     """
     checks.no_gradient("fused_conv2d", x, weight, bias)
-    checks.at_least("stride", stride, 1)  # to the dispatcher, True is a number as well
+    checks.at_least("stride", stride, 1)  # PyTorch's dispatcher accepts True as a number
     checks.at_least("padding", padding, 0)
-    return dispatch.call("fused_conv2d", check, x, weight, bias, stride, padding, replicate, activation)
+    op = dispatch.implementation("fused_conv2d", x, late_check=check)
+    return op(x, weight, bias, stride, padding, replicate, activation)
 
 
 def check(

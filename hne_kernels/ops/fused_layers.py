@@ -25,6 +25,15 @@ _LARGE = 1 << 20  # height and width of the maps that layers are checked with wh
 IMAGES, PIXELS = 8, 16 * 32 * 32
 
 
+def _may_be_prepared(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor in memory, outside traced programs and autocast."""
+    return (
+        type(x) in (Tensor, Parameter)  # subclasses, such as fake tensors, may have no memory
+        and not torch.compiler.is_compiling()
+        and checks.autocast_dtype("cpu") is None
+    )
+
+
 def micro_batches(x: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
     """Parts of a batch of features ``[G, B, H, W, C]`` or images ``[B, C, H, W]``, small enough that on a CPU the
     features of one layer are in the cache when the next layer reads them."""
@@ -62,6 +71,18 @@ class FusedLayer(NamedTuple):
         return len(self.weights) == 8
 
     @property
+    def op(self) -> str:
+        """Name of the op."""
+        return "fused_bottleneck" if self.is_bottleneck else "fused_conv2d"
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of the op after x, in order."""
+        if self.is_bottleneck:
+            return *self.weights, self.stride, self.replicate, self.activation, self.identity, self.final_activation
+        return *self.weights, self.stride, self.padding, self.replicate, self.activation
+
+    @property
     def options(self) -> dict[str, Any]:
         """What the op takes after the weights, by name."""
         common = {"stride": self.stride, "replicate": self.replicate, "activation": self.activation}
@@ -77,7 +98,11 @@ class FusedLayer(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Features of the layer, from features ``[G, B, H, W, C]``."""
         op: Callable[..., Tensor] = fused_bottleneck if self.is_bottleneck else fused_conv2d
-        return op(x.mean((2, 3), keepdim=True) if self.mean else x, *self.weights, **self.options)
+        return op(self.pool(x), *self.weights, **self.options)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The mean over each feature map, if the layer reads that, else ``x``."""
+        return x.mean((2, 3), keepdim=True) if self.mean else x
 
     def check(self, x: Tensor) -> tuple[int, ...]:
         """Raise unless the layer fits features like ``x``; the shape of the result."""
@@ -131,8 +156,7 @@ class FusedLayers:
         parents = -(-weight.shape[0] // self.layers[0].replicate)
         self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]))
         self._prepared: int | None = None
-        self._call = torch.ops.hne.fused_layers.default
-        if prepare and dispatch.serves("cpp", weight):
+        if prepare and weight.is_cpu and weight.dtype in dispatch.DTYPES["cpp"]:
             self._prepared = self._prepare()
             weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
 
@@ -177,34 +201,24 @@ class FusedLayers:
         else:
             checks.rank("x", x, 5, checks.CONV_INPUT)
         checks.no_gradient("FusedLayers", x)
-        if self._prepared is None or not self._serves(x):
+        if self._prepared is None or not _may_be_prepared(x) or not dispatch.has_kernel("fused_layers", x):
             batches = (x,) if len(self._kept) > 1 else micro_batches(x, 0 if self.images else 1)
-            if len(batches) == 1:
-                return self._in_turn(x)
-            return [torch.cat([self._in_turn(batch)[0] for batch in batches], 1)]
+            results = [self._in_turn(batch) for batch in batches]
+            return results[0] if len(results) == 1 else [torch.cat([outputs[0] for outputs in results], 1)]
         try:
-            results: list[Tensor] = self._call(x, self._prepared)
+            outputs: list[Tensor] = torch.ops.hne.fused_layers(x, self._prepared)
         except Exception:
             self._check(self._features(x))
             raise
-        return results
-
-    @staticmethod
-    def _serves(x: Tensor) -> bool:
-        """Whether the prepared call serves features like ``x``."""
-        return (
-            type(x) in (Tensor, Parameter)  # subclasses, such as fake tensors, may have no memory
-            and not torch.compiler.is_compiling()
-            and checks.autocast_dtype("cpu") is None
-            and dispatch.select(x) == "cpp"
-        )
+        return outputs
 
     def _in_turn(self, x: Tensor) -> list[Tensor]:
         x = self._features(x)
         self._check(x)
         results = []
-        for index, layer in enumerate(self.layers):
-            x = layer(x)
+        for index, layer in enumerate(self.layers):  # the op itself is called: every Python frame costs time
+            x = layer.pool(x)
+            x = dispatch.implementation(layer.op, x)(x, *layer.arguments)
             if index in self._kept:
                 results.append(x)
         if self.layers[-1].mean:
@@ -221,3 +235,6 @@ class FusedLayers:
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layer {index}: {error}") from None
             x = x.new_empty(()).expand(shape)  # stands for the features that come next
+
+
+dispatch.register("fused_layers", FusedLayers._in_turn, "reference", "cuda", "triton")

@@ -34,7 +34,8 @@ def hierarchical_distillation_loss(
         TypeError: a dtype does not fit.
         RuntimeError: on double backward, which is not implemented.
     """
-    return dispatch.call("hierarchical_distillation_loss", _check_values, logits, target, alpha, temperature)[0]
+    op = dispatch.implementation("hierarchical_distillation_loss", logits, late_check=_check_values)
+    return op(logits, target, alpha, temperature)[0]
 
 
 def _check_values(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> None:

@@ -7,10 +7,8 @@ from torch import Tensor
 from .activation import activate
 
 
-def branch_normalize(
-    x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: str
-) -> Tensor:
+def branch_normalize(x: Tensor, norm: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """See :func:`hne_kernels.branch_normalize`."""
-    mean, scale, shift = (vector[:, None, None, None] for vector in (mean, scale, shift))
+    mean, scale, shift = norm[:, :, None, None, None].unbind()
     y = (x - mean) * scale + shift
     return activate(y if residual is None else y + residual, activation).to(x.dtype)

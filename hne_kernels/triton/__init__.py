@@ -4,9 +4,8 @@ Registered as ``hne::triton_<op>``, so that torch.compile looks into them and to
 """
 
 from .branch_conv2d import branch_conv2d
-from .branch_conv2d_stats import branch_conv2d_stats
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
-from .branch_depthwise_conv2d_stats import branch_depthwise_conv2d_stats
+from .branch_norm_conv2d import branch_norm_conv2d
 from .branch_normalize import branch_normalize
 from .fused_bottleneck import fused_bottleneck
 from .fused_conv2d import fused_conv2d
@@ -16,9 +15,8 @@ from .prefix_mean import prefix_mean
 
 __all__ = [
     "branch_conv2d",
-    "branch_conv2d_stats",
     "branch_depthwise_conv2d",
-    "branch_depthwise_conv2d_stats",
+    "branch_norm_conv2d",
     "branch_normalize",
     "fused_bottleneck",
     "fused_conv2d",

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .. import checks
 from ..ops import convolution
-from .device import activate, denormalize, dot, normalize, per_channel, split_row, total_gradient, window
+from .batch_statistics import deviations, leave
+from .conv_norm import PLAIN, ConvNorm
+from .device import activate, denormalize, dot, norm_of, normalize, per_channel, split_row, total_gradient, window
 from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
-from .statistics import deviations, leave
-from .training import PLAIN, Training
 
 _PANEL = tl.constexpr(checks.PANEL)
 
@@ -30,7 +30,7 @@ _PANEL = tl.constexpr(checks.PANEL)
 @triton.jit(do_not_specialize=SIZES)
 def _kernel(
     source, weight, bias, residual, out,
-    output, output_mean, grad_mean, grad_var, input, mean, scale, shift, first_part, second_part,
+    output, output_mean, grad_mean, grad_var, input, norm, first_part, second_part,
     parents, branches, replicate, residual_replicate,
     batch, height, width, out_height, out_width, in_channels, out_channels,
     weight_branch, weight_panel, weight_out, weight_in, weight_y, weight_x,
@@ -40,9 +40,9 @@ def _kernel(
 ):  # fmt: skip
     """``out = activation(convolution of source + bias + residual)``; transposed, a sum over the children.
 
-    In training (:mod:`.branch_conv2d_stats`), forwards: with ``mean``, the source is normalised as it is read, with
+    In training (:mod:`.branch_conv2d_stats`), forwards: with ``norm``, the source is normalised as it is read, with
     activation NORMAL; the parts are statistics of what is written. Transposed: with ``output``, the source is its
-    gradient, and those of its statistics are added as it is read; with ``mean``, what is written is the gradient of
+    gradient, and those of its statistics are added as it is read; with ``norm``, what is written is the gradient of
     ``input`` before it was normalised, and the parts are the gradients of shift and scale.
     """
     in_channels, out_channels = tl.multiple_of(in_channels, UNIT), tl.multiple_of(out_channels, UNIT)
@@ -84,13 +84,9 @@ def _kernel(
                         values,
                     )
                     a = tl.where(here, a, 0.0).to(source.dtype.element_ty)
-                if mean is not None and not TRANSPOSED:
-                    a = normalize(
-                        a,
-                        per_channel(mean, reads, k, in_channels),
-                        per_channel(scale, reads, k, in_channels),
-                        per_channel(shift, reads, k, in_channels),
-                    )
+                if norm is not None and not TRANSPOSED:
+                    mean, scale, shift = norm_of(norm, reads, parents, k, in_channels)
+                    a = normalize(a, mean, scale, shift)
                     a = tl.where(here, activate(a, NORMAL), 0.0).to(source.dtype.element_ty)
                 filters = weight + member.to(tl.int64) * weight_branch
                 filters += tap_y.to(tl.int64) * weight_y + tap_x.to(tl.int64) * weight_x
@@ -109,15 +105,10 @@ def _kernel(
                 sums += tl.load(residual + shared + within, mask=mask, other=0.0).to(tl.float32)
             sums = activate(sums, ACTIVATION)
             at = branch.to(tl.int64) * rows * out_channels + within
-            if mean is not None and TRANSPOSED:
-                sums, by_shift, by_scale = denormalize(
-                    sums,
-                    tl.load(input + at, mask=mask, other=0.0),
-                    per_channel(mean, branch, n, out_channels),
-                    per_channel(scale, branch, n, out_channels),
-                    per_channel(shift, branch, n, out_channels),
-                    NORMAL,
-                )
+            if norm is not None and TRANSPOSED:
+                mean, scale, shift = norm_of(norm, branch, parents, n, out_channels)
+                original = tl.load(input + at, mask=mask, other=0.0)
+                sums, by_shift, by_scale = denormalize(sums, original, mean, scale, shift, NORMAL)
                 leave(
                     first_part, second_part, tl.sum(by_shift, 0), tl.sum(by_scale, 0),
                     tile_m, rows, branch, parents, n, out_channels, False, BLOCK_M,
@@ -134,7 +125,7 @@ def _kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _weight_kernel(
-    grad, source, partial, output, output_mean, grad_mean, grad_var, mean, scale, shift,
+    grad, source, partial, output, output_mean, grad_mean, grad_var, norm,
     branches, replicate, batch, height, width, out_height, out_width, in_channels, out_channels, parts,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     UNIT: tl.constexpr, NORMAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -142,7 +133,7 @@ def _weight_kernel(
 ):  # fmt: skip
     """``partial[part, branch, out, in, tap]``: the gradient of the weight from one part of the pixels.
 
-    In training, with ``output``: the gradients of its statistics are added to ``grad``; with ``mean``: the source is
+    In training, with ``output``: the gradients of its statistics are added to ``grad``; with ``norm``: the source is
     normalised. Both as they are read.
     """
     in_channels, out_channels = tl.multiple_of(in_channels, UNIT), tl.multiple_of(out_channels, UNIT)
@@ -163,10 +154,8 @@ def _weight_kernel(
             above_mean = per_channel(output_mean, branch, m, out_channels)
             above_grad_mean = per_channel(grad_mean, branch, m, out_channels)
             above_grad_var = per_channel(grad_var, branch, m, out_channels)
-        if mean is not None:
-            centre = per_channel(mean, parent, n, in_channels)
-            factor = per_channel(scale, parent, n, in_channels)
-            offset = per_channel(shift, parent, n, in_channels)
+        if norm is not None:
+            mean, scale, shift = norm_of(norm, parent, tl.cdiv(branches, replicate), n, in_channels)
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(tl.cdiv(end - start, BLOCK_K)):
             row = start + step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -182,8 +171,8 @@ def _weight_kernel(
             pixel = ((parent * batch + image) * height + y) * width + x
             here = (inside & (row < end))[:, None] & (n < in_channels)[None, :]
             b = tl.load(source + pixel[:, None] * in_channels + n[None, :], mask=here, other=0.0)
-            if mean is not None:
-                b = activate(normalize(b, centre, factor, offset), NORMAL)
+            if norm is not None:
+                b = activate(normalize(b, mean, scale, shift), NORMAL)
                 b = tl.where(here, b, 0.0).to(source.dtype.element_ty)
             sums = dot(tl.trans(a), b, sums, PRECISION)
         plane = (part * branches + branch) * out_channels
@@ -261,7 +250,7 @@ def launch(
     source: Tensor, weight: Tensor, layout: Sequence[int], out: Tensor, parents: int, branches: int, replicate: int,
     kernel_size: int, stride: int, padding: int, *, transposed: bool = False,
     bias: Tensor | None = None, residual: Tensor | None = None, residual_replicate: int = 1,
-    activation: str = "none", training: Training = PLAIN,
+    activation: str = "none", conv_norm: ConvNorm = PLAIN,
 ) -> None:  # fmt: skip
     """Write the convolution of ``source``, transposed or not, to ``out``."""
     precision, unit = _precision(source), _unit(source.shape[4], out.shape[4])
@@ -270,11 +259,11 @@ def launch(
         kernel = _convolve_small
     kernel(
         source.contiguous(), weight, contiguous(bias), contiguous(residual), out,
-        *training.above, training.input, *training.normalization, *training.parts,
+        *conv_norm.output, conv_norm.input, conv_norm.norm, *conv_norm.partials,
         parents, branches, replicate, residual_replicate, *source.shape[1:4], *out.shape[2:4],
         source.shape[4], out.shape[4], *layout,
         KERNEL=kernel_size, STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
-        UNIT=unit, ACTIVATION=activation, NORMAL=training.activation, PRECISION=precision,
+        UNIT=unit, ACTIVATION=activation, NORMAL=conv_norm.activation, PRECISION=precision,
     )  # fmt: skip
 
 
@@ -288,7 +277,7 @@ def strides(weight: Tensor, *, transposed: bool = False) -> tuple[int, ...]:
 
 def weigh(
     grad: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, replicate: int,
-    training: Training = PLAIN,
+    conv_norm: ConvNorm = PLAIN,
 ) -> Tensor:  # fmt: skip
     """The gradient of the weight, from that of the output."""
     check_pixels("grad", grad.shape)
@@ -298,9 +287,9 @@ def weigh(
     precision, unit = _precision(x), _unit(x.shape[4], grad.shape[4])
     kernel = _weigh_small if _small(precision, unit, x) else _weigh
     kernel(
-        grad.contiguous(), x.contiguous(), partial, *training.above, *training.normalization,
+        grad.contiguous(), x.contiguous(), partial, *conv_norm.output, conv_norm.norm,
         grad.shape[0], replicate, *x.shape[1:4], *grad.shape[2:4], x.shape[4], grad.shape[4], parts,
-        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, UNIT=unit, NORMAL=training.activation, PRECISION=precision,
+        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, UNIT=unit, NORMAL=conv_norm.activation, PRECISION=precision,
     )  # fmt: skip
     return partial.sum(0).to(x.dtype)
 

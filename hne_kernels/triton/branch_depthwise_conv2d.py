@@ -14,16 +14,16 @@ from torch import Tensor
 
 from .. import checks
 from ..ops import convolution
-from .device import activate, denormalize, normalize, per_channel, split_row, total_gradient, window
+from .batch_statistics import GROUP, deviations, leave
+from .conv_norm import PLAIN, ConvNorm
+from .device import activate, denormalize, norm_of, normalize, per_channel, split_row, total_gradient, window
 from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
-from .statistics import GROUP, deviations, leave
-from .training import PLAIN, Training
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _kernel(
     source, weight, bias, out,
-    output, output_mean, grad_mean, grad_var, input, mean, scale, shift, first_part, second_part,
+    output, output_mean, grad_mean, grad_var, input, norm, first_part, second_part,
     parents, branches, replicate, batch, height, width, out_height, out_width, channels,
     weight_branch, weight_channel, weight_y, weight_x,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -46,10 +46,8 @@ def _kernel(
         image, y, x = split_row(row, out_height, out_width)
         first = branch * replicate if TRANSPOSED else branch
         members = tl.minimum(replicate if TRANSPOSED else 1, branches - first).to(tl.int32)
-        if mean is not None:
-            normal = branch if TRANSPOSED else parent
-            centre, factor = per_channel(mean, normal, c, channels), per_channel(scale, normal, c, channels)
-            offset = per_channel(shift, normal, c, channels)
+        if norm is not None:
+            mean, scale, shift = norm_of(norm, branch if TRANSPOSED else parent, parents, c, channels)
         sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for member in range(members):
             reads = first + member if TRANSPOSED else parent
@@ -69,8 +67,8 @@ def _kernel(
                     written = tl.load(output + at, mask=here, other=0.0)
                     value = total_gradient(value, written, above_mean, above_grad_mean, above_grad_var, values)
                     value = tl.where(here, value, 0.0)
-                if mean is not None and not TRANSPOSED:
-                    value = tl.where(here, activate(normalize(value, centre, factor, offset), NORMAL), 0.0)
+                if norm is not None and not TRANSPOSED:
+                    value = tl.where(here, activate(normalize(value, mean, scale, shift), NORMAL), 0.0)
                 taps = filters + tl.cast(tap_y, tl.int64) * weight_y + tl.cast(tap_x, tl.int64) * weight_x
                 sums += value * tl.load(taps, mask=c < channels, other=0.0).to(tl.float32)[None, :]
         if bias is not None:
@@ -78,9 +76,9 @@ def _kernel(
         sums = activate(sums, ACTIVATION)
         at = (branch * rows + row)[:, None] * channels + c[None, :]
         mask = (row < rows)[:, None] & (c < channels)[None, :]
-        if mean is not None and TRANSPOSED:
+        if norm is not None and TRANSPOSED:
             original = tl.load(input + at, mask=mask, other=0.0)
-            sums, by_shift, by_scale = denormalize(sums, original, centre, factor, offset, NORMAL)
+            sums, by_shift, by_scale = denormalize(sums, original, mean, scale, shift, NORMAL)
             leave(
                 first_part, second_part, tl.sum(by_shift, 0), tl.sum(by_scale, 0),
                 tile_m, rows, branch, parents, c, channels, False, BLOCK_M,
@@ -97,7 +95,7 @@ def _kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _weight_kernel(
-    grad, source, partial, output, output_mean, grad_mean, grad_var, mean, scale, shift,
+    grad, source, partial, output, output_mean, grad_mean, grad_var, norm,
     branches, replicate, batch, height, width, out_height, out_width, channels, parts,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, NORMAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -122,9 +120,8 @@ def _weight_kernel(
             above_mean = per_channel(output_mean, branch, c, channels)
             above_grad_mean = per_channel(grad_mean, branch, c, channels)
             above_grad_var = per_channel(grad_var, branch, c, channels)
-        if mean is not None:
-            centre, factor = per_channel(mean, parent, c, channels), per_channel(scale, parent, c, channels)
-            offset = per_channel(shift, parent, c, channels)
+        if norm is not None:
+            mean, scale, shift = norm_of(norm, parent, tl.cdiv(branches, replicate), c, channels)
         sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for step in range(tl.cdiv(end - start, BLOCK_M)):
             row = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -140,8 +137,8 @@ def _weight_kernel(
                 )
             pixel = ((parent * batch + image) * height + y) * width + x
             value = tl.load(source + pixel[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            if mean is not None:
-                value = activate(normalize(value, centre, factor, offset), NORMAL)
+            if norm is not None:
+                value = activate(normalize(value, mean, scale, shift), NORMAL)
             sums += tl.where(mask, above * value, 0.0)
         entry = ((part * branches + branch) * channels + c) * taps + tap
         tl.store(partial + entry, tl.sum(sums, 0), mask=c < channels)
@@ -178,21 +175,21 @@ def convolve(
 
 def launch(
     source: Tensor, weight: Tensor, out: Tensor, parents: int, replicate: int, stride: int, padding: int, *,
-    transposed: bool = False, bias: Tensor | None = None, activation: str = "none", training: Training = PLAIN,
+    transposed: bool = False, bias: Tensor | None = None, activation: str = "none", conv_norm: ConvNorm = PLAIN,
 ) -> None:  # fmt: skip
     """Write the convolution of ``source``, transposed or not, to ``out``."""
-    kernel = _convolve if training.parts[0] is None else _convolve_tall
+    kernel = _convolve if conv_norm.partials[0] is None else _convolve_tall
     kernel(
         source.contiguous(), weight, contiguous(bias), out,
-        *training.above, training.input, *training.normalization, *training.parts,
+        *conv_norm.output, conv_norm.input, conv_norm.norm, *conv_norm.partials,
         parents, weight.shape[0], replicate, *source.shape[1:4], *out.shape[2:5], *weight.stride(),
         KERNEL=weight.shape[3], STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
-        ACTIVATION=activation, NORMAL=training.activation,
+        ACTIVATION=activation, NORMAL=conv_norm.activation,
     )  # fmt: skip
 
 
 def weigh(
-    grad: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, replicate: int, training: Training = PLAIN
+    grad: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, replicate: int, conv_norm: ConvNorm = PLAIN
 ) -> Tensor:
     """The gradient of the weight, from that of the output."""
     check_pixels("grad", grad.shape)
@@ -200,9 +197,9 @@ def weigh(
     parts = split(branches * -(-channels // _PARTIAL_CHANNELS) * kernel_size**2, x.device)
     partial = x.new_empty((parts, branches, channels, kernel_size, kernel_size), dtype=torch.float32)
     _weigh(
-        grad.contiguous(), x.contiguous(), partial, *training.above, *training.normalization,
+        grad.contiguous(), x.contiguous(), partial, *conv_norm.output, conv_norm.norm,
         branches, replicate, *x.shape[1:4], *grad.shape[2:5], parts,
-        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, NORMAL=training.activation,
+        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, NORMAL=conv_norm.activation,
     )  # fmt: skip
     return partial.sum(0).to(x.dtype)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import checks
 from ..ops.branch_normalize import check, differentiate
-from ..ops.stats_convolution import check_normalization
-from .device import activate, before_activation, normalize, per_channel
+from ..ops.normalization import check_norm
+from .conv_norm import norm_gradient
+from .device import activate, before_activation, norm_of, normalize
 from .launch import SIZES, Kernel, config, contiguous, op, split
 
 
@@ -32,7 +33,7 @@ def part_of_rows(tile, rows, channels, branches, parts, BLOCK_M: tl.constexpr, B
 
 @triton.jit(do_not_specialize=SIZES)
 def _kernel(
-    x, mean, scale, shift, residual, out, rows, branches, channels,
+    x, norm, residual, out, rows, branches, channels,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``out = activation((x - mean) * scale + shift + residual)``."""
@@ -44,12 +45,8 @@ def _kernel(
         c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = (row < rows)[:, None] & (c < channels)[None, :]
         at = (branch * rows + row)[:, None] * channels + c[None, :]
-        y = normalize(
-            tl.load(x + at, mask=mask, other=0.0),
-            per_channel(mean, branch, c, channels),
-            per_channel(scale, branch, c, channels),
-            per_channel(shift, branch, c, channels),
-        )
+        mean, scale, shift = norm_of(norm, branch, branches, c, channels)
+        y = normalize(tl.load(x + at, mask=mask, other=0.0), mean, scale, shift)
         if residual is not None:
             y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=mask)
@@ -57,7 +54,7 @@ def _kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    grad, x, y, mean, scale, grad_x, grad_residual, part_scale, part_shift, rows, branches, channels, parts,
+    grad, x, y, norm, grad_x, grad_residual, part_scale, part_shift, rows, branches, channels, parts,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x and of the residual, and those of scale and shift from each part of the rows."""
@@ -65,7 +62,7 @@ def _backward_kernel(
         branch, c, part, start, end = part_of_rows(
             tile, tl.cast(rows, tl.int64), channels, branches, parts, BLOCK_M, BLOCK_C
         )
-        centre, factor = per_channel(mean, branch, c, channels), per_channel(scale, branch, c, channels)
+        mean, scale, _ = norm_of(norm, branch, branches, c, channels)
         along, total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32), tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for step in range(tl.cdiv(end - start, BLOCK_M).to(tl.int32)):
             row = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -75,8 +72,8 @@ def _backward_kernel(
             if ACTIVATION != "none":
                 above = before_activation(above, tl.load(y + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
                 tl.store(grad_residual + at, above.to(grad_residual.dtype.element_ty), mask=mask)
-            tl.store(grad_x + at, (above * factor).to(grad_x.dtype.element_ty), mask=mask)
-            along += above * (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - centre)
+            tl.store(grad_x + at, (above * scale).to(grad_x.dtype.element_ty), mask=mask)
+            along += above * (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean)
             total += above
         entry = (part * branches + branch) * channels + c
         tl.store(part_scale + entry, tl.sum(along, 0), mask=c < channels)
@@ -91,41 +88,42 @@ _backward = Kernel(_backward_kernel, _CONFIGS, _KEY)
 
 
 @op
-def branch_normalize(
-    x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: str
-) -> Tensor:
+def branch_normalize(x: Tensor, norm: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """See :func:`hne_kernels.branch_normalize`."""
-    check(x, mean, scale, shift, residual, activation)
+    check(x, norm, residual, activation)
     branches, batch, height, width, channels = x.shape
     y = x.new_empty(x.shape)
     _normalize(
-        x.contiguous(), mean.contiguous(), scale.contiguous(), shift.contiguous(), contiguous(residual), y,
-        batch * height * width, branches, channels, ACTIVATION=activation,
+        x.contiguous(), norm.contiguous(), contiguous(residual), y, batch * height * width, branches, channels,
+        ACTIVATION=activation,
     )  # fmt: skip
     return y
 
 
 @op
 def branch_normalize_backward(
-    grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, scale: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, scale, shift and residual (empty for ``none``: grad itself) of :func:`branch_normalize`."""
+    grad: Tensor, x: Tensor, y: Tensor, norm: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, norm and residual of :func:`branch_normalize`.
+
+    Without an activation that of the residual is ``grad`` itself, and left empty.
+    """
     checks.rank("x", x, 5, checks.CONV_INPUT)
     checks.activation("activation", activation)
     checks.same_kind("x", x, grad=grad, y=y)
     for name, tensor in (("grad", grad), ("y", y)):
         checks.shape(name, tensor, tuple(x.shape), "as x")
-    check_normalization(x, mean, scale, scale)
+    check_norm("norm", norm, x, x.shape[4])
     branches, batch, height, width, channels = x.shape
     parts = split(branches * -(-channels // 64), x.device)
     part_scale, part_shift = (x.new_empty((parts, branches, channels), dtype=torch.float32) for _ in range(2))
     grad_x, grad_residual = x.new_empty(x.shape), x.new_empty(0 if activation == "none" else x.shape)
     _backward(
-        grad.contiguous(), x.contiguous(), y.contiguous(), mean.contiguous(), scale.contiguous(),
+        grad.contiguous(), x.contiguous(), y.contiguous(), norm.contiguous(),
         grad_x, grad_residual, part_scale, part_shift, batch * height * width, branches, channels, parts,
         ACTIVATION=activation,
     )  # fmt: skip
-    return grad_x, part_scale.sum(0), part_shift.sum(0), grad_residual
+    return grad_x, norm_gradient(norm, part_shift, part_scale), grad_residual
 
 
 differentiate("triton_branch_normalize")

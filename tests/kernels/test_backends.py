@@ -63,13 +63,13 @@ def test_use_backend_nests_and_restores() -> None:
     assert _served_by_ours() == before
 
 
-@pytest.mark.parametrize("case", representative(), ids=lambda case: case.op)
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case.label)
 def test_every_op_follows_the_choice(case: Any, rng: torch.Generator) -> None:
     inputs = case.inputs(rng)
     for name, ours in (("cpp", True), ("reference", False)):
         with K.use_backend(name), OpsOfOurs() as ops:
             case(inputs)
-        assert (case.op in ops.called) == ours
+        assert (case.op in {name.split()[-1] for name in ops.called}) == ours
 
 
 @pytest.mark.parametrize("name", ["cudnn", "", "CPP"])
@@ -113,10 +113,10 @@ def test_an_old_gpu_is_served_by_the_reference_with_one_warning(monkeypatch: pyt
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda:7"), dtype=torch.float32)
     extension.gpu_too_old.cache_clear()
     with pytest.warns(UserWarning, match=r"need compute capability 8\.0, Turing has 7\.5") as warned:
-        assert [dispatch.select(on_gpu) for _ in range(3)] == ["reference"] * 3
+        assert [dispatch.backend_for(on_gpu) for _ in range(3)] == ["reference"] * 3
     assert len(warned) == 1
     with K.use_backend("cuda"), pytest.raises(RuntimeError, match=r"Turing has 7\.5"):
-        dispatch.select(on_gpu)
+        dispatch.backend_for(on_gpu)
     extension.gpu_too_old.cache_clear()
 
 
@@ -166,7 +166,7 @@ def _gradients(case: Any, inputs: dict[str, Any], rng: torch.Generator) -> list[
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("case", representative(), ids=lambda case: case.op)
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case.label)
 def test_any_number_of_threads(case: Any, threads: int, rng: torch.Generator) -> None:
     inputs = case.inputs(rng)
     grads = [grad.float() for grad in _gradients(case, inputs, rng)]

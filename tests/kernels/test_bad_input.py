@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hne_kernels as K
 
-SAMPLES = {case.op: case for case in representative()}
+SAMPLES = {case.label: case for case in representative()}
 CONVOLUTIONS = ("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d")
 LOSS = "hierarchical_distillation_loss"
 
@@ -22,7 +22,7 @@ def _wider(tensor: Tensor, dim: int) -> Tensor:
     return torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
 
 
-# op, argument, its wrong value (or a function of the right one), error, part of the message
+# label of the op, argument, its wrong value (or a function of the right one), error, part of the message
 WRONG: list[tuple[str, str, Any, type[Exception], str]] = []
 
 
@@ -31,11 +31,13 @@ def _wrong(ops: str | tuple[str, ...], error: type[Exception], *rows: tuple[str,
         WRONG.extend((op, argument, value, error, text) for argument, value, text in rows)
 
 
-UNITS = ("branch_conv2d_stats", "branch_depthwise_conv2d_stats")
-RESIDUAL = ("branch_residual_conv2d_stats", "branch_normalize")
-PROJECTING = ("branch_conv2d_moments", "branch_projection")
-NORMALIZING = (*UNITS, *RESIDUAL, *PROJECTING)
-MAPS = (*CONVOLUTIONS, *UNITS, "fused_bottleneck", *RESIDUAL, *PROJECTING)
+DENSE, DEPTHWISE = "branch_norm_conv2d-dense", "branch_norm_conv2d-depthwise"
+MATERIALIZE = "branch_norm_conv2d-materialize"
+NORM_CONVS = (DENSE, DEPTHWISE)
+RESIDUAL = (MATERIALIZE, "branch_normalize")
+POINTWISE = ("branch_pointwise_stats", "branch_pointwise_norm_conv2d")
+NORMALIZING = (*NORM_CONVS, *RESIDUAL, *POINTWISE)
+MAPS = (*CONVOLUTIONS, *NORM_CONVS, "fused_bottleneck", *RESIDUAL, *POINTWISE)
 _wrong(
     MAPS,
     ValueError,
@@ -86,12 +88,12 @@ for _op, _weight, _bias in (
 for _op in ("branch_conv2d", "branch_depthwise_conv2d", "prefix_logits"):
     _wrong(_op, ValueError, ("bias", lambda b: _wider(b, -1), r"\bbias: expected shape .*got"))
 _wrong(
-    ("branch_conv2d", "branch_conv2d_stats"),
+    ("branch_conv2d", DENSE),
     ValueError,
     ("weight", lambda w: _wider(w, 2), r"weight: expected 3 input channels as x has, got 4"),
 )
 _wrong(
-    ("branch_depthwise_conv2d", "branch_depthwise_conv2d_stats"),
+    ("branch_depthwise_conv2d", DEPTHWISE),
     ValueError,
     ("weight", lambda w: _wider(w, 1), r"weight: expected 3 input channels as x has, got 4"),
 )
@@ -100,18 +102,18 @@ _wrong("fused_conv2d", ValueError, ("bias", lambda b: b.repeat(1, 2), r"weight: 
 
 # Windows.
 _wrong(
-    ("branch_conv2d", "branch_depthwise_conv2d", *UNITS),
+    ("branch_conv2d", "branch_depthwise_conv2d", *NORM_CONVS),
     ValueError,
     ("weight", lambda w: w[..., :0, :0], r"weight: expected a square kernel of at least 1x1"),
 )
 _wrong(
-    (*CONVOLUTIONS, *UNITS),
+    (*CONVOLUTIONS, *NORM_CONVS),
     ValueError,
     ("x", lambda x: x[:, :, :0], r"x: expected at least 1 rows and columns for a 3x3 kernel with padding 1, got 0x4"),
 )
 
 # Numbers and names.
-for _op in (*CONVOLUTIONS, *UNITS, "fused_bottleneck"):
+for _op in (*CONVOLUTIONS, *NORM_CONVS, "fused_bottleneck"):
     for _name, _least in (("stride", 1), ("padding", 0), ("replicate", 1)):
         if (_op, _name) == ("fused_bottleneck", "padding"):
             continue
@@ -156,18 +158,25 @@ _wrong(
 )
 
 # Normalisation.
-for _name in ("mean", "scale", "shift"):
-    _wrong(
-        NORMALIZING,
-        ValueError,
-        (_name, lambda v: v[0], rf"{_name}: expected 2 dimensions .*got 1"),
-        (_name, lambda v: _wider(v, 0), rf"{_name}: expected shape .*got"),
-        (_name, lambda v: _wider(v, 1), rf"{_name}: expected shape .*got"),
-        (_name, lambda v: v.to("meta"), rf"{_name}: expected to be on the device of x"),
-    )
-    _wrong(NORMALIZING, TypeError, (_name, lambda v: v.double(), rf"{_name}: expected torch.float32 \(the statistics"))
-    _wrong(UNITS, ValueError, (_name, None, r"(mean|scale): expected with all of mean, scale, shift, got"))
-for _op in (*UNITS, "branch_residual_conv2d_stats", *PROJECTING):
+for _ops, _name in ((NORMALIZING, "norm"), (("branch_pointwise_norm_conv2d",), "out_norm residual_norm")):
+    for _argument in _name.split():
+        _wrong(
+            _ops,
+            ValueError,
+            (_argument, lambda v: v[0], rf"\b{_argument}: expected 3 dimensions .*got 2"),
+            (_argument, lambda v: v[:2], rf"\b{_argument}: expected shape .*got \(2,"),
+            (_argument, lambda v: _wider(v, 0), rf"\b{_argument}: expected shape .*got \(4,"),
+            (_argument, lambda v: _wider(v, 1), rf"\b{_argument}: expected shape .*got"),
+            (_argument, lambda v: _wider(v, 2), rf"\b{_argument}: expected shape .*got"),
+            (_argument, lambda v: v.to("meta"), rf"\b{_argument}: expected to be on the device of x"),
+        )
+        _wrong(
+            _ops,
+            TypeError,
+            (_argument, lambda v: v.double(), rf"\b{_argument}: expected torch.float32 \(the statistics"),
+            (_argument, lambda v: v.tolist(), rf"\b{_argument}: expected a tensor .*got list"),
+        )
+for _op in (*NORM_CONVS, MATERIALIZE, *POINTWISE):
     _wrong(
         _op,
         ValueError,
@@ -178,43 +187,45 @@ for _op in (*UNITS, "branch_residual_conv2d_stats", *PROJECTING):
     )
     _wrong(_op, TypeError, ("weight", lambda w: w.double(), r"weight: expected .*torch.float32.* got torch.float64"))
 _wrong(
-    ("branch_residual_conv2d_stats", *PROJECTING),
+    (MATERIALIZE, *POINTWISE),
     ValueError,
     ("weight", lambda w: w.expand(-1, -1, -1, 3, 3), r"weight: expected a 1x1 kernel, got shape"),
 )
-_wrong(PROJECTING, TypeError, ("mean", None, r"mean: expected a tensor"))
-for _name in ("residual_mean", "residual_scale", "residual_shift"):
-    _wrong(
-        "branch_projection", ValueError, (_name, None, r"residual_(mean|scale): expected with all of residual_mean,")
-    )
-_wrong("branch_projection", ValueError, ("residual", None, r"residual: expected one where residual_mean is given"))
-for _name in ("out_mean", "out_scale", "out_shift", "residual_mean", "residual_scale", "residual_shift"):
-    _wrong(
-        "branch_projection",
-        ValueError,
-        (_name, lambda v: v[0], rf"{_name}: expected 2 dimensions .*got 1"),
-        (_name, lambda v: _wider(v, 1), rf"{_name}: expected shape .*got"),
-        (_name, lambda v: v.to("meta"), rf"{_name}: expected to be on the device of x"),
-    )
-    _wrong("branch_projection", TypeError, (_name, lambda v: v.double(), rf"{_name}: expected torch.float32 \(the"))
 _wrong(
-    "branch_projection",
+    MATERIALIZE,
     ValueError,
+    ("stride", 2, r"stride: expected 1 with materialize, got 2"),
+    ("padding", 1, r"padding: expected 0 with materialize, got 1"),
+    ("materialize", False, r"residual: expected None without materialize, got a tensor"),
+    ("weight", lambda w: w[:, :3, 0], r"weight: expected 5 dimensions .*got 4"),
+)
+_wrong(NORM_CONVS, ValueError, ("residual", lambda r: torch.ones(1), r"residual: expected None without materialize"))
+_wrong(POINTWISE, TypeError, ("norm", None, r"norm: expected a tensor .*got NoneType"))
+_wrong("branch_normalize", TypeError, ("norm", None, r"norm: expected a tensor .*got NoneType"))
+_wrong(
+    "branch_pointwise_norm_conv2d",
+    ValueError,
+    ("residual", None, r"residual: expected a tensor where residual_norm is given, got None"),
     ("out_activation", "gelu", r"out_activation: expected one of none, relu, relu6, got 'gelu'"),
     ("next_weight", lambda w: w[0], r"next_weight: expected 5 dimensions"),
     ("next_weight", lambda w: _wider(w, 0), r"next_weight: expected shape"),
     ("next_weight", lambda w: _wider(w, 2), r"next_weight: expected shape"),
     ("next_weight", lambda w: w.expand(-1, -1, -1, 3, 3), r"next_weight: expected a 1x1 kernel"),
 )
-_wrong("branch_projection", TypeError, ("next_weight", lambda w: w.double(), r"next_weight: expected the dtype of x"))
 _wrong(
-    (*RESIDUAL, "branch_projection"),
+    "branch_pointwise_norm_conv2d",
+    TypeError,
+    ("out_norm", None, r"out_norm: expected a tensor .*got NoneType"),
+    ("next_weight", lambda w: w.double(), r"next_weight: expected the dtype of x"),
+)
+_wrong(
+    (*RESIDUAL, "branch_pointwise_norm_conv2d"),
     ValueError,
     ("residual", lambda r: r[:, :1], r"residual: expected shape"),
     ("residual", lambda r: r.to("meta"), r"residual: expected to be on the device"),
 )
 _wrong(
-    (*RESIDUAL, "branch_projection"),
+    (*RESIDUAL, "branch_pointwise_norm_conv2d"),
     TypeError,
     ("residual", lambda r: r.double(), r"residual: expected the dtype of x"),
 )
@@ -301,11 +312,17 @@ def test_samples_are_right_without_the_wrong_argument(backend: Placement, rng: t
         case(case.inputs(rng, backend.dtype, backend.device))
 
 
-@pytest.mark.parametrize("op", UNITS)
+@pytest.mark.parametrize("op", [*NORM_CONVS, MATERIALIZE])
 def test_activation_without_a_normalisation(op: str, backend: Placement, rng: torch.Generator) -> None:
     inputs = SAMPLES[op].inputs(rng, backend.dtype, backend.device)
     with pytest.raises(ValueError, match=r"activation: expected none where x is not normalised .*got 'relu"):
-        SAMPLES[op]({**inputs, "mean": None, "scale": None, "shift": None})
+        SAMPLES[op]({**inputs, "norm": None})
+
+
+def test_materialize_without_a_normalisation(backend: Placement, rng: torch.Generator) -> None:
+    inputs = SAMPLES[MATERIALIZE].inputs(rng, backend.dtype, backend.device)
+    with pytest.raises(ValueError, match=r"norm: expected a tensor with materialize, got None"):
+        SAMPLES[MATERIALIZE]({**inputs, "norm": None, "activation": "none"})
 
 
 def test_no_models(backend: Placement) -> None:
@@ -360,31 +377,39 @@ UNCHECKED = [
     ("fused_bottleneck", "depthwise", lambda w: w[..., :2]),
     ("fused_bottleneck", "project_bias", lambda b: b[:1]),
     ("fused_bottleneck", "shortcut", lambda w: w[:, :1]),
-    *((op, name, lambda v: v[:, :1]) for op in NORMALIZING for name in ("mean", "scale", "shift")),
-    *((op, name, lambda v: v[:1]) for op in NORMALIZING for name in ("mean", "scale", "shift")),
-    *((op, name, lambda v: v.double()) for op in NORMALIZING for name in ("mean", "scale", "shift")),
-    *((op, "weight", lambda w: w[:2]) for op in UNITS),
-    *((op, "weight", lambda w: w.double()) for op in UNITS),
-    *((op, "shift", None) for op in UNITS),
-    *((op, "stride", 0) for op in UNITS),
+    *((op, "norm", lambda v: v[:, :, :1]) for op in NORMALIZING),
+    *((op, "norm", lambda v: v[:, :1]) for op in NORMALIZING),
+    *((op, "norm", lambda v: v[:2]) for op in NORMALIZING),
+    *((op, "norm", lambda v: v[0]) for op in NORMALIZING),
+    *((op, "norm", lambda v: v.double()) for op in NORMALIZING),
+    *((op, "norm", None) for op in NORMALIZING),
+    *((op, "weight", lambda w: w[:2]) for op in NORM_CONVS),
+    *((op, "weight", lambda w: w[0, 0, 0]) for op in NORM_CONVS),
+    *((op, "weight", lambda w: w.double()) for op in NORM_CONVS),
+    *((op, "stride", 0) for op in NORM_CONVS),
+    *((op, "materialize", True) for op in NORM_CONVS),
+    *((op, "residual", lambda r: torch.ones(2, 2, 5, 4, 3)) for op in NORM_CONVS),
     *((op, "activation", "gelu") for op in NORMALIZING),
-    ("branch_conv2d_stats", "weight", lambda w: w[:, :, :2]),
-    ("branch_depthwise_conv2d_stats", "weight", lambda w: w[:, :2]),
-    ("branch_residual_conv2d_stats", "weight", lambda w: w[:1]),
-    ("branch_residual_conv2d_stats", "weight", lambda w: w[:, :, :2]),
-    ("branch_residual_conv2d_stats", "weight", lambda w: w.double()),
-    *((op, "residual", lambda r: r[:, :1]) for op in (*RESIDUAL, "branch_projection")),
-    *((op, "weight", lambda w: w[:1]) for op in PROJECTING),
-    *((op, "weight", lambda w: w[:, :, :2]) for op in PROJECTING),
-    *((op, "weight", lambda w: w.double()) for op in PROJECTING),
-    *(("branch_projection", name, lambda v: v[:, :1]) for name in ("out_mean", "out_scale", "out_shift")),
-    *(("branch_projection", name, lambda v: v[:, :1]) for name in ("residual_mean", "residual_scale")),
-    ("branch_projection", "residual_shift", None),
-    ("branch_projection", "residual", None),
-    ("branch_projection", "out_activation", "gelu"),
-    ("branch_projection", "next_weight", lambda w: w[:1]),
-    ("branch_projection", "next_weight", lambda w: w[:, :, :2]),
-    ("branch_projection", "next_weight", lambda w: w.double()),
+    (DENSE, "weight", lambda w: w[:, :, :2]),
+    (DEPTHWISE, "weight", lambda w: w[:, :2]),
+    (MATERIALIZE, "weight", lambda w: w[:1]),
+    (MATERIALIZE, "weight", lambda w: w[:, :, :2]),
+    (MATERIALIZE, "weight", lambda w: w.double()),
+    (MATERIALIZE, "stride", 2),
+    (MATERIALIZE, "padding", 1),
+    *((op, "residual", lambda r: r[:, :1]) for op in (*RESIDUAL, "branch_pointwise_norm_conv2d")),
+    *((op, "weight", lambda w: w[:1]) for op in POINTWISE),
+    *((op, "weight", lambda w: w[:, :, :2]) for op in POINTWISE),
+    *((op, "weight", lambda w: w.double()) for op in POINTWISE),
+    *(("branch_pointwise_norm_conv2d", name, lambda v: v[:, :, :1]) for name in ("out_norm", "residual_norm")),
+    *(("branch_pointwise_norm_conv2d", name, lambda v: v[:2]) for name in ("out_norm", "residual_norm")),
+    *(("branch_pointwise_norm_conv2d", name, lambda v: v.double()) for name in ("out_norm", "residual_norm")),
+    ("branch_pointwise_norm_conv2d", "out_norm", None),
+    ("branch_pointwise_norm_conv2d", "residual", None),
+    ("branch_pointwise_norm_conv2d", "out_activation", "gelu"),
+    ("branch_pointwise_norm_conv2d", "next_weight", lambda w: w[:1]),
+    ("branch_pointwise_norm_conv2d", "next_weight", lambda w: w[:, :, :2]),
+    ("branch_pointwise_norm_conv2d", "next_weight", lambda w: w.double()),
     ("prefix_mean", "sizes", [1, 6]),
     ("prefix_mean", "sizes", [0]),
     ("prefix_logits", "sizes", [6]),
@@ -402,8 +427,8 @@ UNCHECKED = [
     ids=[f"{op}-{argument}-{i}" for i, (op, argument, _) in enumerate(UNCHECKED)],
 )
 def test_registered_ops_check_too(op: str, argument: str, value: Any, backend: Placement, rng: torch.Generator) -> None:
-    _, inputs = _apply(op, argument, value, rng, backend)
-    registered = getattr(torch.ops.hne, f"triton_{op}" if backend.backend == "triton" else op, None)
+    case, inputs = _apply(op, argument, value, rng, backend)
+    registered = getattr(torch.ops.hne, f"triton_{case.op}" if backend.backend == "triton" else case.op, None)
     if backend.backend == "reference" or registered is None:
         pytest.skip(f"{op} is no registered op of {backend.backend}")
     if (backend.backend, op, argument) == ("triton", LOSS, "target") and inputs["target"].shape == (3,):

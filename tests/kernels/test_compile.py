@@ -53,7 +53,7 @@ def _same(got: Any, want: Any) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", representative(), ids=lambda case: case.op)
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case.label)
 def test_one_graph_forwards_and_backwards(case: Case, dynamic: bool, rng: torch.Generator) -> None:
     inputs, grads = _arguments(case, rng)
     compiled = _Compiled(case, backend="aot_eager", dynamic=dynamic)
@@ -61,7 +61,7 @@ def test_one_graph_forwards_and_backwards(case: Case, dynamic: bool, rng: torch.
 
 
 @pytest.mark.skipif("triton" not in K.available_backends(), reason="the triton backend is not usable here")
-@pytest.mark.parametrize("case", representative(), ids=lambda case: case.op)
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case.label)
 def test_triton_ops_are_one_graph(case: Case, rng: torch.Generator) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs, grads = _arguments(case, rng)
@@ -71,7 +71,9 @@ def test_triton_ops_are_one_graph(case: Case, rng: torch.Generator) -> None:
         _same(evaluate(compiled, inputs, grads), evaluate(case, inputs, grads))
 
 
-@pytest.mark.parametrize("case", [c for c in representative() if "x" in c.make(torch.Generator())], ids=lambda c: c.op)
+@pytest.mark.parametrize(
+    "case", [c for c in representative() if "x" in c.make(torch.Generator())], ids=lambda c: c.label
+)
 def test_other_sizes_need_no_other_graph(case: Case, rng: torch.Generator) -> None:
     graphs = []
 
@@ -132,9 +134,11 @@ class _EveryOp(nn.Module):
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         x = K.branch_conv2d(x, self.stem, padding=1)
         x = K.branch_depthwise_conv2d(x, self.depthwise, self.bias, padding=1, replicate=2)
-        y, mean, var = K.branch_depthwise_conv2d_stats(x, self.filter, padding=1)
-        y, mean, var = K.branch_conv2d_stats(y, self.mix, mean, self.gain * var.rsqrt(), self.shift, activation="relu")
-        y = K.branch_normalize(y, mean, self.gain * var.rsqrt(), self.shift, residual=x, activation="relu")
+        y, mean, var = K.branch_norm_conv2d(x, self.filter, padding=1)
+        norm = torch.stack([mean, self.gain * var.rsqrt(), self.shift])
+        y, mean, var = K.branch_norm_conv2d(y, self.mix, norm, activation="relu")
+        norm = torch.stack([mean, self.gain * var.rsqrt(), self.shift])
+        y = K.branch_normalize(y, norm, residual=x, activation="relu")
         y = K.branch_conv2d(y, self.branch, stride=2, replicate=2)
         member, prefix = K.prefix_logits(y.mean((2, 3)), self.head, self.head_bias)
         loss = K.hierarchical_distillation_loss(member, target)
@@ -164,8 +168,8 @@ def test_export_keeps_our_ops(rng: torch.Generator, tmp_path: Path) -> None:
     program = torch.export.export(model, (x, target), dynamic_shapes={"x": {1: batch}, "target": {0: batch}})
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {f"hne.{op}.default" for op in (
-        "branch_conv2d", "branch_depthwise_conv2d", "branch_conv2d_stats", "branch_depthwise_conv2d_stats",
-        "branch_normalize", "prefix_logits", "prefix_mean", "hierarchical_distillation_loss",
+        "branch_conv2d", "branch_depthwise_conv2d", "branch_norm_conv2d", "branch_normalize", "prefix_logits",
+        "prefix_mean", "hierarchical_distillation_loss",
     )} <= called  # fmt: skip
     torch.export.save(program, tmp_path / "program.pt2")
     loaded = torch.export.load(tmp_path / "program.pt2").module()

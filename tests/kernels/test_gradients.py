@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, UNITS, Case, Inputs, representative
+from cases import CASES, TRAINING_OPS, Case, Inputs, representative
 from placements import Placement
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -16,7 +16,7 @@ import hne_kernels as K
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOSS = "hierarchical_distillation_loss"
-ONCE = (*UNITS, LOSS)  # ops that are differentiable once
+ONCE = (*TRAINING_OPS, LOSS)  # ops that are differentiable once
 
 
 def _tiny(op: str) -> list[Case]:
@@ -51,7 +51,7 @@ def test_gradients_and_their_gradients(case: Case, double: Placement, rng: torch
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in representative(differentiable=True) if c.op not in ONCE], ids=lambda c: c.op
+    "case", [c for c in representative(differentiable=True) if c.op not in ONCE], ids=lambda c: c.label
 )
 def test_whole_jacobian(case: Case, double: Placement, rng: torch.Generator) -> None:
     function, leaves = _leaves(case, case.inputs(rng, torch.float64, double.device))
@@ -59,12 +59,12 @@ def test_whole_jacobian(case: Case, double: Placement, rng: torch.Generator) -> 
 
 
 @pytest.mark.parametrize("case", [c for op in ONCE if op != LOSS for c in _tiny(op)], ids=str)
-def test_gradients_of_a_training_unit(case: Case, double: Placement, rng: torch.Generator) -> None:
+def test_gradients_of_training_ops(case: Case, double: Placement, rng: torch.Generator) -> None:
     function, leaves = _leaves(case, case.inputs(rng, torch.float64, double.device))
     assert gradcheck(function, leaves, fast_mode=case.terms > 100)
 
 
-@pytest.mark.parametrize("case", [c for op in UNITS for c in _tiny(op)], ids=str)
+@pytest.mark.parametrize("case", [c for op in TRAINING_OPS for c in _tiny(op)], ids=str)
 def test_a_gradient_does_not_depend_on_which_others_are_wanted(
     case: Case, double: Placement, rng: torch.Generator
 ) -> None:
@@ -92,7 +92,7 @@ def test_loss_gradient(models: int, alpha: float, double: Placement, rng: torch.
     assert gradcheck(along, [moves.requires_grad_()], fast_mode=models > 5)
 
 
-@pytest.mark.parametrize("case", [c for c in representative() if c.op in ONCE], ids=lambda c: c.op)
+@pytest.mark.parametrize("case", [c for c in representative() if c.op in ONCE], ids=lambda c: c.label)
 def test_double_backward_is_right_or_refused(case: Case, double: Placement, rng: torch.Generator) -> None:
     inputs = case.inputs(rng, torch.float64, double.device)
     if case.op == LOSS:
@@ -107,7 +107,7 @@ def test_double_backward_is_right_or_refused(case: Case, double: Placement, rng:
         torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
 
-@pytest.mark.parametrize("case", [c for c in representative() if c.op.startswith("fused")], ids=lambda c: c.op)
+@pytest.mark.parametrize("case", [c for c in representative() if c.op.startswith("fused")], ids=lambda c: c.label)
 def test_inference_ops_refuse_a_gradient(case: Case, backend: Placement, rng: torch.Generator) -> None:
     inputs = case.inputs(rng, backend.dtype, backend.device)
     for name in [name for name, value in inputs.items() if isinstance(value, Tensor)]:

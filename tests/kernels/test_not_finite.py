@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import UNITS, Case, evaluate, representative
+from cases import TRAINING_OPS, Case, evaluate, representative
 from placements import Placement
 
 import hne_kernels as K
 
 ACTIVATED = [
-    case for case in representative() if case.op in ("fused_conv2d", "fused_bottleneck", *UNITS, "branch_normalize")
+    case
+    for case in representative()
+    if case.op in ("fused_conv2d", "fused_bottleneck", *TRAINING_OPS, "branch_normalize")
 ]
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
-@pytest.mark.parametrize("case", ACTIVATED, ids=lambda case: case.op)
+@pytest.mark.parametrize("case", ACTIVATED, ids=lambda case: case.label)
 def test_nan_is_not_clamped(case: Case, activation: str, placement: Placement, rng: torch.Generator) -> None:
     inputs = case.inputs(rng, placement.dtype, placement.device)
     inputs["activation"] = activation
@@ -26,7 +28,7 @@ def test_nan_is_not_clamped(case: Case, activation: str, placement: Placement, r
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("case", representative(), ids=lambda case: case.op)
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case.label)
 def test_one_value_spreads_as_far_as_in_the_reference(
     case: Case, value: float, backend: Placement, rng: torch.Generator
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, GEOMETRIES, UNITS, Case, representative
+from cases import CASES, GEOMETRIES, TRAINING_OPS, Case, representative
 from placements import Placement
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +21,7 @@ INFERENCE = {"fused_conv2d", "fused_bottleneck"}
 # No functions of tensors alone, and nothing that is traced: see test_fused_layers.py.
 PREPARED = {"prepare_layers", "fused_layers"}
 # Differentiable once: opcheck would sum every result and go backwards through it, which these refuse.
-UNITS_BACKWARD = {f"{op}_backward" for op in UNITS}
-ONCE = {*UNITS_BACKWARD, "hierarchical_distillation_loss"}
+ONCE = {*(f"{op}_backward" for op in TRAINING_OPS), "hierarchical_distillation_loss"}
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -62,7 +61,7 @@ def _record(case: Case, place: Placement, rng: torch.Generator) -> dict[str, lis
         if results:
             scalar = sum(r.square().sum() for r in results)
             first = torch.autograd.grad(scalar, list(leaves.values()), create_graph=True)
-            if case.op not in (*UNITS, "hierarchical_distillation_loss"):
+            if case.op not in (*TRAINING_OPS, "hierarchical_distillation_loss"):
                 torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values()))
     return recorder.calls
 
@@ -81,7 +80,7 @@ def _samples() -> list[Case]:
     for op in ("prefix_mean", "prefix_logits", "hierarchical_distillation_loss"):
         chosen += [c for c in CASES if c.op == op][:1]
     chosen += [c for c in CASES if c.op == "branch_normalize" and "residual" not in c.name][:1]
-    chosen += [c for op in UNITS for c in CASES if c.op == op and "as-it-is" in c.name][:1]
+    chosen += [c for op in TRAINING_OPS for c in CASES if c.op == op and "as-it-is" in c.name][:1]
     chosen += [c for c in CASES if c.op == "fused_bottleneck" and "identity" in c.name][:1]
     return chosen
 

@@ -91,10 +91,9 @@ def test_fused_bottleneck(case: Case, rng: torch.Generator) -> None:
         torch.testing.assert_close(got[g], _bend(y, inputs["final_activation"]))
 
 
-@pytest.mark.parametrize("op", ["branch_conv2d_stats", "branch_depthwise_conv2d_stats"])
-def test_a_chain_of_units_is_a_network_with_batch_norm(op: str, rng: torch.Generator) -> None:
-    """Values and gradients of torch's own convolution and batch norm, by units that never store a normalised map."""
-    depthwise = "depthwise" in op
+@pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
+def test_normalised_convolutions_are_a_network_with_batch_norm(depthwise: bool, rng: torch.Generator) -> None:
+    """Values and gradients of torch's convolution and batch norm, without a normalised feature map in memory."""
     inputs = (3, 4) if depthwise else (3, 4, 4)
     x = torch.randn(3, 2, 5, 4, 4, generator=rng, dtype=torch.float64)
     first, second, gain, offset = (
@@ -102,10 +101,11 @@ def test_a_chain_of_units_is_a_network_with_batch_norm(op: str, rng: torch.Gener
         for shape in ((*inputs, 3, 3), (*inputs, 3, 3), (3, 4), (3, 4))
     )
     parameters = (first, second, gain, offset)
-    unit = getattr(K, op)
-    y, mean, var = unit(x, first, padding=1)
-    y, mean, var = unit(y, second, mean, gain * (var + 1e-5).rsqrt(), offset, activation="relu", padding=1)
-    got = K.branch_normalize(y, mean, gain * (var + 1e-5).rsqrt(), offset, residual=x, activation="relu")
+    y, mean, var = K.branch_norm_conv2d(x, first, padding=1)
+    norm = torch.stack([mean, gain * (var + 1e-5).rsqrt(), offset])
+    y, mean, var = K.branch_norm_conv2d(y, second, norm, activation="relu", padding=1)
+    norm = torch.stack([mean, gain * (var + 1e-5).rsqrt(), offset])
+    got = K.branch_normalize(y, norm, residual=x, activation="relu")
 
     def convolve(y: Tensor, filters: Tensor, g: int) -> Tensor:
         y = F.conv2d(y, filters[:, None] if depthwise else filters, padding=1, groups=4 if depthwise else 1)

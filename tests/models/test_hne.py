@@ -543,20 +543,18 @@ def test_ops_of_a_step_and_of_a_call(rng: torch.Generator) -> None:
     x = torch.randn(2, 3, 8, 8, generator=rng)
     # Where a bottleneck follows another, its expansion comes with the end of that one. Where the end is wider than what
     # it is made of, so does the last convolution, after its statistics.
-    inverted = {"branch_residual_conv2d_stats": 2, "branch_depthwise_conv2d_stats": 3, "branch_conv2d_stats": 6}
+    inverted = {"materializing branch_norm_conv2d": 2, "depthwise branch_norm_conv2d": 3, "branch_norm_conv2d": 6}
     wide = {
-        "branch_projection": 3,
-        "branch_conv2d_moments": 3,
-        "branch_depthwise_conv2d_stats": 3,
-        "branch_conv2d_stats": 3,
+        "branch_pointwise_norm_conv2d": 3,
+        "branch_pointwise_stats": 3,
+        "depthwise branch_norm_conv2d": 3,
+        "branch_norm_conv2d": 3,
     }
     for layer, calls in ((Bottleneck(4, 8), inverted), (Bottleneck(8, 4), wide)):
         model = FusedHNE(Hierarchy([1, 2]), [[Conv(8)], [layer] * 3], num_classes=3).train()
         with OpsOfOurs() as ops:
             model(x).sum().backward()
-        units = {
-            op: n for op, n in ops.called.items() if any(name in op for name in ("stats", "moments", "projection"))
-        }
+        units = {op: n for op, n in ops.called.items() if "norm_conv2d" in op or "stats" in op}
         assert units == calls | {f"{op}_backward": n for op, n in calls.items()}
     model.eval()
     with torch.no_grad(), OpsOfOurs() as ops:

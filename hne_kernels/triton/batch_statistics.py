@@ -81,7 +81,7 @@ def _combine_kernel(
 _combine = Kernel(_combine_kernel, [config(8, BLOCK_P=128, BLOCK_C=16)], [])
 
 
-def entries(out: Tensor) -> tuple[Tensor, Tensor]:
+def partial_statistics(out: Tensor) -> tuple[Tensor, Tensor]:
     """Room for what the tiles of ``out`` [G, B, H, W, C] leave: two of [groups of pixels, G, C]."""
     groups = -(-(out.shape[1] * out.shape[2] * out.shape[3]) // GROUP)
     shape = (groups, out.shape[0], out.shape[4])

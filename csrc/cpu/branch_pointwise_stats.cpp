@@ -1,24 +1,24 @@
-// Mean and variance of a pointwise convolution that is not computed: those of y = W s are W mean(s) and the diagonal of
-// W cov(s) W^T.
+// Mean and variance of y = W s, a pointwise convolution that is not computed: the mean is W mean(s), and the variances
+// are the diagonal of W cov(s) W^T.
 #include "conv_norm.h"
 #include "pointwise.h"
 
 namespace hne {
 namespace {
 
-// Mean and biased covariance of the channels of a branch. A share sums distances from its first row, and shares are
-// united by the formula of Chan et al. (1979): nothing cancels where a mean is large.
+// Mean and biased covariance of the channels of a branch. A task sums distances from its first row, and the sums of
+// tasks are combined by the formula of Chan et al. (1979): nothing cancels where a mean is large.
 template <typename T>
 class Covariance {
  public:
-  Covariance(const PrologueInput<T>& map, const PointwiseSizes& sizes, const Tensor& like)
-      : map_(map),
+  Covariance(const PrologueInput<T>& input, const PointwiseSizes& sizes, const Tensor& like)
+      : input_(input),
         channels_(sizes.in),
-        shares_(sizes.branches, sizes.rows),
-        sums_(sizes.branches, shares_.count, channels_),
-        origins_(empty(like, {sizes.branches * shares_.count, channels_})),
-        products_(empty(like, {sizes.branches * shares_.count, channels_ * channels_})) {
-    parallel_tasks(sizes.branches * shares_.count, [&](int64_t task) { sum(task); });
+        partition_(sizes.branches, sizes.rows),
+        sums_(sizes.branches, partition_.tasks, channels_),
+        origins_(empty(like, {sizes.branches * partition_.tasks, channels_})),
+        products_(empty(like, {sizes.branches * partition_.tasks, channels_ * channels_})) {
+    parallel_tasks(sizes.branches * partition_.tasks, [&](int64_t task) { sum(task); });
   }
 
   // mean [in], covariance [in][in] of a branch
@@ -27,12 +27,12 @@ class Covariance {
     std::fill(covariance, covariance + channels_ * channels_, 0.0);
     std::vector<double> apart(channels_);
     double before = 0;
-    for (int64_t share = 0; share < shares_.count; ++share) {
-      const int64_t task = branch * shares_.count + share;
+    for (int64_t part = 0; part < partition_.tasks; ++part) {
+      const int64_t task = branch * partition_.tasks + part;
       double count = 0;
-      shares_.each(share, [&](int64_t, int64_t, int64_t rows) { count += double(rows); });
+      partition_.for_each_block(part, [&](int64_t, int64_t, int64_t rows) { count += double(rows); });
       if (count == 0) continue;
-      const double *sums = sums_.share_of(branch, share), both = before + count;
+      const double *sums = sums_.partial_sum(branch, part), both = before + count;
       const T* origin = data<T>(origins_) + task * channels_;
       const T* product = data<T>(products_) + task * channels_ * channels_;
       for (int64_t c = 0; c < channels_; ++c) apart[c] = double(origin[c]) + sums[c] / count - mean[c];
@@ -48,42 +48,41 @@ class Covariance {
 
  private:
   void sum(int64_t task) {
-    const int64_t branch = task / shares_.count, share = task % shares_.count;
+    const int64_t branch = task / partition_.tasks, part = task % partition_.tasks;
     T* const origin = mutable_data<T>(origins_) + task * channels_;
     T* const product = mutable_data<T>(products_) + task * channels_ * channels_;
     std::fill(product, product + channels_ * channels_, T(0));
     bool begins = true;
-    shares_.each(share, [&](int64_t, int64_t first, int64_t count) {
+    partition_.for_each_block(part, [&](int64_t, int64_t first, int64_t count) {
       T* const distances = scratch<T>(4, kBlockRows * channels_);
-      const T* rows = map_.read(branch, first, count, distances);
+      const T* rows = input_.read(branch, first, count, distances);
       if (std::exchange(begins, false)) std::copy(rows, rows + channels_, origin);
       NormRows<T> r{};
       r.x = rows, r.shift = origin, r.out = distances, r.count = count, r.channels = channels_;
-      sums_.add(branch, share, r, kernels<T>().moments);
+      sums_.add(branch, part, r, kernels<T>().moments);
       add_outer<T>(distances, channels_, distances, channels_, count, product);
     });
   }
 
-  const PrologueInput<T>& map_;
+  const PrologueInput<T>& input_;
   int64_t channels_;
-  RowPartition shares_;
+  RowPartition partition_;
   ChannelSums<T> sums_;
   Tensor origins_, products_;
 };
 
-// Beside mean and variance of y: the mean of s, and W cov(s), for the way back.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in, const Tensor& mean,
-                                                   const Tensor& scale, const Tensor& shift,
+// Mean and variance of y and, for the backward pass, the mean of s and the product W cov(s).
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in, const Tensor& norm,
                                                    const std::string& activation) {
-  const Normalization normalization(x_in, mean, scale, shift, activation);
+  const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in);
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
-  const Tensor y_mean = empty(mean, {s.branches, s.out}), y_var = empty(mean, {s.branches, s.out});
-  const Tensor x_mean = empty(mean, {s.branches, s.in}), product = empty(mean, {s.branches, s.out, s.in});
+  const Tensor y_mean = empty(norm, {s.branches, s.out}), y_var = empty(norm, {s.branches, s.out});
+  const Tensor x_mean = empty(norm, {s.branches, s.in}), product = empty(norm, {s.branches, s.out, s.in});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const PrologueInput<T> map = normalization.of<T>(x);
-    Covariance<T> moments(map, s, x);
+    const PrologueInput<T> input = normalization.input<T>(x);
+    Covariance<T> moments(input, s, x);
     const Tensor covariance = empty(x, {s.branches, s.in, s.in});
     parallel_tasks(s.branches, [&](int64_t branch) {
       std::vector<double> average(s.in), square(s.in * s.in);
@@ -94,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
       T* const to = mutable_data<T>(y_mean) + branch * s.out;
       for (int64_t c = 0; c < s.out; ++c) to[c] = T(dot(w + c * s.in, average.data(), s.in));
     });
-    const PackedMatrices<T> packed(covariance, false);  // it is symmetric
+    const PackedMatrices<T> packed(covariance, false);  // symmetric
     parallel_tasks(s.branches, [&](int64_t branch) {
       const T* w = data<T>(weight) + branch * s.out * s.in;
       T* const to = mutable_data<T>(product) + branch * s.out * s.in;
@@ -106,43 +105,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
   return {y_mean, y_var, x_mean, product};
 }
 
-// With n rows, the gradient of each row s is W^T (grad_mean / n) + B (s - mean(s)), B = W^T diag(2 grad_var / n) W,
-// and that of W grad_mean mean(s)^T + diag(2 grad_var) W cov(s).
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, const Tensor& grad_var_in,
-                                                    const Tensor& x_mean_in, const Tensor& product_in,
-                                                    const Tensor& x_in, const Tensor& weight_in, const Tensor& mean,
-                                                    const Tensor& scale, const Tensor& shift,
-                                                    const std::string& activation) {
-  const Normalization normalization(x_in, mean, scale, shift, activation);
+// With n rows, the gradient of a row s is W^T (grad_mean / n) + B (s - mean(s)), where B = W^T diag(2 grad_var / n) W.
+// The gradient of W is grad_mean mean(s)^T + diag(2 grad_var) W cov(s).
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, const Tensor& grad_var_in,
+                                            const Tensor& x_mean_in, const Tensor& product_in, const Tensor& x_in,
+                                            const Tensor& weight_in, const Tensor& norm,
+                                            const std::string& activation) {
+  const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in);
   for (const auto& [name, t] : {std::pair{"grad_mean", &grad_mean_in}, {"grad_var", &grad_var_in}})
-    check_vector(name, *t, x_in, s.branches, s.out);
-  check_vector("x_mean", x_mean_in, x_in, s.branches, s.in);
-  check_shape("product", product_in, {s.branches, s.out, s.in});
-  check_kind("product", product_in, mean);
+    check_statistics(name, *t, x_in, {s.branches, s.out});
+  check_statistics("x_mean", x_mean_in, x_in, {s.branches, s.in});
+  check_statistics("product", product_in, x_in, {s.branches, s.out, s.in});
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
   const Tensor grad_mean = torch::stable::contiguous(grad_mean_in), grad_var = torch::stable::contiguous(grad_var_in);
   const Tensor x_mean = torch::stable::contiguous(x_mean_in), product = torch::stable::contiguous(product_in);
   const Tensor grad_x = empty(x, x_in.sizes()), grad_weight = empty(weight, weight_in.sizes());
-  const Tensor grad_scale = empty(x, scale.sizes()), grad_shift = empty(x, shift.sizes());
+  const Tensor grad_norm = empty(norm, norm.sizes());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const PrologueInput<T> map = normalization.of<T>(x);
+    const PrologueInput<T> input = normalization.input<T>(x);
     const T rows = T(std::max<int64_t>(s.rows, 1));
     const Tensor square = empty(x, {s.branches, s.in, s.in}), constant = empty(x, {s.branches, s.in});
     parallel_tasks(s.branches, [&](int64_t branch) {
       const T* w = data<T>(weight) + branch * s.out * s.in;
       const T* average = data<T>(x_mean) + branch * s.in;
-      const T *of_mean = data<T>(grad_mean) + branch * s.out, *of_var = data<T>(grad_var) + branch * s.out;
-      const T* above = data<T>(product) + branch * s.out * s.in;
+      const T *from_mean = data<T>(grad_mean) + branch * s.out, *from_var = data<T>(grad_var) + branch * s.out;
+      const T* w_cov = data<T>(product) + branch * s.out * s.in;
       T* const to = mutable_data<T>(grad_weight) + branch * s.out * s.in;
       T* const scaled = scratch<T>(4, s.out * s.in);
       T* const b = mutable_data<T>(square) + branch * s.in * s.in;
       std::vector<double> sum(s.in, 0.0);
       for (int64_t c = 0, i = 0; c < s.out; ++c) {
-        const T mean_of_row = of_mean[c] / rows, var_of_row = 2 * of_var[c] / rows;
+        const T mean_of_row = from_mean[c] / rows, var_of_row = 2 * from_var[c] / rows;
         for (int64_t k = 0; k < s.in; ++k, ++i) {
-          to[i] = of_mean[c] * average[k] + 2 * of_var[c] * above[i];
+          to[i] = from_mean[c] * average[k] + 2 * from_var[c] * w_cov[i];
           scaled[i] = var_of_row * w[i];
           sum[k] += double(mean_of_row * w[i]);
         }
@@ -160,23 +157,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, 
       const int64_t branch = task / blocks, first = task % blocks * kBlockRows;
       const int64_t count = std::min(kBlockRows, s.rows - first);
       T* const grad = scratch<T>(7, kBlockRows * s.in);
-      packed.multiply(branch, map.read(branch, first, count, scratch<T>(5, kBlockRows * s.in)), count, grad,
+      packed.multiply(branch, input.read(branch, first, count, scratch<T>(5, kBlockRows * s.in)), count, grad,
                       data<T>(constant) + branch * s.in);
-      NormRows<T> r = map.norm(branch, first, count);
+      NormRows<T> r = input.norm(branch, first, count);
       r.grad = grad, r.out = mutable_data<T>(grad_x) + (branch * s.rows + first) * s.in;
       sums.add(branch, task % blocks, r, kernels<T>().normalize_backward);
     });
-    sums.finish(s.branches, mutable_data<T>(grad_shift), mutable_data<T>(grad_scale));
+    sums.finish_norm(*normalization.norm, grad_norm);
   });
   const ScalarType dtype = x_in.scalar_type();
-  return {round_to(grad_x, dtype), grad_scale, grad_shift, round_to(grad_weight, dtype)};
+  return {round_to(grad_x, dtype), round_to(grad_weight, dtype), grad_norm};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
-  m.impl("branch_conv2d_moments", TORCH_BOX(&forward));
-  m.impl("branch_conv2d_moments_backward", TORCH_BOX(&backward));
+  m.impl("branch_pointwise_stats", TORCH_BOX(&forward));
+  m.impl("branch_pointwise_stats_backward", TORCH_BOX(&backward));
 }
 
 }  // namespace hne

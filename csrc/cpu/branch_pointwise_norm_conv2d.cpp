@@ -1,0 +1,266 @@
+// The end of a bottleneck from the feature map s before its last convolution,
+// z = clamp((conv(s) - mean) * scale + shift + residual), and y = next_conv(z) with its statistics. The wide feature
+// map conv(s) never lies in memory: backward derives its sums from the products of the gradient and s.
+#include "conv_norm.h"
+#include "pointwise.h"
+
+namespace hne {
+namespace {
+
+constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
+
+// The gradient of z: a feature map or, where the gradient of a sum over pixels was expanded, one row for each sample.
+struct OutputMapGradient {
+  int64_t pixels, channels;
+  bool expanded;
+  Tensor values;
+
+  OutputMapGradient(const Tensor& grad, const PointwiseSizes& s)
+      : pixels(s.x_shape[2] * s.x_shape[3]), channels(s.out), values(grad) {
+    const auto strides = grad.strides();
+    expanded = pixels > 1 && strides[2] == 0 && strides[3] == 0;
+    for (const int64_t over : {2, 3})
+      if (expanded) values = torch::stable::narrow(values, over, 0, 1);
+    values = torch::stable::contiguous(widen(values));
+  }
+
+  // Rows [at, at + count) over all branches and samples; expanded ones are written to `memory`.
+  template <typename T>
+  const T* read(int64_t at, int64_t count, T* memory) const {
+    if (!expanded) return data<T>(values) + at * channels;
+    for (int64_t m = 0; m < count; ++m)
+      std::copy_n(data<T>(values) + (at + m) / pixels * channels, channels, memory + m * channels);
+    return memory;
+  }
+};
+
+// The residual, if there is one, with its own normalisation, if it has one.
+struct Residual {
+  std::optional<Tensor> values;
+  std::optional<Normalization> normalization;
+
+  Residual(const std::optional<Tensor>& given, const std::optional<Tensor>& norm, const PointwiseSizes& s,
+           const Tensor& x)
+      : values(contiguous(widen(given))) {
+    STD_TORCH_CHECK(given.has_value() || !norm.has_value(), "residual_norm: expected with a residual");
+    if (!given.has_value()) return;
+    check_shape("residual", *given, s.shape(s.out));
+    check_kind("residual", *given, x);
+    normalization.emplace("residual_norm", *given, norm, "none");
+  }
+
+  bool normalized() const { return normalization.has_value() && normalization->norm.has_value(); }
+
+  template <typename T>
+  PrologueInput<T> input() const {
+    return values.has_value() ? normalization->input<T>(*values) : PrologueInput<T>{};
+  }
+};
+
+// The convolution and the normalisation of its output as one convolution with a bias.
+struct Folded {
+  Tensor weight, bias;  // [branch][out][in], [branch][out]
+
+  Folded(const PointwiseSizes& s, const Tensor& from, const Tensor& norm)
+      : weight(empty(from, {s.branches, s.out, s.in})), bias(empty(from, {s.branches, s.out})) {
+    dispatch(from, [&](auto type) {
+      using T = decltype(type);
+      const T *mean = norm_row<T>(norm, kMean), *scale = norm_row<T>(norm, kScale), *shift = norm_row<T>(norm, kShift);
+      const T* const given = data<T>(from);
+      T *const to = mutable_data<T>(weight), *const to_bias = mutable_data<T>(bias);
+      parallel_tasks(s.branches, [&](int64_t branch) {
+        for (int64_t i = branch * s.out; i < (branch + 1) * s.out; ++i) {
+          kernels<T>().store_scaled(to + i * s.in, given + i * s.in, scale[i], s.in);
+          to_bias[i] = shift[i] - mean[i] * scale[i];
+        }
+      });
+    });
+  }
+};
+
+Tensor contiguous_norm(const char* name, const Tensor& norm, const Tensor& x, const PointwiseSizes& s) {
+  check_norm(name, norm, x, s.branches, s.out);
+  return torch::stable::contiguous(norm);
+}
+
+Tensor matrices(const Tensor& weight) {
+  return torch::stable::view(weight, {weight.size(0), weight.size(1), weight.size(2)});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in, const Tensor& norm,
+                                                   const std::string& activation, const Tensor& out_norm_in,
+                                                   const std::string& out_activation,
+                                                   const std::optional<Tensor>& residual_in,
+                                                   const std::optional<Tensor>& residual_norm,
+                                                   const std::optional<Tensor>& next_in) {
+  const Normalization normalization("norm", x_in, norm, activation);
+  const PointwiseSizes s(x_in, weight_in, next_in);
+  const Residual residual(residual_in, residual_norm, s, x_in);
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const std::optional<Tensor> next = contiguous(widen(next_in));
+  const Folded folded(s, weight, contiguous_norm("out_norm", out_norm_in, x_in, s));
+  const Tensor z = empty(x, s.shape(s.out)), y = empty(x, s.shape(s.next));
+  const Tensor y_mean = empty(norm, {s.branches, s.next}), y_var = empty(norm, {s.branches, s.next});
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const PrologueInput<T> input = normalization.input<T>(x), added = residual.input<T>();
+    const Clamp<T> clamp = Clamp<T>::named(out_activation);
+    const PackedMatrices<T> project(folded.weight, false);
+    std::optional<PackedMatrices<T>> expand;
+    if (next.has_value()) expand.emplace(matrices(*next), false);
+    const int64_t blocks = ceil_div(s.rows, kBlockRows);
+    Moments<T> moments(s.branches, blocks, s.next);
+    parallel_tasks(s.branches * blocks, [&](int64_t task) {
+      const int64_t branch = task / blocks, first = task % blocks * kBlockRows;
+      const int64_t count = std::min(kBlockRows, s.rows - first), at = branch * s.rows + first;
+      T* const to = mutable_data<T>(z) + at * s.out;
+      const T* const before = input.read(branch, first, count, scratch<T>(4, kBlockRows * s.in));
+      const T* const add =
+          added.x != nullptr ? added.read(branch, first, count, scratch<T>(5, kBlockRows * s.out)) : nullptr;
+      project.multiply(branch, before, count, to, data<T>(folded.bias) + branch * s.out, add, clamp,
+                       rows_after(added.x, s.rows, s.out, branch, first, count));
+      if (!expand) return;
+      T* const next_to = mutable_data<T>(y) + at * s.next;
+      expand->multiply(branch, to, count, next_to, nullptr, nullptr, {},
+                       rows_after(data<T>(z), s.rows, s.out, branch, first, count));
+      moments.add(branch, task % blocks, next_to, count);
+    });
+    moments.finish(mutable_data<T>(y_mean), mutable_data<T>(y_var));
+  });
+  const ScalarType dtype = x_in.scalar_type();
+  return {round_to(z, dtype), round_to(y, dtype), y_mean, y_var};
+}
+
+// With m the gradient of z before the activation, the gradients are: m of the residual; sum m of the shift;
+// sum m (conv(s) - mean) = diag(W (sum s m^T)) - mean sum m of the scale; diag(scale) sum m s^T of W;
+// m diag(scale) W of s.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_z_in, const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var, const Tensor& z_in,
+    const Tensor& y_in, const Tensor& y_mean, const Tensor& x_in, const Tensor& weight_in, const Tensor& norm,
+    const std::string& activation, const Tensor& out_norm_in, const std::string& out_activation,
+    const std::optional<Tensor>& residual_in, const std::optional<Tensor>& residual_norm,
+    const std::optional<Tensor>& next_in, bool has_residual) {
+  const Normalization normalization("norm", x_in, norm, activation);
+  const PointwiseSizes s(x_in, weight_in, next_in);
+  const OutputGradient next_output(grad_y, grad_mean, grad_var, y_in, y_mean);
+  check_shape("y", y_in, s.shape(s.next));
+  for (const auto& [name, t] : {std::pair{"z", &z_in}, {"grad_z", &grad_z_in}}) {
+    check_shape(name, *t, s.shape(s.out));
+    check_kind(name, *t, x_in);
+  }
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor z = torch::stable::contiguous(widen(z_in));
+  const OutputMapGradient grad_z(grad_z_in, s);
+  STD_TORCH_CHECK(has_residual || !residual_in.has_value(), "residual: expected none");
+  const Residual residual(residual_in, residual_norm, s, x_in);
+  const std::optional<Tensor> next = contiguous(widen(next_in));
+  const Tensor out_norm = contiguous_norm("out_norm", out_norm_in, x_in, s);
+  const Folded folded(s, weight, out_norm);
+  const Tensor grad_x = empty(x, x_in.sizes()), grad_weight = empty(weight, weight_in.sizes());
+  const Tensor grad_norm = empty(norm, norm.sizes()), grad_out_norm = empty(norm, out_norm.sizes());
+  const Tensor grad_residual = has_residual ? empty(x, s.shape(s.out)) : empty(x, {0});
+  const Tensor grad_residual_norm = residual.normalized() ? empty(norm, out_norm.sizes()) : empty(norm, {0});
+  const Tensor grad_next = next.has_value() ? empty(x, next_in->sizes()) : empty(x, {0});
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const PrologueInput<T> input = normalization.input<T>(x), added = residual.input<T>();
+    const PrologueInput<T> grad_next_map = next_output.input<T>();
+    const PackedMatrices<T> project(folded.weight, true);
+    std::optional<PackedMatrices<T>> expand;
+    if (next.has_value()) expand.emplace(matrices(*next), true);
+    const RowPartition partition(s.branches, s.rows);
+    // A gradient that fits no cache is written past the caches, as another op reads it.
+    const bool streams = has_residual && !residual.normalized() && s.out * sizeof(T) % 64 == 0 &&
+                         s.rows * s.branches * s.out * int64_t(sizeof(T)) >= kStreamBytes;
+    const T* const grad_map = grad_z.expanded ? nullptr : data<T>(grad_z.values);
+    const int64_t size = s.in * s.out, next_size = s.next * s.out;
+    const Tensor products = empty(x, {s.branches * partition.tasks, size});  // sum s m^T, [in][out]
+    const Tensor next_products = empty(x, {s.branches * partition.tasks, next_size});
+    ChannelSums<T> sums(s.branches, partition.blocks, s.in), out_sums(s.branches, partition.blocks, s.out);
+    ChannelSums<T> residual_sums(s.branches, residual.normalized() ? partition.blocks : 0, s.out);
+    parallel_tasks(s.branches * partition.tasks, [&](int64_t task) {
+      const int64_t branch = task / partition.tasks;
+      T* const product = mutable_data<T>(products) + task * size;
+      T* const next_product = mutable_data<T>(next_products) + task * next_size;
+      std::fill(product, product + size, T(0));
+      std::fill(next_product, next_product + next_size, T(0));
+      partition.for_each_block(task % partition.tasks, [&](int64_t block, int64_t first, int64_t count) {
+        const int64_t at = branch * s.rows + first;
+        const T* rows = data<T>(z) + at * s.out;
+        const auto after = [&](const T* feature_map) {
+          return rows_after(feature_map, s.rows, s.out, branch, first, count);
+        };
+        T* const memory = scratch<T>(8, kBlockRows * s.out);
+        const T* grad = grad_z.read(at, count, memory);
+        if (expand) {
+          const T* grad_after = grad_next_map.read(branch, first, count, scratch<T>(4, kBlockRows * s.next));
+          add_outer(grad_after, s.next, rows, s.out, count, next_product, after(grad_map));
+          expand->multiply(branch, grad_after, count, memory, nullptr, grad);
+          grad = memory;
+        }
+        T* const to_residual = has_residual ? mutable_data<T>(grad_residual) + at * s.out : nullptr;
+        T* const masked = has_residual && !streams && !residual.normalized() ? to_residual : memory;
+        NormRows<T> r{};
+        r.grad = grad, r.y = rows, r.out = masked, r.clamp = Clamp<T>::named(out_activation);
+        r.streamed = streams ? to_residual : nullptr, r.count = count, r.channels = s.out;
+        out_sums.add(branch, block, r, kernels<T>().mask);
+        if (residual.normalized()) {
+          r = added.norm(branch, first, count);
+          r.grad = masked, r.out = to_residual;
+          residual_sums.add(branch, block, r, kernels<T>().normalize_backward);
+        }
+        const T* before = input.read(branch, first, count, scratch<T>(5, kBlockRows * s.in));
+        add_outer<T>(before, s.in, masked, s.out, count, product, after(data<T>(z)));
+        T* const grad_before = scratch<T>(7, kBlockRows * s.in);
+        project.multiply(branch, masked, count, grad_before);
+        r = input.norm(branch, first, count);
+        r.grad = grad_before, r.out = mutable_data<T>(grad_x) + at * s.in;
+        sums.add(branch, block, r, kernels<T>().normalize_backward);
+      });
+    });
+    sums.finish_norm(*normalization.norm, grad_norm);
+    out_sums.finish_norm(out_norm, grad_out_norm);  // but for the scale, which the products give
+    if (residual.normalized()) residual_sums.finish_norm(*residual.normalization->norm, grad_residual_norm);
+    parallel_tasks(s.branches, [&](int64_t branch) {
+      T* const product = mutable_data<T>(products) + branch * partition.tasks * size;
+      T* const next_product = mutable_data<T>(next_products) + branch * partition.tasks * next_size;
+      for (int64_t task = 1; task < partition.tasks; ++task) {
+        kernels<T>().add_scaled(product, product + task * size, T(1), size);
+        kernels<T>().add_scaled(next_product, next_product + task * next_size, T(1), next_size);
+      }
+      if (next.has_value())
+        std::copy(next_product, next_product + next_size, mutable_data<T>(grad_next) + branch * next_size);
+      const T* const w = data<T>(weight) + branch * size;
+      const T* const mean = norm_row<T>(out_norm, kMean) + branch * s.out;
+      const T* const scale = norm_row<T>(out_norm, kScale) + branch * s.out;
+      const T* const grad_shift = norm_row<T>(grad_out_norm, kShift) + branch * s.out;
+      T* const to = mutable_data<T>(grad_weight) + branch * size;
+      T* const to_scale = mutable_data<T>(grad_out_norm) + (kScale * s.branches + branch) * s.out;
+      constexpr int64_t kColumns = 16;  // transposed at once, within the first cache
+      for (int64_t c0 = 0; c0 < s.out; c0 += kColumns) {
+        const int64_t end = std::min(c0 + kColumns, s.out);
+        double sums[kColumns] = {};
+        for (int64_t k = 0; k < s.in; ++k)
+          for (int64_t c = c0; c < end; ++c) {
+            const T value = product[k * s.out + c];
+            sums[c - c0] += double(value) * double(w[c * s.in + k]);
+            to[c * s.in + k] = value * scale[c];
+          }
+        for (int64_t c = c0; c < end; ++c) to_scale[c] = T(sums[c - c0] - double(mean[c]) * double(grad_shift[c]));
+      }
+    });
+  });
+  const ScalarType dtype = x_in.scalar_type();
+  return {
+      round_to(grad_x, dtype), round_to(grad_weight, dtype), grad_norm, grad_out_norm, round_to(grad_residual, dtype),
+      grad_residual_norm,      round_to(grad_next, dtype)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
+  m.impl("branch_pointwise_norm_conv2d", TORCH_BOX(&forward));
+  m.impl("branch_pointwise_norm_conv2d_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace hne

@@ -1,0 +1,72 @@
+"""Versions, build, machine and backends, as a report."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import dispatch, extension
+
+Section = tuple[str, dict[str, str]]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(names)
+
+
+def environment_report() -> list[Section]:
+    """What is installed, what was built, and what is usable here.
+
+    Returns:
+        Sections, each with its title and its values by name.
+    """
+    build = extension.build_info()
+    library = extension.cpu_library()
+    backends = dict.fromkeys(dispatch.available_backends(), "usable")
+    backends |= {name: f"no: {why}" for name, why in dispatch.unavailable_backends().items()}
+    torch_cuda = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return [
+        (
+            "versions",
+            {
+                "hne_kernels": " ".join(filter(None, (build["version"], build["commit"]))),
+                "python": f"{platform.python_version()} ({platform.machine()})",
+                "torch": f"{torch.__version__} ({torch_cuda})",
+                "triton": _version("triton"),
+                "numpy": _version("numpy"),
+            },
+        ),
+        (
+            "build",
+            {
+                "compiler": build["compiler"],
+                "flags": build["flags"],
+                "torch": f"{build['torch']}, runs with {build['torch_target']} and newer",
+                "sanitizers": build["sanitizers"] or "none",
+                "CUDA targets": build["cuda_targets"] or "none",
+                "loaded from": str(library.__file__),
+            },
+        ),
+        (
+            "machine",
+            {
+                "CPU instructions": f"{library.cpu_capability()} "
+                f"(this machine: {library.cpu_capabilities_supported()})",
+                "threads": str(torch.get_num_threads()),
+                "GPUs": _gpus(),
+            },
+        ),
+        ("backends", backends),
+    ]

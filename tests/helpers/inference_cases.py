@@ -1,0 +1,182 @@
+"""Cases of the fused ops for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from case import Case, Inputs, normal
+from conv_cases import Geometry
+from torch import Tensor
+
+import hne_kernels as K
+
+
+def fused_convolution(geometry: Geometry, activation: str) -> Case:
+    g = geometry
+
+    def make(rng: torch.Generator) -> Inputs:
+        weight = normal(rng, g.branches, g.co, g.ci, g.k, g.k)
+        return {
+            "x": normal(rng, g.G, g.B, g.H, g.W, g.ci),
+            "weight": K.pack_weight(weight),
+            "bias": normal(rng, g.branches, g.co),
+            "activation": activation,
+            **g.options(),
+        }
+
+    return Case("fused_conv2d", f"{g}-{activation}", make, (), g.k**2 * g.ci + 1)
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """A bottleneck or inverted residual; ``join`` is what is added at its end."""
+
+    G: int
+    r: int
+    B: int
+    H: int
+    W: int
+    ci: int
+    middle: int
+    co: int
+    k: int
+    stride: int
+    join: str  # nothing, identity, shortcut
+    activation: str
+    final: str
+    missing: int = 0
+
+    def __str__(self) -> str:
+        missing = f"-missing{self.missing}" if self.missing else ""
+        return (
+            f"G{self.G}r{self.r}B{self.B}-{self.H}x{self.W}-{self.ci}to{self.middle}to{self.co}"
+            f"-k{self.k}s{self.stride}-{self.join}-{self.activation}-{self.final}{missing}"
+        )
+
+
+BOTTLENECKS = [
+    Bottleneck(1, 1, 1, 1, 1, 1, 1, 1, 3, 1, "identity", "relu", "relu"),
+    Bottleneck(1, 2, 2, 8, 8, 16, 16, 32, 3, 1, "shortcut", "relu", "relu"),
+    Bottleneck(2, 2, 1, 7, 7, 17, 5, 33, 3, 2, "shortcut", "relu", "relu"),
+    Bottleneck(2, 1, 2, 8, 8, 32, 8, 32, 3, 1, "identity", "relu", "relu"),
+    Bottleneck(3, 1, 1, 5, 9, 3, 18, 5, 3, 2, "nothing", "relu6", "none"),
+    Bottleneck(1, 1, 3, 6, 5, 5, 33, 5, 5, 1, "identity", "relu6", "none"),
+    Bottleneck(5, 2, 1, 4, 3, 3, 17, 3, 3, 1, "identity", "relu6", "none"),
+    Bottleneck(1, 4, 2, 1, 1, 33, 17, 17, 5, 2, "nothing", "relu6", "relu6"),
+    Bottleneck(2, 3, 0, 7, 7, 5, 3, 1, 3, 2, "shortcut", "relu", "relu"),
+    Bottleneck(3, 3, 1, 5, 4, 1, 5, 3, 1, 3, "shortcut", "none", "none"),
+    Bottleneck(1, 1, 2, 17, 19, 24, 144, 40, 3, 2, "nothing", "relu6", "none"),
+    Bottleneck(2, 2, 2, 16, 16, 64, 32, 128, 3, 2, "shortcut", "relu", "relu"),
+    Bottleneck(2, 2, 1, 5, 6, 8, 4, 16, 3, 1, "shortcut", "relu", "relu", missing=1),
+    Bottleneck(1, 1, 1, 9, 10, 16, 40, 200, 3, 1, "shortcut", "relu", "relu"),
+    # Expanded maps beyond a cache, so that they are computed a few rows at a time; a row beyond it, too.
+    Bottleneck(1, 2, 1, 33, 33, 9, 96, 20, 3, 2, "shortcut", "relu", "relu"),
+    Bottleneck(1, 1, 1, 40, 30, 16, 128, 16, 5, 1, "identity", "relu6", "none"),
+    Bottleneck(1, 1, 1, 6, 64, 3, 512, 4, 3, 1, "nothing", "relu", "none"),
+]
+
+
+def bottleneck(b: Bottleneck) -> Case:
+    branches = b.G * b.r - b.missing
+
+    def make(rng: torch.Generator) -> Inputs:
+        def pointwise(outputs: int, inputs: int) -> Tensor:
+            scale = inputs**-0.5  # keeps values near 1, where the activations bend
+            return K.pack_weight(normal(rng, branches, outputs, inputs, 1, 1, scale=scale))
+
+        shortcut = b.join == "shortcut"
+        return {
+            "x": normal(rng, b.G, b.B, b.H, b.W, b.ci, scale=3),
+            "expand": pointwise(b.middle, b.ci),
+            "expand_bias": normal(rng, branches, b.middle),
+            "depthwise": normal(rng, branches, b.k, b.k, b.middle),
+            "depthwise_bias": normal(rng, branches, b.middle),
+            "project": pointwise(b.co, b.middle),
+            "project_bias": normal(rng, branches, b.co),
+            "shortcut": pointwise(b.co, b.ci) if shortcut else None,
+            "shortcut_bias": normal(rng, branches, b.co) if shortcut else None,
+            "stride": b.stride,
+            "replicate": b.r,
+            "activation": b.activation,
+            "identity": b.join == "identity",
+            "final_activation": b.final,
+        }
+
+    # Errors of the three convolutions add up, and so do the shortcut's.
+    terms = (b.ci + 1) + (b.k**2 + 1) + (b.middle + 1) + (b.ci + 2)
+    return Case("fused_bottleneck", str(b), make, (), terms, roundings=2, naive_roundings=6)
+
+
+def layers(name: str, *singles: Case, keep: Sequence[int] = (), mean: Sequence[int] = ()) -> Case:
+    """Layers one after the other, the features after those of ``keep`` results as well, those of ``mean`` of the mean
+    over each map. The arguments of each are named by its number."""
+
+    def make(rng: torch.Generator) -> Inputs:
+        made = [single.make(rng) for single in singles]
+        later = {f"{name}_{i}": value for i, one in enumerate(made) for name, value in one.items() if name != "x"}
+        return {"x": made[0]["x"], **later}
+
+    def arguments(inputs: Inputs) -> Inputs:
+        described = []
+        for i in range(len(singles)):
+            own = {name.removesuffix(f"_{i}"): v for name, v in inputs.items() if name.endswith(f"_{i}")}
+            options = {name: own.pop(name) for name in K.FusedLayer._fields if name in own}
+            described.append(K.FusedLayer(tuple(own.values()), **options, mean=i in mean))
+        return {"x": inputs["x"], "layers": described, "keep": keep}
+
+    terms = sum(single.terms for single in singles) + 100 * len(mean)
+    roundings = sum(single.roundings for single in singles) + len(mean)
+    naive_roundings = sum(single.naive_roundings for single in singles) + len(mean)
+    return Case("FusedLayers", name, make, (), terms, roundings, naive_roundings, arguments)
+
+
+# In the runs of bottlenecks: more maps than threads, as many, and fewer; the last have some left over.
+LAYERS = [
+    layers("one", bottleneck(Bottleneck(1, 1, 1, 7, 7, 4, 3, 4, 3, 1, "identity", "relu", "relu"))),
+    layers(
+        "run",
+        bottleneck(Bottleneck(2, 2, 2, 7, 6, 5, 3, 9, 3, 2, "shortcut", "relu", "relu", missing=1)),
+        bottleneck(Bottleneck(3, 1, 2, 4, 3, 9, 20, 9, 3, 1, "identity", "relu", "relu")),
+        bottleneck(Bottleneck(3, 1, 2, 4, 3, 9, 17, 33, 5, 1, "shortcut", "relu6", "none")),
+    ),
+    layers(
+        "network",
+        fused_convolution(Geometry(1, 1, 3, 9, 8, 3, 16, 3, 1, 1), "relu"),
+        bottleneck(Bottleneck(1, 3, 3, 9, 8, 16, 32, 8, 3, 2, "nothing", "relu6", "none")),
+        bottleneck(Bottleneck(3, 1, 3, 5, 4, 8, 48, 8, 3, 1, "identity", "relu6", "none")),
+        bottleneck(Bottleneck(3, 1, 3, 5, 4, 8, 4, 6, 1, 2, "nothing", "relu6", "none")),
+        fused_convolution(Geometry(3, 2, 3, 1, 1, 6, 37, 1, 1, 0), "none"),
+        mean=[4],
+    ),
+    layers(
+        "images",
+        fused_convolution(Geometry(1, 1, 5, 9, 17, 3, 18, 3, 2, 1), "relu"),
+        fused_convolution(Geometry(1, 1, 5, 5, 9, 18, 7, 1, 1, 0), "relu6"),
+        bottleneck(Bottleneck(1, 1, 5, 5, 9, 7, 3, 7, 3, 1, "identity", "relu", "relu")),
+        bottleneck(Bottleneck(1, 1, 5, 5, 9, 7, 20, 9, 3, 2, "shortcut", "relu", "none")),
+    ),
+    layers(
+        "kept",
+        bottleneck(Bottleneck(1, 1, 1, 5, 7, 8, 3, 8, 3, 1, "identity", "relu", "relu")),
+        bottleneck(Bottleneck(1, 1, 1, 5, 7, 8, 4, 20, 3, 1, "shortcut", "relu", "relu")),
+        bottleneck(Bottleneck(1, 1, 1, 5, 7, 20, 3, 6, 3, 2, "shortcut", "relu", "relu")),
+        fused_convolution(Geometry(1, 1, 1, 1, 1, 6, 300, 1, 1, 0), "relu6"),
+        keep=[0, 2],
+        mean=[3],
+    ),
+    layers(
+        "mean-first",
+        fused_convolution(Geometry(2, 2, 2, 5, 4, 5, 70, 1, 1, 0, missing=1), "relu"),
+        fused_convolution(Geometry(3, 1, 2, 1, 1, 70, 130, 1, 1, 0), "none"),
+        mean=[0],
+    ),
+    layers(
+        "empty",
+        bottleneck(Bottleneck(2, 2, 0, 4, 4, 3, 2, 3, 3, 1, "identity", "relu", "relu")),
+        bottleneck(Bottleneck(4, 1, 0, 4, 4, 3, 2, 5, 3, 1, "nothing", "relu", "relu")),
+        fused_convolution(Geometry(4, 1, 0, 1, 1, 5, 3, 1, 1, 0), "none"),
+        mean=[2],
+    ),
+]
