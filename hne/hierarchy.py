@@ -142,8 +142,8 @@ class Hierarchy:
         return found
 
     def first_new(self, leaf: int) -> int:
-        """The first level at which the path of ``leaf`` (from 0) differs from that of the leaf before. Anytime inference
-        has computed the levels before it already, and computes the levels from it on."""
+        """The first level at which the paths of ``leaf`` (from 0) and the leaf before it differ. Anytime inference
+        computes the levels from there on."""
         return self._first_new[leaf]
 
     @cached_property
