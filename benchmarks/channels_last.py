@@ -95,14 +95,7 @@ def fused_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, padding: int, activ
 
 
 def fused_bottleneck(
-    x: Tensor,
-    *,
-    stride: int,
-    replicate: int,
-    activation: str,
-    identity: bool,
-    final_activation: str,
-    **weights: Tensor,
+    x: Tensor, *, stride: int, replicate: int, activation: str, identity: bool, final_activation: str, **weights: Tensor
 ) -> Tensor:
     """See :func:`hne_kernels.fused_bottleneck`, whose names ``weights`` have; they are not packed here."""
     y = _activate(branch_conv2d(x, weights["expand"], weights["expand_bias"], replicate=replicate), activation)

@@ -13,6 +13,8 @@ from ..distributed import is_main_process
 from ..errors import HNEError
 from . import anytime, bench, distill, evaluate, export, info, study, train
 
+__all__ = ["main"]
+
 _COMMANDS = (train, study, distill, evaluate, anytime, bench, info, export)
 
 _DESCRIPTION = """\

@@ -15,7 +15,7 @@ from hne.integrations import TorchUncertainty, stacked_members
 
 @pytest.fixture
 def logits(rng: torch.Generator) -> Tensor:
-    """Of five members on seven samples of four classes, some of them confident."""
+    """Logits of five members on seven samples of four classes, some of them confident."""
     return 3 * torch.randn(5, 7, 4, generator=rng)
 
 

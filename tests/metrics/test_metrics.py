@@ -32,7 +32,7 @@ from hne.metrics import (
 
 @pytest.fixture
 def logits(rng: torch.Generator) -> Tensor:
-    """Of five members on seven samples of four classes, some of them confident."""
+    """Logits of five members on seven samples of four classes, some of them confident."""
     return 3 * torch.randn(5, 7, 4, generator=rng)
 
 
