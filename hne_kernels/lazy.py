@@ -149,7 +149,8 @@ def entry_conv_stats(
             z, y, mean, var = branch_norm_conv2d(weight=weight, **x._asdict(), materialize=True)
         return z, ConvStats(y, None, mean, var)
     x = materialize(x)
-    return x, conv_stats(x, weight, stride=stride, padding=padding, replicate=replicate)
+    y, mean, var = branch_norm_conv2d(x, weight, stride=stride, padding=padding, replicate=replicate)
+    return x, ConvStats(y, None, mean, var)
 
 
 def materialize(x: Features) -> Tensor:

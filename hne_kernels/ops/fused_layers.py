@@ -203,7 +203,9 @@ class FusedLayers:
         checks.no_gradient("FusedLayers", x)
         if self._prepared is None or not _may_be_prepared(x) or not dispatch.has_kernel("fused_layers", x):
             batches = (x,) if len(self._kept) > 1 else micro_batches(x, 0 if self.images else 1)
-            results = [self._in_turn(batch) for batch in batches]
+            results = []
+            for batch in batches:
+                results.append(self._in_turn(batch))
             return results[0] if len(results) == 1 else [torch.cat([outputs[0] for outputs in results], 1)]
         try:
             outputs: list[Tensor] = torch.ops.hne.fused_layers(x, self._prepared)
