@@ -1,4 +1,4 @@
-// Activations: every one is a clamp.
+// Activations, all of them clamps.
 #pragma once
 
 #include <limits>

@@ -1,13 +1,13 @@
-// Shapes of a branch convolution, for every device.
+// Shapes of branch convolutions, heads and bottlenecks, for every device.
 #pragma once
 
 #include "tensor.h"
 
 namespace hne {
 
-// Sizes of a convolution, named as in hne_kernels: x [parents, batch, height, width, in_channels] to
-// [branches, batch, out_height, out_width, out_channels]; branch g reads parent g / replicate, and the last
-// parent may have fewer children (a leading slice of the tree).
+// Sizes of a convolution, named as in hne_kernels, from x [parents, batch, height, width, in_channels] to
+// [branches, batch, out_height, out_width, out_channels]. Branch g reads parent g / replicate; the last parent has
+// fewer children where `branches` is a leading slice of the tree.
 struct Geometry {
   int64_t parents, branches, batch, height, width, in_channels;
   int64_t out_height, out_width, out_channels;
@@ -32,7 +32,7 @@ struct Geometry {
   }
 };
 
-// `x` is the shape of the features.
+// `x` is the shape of the input.
 inline Geometry forward_geometry(const std::vector<int64_t>& x, int64_t branches, int64_t out_channels,
                                  int64_t kernel_size, int64_t stride, int64_t padding, int64_t replicate) {
   STD_TORCH_CHECK(x.size() == 5, "x: expected 5 dimensions");
@@ -69,8 +69,21 @@ inline Geometry backward_geometry(const Tensor& grad, int64_t in_channels, int64
   return g;
 }
 
-// Checks the shapes of a bottleneck (hne_kernels/fused_bottleneck.py), with features of shape x; the geometry is that
-// of its depthwise convolution, between the channels of x and of the output.
+// Sizes of the linear heads of all models: a head is a 1x1 convolution of a feature map of one pixel. features
+// [models, batch, channels], weight [models, classes, channels], bias [models, classes] or absent.
+inline Geometry heads_geometry(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(features.dim() == 3 && weight.dim() == 3, "features, weight: expected 3 dimensions");
+  Geometry g{};
+  g.parents = g.branches = features.size(0), g.batch = features.size(1), g.in_channels = features.size(2);
+  g.out_channels = weight.size(1);
+  g.height = g.width = g.out_height = g.out_width = g.kernel_size = g.stride = g.replicate = 1;
+  check_shape("weight", weight, {g.branches, g.out_channels, g.in_channels});
+  if (bias.has_value()) check_shape("bias", *bias, {g.branches, g.out_channels});
+  return g;
+}
+
+// Checks the shapes of a bottleneck (hne_kernels/ops/fused_bottleneck.py) whose input has the shape x. Returns the
+// sizes of its depthwise convolution, but with the channels of x and of the output.
 inline Geometry bottleneck_geometry(const std::vector<int64_t>& x, const Tensor& expand, const Tensor& expand_bias,
                                     const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& project,
                                     const Tensor& project_bias, const std::optional<Tensor>& shortcut,

@@ -1,11 +1,11 @@
-// The layout of packed weights (hne_kernels/packing.py).
+// Layout of packed weights (hne_kernels/packing.py).
 #pragma once
 
 #include <cstdint>
 
 namespace hne {
 
-// Output channels that a packed weight keeps side by side.
+// Output channels of a panel, contiguous in a packed weight.
 constexpr int64_t kPanel = 16;
 
 }  // namespace hne

@@ -1,4 +1,4 @@
-// Tensors of the stable ABI as the ops of every device use them.
+// Helpers for tensors of the stable ABI, for every device.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Guards the memory; the friendly messages are those of hne_kernels/checks.py, which runs first.
+// Protects memory accesses. hne_kernels/checks.py runs first and has the detailed messages.
 inline void check_shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
   const auto sizes = t.sizes();
   STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": unexpected shape");

@@ -1,52 +1,52 @@
-// Depthwise branch convolution: plain, and as a training unit that normalises what it reads and gives its result's
-// statistics.
+// Depthwise branch convolution; in training it normalises its input as it reads it and sums up statistics of its
+// result. A thread computes runs of neighbouring pixels of 16 bytes of channels, so that a value of x is read from
+// device memory once and a few times from the caches.
 //
 //   G branches, M output pixels each   bytes moved at least                           multiply-adds
 //   plain                              x + weight + out                               G M C k^2
-//   training unit                      x + weight + y (+ statistics of every share)   the same
-#include "depthwise.h"
-#include "transpose.h"
+//   training                           x + weight + y (+ statistics of every split)   the same
+#include "convolution.h"
 
 namespace hne {
 namespace {
 
-// Runs of neighbouring output pixels in a row of the map.
+// Runs of neighbouring output pixels within a row of the feature map.
 template <int length>
 struct Runs {
   int per_row;
 
   HNE_BOTH explicit Runs(const Shape& s) : per_row((s.out_width + length - 1) / length) {}
   HNE_BOTH int64_t count(const Shape& s) const { return int64_t(s.batch) * s.out_height * per_row; }
-  // Pixels of a branch that lie before a run.
+  // Number of the branch's pixels before a run.
   HNE_DEVICE int pixels_before(const Shape& s, int run) const {
     return run / per_row * s.out_width + min(run % per_row * length, s.out_width);
   }
 };
 
-// Longer runs read less of x again, but their sums would not fit into the registers beside a row of the filter.
+// Longer runs would reread less of x, but their sums and a row of the filter would not fit into the registers.
 template <int kernel>
 constexpr int run_length = kernel > 0 ? 2 : 1;
 
-// kernel and stride are 0 where only known at run time.
+// `kernel` and `fixed_stride` are 0 where the sizes are known only at run time.
 template <typename T, int width, int kernel, int fixed_stride>
 __global__ void __launch_bounds__(kThreads, 2)
-    depthwise(const Depthwise<T> d, const RowPartition<width> shares, const Partials partials) {
+    depthwise_forward_kernel(const Convolution<T> d, const RowPartition<width> partition, const Partials partials) {
   constexpr int length = run_length<kernel>;
   const Shape& s = d.s;
   const int size = kernel > 0 ? kernel : s.kernel_size, stride = fixed_stride > 0 ? fixed_stride : s.stride;
   const Runs<length> runs(s);
-  const auto here = shares.here();
-  const int channel = here.channel, branch = here.place.branch;
-  const T* weight = d.weight + int64_t(branch) * s.taps() * s.in_channels + channel;
+  const auto work = partition.work();
+  const int channel = work.channel, branch = work.place.branch;
+  const T* weight = d.filters + int64_t(branch) * s.taps() * s.in_channels + channel;
   float* const scratch = static_cast<float*>(shared_memory());
-  const SharedAffine affine{scratch + kThreads * width, shares.across * width};
+  const SharedAffine affine{scratch + kThreads * width, partition.across * width};
   if (d.normalization.present()) {
-    affine.fill(d.normalization, branch / s.replicate, here.place.channel);
+    affine.fill(d.normalization, branch / s.replicate, work.place.channel);
     block_sync();
   }
   Moments<width> moments;
 
-  for (int at = here.begin; at < here.end; at += here.step) {
+  for (int at = work.begin; at < work.end; at += work.step) {
     const int row = at / runs.per_row, first = (at - row * runs.per_row) * length;
     const int sample = row / s.out_height, oy = row - sample * s.out_height;
     float sums[length][width];
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (ix < 0 || ix >= s.width) continue;
         float values[width];
         load<width>(values, x + (int64_t(iy) * s.width + ix) * s.in_channels);
-        if (d.normalization.present()) affine.apply(d.normalization.range, channel - here.place.channel, values);
+        if (d.normalization.present()) affine.apply(d.normalization.range, channel - work.place.channel, values);
 #pragma unroll
         for (int j = 0; j < length; ++j) {
           const int kx = column - j * stride;
@@ -95,106 +95,34 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if (partials.values == nullptr) return;
-  moments.put(partials, here.place, scratch, shares.across,
-              runs.pixels_before(s, here.share_end) - runs.pixels_before(s, here.share_begin));
+  moments.put(partials, work.place, scratch, partition.across,
+              runs.pixels_before(s, work.split_end) - runs.pixels_before(s, work.split_begin));
 }
 
 }  // namespace
 
 template <typename T>
-void run_depthwise(const Device& device, const Depthwise<T>& d, OverPixels* statistics) {
+void depthwise_forward(const Device& device, const Convolution<T>& d, ChannelReduction* statistics) {
   const Shape& s = d.s;
-  const Normalization& n = d.normalization;
-  const bool vectors = whole_vectors<T>({s.in_channels}, {d.x, d.weight, d.bias, d.out, n.mean, n.scale, n.shift});
-  dispatch_width<T>(vectors, [&](auto width) {
+  dispatch_width<T>(d.vectors(), [&](auto width) {
     constexpr int w = decltype(width)::value;
     const auto run = [&](auto kernel, int64_t runs) {
-      const RowPartition<w> shares(s.branches, runs, s.in_channels);
+      const RowPartition<w> partition(s.branches, runs, s.in_channels);
       const Partials partials =
-          statistics != nullptr ? statistics->partials(Moments<w>::kPlanes, shares.shares()) : Partials{};
-      device.launch(+kernel, shares.blocks(), kThreads,
-                    RowPartition<w>::kScratch + SharedAffine::bytes(shares.across * w), d, shares, partials);
+          statistics != nullptr ? statistics->allocate(Moments<w>::kPlanes, partition.splits()) : Partials{};
+      device.launch(+kernel, partition.blocks(), kThreads,
+                    RowPartition<w>::kScratch + SharedAffine::bytes(partition.across * w), d, partition, partials);
     };
     if (s.kernel_size == 3 && s.stride == 1)
-      run(depthwise<T, w, 3, 1>, Runs<run_length<3>>(s).count(s));
+      run(depthwise_forward_kernel<T, w, 3, 1>, Runs<run_length<3>>(s).count(s));
     else if (s.kernel_size == 3 && s.stride == 2)
-      run(depthwise<T, w, 3, 2>, Runs<run_length<3>>(s).count(s));
+      run(depthwise_forward_kernel<T, w, 3, 2>, Runs<run_length<3>>(s).count(s));
     else
-      run(depthwise<T, w, 0, 0>, Runs<run_length<0>>(s).count(s));
+      run(depthwise_forward_kernel<T, w, 0, 0>, Runs<run_length<0>>(s).count(s));
   });
 }
-template void run_depthwise(const Device&, const Depthwise<float>&, OverPixels*);
-template void run_depthwise(const Device&, const Depthwise<half>&, OverPixels*);
-template void run_depthwise(const Device&, const Depthwise<bfloat16>&, OverPixels*);
-
-namespace {
-
-Geometry check(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t replicate) {
-  STD_TORCH_CHECK(weight.dim() == 4, "weight: expected 4 dimensions");
-  const Geometry g = forward_geometry(x, weight.size(0), weight.size(1), weight.size(2), stride, padding, replicate);
-  check_shape("weight", weight, {g.branches, g.in_channels, g.kernel_size, g.kernel_size});
-  check_kind("x", x, x);
-  check_kind("weight", weight, x);
-  return g;
-}
-
-Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
-                               int64_t stride, int64_t padding, int64_t replicate) {
-  const Geometry g = check(x_in, weight_in, stride, padding, replicate);
-  if (bias_in.has_value()) {
-    check_shape("bias", *bias_in, {g.branches, g.out_channels});
-    check_kind("bias", *bias_in, x_in);
-  }
-  const Shape shape(g);
-  const Device device(x_in);
-  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
-  const std::optional<Tensor> bias = contiguous(bias_in);
-  Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
-  dispatch(x, [&](auto type) {
-    using T = decltype(type);
-    const Tensor filters = transposed<T>(device, weight, g.branches, g.in_channels, g.taps());
-    run_depthwise(device, Depthwise<T>{.s = shape,
-                                       .x = data<T>(x),
-                                       .weight = data<T>(filters),
-                                       .bias = data<T>(bias),
-                                       .out = mutable_data<T>(out)});
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor> branch_depthwise_conv2d_stats(const Tensor& x_in, const Tensor& weight_in,
-                                                                 const std::optional<Tensor>& mean,
-                                                                 const std::optional<Tensor>& scale,
-                                                                 const std::optional<Tensor>& shift,
-                                                                 const std::string& activation, int64_t stride,
-                                                                 int64_t padding, int64_t replicate) {
-  const Geometry g = check(x_in, weight_in, stride, padding, replicate);
-  const Shape shape(g);
-  const Device device(x_in);
-  const NormalizationArguments arguments(mean, scale, shift, activation, g.parents, g.in_channels, x_in);
-  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
-  Tensor y = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
-  OverPixels statistics(x, g.branches, g.out_channels);
-  dispatch(x, [&](auto type) {
-    using T = decltype(type);
-    const Tensor filters = transposed<T>(device, weight, g.branches, g.in_channels, g.taps());
-    run_depthwise(device,
-                  Depthwise<T>{.s = shape,
-                               .x = data<T>(x),
-                               .weight = data<T>(filters),
-                               .out = mutable_data<T>(y),
-                               .normalization = arguments.normalization},
-                  &statistics);
-  });
-  combine_moments(device, statistics, g.batch * g.out_pixels());
-  return {y, statistics.first, statistics.second};
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(hne, HNE_DISPATCH_KEY, m) {
-  m.impl("branch_depthwise_conv2d", TORCH_BOX(&branch_depthwise_conv2d));
-  m.impl("branch_depthwise_conv2d_stats", TORCH_BOX(&branch_depthwise_conv2d_stats));
-}
+template void depthwise_forward(const Device&, const Convolution<float>&, ChannelReduction*);
+template void depthwise_forward(const Device&, const Convolution<half>&, ChannelReduction*);
+template void depthwise_forward(const Device&, const Convolution<bfloat16>&, ChannelReduction*);
 
 }  // namespace hne

@@ -1,4 +1,4 @@
-// The end of a block: normalisation by given statistics, the residual sum and the activation, in one pass.
+// End of a residual block: normalisation by given statistics, residual sum and activation, in one pass.
 //
 //   G branches, M pixels, C channels   bytes moved at least                     operations
 //   forward                            x + residual + y                         5 G M C
@@ -10,19 +10,18 @@ namespace {
 
 template <typename T, int width>
 __global__ void __launch_bounds__(kThreads, 4)
-    normalize(const RowPartition<width> shares, const Normalization normalization, const T* x, const T* residual,
+    normalize(const RowPartition<width> partition, const Normalization normalization, const T* x, const T* residual,
               T* y) {
-  const auto here = shares.here();
-  if (!here.inside) return;
-  const Affine<width> affine = normalization.at<width>(here.place.branch, here.channel);
-  for (int row = here.begin; row < here.end; row += here.step) {
-    const int64_t at = (int64_t(here.place.branch) * shares.rows + row) * shares.channels + here.channel;
+  const auto work = partition.work();
+  if (!work.inside) return;
+  const Affine<width> affine = normalization.at<width>(work.place.branch, work.channel);
+  for (int row = work.begin; row < work.end; row += work.step) {
+    const int64_t at = (int64_t(work.place.branch) * partition.rows + row) * partition.channels + work.channel;
     float values[width], added[width] = {};
     load<width>(values, x + at);
     if (residual != nullptr) load<width>(added, residual + at);
-    affine(values);
 #pragma unroll
-    for (int i = 0; i < width; ++i) values[i] = clamp(values[i] + added[i], normalization.range);
+    for (int i = 0; i < width; ++i) values[i] = clamp(affine(i, values[i]) + added[i], normalization.range);
     store<width>(y + at, values);
   }
 }
@@ -32,22 +31,22 @@ struct Gradient {
   const T *grad, *x, *y;
   const float *mean, *scale;
   Clamp<float> range;
-  T *grad_x, *grad_residual;  // the latter null without an activation: then it is grad
+  T *grad_x, *grad_residual;  // grad_residual: null without an activation, since it then equals grad
 };
 
 template <typename T, int width>
 __global__ void __launch_bounds__(kThreads, 2)
-    normalize_backward(const RowPartition<width> shares, const Gradient<T> d, const Partials partials) {
-  const auto here = shares.here();
+    normalize_backward(const RowPartition<width> partition, const Gradient<T> d, const Partials partials) {
+  const auto work = partition.work();
   float mean[width] = {}, scale[width] = {};
-  if (here.inside) {
-    const int64_t from = int64_t(here.place.branch) * shares.channels + here.channel;
+  if (work.inside) {
+    const int64_t from = int64_t(work.place.branch) * partition.channels + work.channel;
     load<width>(mean, d.mean + from);
     load<width>(scale, d.scale + from);
   }
-  Pair<width> vectors;
-  for (int row = here.begin; row < here.end; row += here.step) {
-    const int64_t at = (int64_t(here.place.branch) * shares.rows + row) * shares.channels + here.channel;
+  Pair<width> sums;  // gradients of scale and shift
+  for (int row = work.begin; row < work.end; row += work.step) {
+    const int64_t at = (int64_t(work.place.branch) * partition.rows + row) * partition.channels + work.channel;
     float g[width], x[width];
     load<width>(g, d.grad + at);
     load<width>(x, d.x + at);
@@ -55,18 +54,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       float y[width];
       load<width>(y, d.y + at);
 #pragma unroll
-      for (int i = 0; i < width; ++i) g[i] = behind_activation(g[i], y[i], d.range);
+      for (int i = 0; i < width; ++i) g[i] = clamp_gradient(g[i], y[i], d.range);
       store<width>(d.grad_residual + at, g);
     }
 #pragma unroll
     for (int i = 0; i < width; ++i) {
-      vectors.first[i] += g[i] * (x[i] - mean[i]);
-      vectors.second[i] += g[i];
+      sums.first[i] += g[i] * (x[i] - mean[i]);
+      sums.second[i] += g[i];
       g[i] *= scale[i];
     }
     store<width>(d.grad_x + at, g);
   }
-  vectors.put(partials, here.place, static_cast<float*>(shared_memory()), shares.across);
+  sums.put(partials, work.place, static_cast<float*>(shared_memory()), partition.across);
 }
 
 int64_t pixels(const Tensor& x) { return x.size(1) * x.size(2) * x.size(3); }
@@ -81,10 +80,8 @@ Tensor branch_normalize(const Tensor& x_in, const Tensor& mean, const Tensor& sc
                         const std::optional<Tensor>& residual_in, const std::string& activation) {
   check(x_in);
   const auto sizes = x_in.sizes();
-  if (residual_in.has_value()) {
-    check_shape("residual", *residual_in, {sizes.begin(), sizes.end()});
-    check_kind("residual", *residual_in, x_in);
-  }
+  if (residual_in.has_value()) check_shape("residual", *residual_in, {sizes.begin(), sizes.end()});
+  check_kind("residual", residual_in, x_in);
   const Device device(x_in);
   const NormalizationArguments arguments(mean, scale, shift, activation, x_in.size(0), x_in.size(4), x_in);
   const Normalization& n = arguments.normalization;
@@ -97,8 +94,8 @@ Tensor branch_normalize(const Tensor& x_in, const Tensor& mean, const Tensor& sc
         whole_vectors<T>({x.size(4)}, {data<T>(x), data<T>(residual), data<T>(y), n.mean, n.scale, n.shift});
     dispatch_width<T>(vectors, [&](auto width) {
       constexpr int w = decltype(width)::value;
-      const RowPartition<w> shares(x.size(0), pixels(x), x.size(4));
-      device.launch(normalize<T, w>, shares.blocks(), kThreads, 0, shares, n, data<T>(x), data<T>(residual),
+      const RowPartition<w> partition(x.size(0), pixels(x), x.size(4));
+      device.launch(normalize<T, w>, partition.blocks(), kThreads, 0, partition, n, data<T>(x), data<T>(residual),
                     mutable_data<T>(y));
     });
   });
@@ -117,12 +114,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tenso
   }
   const Device device(x_in);
   const Tensor grad = torch::stable::contiguous(grad_in), x = torch::stable::contiguous(x_in);
-  const Tensor y = torch::stable::contiguous(y_in), mean = statistics("mean", mean_in, x.size(0), x.size(4), x);
-  const Tensor scale = statistics("scale", scale_in, x.size(0), x.size(4), x);
+  const Tensor y = torch::stable::contiguous(y_in), mean = channel_vector("mean", mean_in, x.size(0), x.size(4), x);
+  const Tensor scale = channel_vector("scale", scale_in, x.size(0), x.size(4), x);
   const auto range = Clamp<float>::named(activation);
   Tensor grad_x = torch::stable::new_empty(x, sizes);
   Tensor grad_residual = range.active() ? torch::stable::new_empty(x, sizes) : torch::stable::new_empty(x, {0});
-  OverPixels vectors(x, x.size(0), x.size(4));  // gradients of scale and shift
+  ChannelReduction sums(x, x.size(0), x.size(4));  // gradients of scale and shift
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const Gradient<T> d{data<T>(grad),
@@ -133,16 +130,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tenso
                         range,
                         mutable_data<T>(grad_x),
                         range.active() ? mutable_data<T>(grad_residual) : nullptr};
-    const bool whole = whole_vectors<T>({x.size(4)}, {d.grad, d.x, d.y, d.mean, d.scale, d.grad_x, d.grad_residual});
-    dispatch_width<T>(whole, [&](auto width) {
+    const bool vectors = whole_vectors<T>({x.size(4)}, {d.grad, d.x, d.y, d.mean, d.scale, d.grad_x, d.grad_residual});
+    dispatch_width<T>(vectors, [&](auto width) {
       constexpr int w = decltype(width)::value;
-      const RowPartition<w> shares(x.size(0), pixels(x), x.size(4));
-      device.launch(normalize_backward<T, w>, shares.blocks(), kThreads, RowPartition<w>::kScratch, shares, d,
-                    vectors.partials(Pair<w>::kPlanes, shares.shares()));
+      const RowPartition<w> partition(x.size(0), pixels(x), x.size(4));
+      device.launch(normalize_backward<T, w>, partition.blocks(), kThreads, RowPartition<w>::kScratch, partition, d,
+                    sums.allocate(Pair<w>::kPlanes, partition.splits()));
     });
   });
-  combine_sums(device, vectors);
-  return {grad_x, vectors.first, vectors.second, grad_residual};
+  combine_sums(device, sums);
+  return {grad_x, sums.first, sums.second, grad_residual};
 }
 
 }  // namespace

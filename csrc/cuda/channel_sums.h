@@ -1,45 +1,44 @@
-// Sums over the pixels of every channel, in two levels and always in the same order: the threads of a block that have
-// the same channels add up what they found, then a small kernel combines what the blocks have left.
+// Sums over the pixels of every channel, in two levels and always in the same order: a block adds up one split of the
+// pixels and writes a partial result, then a small kernel combines the partial results.
 //
-//   S shares of G branches of C channels   bytes moved at least, beside what is summed   operations
-//   mean and squares                       12 S G C written and read                     6 a value
-//   two sums                               8 S G C written and read                      2 a value
+//   S splits of G branches of C channels   bytes moved at least, beside the values   operations
+//   mean and squares                       12 S G C written and read                 6 a value
+//   two sums                               8 S G C written and read                  2 a value
 #pragma once
 
 #include "op.h"
 
 namespace hne {
 
-// What the blocks leave: [plane][branch][share][channel], a share being the pixels of one block. Null where nobody
-// asks.
+// Partial results, [plane][branch][split][channel]; null where no sums are wanted.
 struct Partials {
   float* values = nullptr;
-  int branches = 0, shares = 0, channels = 0;
+  int branches = 0, splits = 0, channels = 0;
 
-  HNE_DEVICE void put(int plane, int branch, int share, int channel, float value) const {
-    values[((int64_t(plane) * branches + branch) * shares + share) * channels + channel] = value;
+  HNE_DEVICE void put(int plane, int branch, int split, int channel, float value) const {
+    values[((int64_t(plane) * branches + branch) * splits + split) * channels + channel] = value;
   }
 };
 
-// Where a block's sums go: channels from `channel` on.
+// The partial result of a block: channels from `channel` on.
 struct Place {
-  int branch, share, channel;
+  int branch, split, channel;
 };
 
-// Thread t of a block has channels [t % across * width, + width). Adds up the threads with the same channels; the sum
-// of channel c is then scratch[c]. `scratch` has room for kThreads * width values.
+// Adds up the threads with the same channels; afterwards scratch[c] is the sum of channel c. Thread t of a block has
+// channels [t % across * width, + width). `scratch` has room for kThreads * width values.
 template <int width>
 HNE_DEVICE void add_lanes(float* scratch, const float (&values)[width], int across) {
   const int columns = across * width, lanes = kThreads / across;
   const int lane = int(threadIdx.x) / across, column = int(threadIdx.x) % across * width;
-  block_sync();  // what was there has been read
+  block_sync();  // every thread has read the previous contents of scratch
 #pragma unroll
   for (int i = 0; i < width; ++i) scratch[lane * columns + column + i] = values[i];
   block_sync();
   if (int(threadIdx.x) < columns) {
     float sum = 0;
     for (int from = 0; from < lanes; ++from) sum += scratch[from * columns + int(threadIdx.x)];
-    scratch[threadIdx.x] = sum;  // only this thread has read it
+    scratch[threadIdx.x] = sum;  // no other thread reads this value
   }
   block_sync();
 }
@@ -52,35 +51,35 @@ struct Moments {
 
   HNE_DEVICE void add(const float (&values)[width]) {
     count += 1;
-    const float share = 1 / count;
+    const float inverse = 1 / count;
 #pragma unroll
     for (int i = 0; i < width; ++i) {
       const float deviation = values[i] - mean[i];
-      mean[i] += deviation * share;
+      mean[i] += deviation * inverse;
       squares[i] += deviation * (values[i] - mean[i]);
     }
   }
 
-  // Chan et al. over the threads of the block, which have seen `total` pixels together.
+  // Combines the threads of the block (Chan et al.); together they have added `total` pixels.
   HNE_DEVICE void put(const Partials& partials, const Place& place, float* scratch, int across, int total) const {
     const int column = int(threadIdx.x) % across * width;
-    const float share = total > 0 ? 1 / float(total) : 0.0f;
+    const float inverse = total > 0 ? 1 / float(total) : 0.0f;
     float values[width];
 #pragma unroll
     for (int i = 0; i < width; ++i) values[i] = mean[i] * count;
     add_lanes(scratch, values, across);
-    const float mean_here = scratch[threadIdx.x] * share;
+    const float block_mean = scratch[threadIdx.x] * inverse;
 #pragma unroll
     for (int i = 0; i < width; ++i) {
-      const float deviation = mean[i] - scratch[column + i] * share;
+      const float deviation = mean[i] - scratch[column + i] * inverse;
       values[i] = squares[i] + count * deviation * deviation;
     }
     add_lanes(scratch, values, across);
     const int channel = place.channel + int(threadIdx.x);
     if (int(threadIdx.x) >= across * width || channel >= partials.channels) return;
-    partials.put(0, place.branch, place.share, channel, mean_here);
-    partials.put(1, place.branch, place.share, channel, scratch[threadIdx.x]);
-    partials.put(2, place.branch, place.share, channel, float(total));
+    partials.put(0, place.branch, place.split, channel, block_mean);
+    partials.put(1, place.branch, place.split, channel, scratch[threadIdx.x]);
+    partials.put(2, place.branch, place.split, channel, float(total));
   }
 };
 
@@ -92,11 +91,11 @@ struct Pair {
 
   HNE_DEVICE void put(const Partials& partials, const Place& place, float* scratch, int across) const {
     const int channel = place.channel + int(threadIdx.x);
-    const bool mine = int(threadIdx.x) < across * width && channel < partials.channels;
+    const bool writes = int(threadIdx.x) < across * width && channel < partials.channels;
     add_lanes(scratch, first, across);
-    if (mine) partials.put(0, place.branch, place.share, channel, scratch[threadIdx.x]);
+    if (writes) partials.put(0, place.branch, place.split, channel, scratch[threadIdx.x]);
     add_lanes(scratch, second, across);
-    if (mine) partials.put(1, place.branch, place.share, channel, scratch[threadIdx.x]);
+    if (writes) partials.put(1, place.branch, place.split, channel, scratch[threadIdx.x]);
   }
 };
 
@@ -105,73 +104,73 @@ inline void check_sizes(int64_t branches, int64_t pixels, int64_t channels) {
                   "expected fewer than 2^31 branches, channels, and pixels in a branch");
 }
 
-// Elementwise work of blocks that keep to the channels of one branch: `across` threads side by side have `width`
-// channels each, the others are on further rows.
+// Splits the rows (pixels) of every branch between blocks. A block has one split of one branch and one group of
+// channels: `across` threads side by side have `width` channels each, the other threads have further rows.
 template <int width>
 struct RowPartition {
-  int branches, rows, channels, across, share_rows;
+  int branches, rows, channels, across, split_rows;
 
-  // The number of shares follows from the shapes alone: the same sums on every GPU.
+  // The number of splits depends on the shapes alone: the same order of additions on every GPU.
   RowPartition(int64_t branches_, int64_t rows_, int64_t channels_)
       : branches(int(branches_)), rows(int(rows_)), channels(int(channels_)), across(std::max(64 / width, 1)) {
     check_sizes(branches_, rows_, channels_);
     while (across > 1 && across / 2 * width >= channels) across /= 2;
     const int64_t lanes = kThreads / across, single = branches_ * groups() * ceil_div(rows_, lanes);
-    share_rows = int(lanes * std::clamp<int64_t>(single / 2048, 1, 16));  // enough blocks for the largest GPU
+    split_rows = int(lanes * std::clamp<int64_t>(single / 2048, 1, 16));  // enough blocks for the largest GPU
   }
 
   HNE_BOTH int groups() const { return (channels / width + across - 1) / across; }
-  HNE_BOTH int shares() const { return (rows + share_rows - 1) / share_rows; }
-  int64_t blocks() const { return int64_t(branches) * groups() * shares(); }
+  HNE_BOTH int splits() const { return (rows + split_rows - 1) / split_rows; }
+  int64_t blocks() const { return int64_t(branches) * groups() * splits(); }
   static constexpr int64_t kScratch = kThreads * width * int64_t(sizeof(float));  // bytes, for add_lanes
 
-  struct Here {
+  // The rows and channels of one thread.
+  struct Work {
     Place place;
-    int channel;           // the first of this thread's,
-    bool inside;           // if there are so many
-    int begin, end, step;  // its rows; none beyond the last channel
-    int share_begin, share_end;
+    int channel;           // the thread's first channel
+    bool inside;           // whether that channel exists
+    int begin, end, step;  // the thread's rows; empty for a channel that does not exist
+    int split_begin, split_end;
   };
-  HNE_DEVICE Here here() const {
+  HNE_DEVICE Work work() const {
     int at = int(blockIdx.x);
     const int group = at % groups();
     at /= groups();
-    Here h;
-    h.place = {at / shares(), at % shares(), group * across * width};
-    h.channel = h.place.channel + int(threadIdx.x) % across * width;
-    h.share_begin = h.place.share * share_rows, h.share_end = min(rows, h.share_begin + share_rows);
-    h.step = kThreads / across;
-    h.begin = h.share_begin + int(threadIdx.x) / across, h.inside = h.channel < channels;
-    h.end = h.inside ? h.share_end : h.begin;
-    return h;
+    Work w;
+    w.place = {at / splits(), at % splits(), group * across * width};
+    w.channel = w.place.channel + int(threadIdx.x) % across * width;
+    w.split_begin = w.place.split * split_rows, w.split_end = min(rows, w.split_begin + split_rows);
+    w.step = kThreads / across;
+    w.begin = w.split_begin + int(threadIdx.x) / across, w.inside = w.channel < channels;
+    w.end = w.inside ? w.split_end : w.begin;
+    return w;
   }
 };
 
 // --- on the host -------------------------------------------------------------------------------------------
 
-// Two results [branches, channels] in float32 that blocks leave partial results of.
-struct OverPixels {
+// Two float32 results [branches, channels], and the memory of their partial results.
+struct ChannelReduction {
   Tensor like, first, second, memory;
-  Partials left;
+  Partials partials;
 
-  OverPixels(const Tensor& like_, int64_t branches, int64_t channels)
+  ChannelReduction(const Tensor& like_, int64_t branches, int64_t channels)
       : like(like_),
         first(torch::stable::new_empty(like_, {branches, channels}, ScalarType::Float)),
         second(torch::stable::new_empty(like_, {branches, channels}, ScalarType::Float)) {}
 
-  // Where the blocks leave them.
-  Partials partials(int64_t planes, int64_t shares) {
-    memory = torch::stable::new_empty(like, {planes, first.size(0), shares, first.size(1)}, ScalarType::Float);
-    left = {mutable_data<float>(memory), int(first.size(0)), int(shares), int(first.size(1))};
-    return left;
+  Partials allocate(int64_t planes, int64_t splits) {
+    memory = torch::stable::new_empty(like, {planes, first.size(0), splits, first.size(1)}, ScalarType::Float);
+    partials = {mutable_data<float>(memory), int(first.size(0)), int(splits), int(first.size(1))};
+    return partials;
   }
 };
 
 inline Tensor no_statistics(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
 
-// Mean and biased variance of `pixels` values each, from Moments; zeros for none.
-void combine_moments(const Device& device, const OverPixels& results, int64_t pixels);
+// Mean and biased variance of `pixels` values each, from Moments; zeros for no pixels.
+void combine_moments(const Device& device, const ChannelReduction& results, int64_t pixels);
 // Both sums, from Pair.
-void combine_sums(const Device& device, const OverPixels& results);
+void combine_sums(const Device& device, const ChannelReduction& results);
 
 }  // namespace hne

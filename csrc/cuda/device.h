@@ -1,5 +1,5 @@
-// The few things that device code asks of a machine. nvcc compiles them to the GPU's instructions; the tests compile
-// the same kernels for the host, where emulation.h (tests/cuda_emulation) gives each of these its documented meaning.
+// The machine operations that kernels use. nvcc compiles them to the GPU's instructions. Tests compile the same kernels
+// for the host, where emulation.h (tests/cuda_emulation) implements each operation as documented here.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,7 +15,7 @@ namespace hne {
 using bfloat16 = torch::headeronly::BFloat16;
 using half = torch::headeronly::Half;
 
-// Bytes of shared memory that a block may have on the least of the GPUs served, of compute capability 8.0.
+// Bytes of shared memory per block on the smallest supported GPU, compute capability 8.0.
 constexpr int kLeastShared = 163 * 1024;
 
 }  // namespace hne
@@ -48,21 +48,21 @@ HNE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xf
 
 HNE_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
-// Copies 16 bytes to shared memory, zeros if not `valid`; there after copy_wait and a barrier.
+// Starts a copy of 16 bytes to shared memory, zeros if not `valid`. It is complete after copy_wait and a barrier.
 HNE_DEVICE void copy16(void* shared, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(from), "r"(bytes)
                : "memory");
 }
 HNE_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `pending` of this thread's newest groups are on their way.
+// Waits until at most the `pending` newest groups of this thread's copies are in flight.
 template <int pending>
 HNE_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit values: lane 8i + j gives the address of row j of matrix i; each lane gets, of each
-// matrix, values 2t and 2t + 1 of row g (transposed: rows 2t and 2t + 1 of column g), g = lane / 4, t = lane % 4.
+// Loads four 8x8 matrices of 16-bit values: lane 8i + j passes the address of row j of matrix i. With g = lane / 4 and
+// t = lane % 4, a lane receives values 2t and 2t + 1 of row g of each matrix (transposed: of column g).
 HNE_DEVICE void load_matrices(uint32_t (&m)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -104,7 +104,7 @@ HNE_DEVICE uint32_t round_to_tf32(float value) {
 
 inline bool on_device(const Tensor& t) { return t.is_cuda(); }
 
-// While it lives, launches go to the device of `t` and to the stream that is current there.
+// Guard: while it lives, launches go to the device of `t` and to its current stream.
 class Device {
  public:
   explicit Device(const Tensor& t) : guard_(t.get_device_index()) {
@@ -115,7 +115,7 @@ class Device {
                                           static_cast<int>(t.get_device_index())));
   }
 
-  // Bytes of shared memory that a block may have.
+  // Largest shared memory of a block, in bytes.
   int64_t shared_limit() const { return shared_limit_; }
 
   template <typename... Parameters>
@@ -124,7 +124,7 @@ class Device {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= INT32_MAX, "too many elements for one launch");
     STD_TORCH_CHECK(shared_bytes <= shared_limit_, "more shared memory than a block may have");
-    if (shared_bytes > 48 * 1024)  // all there is: another thread may launch the same kernel with another size
+    if (shared_bytes > 48 * 1024)  // the maximum, since another thread may launch the same kernel with a different size
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit_));
     cudaLaunchConfig_t configuration{};

@@ -1,18 +1,20 @@
-// Convolution with packed weights, bias and activation (inference).
+// Dense convolution with packed weights, bias and activation (inference).
 //
 //   G branches, M output pixels each   bytes moved at least    multiply-adds
 //   forward                            x + weight + out        G M C_out C_in k^2
-#include "convolution.h"
+#include "dense_forward.h"
 
 namespace hne {
 
-template <typename T, bool packed>
-void run_forward(const Device& device, const Forward<T, packed>& problem) {
-  run_gemm<T>(device, problem, problem.vectors());
+template <typename T>
+void dense_forward_packed(const Device& device, const Convolution<T>& d, const T* add, int add_replicate) {
+  DenseForward<T, true> problem(d, nullptr);
+  problem.add = add, problem.add_replicate = add_replicate;
+  run_gemm<T>(device, problem);
 }
-template void run_forward(const Device&, const Forward<float, true>&);
-template void run_forward(const Device&, const Forward<half, true>&);
-template void run_forward(const Device&, const Forward<bfloat16, true>&);
+template void dense_forward_packed(const Device&, const Convolution<float>&, const float*, int);
+template void dense_forward_packed(const Device&, const Convolution<half>&, const half*, int);
+template void dense_forward_packed(const Device&, const Convolution<bfloat16>&, const bfloat16*, int);
 
 namespace {
 
@@ -30,16 +32,15 @@ Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& b
   const Device device(x_in);
   const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
   const Tensor bias = torch::stable::contiguous(bias_in);
-  Tensor out = torch::stable::new_empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
+  Tensor out = torch::stable::new_empty(x, g.out_shape());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Forward<T, true> problem{.s = shape,
-                                   .left_base = data<T>(x),
-                                   .right_base = data<T>(weight),
-                                   .bias = data<T>(bias),
-                                   .range = Clamp<float>::named(activation),
-                                   .out = mutable_data<T>(out)};
-    run_forward(device, problem);
+    dense_forward_packed(device, Convolution<T>{.s = shape,
+                                                .range = Clamp<float>::named(activation),
+                                                .x = data<T>(x),
+                                                .filters = data<T>(weight),
+                                                .bias = data<T>(bias),
+                                                .out = mutable_data<T>(out)});
   });
   return out;
 }

@@ -1,26 +1,25 @@
-// A matrix product whose operands are gathered from tensors: the core of every convolution.
+// A matrix product whose operands are gathered from tensors: the core of every dense convolution.
 //
-// A block computes a tile of 128 x 64 values. Strips of both operands go through three stages of shared memory with
-// cp.async, two of them on their way while the tensor cores work on the third. What the product means is said by a
-// `Problem`, passed by value to the kernel. To multiply R rows with C columns over a depth of K,
+// A block computes a tile of 128 x 64 values. Strips of both operands pass through three stages of shared memory with
+// cp.async: two strips are in flight while the tensor cores work on the third. A `Problem`, passed by value to the
+// kernel, defines the product. To multiply R rows with C columns over a depth of K,
 //
 //   bytes moved, mostly from the L2 cache              multiply-adds
 //   R K ceil(C / 64) + C K ceil(R / 128) + R C values  R C K
 //
-// A problem has:
+// A problem derives from GemmProblem, which has defaults for the members marked with *:
 //
-//   Type, Out                      of the operands and of the result
-//   kLeftAcross, kRightAcross      consecutive in memory are the rows of the left operand (the columns of the right
-//                                  one), not the depth
-//   left_base, right_base          an address in each operand, for copies of nothing
+//   vectors()                      whether the rows of operands and result split into aligned vectors of 16 bytes
 //   blocks(), tile(block)          the work of a block: a Tile, or a struct derived from it
-//   left(tile, row, k)             where a value lies; null is zero. The same for right(tile, column, k).
-//   left_made(), right_made()      whether the operand is not what lies there but made of it, by
-//   make_left(tile, row, k, v, b)  which changes values v that are consecutive in memory; the same for make_right.
-//   left_beside()                  a second tensor like the left operand, whose values are b, or null
-//   Sums<width>                    what a thread gathers of its finished values, for statistics
-//   finish(tile, row, column, v, sums)   takes finished values: `width` consecutive columns
-//   leave(tile, sums, scratch, across)   takes the sums of all threads (channel_sums.h)
+//   left(tile, row, k)             address of a value of the left operand; null stands for zero
+//   left_base()                    any address in the left operand, for copies of no bytes
+//   left_companion() *             a second tensor of the same layout, or null
+//   transforms_left() *            whether the operand is computed from the loaded values by
+//   transform_left(tile, row, k, v, c) *   which changes consecutive values v; c are the companion's
+//   right(tile, column, k), right_base(), transforms_right() *, transform_right(tile, column, k, v) *   likewise
+//   finish(tile, row, column, v, sums)     stores `width` finished values, consecutive columns
+//   Sums<width> *                          sums of a thread over its finished values, for statistics
+//   reduce(tile, sums, scratch, across) *  combines the sums of all threads (channel_sums.h)
 #pragma once
 
 #include "channel_sums.h"
@@ -31,23 +30,44 @@ namespace hne {
 constexpr int kTileRows = 128, kTileColumns = 64, kStages = 3;
 
 struct Tile {
-  int64_t row, column;    // the first of them
+  int64_t row, column;    // its first row and column
   int64_t rows, columns;  // of the whole product
   int64_t begin, end;     // of the depth
 };
 
-// Where an operand's strip comes from; `row` counts from the tile's first.
-template <typename T, typename At, typename Make>
-struct Source {
-  const T *base, *beside;
-  bool made;
-  At at;      // (row, k): the address, or null
-  Make make;  // (row, k, values, values beside)
-};
-template <typename T, typename At, typename Make>
-Source(const T*, const T*, bool, At, Make) -> Source<T, At, Make>;
+// Element types and layouts of a problem, and the defaults of its members. An operand lies `across` if consecutive
+// values in memory are rows of the left operand (columns of the right one) instead of steps of the depth.
+template <typename T, typename Out_, bool left_across, bool right_across>
+struct GemmProblem {
+  using Type = T;
+  using Out = Out_;
+  static constexpr bool kLeftAcross = left_across, kRightAcross = right_across;
+  template <int width>
+  struct Sums {};
 
-// One operand's strip in shared memory: `rows` of the product times kDepth.
+  HNE_BOTH const T* left_companion() const { return nullptr; }
+  HNE_DEVICE bool transforms_left() const { return false; }
+  HNE_DEVICE bool transforms_right() const { return false; }
+  template <int width>
+  HNE_DEVICE void transform_left(const Tile&, int64_t, int64_t, float (&)[width], const float (&)[width]) const {}
+  template <int width>
+  HNE_DEVICE void transform_right(const Tile&, int64_t, int64_t, float (&)[width]) const {}
+  template <typename S>
+  HNE_DEVICE void reduce(const Tile&, const S&, float*, int) const {}
+};
+
+// Source of an operand's strips; `row` counts from the first row of the tile.
+template <typename T, typename At, typename Transform>
+struct Source {
+  const T *base, *companion;
+  bool transforms;
+  At at;                // (row, k): the address, or null
+  Transform transform;  // (row, k, values, values of the companion)
+};
+template <typename T, typename At, typename Transform>
+Source(const T*, const T*, bool, At, Transform) -> Source<T, At, Transform>;
+
+// A strip of one operand in shared memory: `rows` of the product times kDepth.
 template <typename T, int rows, bool across>
 struct Strip {
   static constexpr int kVector = 16 / int(sizeof(T));
@@ -55,7 +75,7 @@ struct Strip {
   static constexpr int kPitch = across ? rows + kColumnPadding : kDepth + kRowPadding<T>;
   static constexpr int kSize = across ? kDepth * kPitch : rows * kPitch;
 
-  // f(row, depth, place in the strip) for the runs of 16 bytes that are this thread's.
+  // Calls f(row, depth, place in the strip) for the thread's vectors of 16 bytes.
   template <typename F>
   static HNE_DEVICE void each(const F& f) {
     constexpr int inner = (across ? rows : kDepth) / kVector;
@@ -65,15 +85,16 @@ struct Strip {
     }
   }
 
-  // With `vectors`, starts copies of 16 bytes, of what lies beside too; else the operand is there after a barrier.
+  // With `vectors`, starts copies of 16 bytes, the companion's too; else the finished operand is there after a barrier.
   template <bool vectors, typename From>
-  static HNE_DEVICE void fill(T* strip, T* beside, const From& source, int64_t depth_end, int64_t k) {
+  static HNE_DEVICE void fill(T* strip, T* companion, const From& source, int64_t depth_end, int64_t k) {
     each([&](int row, int depth, int place) {
       if constexpr (vectors) {
         const T* from = k + depth < depth_end ? source.at(row, k + depth) : nullptr;
         copy16(strip + place, from != nullptr ? from : source.base, from != nullptr);
-        if (source.beside != nullptr)
-          copy16(beside + place, from != nullptr ? source.beside + (from - source.base) : source.base, from != nullptr);
+        if (source.companion != nullptr)
+          copy16(companion + place, from != nullptr ? source.companion + (from - source.base) : source.base,
+                 from != nullptr);
       } else {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
@@ -83,8 +104,8 @@ struct Strip {
           float value[1] = {}, other[1] = {};
           if (from != nullptr) {
             value[0] = float(*from);
-            if (source.beside != nullptr) other[0] = float(source.beside[from - source.base]);
-            if (source.made) source.make(at_row, at_depth, value, other);
+            if (source.companion != nullptr) other[0] = float(source.companion[from - source.base]);
+            if (source.transforms) source.transform(at_row, at_depth, value, other);
           }
           strip[place + i] = T(value[0]);
         }
@@ -92,15 +113,15 @@ struct Strip {
     });
   }
 
-  // Makes the operand of what this thread's copies have brought; padding stays zero.
+  // Transforms the values that the thread's own copies have brought; padding stays zero.
   template <typename From>
-  static HNE_DEVICE void make(T* strip, const T* beside, const From& source, int64_t depth_end, int64_t k) {
+  static HNE_DEVICE void transform(T* strip, const T* companion, const From& source, int64_t depth_end, int64_t k) {
     each([&](int row, int depth, int place) {
       if (k + depth >= depth_end || source.at(row, k + depth) == nullptr) return;
       float values[kVector], others[kVector] = {};
       load<kVector>(values, strip + place);
-      if (source.beside != nullptr) load<kVector>(others, beside + place);
-      source.make(row, k + depth, values, others);
+      if (source.companion != nullptr) load<kVector>(others, companion + place);
+      source.transform(row, k + depth, values, others);
       store<kVector>(strip + place, values);
     });
   }
@@ -122,10 +143,11 @@ struct GemmMemory {
   static constexpr int kSums = kTileRows * kSumPitch;  // values; then scratch for sums over rows
   static constexpr int kScratch = kThreads * (16 / int(sizeof(typename Problem::Out)));
 
-  // A stage has the strips of both operands, and one of what lies beside the left one. In values.
-  HNE_BOTH static int stage(bool beside) { return (beside ? 2 : 1) * Left::kSize + Right::kSize; }
-  static int64_t bytes(bool beside) {
-    return std::max<int64_t>(kStages * stage(beside) * int64_t(sizeof(T)), (kSums + kScratch) * int64_t(sizeof(float)));
+  // Values of a stage: a strip of each operand, and one of the left operand's companion.
+  HNE_BOTH static int stage(bool companion) { return (companion ? 2 : 1) * Left::kSize + Right::kSize; }
+  static int64_t bytes(bool companion) {
+    return std::max<int64_t>(kStages * stage(companion) * int64_t(sizeof(T)),
+                             (kSums + kScratch) * int64_t(sizeof(float)));
   }
   static_assert(kStages * (2 * Left::kSize + Right::kSize) * int(sizeof(T)) <= kLeastShared);
 };
@@ -144,16 +166,17 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
   const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
   const bool works = tile.row + warp_row < tile.rows && tile.column + warp_column < tile.columns;
 
-  const Source left{problem.left_base, problem.left_beside(), problem.left_made(),
+  const Source left{problem.left_base(), problem.left_companion(), problem.transforms_left(),
                     [&](int row, int64_t k) { return problem.left(tile, tile.row + row, k); },
                     [&](int row, int64_t k, auto& values, const auto& others) {
-                      problem.make_left(tile, tile.row + row, k, values, others);
+                      problem.transform_left(tile, tile.row + row, k, values, others);
                     }};
-  const Source right{
-      problem.right_base, static_cast<const T*>(nullptr), problem.right_made(),
-      [&](int row, int64_t k) { return problem.right(tile, tile.column + row, k); },
-      [&](int row, int64_t k, auto& values, const auto&) { problem.make_right(tile, tile.column + row, k, values); }};
-  const int stage_size = Memory::stage(left.beside != nullptr);
+  const Source right{problem.right_base(), static_cast<const T*>(nullptr), problem.transforms_right(),
+                     [&](int row, int64_t k) { return problem.right(tile, tile.column + row, k); },
+                     [&](int row, int64_t k, auto& values, const auto&) {
+                       problem.transform_right(tile, tile.column + row, k, values);
+                     }};
+  const int stage_size = Memory::stage(left.companion != nullptr);
   const auto fill = [&](int64_t step) {
     T* strip = memory + int(step % kStages) * stage_size;
     const int64_t k = tile.begin + step * depth;
@@ -170,10 +193,10 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
   for (int64_t step = 0; step < steps; ++step) {
     T* const strip = memory + int(step % kStages) * stage_size;
     copy_wait<kStages - 2>();
-    if constexpr (vectors) {  // a thread sees its own copies, the others' behind the barrier
+    if constexpr (vectors) {  // before the barrier, a thread sees only its own copies
       const int64_t k = tile.begin + step * depth;
-      if (left.made) Left::make(strip, strip + Left::kSize + Right::kSize, left, tile.end, k);
-      if (right.made) Right::make(strip + Left::kSize, static_cast<const T*>(nullptr), right, tile.end, k);
+      if (left.transforms) Left::transform(strip, strip + Left::kSize + Right::kSize, left, tile.end, k);
+      if (right.transforms) Right::transform(strip + Left::kSize, static_cast<const T*>(nullptr), right, tile.end, k);
     }
     block_sync();
     if (step + kStages - 1 < steps) fill(step + kStages - 1);
@@ -185,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
   copy_wait<0>();
   block_sync();
 
-  // Through shared memory, so that whole rows are written.
+  // The result goes through shared memory, so that a warp stores whole rows.
   float* const staged = static_cast<float*>(shared_memory());
 #pragma unroll
   for (int i = 0; i < MT; ++i)
@@ -199,28 +222,27 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
   constexpr int width = vectors ? 16 / int(sizeof(typename Problem::Out)) : 1;
   constexpr int across = kTileColumns / width;
   const int column = int(threadIdx.x) % across * width;
-  typename Problem::template Sums<width> of_rows;
+  typename Problem::template Sums<width> row_sums;
   for (int row = int(threadIdx.x) / across; row < kTileRows; row += kThreads / across) {
     if (tile.row + row >= tile.rows || tile.column + column >= tile.columns) break;
     float values[width];
 #pragma unroll
     for (int i = 0; i < width; ++i) values[i] = staged[row * Memory::kSumPitch + column + i];
-    problem.finish(tile, tile.row + row, tile.column + column, values, of_rows);
+    problem.finish(tile, tile.row + row, tile.column + column, values, row_sums);
   }
-  problem.leave(tile, of_rows, staged + Memory::kSums, across);
+  problem.reduce(tile, row_sums, staged + Memory::kSums, across);
 }
 
 template <typename P, bool vectors, typename Problem>
 void run_gemm(const Device& device, const Problem& problem) {
   device.launch(gemm<P, Problem, vectors>, problem.blocks(), kThreads,
-                GemmMemory<Problem>::bytes(problem.left_beside() != nullptr), problem);
+                GemmMemory<Problem>::bytes(problem.left_companion() != nullptr), problem);
 }
 
-// `vectors`: every run of 16 bytes of an operand or of the result begins at a multiple of 16 bytes.
 template <typename T, typename Problem>
-void run_gemm(const Device& device, const Problem& problem, bool vectors) {
+void run_gemm(const Device& device, const Problem& problem) {
   const auto run = [&](auto precision) {
-    if (vectors)
+    if (problem.vectors())
       run_gemm<decltype(precision), true>(device, problem);
     else
       run_gemm<decltype(precision), false>(device, problem);

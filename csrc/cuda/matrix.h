@@ -1,5 +1,5 @@
 // Products of small matrices in shared memory by one warp: tensor cores for 16-bit types and tf32, multiply-adds for
-// exact float32. The sums lie in registers as the tensor cores leave them, whichever unit made them.
+// exact float32. In both cases the sums lie in registers in the layout of the tensor cores.
 //
 //   m x n sums over a depth of k   bytes moved, in shared memory   multiply-adds
 //                                  (m + n) k values                m n k
@@ -11,7 +11,7 @@ namespace hne {
 
 constexpr int kWarp = 32;
 
-// What a matrix is multiplied with: the type in memory, and for float32 whether 10 bits of mantissa suffice.
+// Precision of the products: the type in memory, and for float32 whether to round to tf32 (10 bits of mantissa).
 template <typename T, bool tf32 = false>
 struct Precision {
   using Type = T;
@@ -19,7 +19,7 @@ struct Precision {
   static constexpr int kVector = 16 / int(sizeof(T));  // values in 16 bytes
 };
 
-// Space behind each row of a tile in shared memory, so that the rows a warp reads together lie in different banks.
+// Padding behind each row of a tile in shared memory: rows that a warp reads together lie in different banks.
 template <typename T>
 constexpr int kRowPadding = 16 / int(sizeof(T));  // depth within a row: 8 rows at a time
 constexpr int kColumnPadding = 8;                 // depth across rows: 4 rows of 8 values at a time
@@ -28,7 +28,8 @@ constexpr int kColumnPadding = 8;                 // depth across rows: 4 rows o
 HNE_DEVICE int sum_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
 HNE_DEVICE int sum_column(int lane, int i) { return lane % 4 * 2 + i % 2; }
 
-// The left operand: its rows (of depth) at the pointers row(m), or stored across, [depth][pitch] with m contiguous.
+// Operands of a product. RowsOf: row m of the operand begins at row(m), the depth is contiguous. Across: the operand is
+// stored [depth][pitch], its rows are contiguous.
 template <typename T, typename Row>
 struct RowsOf {
   static constexpr bool kAcross = false;
@@ -51,8 +52,8 @@ struct Pitched {
 template <typename T>
 using Rows = RowsOf<T, Pitched<T>>;
 
-// sums[i][j] += a[16 i .. 16 i + 15][0 .. depth) * b[0 .. depth)[8 j .. 8 j + 7], rows and columns counted from the
-// first of the warp's tile. `depth` is a multiple of 16. Of b, a "row" is a column of the product.
+// sums[i][j] += a[16 i .. 16 i + 15][0 .. depth) * b[0 .. depth)[8 j .. 8 j + 7], rows and columns relative to the
+// warp's tile. `depth` is a multiple of 16. A row of operand b is a column of the product.
 template <typename P, int MT, int NT, typename A, typename B>
 HNE_DEVICE void multiply(float (&sums)[MT][NT][4], const A& a, const B& b, int depth) {
   using T = typename P::Type;

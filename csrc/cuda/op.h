@@ -1,4 +1,4 @@
-// What every CUDA op needs: argument checks, dtype dispatch, vectors of 16 bytes.
+// Shared by every CUDA op: argument checks, dtype dispatch, 16-byte vectors.
 #pragma once
 
 #include <cmath>
@@ -14,8 +14,11 @@ inline void check_kind(const char* name, const Tensor& t, const Tensor& like) {
   STD_TORCH_CHECK(t.get_device_index() == like.get_device_index(), name, ": expected the device of the first tensor");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of the first tensor");
 }
+inline void check_kind(const char* name, const std::optional<Tensor>& t, const Tensor& like) {
+  if (t.has_value()) check_kind(name, *t, like);
+}
 
-// f(T{}) with T the type of the values of `t`; sums are kept in float32.
+// Calls f(T{}), T being the element type of `t`. Kernels add up in float32 for every T.
 template <typename F>
 void dispatch(const Tensor& t, const F& f) {
   switch (t.scalar_type()) {
@@ -30,7 +33,7 @@ void dispatch(const Tensor& t, const F& f) {
   }
 }
 
-// Whether float32 may be multiplied with 10 bits of mantissa; set by hne_kernels/extension.py from torch's own setting.
+// Whether float32 products may use tf32 (10 bits of mantissa); hne_kernels/dispatch.py passes on torch's setting.
 bool allow_tf32();
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -43,7 +46,7 @@ bool whole_vectors(std::initializer_list<int64_t> channels, std::initializer_lis
          std::all_of(pointers.begin(), pointers.end(), aligned);
 }
 
-// f(width), with as many values as 16 bytes hold or with 1.
+// Calls f(width) with the number of values in 16 bytes if `vectors`, else with 1.
 template <typename T, typename F>
 void dispatch_width(bool vectors, const F& f) {
   if (vectors)
@@ -57,7 +60,7 @@ struct alignas(sizeof(T) * width) Vector {
   T values[width];
 };
 
-// As many of `width` values as one access has, of at most 16 bytes.
+// Values that one access moves: `width`, but at most 16 bytes.
 template <typename T, int width>
 constexpr int kPiece = width * int(sizeof(T)) < 16 ? width : 16 / int(sizeof(T));
 
@@ -90,12 +93,12 @@ HNE_DEVICE float clamp(float v, const Clamp<float>& range) {
   return v > range.high ? range.high : v;
 }
 
-// The gradient behind an activation of `value`: none where that is flat. A NaN lets it pass, as in torch.
-HNE_DEVICE float behind_activation(float gradient, float value, const Clamp<float>& range) {
+// Gradient of clamp at `value`: zero where the clamp is flat. At a NaN the gradient passes unchanged, as in torch.
+HNE_DEVICE float clamp_gradient(float gradient, float value, const Clamp<float>& range) {
   const bool flat = value <= range.low || (value >= range.high && range.high < INFINITY);
   return range.low == 0 && flat ? 0.0f : gradient;
 }
 
-constexpr int kThreads = 256;  // of a block, where nothing speaks for another number
+constexpr int kThreads = 256;  // of a block, unless a kernel says otherwise
 
 }  // namespace hne

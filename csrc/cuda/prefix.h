@@ -1,4 +1,4 @@
-// Means over nested ensembles, in one pass over the members.
+// Mean logits of nested ensembles, in one pass over the members.
 //
 //   N members, P ensembles, V = batch * classes   bytes moved at least   operations
 //                                                 (N + P) V values       (N + P) V
@@ -10,7 +10,7 @@ namespace hne {
 
 constexpr int kMostSizes = 256;
 
-// Ensemble sizes travel with the launch: nothing to copy to the device, nothing to keep alive.
+// Ensemble sizes, passed by value to kernels: no copy to the device, no memory to keep alive.
 struct Sizes {
   int count;
   int sizes[kMostSizes];
@@ -22,7 +22,7 @@ struct Sizes {
   }
 };
 
-// out[p] = mean of the first sizes[p] of `member`, each `values` long.
+// out[p] = mean of the first sizes[p] members, each of `values` values.
 template <typename T, int width>
 __global__ void __launch_bounds__(kThreads)
     prefix_means(const T* member, T* out, const int64_t values, const Sizes sizes) {

@@ -1,4 +1,4 @@
-// Means over the first n members, and their adjoint.
+// Mean logits of the first n members, and their gradient.
 //
 //   N members, P ensembles, V = batch * classes   bytes moved at least   operations
 //   forward, backward                             (N + P) V values       (N + P) V
@@ -18,7 +18,7 @@ Tensor prefix_mean(const Tensor& logits_in, const std::vector<int64_t>& sizes) {
   return out;
 }
 
-// A member's gradient is the sum over the ensembles it belongs to: walk from the last member, adding up.
+// A member's gradient is the sum over the ensembles that contain it: add up from the last member down.
 template <typename T, int width>
 __global__ void __launch_bounds__(kThreads)
     prefix_means_backward(const T* grad, T* out, const int64_t values, const int models, const Sizes sizes) {

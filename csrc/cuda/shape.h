@@ -1,4 +1,4 @@
-// A convolution's sizes as kernels use them: in 32 bits, where a division costs a tenth of one in 64.
+// Sizes of a convolution for kernels: in 32 bits, since a division in 64 bits costs ten times as much.
 #pragma once
 
 #include "geometry.h"
@@ -23,7 +23,7 @@ struct Shape {
         kernel_size(int(g.kernel_size)),
         stride(int(g.stride)),
         padding(int(g.padding)),
-        replicate(int(std::min(g.replicate, std::max<int64_t>(g.branches, 1)))) {  // more children there are not
+        replicate(int(std::min(g.replicate, std::max<int64_t>(g.branches, 1)))) {  // beyond `branches` no change
     const auto fits = [](int64_t a, int64_t b) { return a == 0 || b <= (INT32_MAX - 65536) / a; };
     const int64_t most = std::max(g.pixels(), g.out_pixels());
     STD_TORCH_CHECK(fits(g.height + 2 * g.padding, g.width + 2 * g.padding) && fits(g.out_height, g.out_width) &&
@@ -40,7 +40,7 @@ struct Shape {
   HNE_BOTH int in_rows() const { return batch * pixels(); }   // input pixels of a branch
   HNE_BOTH bool pointwise() const { return kernel_size == 1 && stride == 1 && padding == 0; }
 
-  // The input pixel of a branch that a tap of output pixel `row` reads, or -1 in the padding.
+  // Input pixel of a branch under a tap of output pixel `row`, or -1 in the padding.
   HNE_DEVICE int64_t source(int row, int ky, int kx) const {
     const int sample = row / out_pixels(), within = row - sample * out_pixels();
     const int oy = within / out_width, ox = within - oy * out_width;

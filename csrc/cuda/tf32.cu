@@ -1,5 +1,5 @@
-// The switch for tf32 products of float32 values, off until hne_kernels/dispatch.py passes on torch's own setting.
-// No kernel: moves no bytes, computes nothing.
+// The switch for tf32 products of float32 values; off until hne_kernels/dispatch.py passes on torch's setting.
+// It has no kernel: no bytes moved, no operations.
 #include <atomic>
 
 #include "op.h"
