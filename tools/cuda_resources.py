@@ -1,4 +1,4 @@
-"""What compiled kernels take of a GPU, read from the file that holds them: a library, or one kernel's machine code."""
+"""Registers and memory of compiled GPU kernels, read from a library or from the machine code of one kernel."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import triton
 
 @dataclass(frozen=True)
 class Usage:
-    """What a kernel takes of a multiprocessor."""
+    """Resources of a kernel on a multiprocessor."""
 
-    registers: int  # a thread
-    spilled: int  # bytes a thread, in local memory
-    shared: int  # bytes a block, as far as the compiler knows
+    registers: int  # per thread
+    spilled: int  # bytes of local memory per thread
+    shared: int  # bytes per block; memory requested at launch is not included
 
 
 _TARGET = re.compile(r"^arch = (sm_\w+)")
@@ -26,7 +26,7 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 def of_file(path: Path) -> list[tuple[str, str, Usage]]:
-    """Target, name and usage of each kernel in ``path``. Triton brings the tool that reads it."""
+    """Target, mangled name and usage of each kernel in ``path``, read with the cuobjdump that Triton includes."""
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found, target, kernel = [], "", ""
@@ -42,7 +42,7 @@ def of_file(path: Path) -> list[tuple[str, str, Usage]]:
 
 
 def readable(names: list[str]) -> list[str]:
-    """Demangled and shortened."""
+    """Demangle and shorten kernel names."""
     tool = shutil.which("c++filt")
     if tool is None or not names:
         return names

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda for the host: the same kernels, each thread of a block a fiber (emulation.h)."""
+"""Compiles the kernels of csrc/cuda for the host, where emulation.h replaces the GPU."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def compiler() -> str | None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Other processes that build in ``folder`` wait."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``: one process builds there at a time."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def build(folder: Path, flags: tuple[str, ...]) -> Path:
-    """Compile into ``folder`` and return the library; what is up to date stays.
+    """Compile into ``folder`` and return the library; files that are up to date are not compiled again.
 
     Raises:
-        RuntimeError: with what the compiler says.
+        RuntimeError: A compilation failed; the message is the compiler's output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     includes = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
@@ -75,7 +75,7 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
 
     sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), HERE / "emulation.cpp"]
     library = folder / "libcuda_emulation.so"
-    with alone(folder):
+    with locked(folder):
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             objects = list(pool.map(compile_one, sources))
         if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in objects):
@@ -85,7 +85,7 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
 
 
 def main() -> None:
-    """``python build.py FOLDER [FLAG...]`` prints the path of the library."""
+    """Run ``python build.py FOLDER [FLAG...]``: build and print the path of the library."""
     print(build(Path(sys.argv[1]), tuple(sys.argv[2:])))
 
 

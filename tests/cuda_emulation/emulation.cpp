@@ -20,7 +20,7 @@ constexpr size_t kStack = 64 * 1024;
   std::abort();
 }
 
-enum class State { ready, at_barrier, with_warp, done };
+enum class State { ready, at_barrier, at_warp_instruction, done };
 
 struct Copy {
   void* to;
@@ -31,9 +31,9 @@ struct Copy {
 struct Fiber {
   ucontext_t context;
   State state = State::done;
-  Act act = nullptr;
+  WarpInstruction instruction = nullptr;
   void* operands = nullptr;
-  std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last one is still open
+  std::vector<std::vector<Copy>> groups;  // asynchronous copies; the last group is still open
 };
 
 struct Block {
@@ -62,27 +62,27 @@ struct Block {
     swapcontext(&current->context, &scheduler);
   }
 
-  // Runs a warp until each of its lanes is at a barrier or done. Every second time from the last lane
-  // to the first: what depends on the order of threads comes out differently.
+  // Runs a warp until each of its lanes is at a barrier or done. `backwards` runs the last lane first: alternating
+  // orders expose results that depend on the order of the threads.
   void run_warp(int first, bool backwards) {
     for (;;) {
-      int ready = 0, together = 0;
+      int ready = 0, waiting = 0;
       for (int i = 0; i < kWarp; ++i) {
         const int thread = first + (backwards ? kWarp - 1 - i : i);
         if (fibers[thread].state == State::ready) run(thread), ++ready;
       }
-      for (int i = 0; i < kWarp; ++i) together += fibers[first + i].state == State::with_warp;
-      if (together == 0 && ready == 0) return;
-      if (together == 0) continue;
+      for (int i = 0; i < kWarp; ++i) waiting += fibers[first + i].state == State::at_warp_instruction;
+      if (waiting == 0 && ready == 0) return;
+      if (waiting == 0) continue;
       void* operands[kWarp];
       for (int i = 0; i < kWarp; ++i) {
         Fiber& fiber = fibers[first + i];
-        if (fiber.state != State::with_warp || fiber.act != fibers[first].act)
+        if (fiber.state != State::at_warp_instruction || fiber.instruction != fibers[first].instruction)
           stop("the lanes of a warp are not at the same instruction");
         operands[i] = fiber.operands;
         fiber.state = State::ready;
       }
-      fibers[first].act(operands);
+      fibers[first].instruction(operands);
     }
   }
 
@@ -134,8 +134,21 @@ struct Multiply {
   uint32_t b[2];
 };
 
-// m16n8k16: lane (g, t) holds a[row g + 8 * (i % 2)][k = 2t, 2t + 1 (+ 8 for i > 1)], b[k = 2t, 2t + 1 (+ 8 for the
-// second word)][column g], and of the result rows g and g + 8, columns 2t and 2t + 1.
+// sum += a b for every lane: rows lane / 4 and lane / 4 + 8 of the result, columns lane % 4 * 2 and the next.
+template <int depth>
+void add_product(const float (&a)[16][depth], const float (&b)[depth][8], void* const (&operands)[32]) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& m = *static_cast<const Multiply*>(operands[lane]);
+    for (int i = 0; i < 4; ++i) {
+      float sum = 0;
+      for (int k = 0; k < depth; ++k) sum += a[lane / 4 + 8 * (i / 2)][k] * b[k][lane % 4 * 2 + i % 2];
+      m.sum[i] += sum;
+    }
+  }
+}
+
+// m16n8k16: lane (g, t) holds a[row g + 8 * (i % 2)][k = 2t, 2t + 1 (+ 8 for i > 1)] and b[k = 2t, 2t + 1 (+ 8 for the
+// second word)][column g].
 template <typename T>
 void multiply_16_bit(void* const (&operands)[32]) {
   float a[16][16], b[16][8];
@@ -149,14 +162,7 @@ void multiply_16_bit(void* const (&operands)[32]) {
       for (int half_word = 0; half_word < 2; ++half_word)
         b[2 * t + half_word + 8 * i][g] = float(value_of<T>(m.b[i], half_word));
   }
-  for (int lane = 0; lane < kWarp; ++lane) {
-    const auto& m = *static_cast<const Multiply*>(operands[lane]);
-    for (int i = 0; i < 4; ++i) {
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a[lane / 4 + 8 * (i / 2)][k] * b[k][lane % 4 * 2 + i % 2];
-      m.sum[i] += sum;
-    }
-  }
+  add_product(a, b, operands);
 }
 
 // m16n8k8: lane (g, t) holds a[row g + 8 * (i % 2)][k = t + 4 * (i / 2)] and b[k = t, t + 4][column g].
@@ -168,14 +174,7 @@ void multiply_tf32(void* const (&operands)[32]) {
     for (int i = 0; i < 4; ++i) std::memcpy(&a[g + 8 * (i % 2)][t + 4 * (i / 2)], &m.a[i], 4);
     for (int i = 0; i < 2; ++i) std::memcpy(&b[t + 4 * i][g], &m.b[i], 4);
   }
-  for (int lane = 0; lane < kWarp; ++lane) {
-    const auto& m = *static_cast<const Multiply*>(operands[lane]);
-    for (int i = 0; i < 4; ++i) {
-      float sum = 0;
-      for (int k = 0; k < 8; ++k) sum += a[lane / 4 + 8 * (i / 2)][k] * b[k][lane % 4 * 2 + i % 2];
-      m.sum[i] += sum;
-    }
-  }
+  add_product(a, b, operands);
 }
 
 struct Load {
@@ -211,21 +210,21 @@ struct Shuffle {
 void* shared_memory() { return block->shared.get(); }
 void block_sync() { block->wait(State::at_barrier); }
 
-void together(Act act, void* operands) {
-  block->current->act = act;
+void run_with_warp(WarpInstruction instruction, void* operands) {
+  block->current->instruction = instruction;
   block->current->operands = operands;
-  block->wait(State::with_warp);
+  block->wait(State::at_warp_instruction);
 }
 
 void warp_sync() {
-  together([](void* const(&)[32]) {}, nullptr);
+  run_with_warp([](void* const(&)[32]) {}, nullptr);
 }
 
 void copy16(void* shared, const void* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) stop("a copy to shared memory is not aligned to 16 bytes");
   if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)
     stop("a copy from device memory is not aligned to 16 bytes");
-  std::memset(shared, 0xff, 16);  // on its way: not to be read
+  std::memset(shared, 0xff, 16);  // NaN: in flight, so a read before copy_wait is an error
   block->current->groups.back().push_back({shared, from, valid});
 }
 void copy_commit() { block->current->groups.emplace_back(); }
@@ -244,7 +243,7 @@ void copy_wait_for(int pending) {
 
 float shuffle_xor(float value, int mask) {
   Shuffle mine{value, mask, 0};
-  together(
+  run_with_warp(
       [](void* const(&operands)[32]) {
         for (int lane = 0; lane < kWarp; ++lane) {
           auto& shuffle = *static_cast<Shuffle*>(operands[lane]);
@@ -257,42 +256,42 @@ float shuffle_xor(float value, int mask) {
 
 void load_matrices(uint32_t (&m)[4], const void* row) {
   Load mine{m, row};
-  together(load_all<false>, &mine);
+  run_with_warp(load_all<false>, &mine);
 }
 void load_matrices_transposed(uint32_t (&m)[4], const void* row) {
   Load mine{m, row};
-  together(load_all<true>, &mine);
+  run_with_warp(load_all<true>, &mine);
 }
 
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, half) {
   Multiply mine{sum, a, {b0, b1}};
-  together(multiply_16_bit<half>, &mine);
+  run_with_warp(multiply_16_bit<half>, &mine);
 }
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16) {
   Multiply mine{sum, a, {b0, b1}};
-  together(multiply_16_bit<bfloat16>, &mine);
+  run_with_warp(multiply_16_bit<bfloat16>, &mine);
 }
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
   Multiply mine{sum, a, {b0, b1}};
-  together(multiply_tf32, &mine);
+  run_with_warp(multiply_tf32, &mine);
 }
 
 uint32_t round_to_tf32(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if (std::isfinite(value)) bits += 0x1000;  // half of the last place that stays; ties away from zero
+  if (std::isfinite(value)) bits += 0x1000;  // half a unit in the last place of tf32; ties away from zero
   return std::isnan(value) ? 0x7fffffffu : bits & 0xffffe000u;
 }
 
-// Small where a test wants to see what becomes of a block that has no room.
+// HNE_EMULATED_SHARED_MEMORY lets tests emulate a GPU with little shared memory.
 int64_t Device::shared_limit() const {
   const char* limit = std::getenv("HNE_EMULATED_SHARED_MEMORY");
   return limit != nullptr ? std::atoll(limit) : kLeastShared;
 }
 
 void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
-  if (threads % kWarp != 0) stop("a block has a part of a warp");
-  if (shared_bytes > kLeastShared) stop("a block has more shared memory than there is");
+  if (threads % kWarp != 0) stop("the threads of a block do not fill its warps");
+  if (shared_bytes > kLeastShared) stop("a block asks for more shared memory than the GPU has");
   if (blocks == 0) return;
   Block memory;
   memory.start(threads, shared_bytes, kernel);

@@ -1,7 +1,7 @@
-// The GPU that csrc/cuda/device.h speaks of, in one thread of the host: the threads of a block are fibers, blocks run
-// one after the other. Shared memory is a heap block of exactly the size asked for, full of NaN, so that
-// AddressSanitizer sees an access beyond it and a read of what nobody wrote shows. A barrier that not all threads reach
-// ends the process.
+// Emulates the machine operations of csrc/cuda/device.h in one thread of the host: the threads of a block are fibers,
+// blocks run one after the other. Shared memory is a heap block of exactly the requested size, so that AddressSanitizer
+// detects accesses out of range, and starts full of NaN, so that uninitialised reads show. A barrier that only some
+// threads reach ends the process.
 #pragma once
 
 #include <algorithm>
@@ -36,9 +36,9 @@ void copy_wait() {
   copy_wait_for(pending);
 }
 
-// All 32 lanes of a warp arrive with their operands; `act` then sees those of every lane.
-using Act = void (*)(void* const (&operands)[32]);
-void together(Act act, void* operands);
+// Waits until all 32 lanes of the warp have called it, then runs the instruction once on the operands of every lane.
+using WarpInstruction = void (*)(void* const (&operands)[32]);
+void run_with_warp(WarpInstruction instruction, void* operands);
 
 float shuffle_xor(float value, int mask);
 void load_matrices(uint32_t (&m)[4], const void* row);
