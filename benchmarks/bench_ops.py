@@ -1,9 +1,9 @@
-"""Every op at the layers of HNE-ResNet (Table 2): forwards, and backwards through the gradients of all inputs. Those of
-the head at that of HNE-MobileNetV2 (Table 3) as well.
+"""Every op in the layers of HNE-ResNet (Table 2), forward and backward through the gradients of all inputs. The ops of
+the heads also run with the sizes of HNE-MobileNetV2 (Table 3).
 
-Naive is the reference: features copied for every child, one grouped convolution over the channels of all branches. Its
-inputs already lie in memory as it wants them ([batch, branch * channel, height, width]), so that no change of layout is
-counted against it. Where it makes a difference, channels_last.py has it without the copies and channels-last.
+The naive side is the reference: it copies features for every child and runs one grouped convolution over the channels
+of all branches. Its inputs already have its memory layout ([batch, branch * channel, height, width]), so that its time
+includes no change of layout. channels_last.py has a third side, without the copies and channels-last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import hne_kernels as K
 from hne.executors import KernelExecutor, NaiveExecutor, SubtreeExecutor
 from hne.layers import Bottleneck, build_layer
 
-# layer: branches in, children each, size of the map, channels in and out, kernel, stride
+# layer: input branches, replicate, height, input and output channels, kernel size, stride
 CONVOLUTIONS = {
     "stem": (1, 1, 32, 3, 16, 3, 1),
     "block 1, expand": (1, 2, 32, 64, 16, 1, 1),
@@ -36,7 +36,7 @@ CONVOLUTIONS = {
     "block 4, expand": (8, 2, 8, 256, 64, 1, 1),
     "block 4, project": (16, 1, 8, 64, 256, 1, 1),
 }
-# layer: branches, size of the map, channels, stride
+# layer: branches, height, channels, stride
 DEPTHWISE = {
     "block 1": (2, 32, 16, 1),
     "block 2, first": (4, 32, 32, 2),
@@ -44,7 +44,7 @@ DEPTHWISE = {
     "block 3, first": (8, 16, 64, 2),
     "block 4": (16, 8, 64, 1),
 }
-# layer: branches in, children each, size of the map, channels in, middle and out, stride
+# layer: input branches, replicate, height, input, middle and output channels, stride
 BOTTLENECKS = {
     "block 1, first": (1, 2, 32, 64, 16, 64, 1),
     "block 1": (2, 1, 32, 64, 16, 64, 1),
@@ -62,14 +62,14 @@ Function = Callable[..., Any]
 
 
 class Bench:
-    """What the comparisons of the ops have in common: where and in what they compute, and the inputs of each side."""
+    """Device, dtype and inputs of the comparisons of ops."""
 
     def __init__(self, versus: Any, workload: Workload, rng: torch.Generator) -> None:
         self.batch, self.dtype = workload.ops
         self._versus, self._device, self._rng = versus, workload.device, rng
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Random values, in the dtype of the features if none is given."""
+        """Random values, by default in the dtype of the features."""
         return torch.randn(shape, generator=self._rng).to(self._device, dtype or self.dtype)
 
     def target(self, batch: int, classes: int) -> Tensor:
@@ -87,7 +87,14 @@ class Bench:
         both_ways: bool = True,
         **options: Any,
     ) -> None:
-        """Compare ``function`` with itself on the reference and with ``last``, which takes ``last_inputs``."""
+        """Compare ``function`` with the reference backend and with ``last``, the channels-last side.
+
+        Args:
+            way: ``forward`` or ``backward``.
+            op: name of the op, for the table.
+            last: takes ``last_inputs``, by default ``inputs``.
+            both_ways: ``way`` is part of the name.
+        """
         sides = [(function, inputs), (function, _laid_out(inputs, _side_by_side))]
         layouts = [_as_it_is, _side_by_side]
         if last is not None:
@@ -97,7 +104,7 @@ class Bench:
         if way == "forward":
             makers = [_forward(*side) for side in sides]
         else:
-            # An image needs no gradient: that is how the stem is trained.
+            # Images, with three channels, need no gradient.
             gradients = [name for name, t in inputs.items() if name != "x" or t.shape[-1] > 3]
             with torch.no_grad():
                 cotangent = self.normal(*_first(function(**inputs)).shape)
@@ -126,7 +133,7 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """The same values of [G, B, H, W, C], in memory as [B, G * C, H, W]."""
+    """Features [G, B, H, W, C] with the same values and the memory layout [B, G * C, H, W]."""
     return x.permute(1, 0, 4, 2, 3).contiguous().permute(1, 0, 3, 4, 2)
 
 
@@ -151,8 +158,8 @@ def _without_gradients(call: Function, inputs: Inputs) -> Any:
     return call(**inputs)
 
 
-def _results_alone(make: Callable[[Any], Side]) -> Callable[[Any], Side]:
-    """The same work, without the gradients in what is returned."""
+def _without_gradient_results(make: Callable[[Any], Side]) -> Callable[[Any], Side]:
+    """The same side without gradients among its results."""
 
     def alone(wrap: Any) -> Side:
         side = make(wrap)
@@ -213,8 +220,8 @@ def bench_branch_depthwise_conv2d(layer: str, way: str, bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("layer", BOTTLENECKS)
-def bench_training_unit(layer: str, bench: Bench) -> None:
-    """A bottleneck forwards and backwards: convolutions that normalise what they read, against batch norm."""
+def bench_training_bottleneck(layer: str, bench: Bench) -> None:
+    """A bottleneck forward and backward, with normalisation fused into the convolutions, against batch norm."""
     parents, r, size, channels, middle, outputs, stride = BOTTLENECKS[layer]
     children = parents * r
     x = bench.normal(parents, bench.batch, size, size, channels)
@@ -226,7 +233,7 @@ def bench_training_unit(layer: str, bench: Bench) -> None:
     def side(
         executor: SubtreeExecutor, lay_out: Function, memory: torch.memory_format, dtype: torch.dtype = x.dtype
     ) -> Callable[[Any], Side]:
-        """Gives the result, then the gradients of input and parameters."""
+        """A side that computes the output and the gradients of input and parameters."""
         ours = copy.deepcopy(module).to(dtype, memory_format=memory)
         leaves = [lay_out(x.to(dtype)).detach().requires_grad_(), *ours.parameters()]
         grad = lay_out(cotangent.to(dtype))
@@ -257,14 +264,14 @@ def bench_training_unit(layer: str, bench: Bench) -> None:
         (NaiveExecutor(), interleaved, torch.contiguous_format),
         (channels_last.ChannelsLastExecutor(), interleaved_last, torch.channels_last),
     ]
-    # Rounding turns ReLUs on and off, and with them gradients, on any side: those are compared in float64.
+    # Rounding switches ReLUs and their gradients on and off, so gradients are compared in float64.
     if x.device.type == "cpu":
         fused, *others = (side(*how, torch.float64)(_as_it_is)() for how in executors)
         for other in others:
             check_agreement(fused, other)
     bench.versus(
-        *(_results_alone(side(*how)) for how in executors),
-        name="training unit",
+        *(_without_gradient_results(side(*how)) for how in executors),
+        name="bottleneck in training",
         shape=f"{layer}: {parents}>{children} x {bench.batch} x {size}x{size} x "
         f"{channels}>{middle}>{outputs}, /{stride}",
         work=lambda: roofline.of_training_layer(module, parents, children, channels, bench.batch, size, x.itemsize),
@@ -355,7 +362,7 @@ def bench_prefix_logits(way: str, head: Head, bench: Bench) -> None:
 
 
 def bench_hierarchical_distillation_loss(head: Head, bench: Bench) -> None:
-    """Both ways at once: the fused op has the gradient ready after its forward pass."""
+    """Forward and backward together: the fused op computes the gradient in its forward pass."""
     models, batch, _, classes = head
     logits = bench.normal(models, batch, classes, dtype=torch.float32)
     target = bench.target(batch, classes)

@@ -1,4 +1,4 @@
-"""The memory that the CPU ops keep."""
+"""Memory of the CPU ops."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from . import extension
 
 
 def release_memory() -> int:
-    """Give the memory that no tensor uses back to the system.
+    """Return idle memory of the CPU ops to the system, for a program that has passed its peak.
 
-    What the CPU ops write (64 KiB and more) comes from memory of earlier tensors that are gone: fresh memory costs a
-    page fault for every 4 KiB. In use or not, it is little more than was in use at one time (64 MiB, and at most a
-    quarter); this is for a program that has passed its peak.
+    CPU outputs of 64 KiB and more reuse freed buffers, since new memory costs a page fault for every 4 KiB. The memory
+    in use and in idle buffers is at most the peak in use plus 64 MiB, plus a quarter.
 
     Returns:
-        How many bytes it was.
+        The number of bytes.
     """
     released: int = extension.cpu_library().release_memory()
     return released

@@ -1,7 +1,7 @@
-"""Checks of arguments: one clear error that names the argument, what came and what was expected.
+"""Checks of arguments. An error names the argument, the expected value and the given one.
 
-They run before any memory is touched, for every backend alike, and give the shape of the output, which the
-fake implementations (shape inference under ``torch.compile`` and ``torch.export``) use as well.
+The checks run before a kernel touches memory, on every backend, and return the shape of the output, which the fake
+implementations (shape inference under ``torch.compile`` and ``torch.export``) use, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "relu6")
-PANEL = 16  # output channels that a packed weight keeps side by side
+PANEL = 16  # output channels in a panel of a packed weight
 
 CONV_INPUT = "[branches, batch, height, width, channels]"
 
@@ -36,7 +36,7 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int], layout: str) -> No
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast is on with for this kind of device, or None where it is off."""
+    """The dtype of autocast for this kind of device, or None where autocast is off."""
     if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
@@ -72,28 +72,28 @@ def activation(name: str, value: str) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)}, got {value!r}")
 
 
-def family(x: Tensor, weight: Tensor, replicate: int) -> None:
-    """Raise unless the branches of ``weight`` are the children of those of ``x``.
+def check_branches(x: Tensor, weight: Tensor, replicate: int) -> None:
+    """Raise unless ``weight`` has ``replicate`` branches, the children, for every branch of ``x``.
 
-    The last parent may have fewer than ``replicate`` children: that is a leading slice of the tree.
+    The last branch of ``x`` may have fewer children: that is a leading slice of the tree.
     """
     at_least("replicate", replicate, 1)
-    parents, branches = x.shape[0], weight.shape[0]
-    if not (parents - 1) * replicate < branches <= parents * replicate and (parents or branches):
+    parents, children = x.shape[0], weight.shape[0]
+    if not (parents - 1) * replicate < children <= parents * replicate and (parents or children):
         raise ValueError(
             f"weight: expected {parents * replicate} branches ({parents} of x times replicate {replicate}, or "
-            f"fewer children of the last one), got {branches}"
+            f"fewer children of the last one), got {children}"
         )
 
 
 def geometry(
     x: Tensor, branches: int, out_channels: int, kernel_size: int, stride: int, padding: int
 ) -> tuple[int, int, int, int, int]:
-    """Check the numbers of a convolution of ``x`` and return its output shape ``[G', B, H', W', C_out]``."""
+    """Check stride, padding and size of a convolution of ``x``; return the output shape ``[G', B, H', W', C_out]``."""
     at_least("stride", stride, 1)
     at_least("padding", padding, 0)
     _, batch, height, width, _ = x.shape
-    # One comparison each: min() would make torch.compile specialise on which side is the shorter.
+    # Two comparisons, as min() would make torch.compile specialise on the shorter side.
     if height + 2 * padding < kernel_size or width + 2 * padding < kernel_size:
         raise ValueError(
             f"x: expected at least {kernel_size - 2 * padding} rows and columns for a {kernel_size}x{kernel_size} "
@@ -124,7 +124,7 @@ def convolution(
     branches, channels, kernel_size = weight.shape[0], x.shape[4], weight.shape[-1]
     if weight.shape[-2] != kernel_size or kernel_size < 1:
         raise ValueError(f"weight: expected a square kernel of at least 1x1, got shape {tuple(weight.shape)}")
-    family(x, weight, replicate)
+    check_branches(x, weight, replicate)
     in_channels = weight.shape[1] if depthwise else weight.shape[2]
     if in_channels != channels:
         raise ValueError(
@@ -137,7 +137,7 @@ def convolution(
 
 
 def pointwise(name: str, weight: Tensor) -> None:
-    """Raise unless ``weight`` has the filters of a convolution of single pixels."""
+    """Raise unless ``weight`` has 1x1 filters."""
     rank(name, weight, 5, "[branches, out_channels, in_channels, 1, 1]")
     if weight.shape[3:] != (1, 1):
         raise ValueError(f"{name}: expected a 1x1 kernel, got shape {tuple(weight.shape)}")
@@ -154,7 +154,7 @@ def convolution_gradient(
     padding: int,
     replicate: int,
 ) -> None:
-    """Raise unless ``grad`` has the shape of the output of a convolution of ``height`` x ``width`` maps."""
+    """Raise unless ``grad`` has the output shape of a convolution of ``height`` x ``width`` feature maps."""
     rank("grad", grad, 5, CONV_INPUT)
     for name, value in (("stride", stride), ("replicate", replicate), ("kernel_size", kernel_size)):
         at_least(name, value, 1)
@@ -177,7 +177,7 @@ def packed(name: str, weight: Tensor, bias_name: str, bias: Tensor, channels: in
 
 
 def no_gradient(op: str, *tensors: Tensor | None) -> None:
-    """Raise if autograd would record an op that is for inference alone."""
+    """Raise if autograd would record an op for inference."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{op} is for inference and has no gradient: call it under torch.no_grad(), or use the unfused ops"
@@ -185,7 +185,7 @@ def no_gradient(op: str, *tensors: Tensor | None) -> None:
 
 
 def prefix_sizes(sizes: Sequence[int] | None, num_models: int) -> list[int]:
-    """Sizes of the ensembles: rising, from 1 to ``num_models``; the default is the powers of two, then all."""
+    """Check the sizes of ensembles, which rise from 1 to ``num_models``; the default is :func:`default_sizes`."""
     if sizes is None:
         return list(default_sizes(num_models))
     sizes = list(sizes)
@@ -201,7 +201,7 @@ def prefix_sizes(sizes: Sequence[int] | None, num_models: int) -> list[int]:
 
 
 def default_sizes(num_models: int) -> tuple[int, ...]:
-    """The ensembles that are reported and distilled: 1, 2, 4, ... below ``num_models``, then ``num_models``."""
+    """Sizes of the ensembles in reports and distillation: 1, 2, 4, ... below ``num_models``, then ``num_models``."""
     at_least("num_models", num_models, 1)
     sizes = []
     size = 1

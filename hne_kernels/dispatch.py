@@ -1,8 +1,8 @@
 """Choice of the backend that serves a call.
 
-Each op has up to four implementations under one name: ``reference`` (plain PyTorch, what parity is judged
-against), ``cpp`` (CPU), ``cuda`` (C++) and ``triton``. Left alone, the fastest that can serve the call is taken;
-``HNE_BACKEND`` or :func:`use_backend` choose one explicitly, and then a call it cannot serve raises and says why.
+An op has up to four implementations: ``reference`` (plain PyTorch, the baseline of the parity tests), ``cpp`` (CPU),
+``cuda`` (C++) and ``triton``. By default the fastest one that can serve the call is chosen. ``HNE_BACKEND`` or
+:func:`use_backend` choose one explicitly; a call that it cannot serve then raises an error that says why.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from torch import Tensor
 from . import autocast, checks, extension, reference
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Fastest first: what an automatic choice tries on each kind of device before the reference.
+# The backends that an automatic choice tries before the reference, by kind of device, fastest first.
 _PREFERENCE = {"cpu": ("cpp", "cuda"), "cuda": ("cuda", "triton")}
+_DEVICES = {
+    "cpp": ("cpu",),
+    "cuda": ("cpu",) if extension.CUDA_EMULATED else ("cuda",),
+    "triton": ("cuda", "cpu") if _INTERPRETED else ("cuda",),
+}
 DTYPES = {
     "cpp": (torch.float32, torch.float64, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
     "triton": (torch.float32, torch.float16, torch.bfloat16),
 }
 
-# The explicit choice; one for the whole process, like torch.set_num_threads.
+# The explicit choice. It holds for the whole process, as torch.set_num_threads does.
 _chosen: str | None = os.environ.get("HNE_BACKEND") or None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _unusable(backend: str) -> str | None:
@@ -49,7 +51,7 @@ def _unusable(backend: str) -> str | None:
             return "the package triton is not installed"
         if importlib.util.find_spec("hne_kernels.triton") is None:
             return "this version of hne_kernels has no Triton kernels"
-        if not (_interpreted() or torch.cuda.is_available()):
+        if not (_INTERPRETED or torch.cuda.is_available()):
             return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU)"
     return None
 
@@ -59,7 +61,10 @@ _MODULES: dict[str, Any] = {"reference": reference, "cpp": torch.ops.hne, "cuda"
 
 
 def add_module(backend: str, module: Any) -> None:
-    """Say where the implementations of ``backend`` are, for one that is built on the modules that use this one."""
+    """Set the module with the implementations of ``backend``.
+
+    For a backend whose modules import this one, so that this one cannot import them.
+    """
     _MODULES[backend] = module
 
 
@@ -114,12 +119,10 @@ def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return _UNUSABLE[backend]
     if backend == "reference":
         return None
-    devices = ("cuda", "cpu") if backend == "triton" and _interpreted() else ("cuda",)
-    if backend == "cpp" or (backend == "cuda" and extension.CUDA_EMULATED):
-        devices = ("cpu",)
-    if device.type not in devices:
+    kind, devices = device.type, _DEVICES[backend]
+    if kind not in devices:
         return f"it serves tensors on {' and '.join(devices)}, got {device}"
-    if device.type == "cuda" and (reason := _gpu_too_old(device)) is not None:
+    if kind == "cuda" and (reason := _gpu_too_old(device)) is not None:
         return reason
     if dtype not in DTYPES[backend]:
         return f"it serves {', '.join(str(d) for d in DTYPES[backend])}, got {dtype}"
@@ -136,7 +139,7 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"hne_kernels: {reason}; the reference implementation serves it, slowly", stacklevel=4)
 
 
-# What the CUDA library was last told (csrc/cuda/tf32.cu); it starts with exact products.
+# The last value that the CUDA library was given (csrc/cuda/tf32.cu); it starts with exact products.
 _tf32_passed_on = False
 
 
@@ -157,55 +160,56 @@ def backend_for(tensor: Tensor) -> str:
         RuntimeError: the explicitly chosen backend cannot serve it.
     """
     device = tensor.device
-    dtype = checks.autocast_dtype(device.type) or tensor.dtype
+    kind = device.type
+    dtype = checks.autocast_dtype(kind) or tensor.dtype
     if _chosen is not None:
         _check_name(_chosen)
         reason = _rejects(_chosen, device, dtype)
         if reason is not None:
             raise RuntimeError(f"backend {_chosen!r} cannot serve this call: {reason}")
         return _chosen
-    for backend in _PREFERENCE.get(device.type, ()):
+    for backend in _PREFERENCE.get(kind, ()):
         if _rejects(backend, device, dtype) is None:
             return backend
-    if device.type == "cuda" and (reason := _gpu_too_old(device)) is not None:
+    if kind == "cuda" and (reason := _gpu_too_old(device)) is not None:
         _warn_once(reason)
     return "reference"
 
 
-# Implementations that are not the function of that name in the backend's module, by backend and op.
+# By backend and op: implementations other than the function of that name in the backend's module.
 _REGISTERED: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def register(op: str, function: Callable[..., Any], *backends: str) -> None:
-    """Let ``backends`` compute ``op`` by ``function``, for example one that calls other ops.
+    """Let ``backends`` compute ``op`` by ``function``, for example by calling other ops.
 
-    Otherwise a backend computes an op by the function of that name in its module.
+    Without it, a backend computes an op by the function of that name in its module.
     """
     for backend in backends:
         _REGISTERED[backend, op] = function
 
 
 def implementation(op: str, tensor: Tensor, late_check: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """The function that computes ``op`` where the first argument is ``tensor``: the one way to choose a backend.
+    """The function that computes ``op`` in a call whose first argument is ``tensor``.
 
     Args:
         op: name of the op.
         tensor: the first argument of the call.
-        late_check: for a call whose arguments are not checked yet, the check of them, which takes the arguments of the
-            op. The C++ ops of the CPU refuse wrong arguments by themselves, so that there the check runs only after a
-            refusal, to explain it; before other implementations it runs first.
+        late_check: the check of the op's arguments, for a call whose arguments are not checked yet. The C++ ops of the
+            CPU refuse wrong arguments themselves, faster than Python does: there the check runs only after a refusal,
+            to explain it. With other implementations it runs before the call.
 
     Raises:
         RuntimeError: the explicitly chosen backend cannot serve the call.
     """
     if late_check is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-        return late_check  # raises: no backend serves such a call
+        return late_check  # it raises: no backend serves such a call
     backend = backend_for(tensor)
-    function: Callable[..., Any] | None = _REGISTERED.get((backend, op))
+    function = _REGISTERED.get((backend, op))
     if function is None:
         function = getattr(_MODULES[backend], op)
         if backend == "reference" and checks.autocast_dtype(tensor.device.type) is not None:
-            function = autocast.casting(op, function, tensor.device.type)  # for others PyTorch's dispatcher casts
+            function = autocast.casting(op, function, tensor.device.type)  # PyTorch's dispatcher casts for the others
     if backend == "cuda":
         _pass_on_tf32()
     if late_check is None:
@@ -228,5 +232,5 @@ def _check_after(function: Callable[..., Any], check: Callable[..., Any], *argum
 
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
-    """Whether the backend that serves ``tensor`` has a kernel for ``op``, rather than composing it from other ops."""
+    """Whether the backend that serves ``tensor`` has a kernel for ``op``, and does not compose it from other ops."""
     return isinstance(implementation(op, tensor), torch._ops.OpOverloadPacket)

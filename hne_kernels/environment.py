@@ -27,7 +27,7 @@ def _gpus() -> str:
 
 
 def environment_report() -> list[Section]:
-    """What is installed, what was built, and what is usable here.
+    """Installed versions, properties of the build and the machine, and usable backends.
 
     Returns:
         Sections, each with its title and its values by name.

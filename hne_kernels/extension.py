@@ -1,8 +1,8 @@
-"""Loads what was compiled: `_C` (CPU, always) and `_C_cuda` (where built and where torch has CUDA).
+"""Loads the compiled libraries: `_C` (CPU, always) and `_C_cuda` (where it was built and torch has CUDA).
 
-Importing this module registers the ops `torch.ops.hne.*`. `HNE_EXTENSION_DIR` names another folder
-to load them from, for example that of a build with sanitizers. `HNE_CUDA_EMULATION` names the CUDA
-kernels compiled for the host (tests/cuda_emulation): they then take the place of the C++ ones.
+Importing this module registers the ops `torch.ops.hne.*`. `HNE_EXTENSION_DIR` names another folder to load the
+libraries from, for example a build with sanitizers. `HNE_CUDA_EMULATION` names a library with the CUDA kernels compiled
+for the host (tests/cuda_emulation), which then replace the CPU kernels.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _REBUILD = "Rebuild it: `pip install -e .` in a checkout, or install the wheel a
 
 
 def _check_complete(library: Path) -> None:
-    """Raise ImportError for an ELF file that ends early: to load one kills the process."""
+    """Raise ImportError for a truncated ELF file, as loading one kills the process."""
     with library.open("rb") as file:
         header = file.read(64)
     if len(header) == 64 and header.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian
-        (table,) = struct.unpack_from("<Q", header, 40)  # the section table, last in the file
+        (table,) = struct.unpack_from("<Q", header, 40)  # the section table, which comes last in the file
         size, count = struct.unpack_from("<HH", header, 58)
         if library.stat().st_size < table + size * count:
             raise ImportError(f"{library}: file is cut off")
@@ -39,7 +39,7 @@ def load_cpu_library(folder: Path) -> ModuleType:
     """Import `hne_kernels._C` from `folder`.
 
     Raises:
-        ImportError: it is missing, damaged, or built for another Python; says which, and the cure.
+        ImportError: it is missing, damaged, or built for another Python; the message says which, and how to rebuild.
     """
     name = "hne_kernels._C"
     spec = PathFinder.find_spec(name, [str(folder)])
@@ -63,7 +63,7 @@ def load_cpu_library(folder: Path) -> ModuleType:
 
 
 def load_cuda_library(folder: Path) -> str | None:
-    """Register the CUDA ops from `folder`; None if that worked, else the reason why not."""
+    """Register the CUDA ops from `folder`, and return None or the reason why that failed."""
     library = folder / "_C_cuda.so"
     if not library.exists():
         return "this build has no CUDA library (HNE_CUDA=1 insists on one)"
@@ -73,7 +73,7 @@ def load_cuda_library(folder: Path) -> str | None:
         return "built, but torch sees no GPU"
     try:
         _check_complete(library)
-        # It may have been linked where torch had no such library, so it does not ask for it itself.
+        # The library does not name libtorch_cuda, as it may have been linked against a torch without CUDA.
         ctypes.CDLL("libtorch_cuda.so", ctypes.RTLD_GLOBAL)
         torch.ops.load_library(library)
     except (ImportError, OSError) as error:
@@ -82,7 +82,7 @@ def load_cuda_library(folder: Path) -> str | None:
 
 
 def load_cuda_emulation(library: str | None) -> bool:
-    """Let the CUDA kernels compiled for the host serve tensors on the CPU, if there is such a library."""
+    """Load the CUDA kernels compiled for the host, if there are any; they then serve tensors on the CPU."""
     if library:
         torch.ops.load_library(library)
     return bool(library)
@@ -100,7 +100,7 @@ def cpu_library() -> ModuleType:
 
 
 def cuda_unavailable() -> str | None:
-    """Why there are no CUDA ops; None if they are there."""
+    """Why there are no CUDA ops, or None if there are."""
     return _CUDA_UNAVAILABLE
 
 
@@ -117,6 +117,6 @@ def gpu_too_old(index: int) -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """How the libraries were compiled: version, commit, compiler, flags, torch, targets."""
+    """Version, commit, compiler, flags, torch and targets of the build."""
     info: dict[str, Any] = _CPU_LIBRARY.build_info()
     return info

@@ -1,4 +1,4 @@
-"""`python -m hne_kernels.info` prints what is installed, what was built, and what is usable here."""
+"""`python -m hne_kernels.info` prints versions, build, machine and backends."""
 
 from __future__ import annotations
 

@@ -142,15 +142,20 @@ def entry_conv_stats(
 
     On a CPU, a 1x1 convolution and the computation of ``x`` are one pass over memory.
     """
-    if not isinstance(x, Tensor) and _is_pointwise(weight, stride, padding, replicate):
+    if isinstance(x, Tensor):
+        z = x
+    elif _is_pointwise(weight, stride, padding, replicate):
         if isinstance(x, LazyPointwise):
             z, y, mean, var = branch_pointwise_norm_conv2d(**_arguments(x), next_weight=weight)
         else:
             z, y, mean, var = branch_norm_conv2d(weight=weight, **x._asdict(), materialize=True)
         return z, ConvStats(y, None, mean, var)
-    x = materialize(x)
-    y, mean, var = branch_norm_conv2d(x, weight, stride=stride, padding=padding, replicate=replicate)
-    return x, ConvStats(y, None, mean, var)
+    elif isinstance(x, LazyPointwise):
+        z = branch_pointwise_norm_conv2d(**_arguments(x))[0]
+    else:
+        z = branch_normalize(**x._asdict())
+    y, mean, var = branch_norm_conv2d(z, weight, stride=stride, padding=padding, replicate=replicate)
+    return z, ConvStats(y, None, mean, var)
 
 
 def materialize(x: Features) -> Tensor:

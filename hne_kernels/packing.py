@@ -1,4 +1,4 @@
-"""The layout of weights that are packed once and used by many inference calls."""
+"""The layout of packed weights for inference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .checks import PANEL
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """Lay filters out as panels of 16 output channels, so that a matrix kernel reads them front to back.
+    """Pack filters into panels of 16 output channels, which a matrix kernel reads front to back.
 
     Args:
         weight: ``[G, C_out, C_in, k, k]``, any dtype.

@@ -1,8 +1,8 @@
-"""``make kernels``: what every GPU kernel, Triton's and CUDA's, takes of a GPU; none is needed for that.
+"""``make kernels`` prints the registers and memory of every GPU kernel, Triton's and CUDA's. It needs no GPU.
 
-A kernel that spills registers to memory, or wants more shared memory than a block may have, is a failure. Of a CUDA
-kernel, the compiler does not know the shared memory that its launch adds: that is limited where it is decided, and the
-emulation of the tests has as much as the least GPU.
+A kernel fails if it spills registers to memory or needs more shared memory than a block may have. The compiler does not
+know the shared memory that the launch of a CUDA kernel adds; the host code limits it, and the emulation in the tests
+has as much of it as the smallest GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @dataclass(frozen=True)
-class Row:
-    """A kernel as it was compiled for one kind of GPU."""
+class CompiledKernel:
+    """A kernel, compiled for one kind of GPU."""
 
     backend: str
     target: str
@@ -33,28 +33,28 @@ class Row:
 
     @property
     def failure(self) -> str:
-        """Why it is not fit for use, or nothing."""
+        """Why it cannot be used, or an empty text."""
         limit = SHARED_LIMIT[int(self.target.removeprefix("sm_").rstrip("a"))]
         if self.usage.spilled:
             return "FAILED: spills"
         return f"FAILED: more than {limit} bytes of shared memory" if self.usage.shared > limit else ""
 
 
-def of_triton() -> Iterator[Row]:
+def of_triton() -> Iterator[CompiledKernel]:
     workers = len(os.sched_getaffinity(0))
     for job, usage in triton_resources.compile_all(tuple(SHARED_LIMIT), workers):
-        yield Row("triton", f"sm_{job.target}", f"{job.name} {job.dtype} {job.options}", usage)
+        yield CompiledKernel("triton", f"sm_{job.target}", f"{job.name} {job.dtype} {job.options}", usage)
 
 
-def of_cuda(library: Path) -> Iterator[Row]:
+def of_cuda(library: Path) -> Iterator[CompiledKernel]:
     found = cuda_resources.of_file(library)
     names = cuda_resources.readable([kernel for _, kernel, _ in found])
     for (target, _, usage), name in zip(found, names, strict=True):
-        yield Row("cuda", target, name, usage)
+        yield CompiledKernel("cuda", target, name, usage)
 
 
-def table(rows: list[Row]) -> list[str]:
-    """A line a kernel, the failures last."""
+def table(rows: list[CompiledKernel]) -> list[str]:
+    """One line per kernel, failures last."""
     lines = [f"{'backend':7}  {'target':6}  {'registers':>9}  {'spilled':>7}  {'shared':>6}  kernel"]
     for row in sorted(rows, key=lambda row: (bool(row.failure), row.backend, row.kernel, row.target)):
         used = f"{row.usage.registers:9}  {row.usage.spilled:7}  {row.usage.shared:6}"
@@ -69,7 +69,7 @@ def main() -> int:
         rows += of_cuda(library)
     print(*table(rows), sep="\n")
     if library is None:
-        print("There is no CUDA library, only Triton's kernels: the extension was built without nvcc.")
+        print("Triton's kernels only: the extension was built without nvcc, so there is no CUDA library.")
     failures = sum(bool(row.failure) for row in rows)
     print(f"{len(rows)} kernels, {failures} failed")
     return min(failures, 1)

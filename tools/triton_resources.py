@@ -1,4 +1,4 @@
-"""What the Triton kernels take of a GPU, compiled without one.
+"""Registers and memory that the Triton kernels need, compiled without a GPU.
 
 Every op is called with tensors that have a shape and no memory, in every dtype; each launch compiles its kernel in
 every configuration for the GPUs asked for, instead of running it.
@@ -37,23 +37,24 @@ def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _unit(
-    name: str, new: Callable[..., Tensor], weight: Tensor, source: tuple[int, int, int], activation: str | None,
+def _norm_conv(
+    new: Callable[..., Tensor], weight: Tensor, source: tuple[int, int, int], activation: str | None,
     geometry: tuple[int, int, int],
 ) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:  # fmt: skip
-    """A training unit and its gradients; ``source`` has branches, height and channels."""
+    """A convolution between two batch norms and its gradients; ``source`` is (branches, height, channels)."""
     branches, size, channels = source
     x = new(branches, 8, size, size, channels)
     y = new(weight.shape[0], 8, size, size, weight.shape[1])
-    above, vector = (_tensor(t.shape[0], t.shape[4], dtype=torch.float32) for t in (y, x))
-    normal = (*(None if activation is None else vector for _ in range(3)), activation or "none")
-    grads = (y, above, above, y, above)
-    yield getattr(_OPS, f"triton_{name}"), (x, weight, *normal, *geometry)
-    yield getattr(_OPS, f"triton_{name}_backward"), (*grads, weight, x, *normal, *geometry, True, True)
+    vector = _tensor(y.shape[0], y.shape[4], dtype=torch.float32)
+    norm = None if activation is None else _tensor(3, branches, channels, dtype=torch.float32)
+    options = (activation or "none", *geometry)
+    yield _OPS.triton_branch_norm_conv2d, (x, weight, norm, None, *options, False)
+    grads = (y, vector, vector, None, y, vector, None)
+    yield _OPS.triton_branch_norm_conv2d_backward, (*grads, x, weight, norm, *options, False, True, True)
 
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Every op as the two architectures use it; 24 channels stand for the counts that 16 does not divide."""
+    """Every op as the two architectures call it; 24 channels stand for the counts that 16 does not divide."""
 
     def new(*shape: int) -> Tensor:
         return _tensor(*shape, dtype=dtype)
@@ -79,16 +80,16 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
     residual = (*pointwise(2, 144, 24), filters, bias, *pointwise(2, 24, 144), None, None)
     yield _OPS.triton_fused_bottleneck, (new(2, 8, 28, 28, 24), *residual, 1, 1, "relu6", True, "none")
 
-    # Training: a stem that reads the image as it is, a branching 1x1 and a 3x3 that normalise what they read.
-    yield from _unit("branch_conv2d_stats", new, new(1, 16, 3, 3, 3), (1, 16, 3), None, (1, 1, 1))
-    yield from _unit("branch_conv2d_stats", new, new(8, 64, 128, 1, 1), (4, 16, 128), "relu", (1, 0, 2))
-    yield from _unit("branch_conv2d_stats", new, new(2, 144, 24, 1, 1), (2, 16, 24), "none", (1, 0, 1))
-    yield from _unit("branch_depthwise_conv2d_stats", new, new(4, 64, 3, 3), (4, 16, 64), "relu6", (1, 1, 1))
+    # Training: a stem that reads the image as it is; branching 1x1 and 3x3 convolutions that normalise their input.
+    yield from _norm_conv(new, new(1, 16, 3, 3, 3), (1, 16, 3), None, (1, 1, 1))
+    yield from _norm_conv(new, new(8, 64, 128, 1, 1), (4, 16, 128), "relu", (1, 0, 2))
+    yield from _norm_conv(new, new(2, 144, 24, 1, 1), (2, 16, 24), "none", (1, 0, 1))
+    yield from _norm_conv(new, new(4, 64, 3, 3), (4, 16, 64), "relu6", (1, 1, 1))
     x = new(4, 8, 16, 16, 64)
-    gain = _tensor(4, 64, dtype=torch.float32)
+    norm = _tensor(3, 4, 64, dtype=torch.float32)
     for activation, added in (("relu", x), ("none", None)):
-        yield _OPS.triton_branch_normalize, (x, gain, gain, gain, added, activation)
-        yield _OPS.triton_branch_normalize_backward, (x, x, x, gain, gain, activation)
+        yield _OPS.triton_branch_normalize, (x, norm, added, activation)
+        yield _OPS.triton_branch_normalize_backward, (x, x, x, norm, activation)
     for models, classes in ((16, 100), (8, 1000), (100, 100)):
         logits, target = new(models, 8, classes), _tensor(8, dtype=torch.int64)
         sizes = default_sizes(models)
@@ -99,7 +100,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a kernel is compiled for: types and alignments of its arguments, and its constants."""
+    """The types, alignments and constants that a kernel is compiled for."""
 
     kernel: Any
     config: triton.Config
@@ -114,14 +115,14 @@ class Launch:
 
     @property
     def options(self) -> str:
-        """The constants and the configuration, readable."""
+        """The constants and the configuration as text."""
         constants = " ".join(f"{name.lower()}={value}" for name, value in self.constants.items() if name != "ENDS")
         blocks = "x".join(str(size) for size in self.config.kwargs.values())
         return f"{constants} tile={blocks} warps={self.config.num_warps} stages={self.config.num_stages}".strip()
 
 
 def launches(targets: tuple[int, ...]) -> list[Launch]:
-    """All kernels in all configurations, dtypes and uses, each once."""
+    """All kernels in all configurations, dtypes and calls, each once."""
     found: dict[str, Launch] = {}
 
     def record(kernel: launch.Kernel, *arguments: Any, **constants: Any) -> None:
@@ -146,7 +147,7 @@ def launches(targets: tuple[int, ...]) -> list[Launch]:
 
 
 def _specialised(value: Any) -> str:
-    """What Triton distinguishes in a number: its type, one, multiples of 16."""
+    """The properties of a number that Triton compiles for: its type, whether it is 1 or a multiple of 16."""
     return "1" if value == 1 else f"{type(value).__name__}{isinstance(value, int) and value % 16 == 0}"
 
 
@@ -154,7 +155,7 @@ def _specialised(value: Any) -> str:
 
 
 class Driver:
-    """The part of Triton's driver that compiling needs, for a GPU that is not here."""
+    """The part of Triton's driver that compiling needs, for a GPU that is not in this machine."""
 
     def __init__(self, target: int) -> None:
         self.target = target
@@ -163,14 +164,14 @@ class Driver:
         return GPUTarget("cuda", self.target, 32)
 
     def get_current_device(self) -> int:
-        return self.target  # kernels are kept by device
+        return self.target  # Triton stores kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def usage(job: Launch) -> cuda_resources.Usage:
-    """Compile down to machine code and look at it."""
+    """Compile to machine code and read its registers and memory."""
     triton.runtime.driver.set_active(Driver(job.target))
     compiled = job.kernel.warmup(*job.arguments, grid=(1,), **job.constants, **job.config.all_kwargs())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -180,7 +181,7 @@ def usage(job: Launch) -> cuda_resources.Usage:
     return cuda_resources.Usage(taken.registers, taken.spilled, compiled.metadata.shared)
 
 
-_jobs: list[Launch] = []  # in the parent; its forked workers have them too, as kernels cannot be pickled
+_jobs: list[Launch] = []  # forked workers inherit them, as kernels cannot be pickled
 
 
 def _usage_of(index: int) -> cuda_resources.Usage:
@@ -188,10 +189,10 @@ def _usage_of(index: int) -> cuda_resources.Usage:
 
 
 def compile_all(targets: tuple[int, ...], workers: int) -> list[tuple[Launch, cuda_resources.Usage]]:
-    """Every kernel in every configuration, dtype and use, for GPUs of these compute capabilities.
+    """Every kernel in every configuration, dtype and call, for GPUs of these compute capabilities.
 
     Raises:
-        RuntimeError: Triton's interpreter is on, which leaves nothing to compile.
+        RuntimeError: Triton's interpreter is on, so that there is nothing to compile.
     """
     if launch.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")

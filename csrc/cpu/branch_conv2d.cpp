@@ -1,14 +1,11 @@
-// Dense branch convolution and its two gradients, as register-blocked products over row pointers.
+// Dense branch convolution as register-blocked products over row pointers.
 #include "branch_conv2d.h"
-
-#include "convolution.h"
 
 namespace hne {
 namespace {
 
-constexpr int64_t kFewChannels = 8;  // below: an image rather than features
-constexpr int64_t kFewPixels = 14;   // below: less than a tile of them in a row
-constexpr int64_t kSharePanels = 4;  // of a thread, where threads share the channels
+constexpr int64_t kTilePixels = 14;  // of a row, for tiles that do not span rows
+constexpr int64_t kTaskPanels = 4;   // least panels of a task, where several tasks divide the output channels
 
 }  // namespace
 
@@ -20,20 +17,20 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
   const int64_t line_size = g.kernel_size * g.in_channels;
   const bool by_lines = g.in_channels < kFewChannels && !x.computed();
-  // In a row of output pixels lines follow each other at one distance, which is quicker where they are many.
-  const bool by_rows = by_lines && g.out_width >= kFewPixels;
+  // Lines of the output pixels of one row are equally spaced, which is faster for long rows.
+  const bool by_rows = by_lines && g.out_width >= kTilePixels;
   const std::vector<T> zeros(g.in_channels, T(0));
-  // Where there are fewer blocks of rows than threads, these share the channels.
+  // With fewer blocks of rows than threads, several tasks divide the output channels of a block.
   const int64_t blocks = g.branches * chunks, panels = ceil_div(g.out_channels, kPanel);
   const int64_t threads = num_threads();
-  const int64_t parts =
-      written || blocks == 0 ? 1 : std::clamp<int64_t>(threads / blocks, 1, ceil_div(panels, kSharePanels));
-  const int64_t share = ceil_div(panels, parts);
-  parallel_tasks(blocks * parts, [&](int64_t task) {
-    const int64_t branch = task / parts / chunks, first = task / parts % chunks * kBlockRows;
+  const int64_t tasks =
+      written || blocks == 0 ? 1 : std::clamp<int64_t>(threads / blocks, 1, ceil_div(panels, kTaskPanels));
+  const int64_t task_panels = ceil_div(panels, tasks);
+  parallel_tasks(blocks * tasks, [&](int64_t task) {
+    const int64_t branch = task / tasks / chunks, first = task / tasks % chunks * kBlockRows;
     const int64_t count = std::min(kBlockRows, total - first), parent = branch / g.replicate;
-    const int64_t panel = task % parts * share, channel = panel * kPanel;
-    const int64_t channels = std::min(share * kPanel, g.out_channels - channel);
+    const int64_t panel = task % tasks * task_panels, channel = panel * kPanel;
+    const int64_t channels = std::min(task_panels * kPanel, g.out_channels - channel);
     if (channels <= 0) return;
     const T* branch_x = x.x + parent * g.batch * g.pixels() * g.in_channels;
     const T* branch_weight = packed + branch * branch_size + panel * panel_stride;
@@ -77,282 +74,15 @@ void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight
     pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.out_channels, g.in_channels, g.taps(),
          g.in_channels * g.taps(), g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
   });
-  Tensor hold = weight;  // a window of several pixels would compute each of them again and again
+  Tensor hold = weight;  // windows of several pixels would compute each pixel several times
   const PrologueInput<T> source = g.pointwise() ? x : in_memory(x, g.parents, hold);
   convolve_packed(g, source, data<T>(packed), bias, Clamp<T>{}, out, written);
 }
 
-namespace {
-
-// Input pixels of one phase (iy % stride, ix % stride) meet the same taps of the kernel; every phase is a
-// product of its own, over the taps of all children of the parent.
-template <typename T>
-void convolve_input_packed(const Geometry& g, const PrologueInput<T>& grad, const T* packed, T* out,
-                           const RowsWritten& written) {
-  const int64_t s = g.stride, tap_size = g.out_channels * kPanel;
-  const int64_t panel_stride = g.replicate * g.taps() * tap_size;
-  const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
-  const std::vector<T> zeros(g.out_channels, T(0));
-  const int64_t phase_height = ceil_div(g.height, s), phase_width = ceil_div(g.width, s);
-  const int64_t chunks = ceil_div(g.batch * phase_height * phase_width, kBlockRows);
-  parallel_tasks(g.parents * s * s * chunks, [&](int64_t task) {
-    const int64_t parent = task / (s * s * chunks), phase = task / chunks % (s * s), chunk = task % chunks;
-    const int64_t py = phase / s, px = phase % s;
-    const int64_t height = ceil_div(g.height - py, s), width = ceil_div(g.width - px, s);  // of this phase
-    if (height <= 0 || width <= 0) return;
-    const int64_t first = chunk * kBlockRows, count = std::min(kBlockRows, g.batch * height * width - first);
-    if (count <= 0) return;
-    const int64_t children = std::min(g.replicate, g.branches - parent * g.replicate);
-    const T** rows = scratch<const T*>(0, g.replicate * g.taps() * kBlockRows);
-    T** out_rows = scratch<T*>(1, kBlockRows);
-    Tap<T>* taps = scratch<Tap<T>>(2, g.replicate * g.taps());
-    int64_t used = 0;
-    for (int64_t child = 0; child < children; ++child) {
-      const int64_t branch = parent * g.replicate + child;
-      for (int64_t ky = (py + g.padding) % s; ky < g.kernel_size; ky += s)
-        for (int64_t kx = (px + g.padding) % s; kx < g.kernel_size; kx += s, ++used) {
-          const int64_t tap = child * g.taps() + ky * g.kernel_size + kx;
-          taps[used] = {rows + used * kBlockRows, packed + parent * parent_size + tap * tap_size, panel_stride,
-                        g.out_channels, g.pointwise() ? g.out_channels : 0};
-          if (g.pointwise()) {
-            T* memory = scratch<T>(4, g.replicate * kBlockRows * g.out_channels) + child * kBlockRows * g.out_channels;
-            rows[used * kBlockRows] = grad.read(branch, first, count, memory);
-            continue;
-          }
-          const int64_t down = (py + g.padding - ky) / s, right = (px + g.padding - kx) / s;  // no remainder
-          PixelWalk in(height, width, first);
-          for (int64_t m = 0; m < count; ++m, in.next()) {
-            const int64_t oy = in.y + down, ox = in.x + right;
-            const bool inside = oy >= 0 && ox >= 0 && oy < g.out_height && ox < g.out_width;
-            rows[used * kBlockRows + m] =
-                inside ? grad.x + ((branch * g.batch + in.b) * g.out_pixels() + oy * g.out_width + ox) * g.out_channels
-                       : zeros.data();
-          }
-        }
-    }
-    PixelWalk in(height, width, first);
-    for (int64_t m = 0; m < count; ++m, in.next()) {
-      const int64_t iy = in.y * s + py, ix = in.x * s + px;
-      out_rows[m] = out + ((parent * g.batch + in.b) * g.pixels() + iy * g.width + ix) * g.in_channels;
-    }
-    kernels<T>().gemm({taps, used, count, g.in_channels, out_rows, nullptr, nullptr, Clamp<T>{}});
-    if (written && s == 1) written(parent, first, count);
-  });
-  if (!written || s == 1) return;
-  const int64_t blocks = ceil_div(g.batch * g.pixels(), kBlockRows);  // the phases lie between each other
-  parallel_tasks(g.parents * blocks, [&](int64_t task) {
-    const int64_t first = task % blocks * kBlockRows;
-    written(task / blocks, first, std::min(kBlockRows, g.batch * g.pixels() - first));
-  });
-}
-
-// The weights of all children of a parent as one matrix from their output channels to the parent's channels.
-template <typename T>
-Tensor pack_transposed(const Geometry& g, const Tensor& weight) {
-  const int64_t child_size = g.taps() * g.out_channels * kPanel, panel_stride = g.replicate * child_size;
-  const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
-  const Tensor packed = empty(weight, {g.parents * parent_size});
-  parallel_tasks(g.branches, [&](int64_t branch) {
-    pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.in_channels, g.out_channels, g.taps(),
-         g.taps(), g.in_channels * g.taps(), panel_stride,
-         mutable_data<T>(packed) + branch / g.replicate * parent_size + branch % g.replicate * child_size);
-  });
-  return packed;
-}
-
-}  // namespace
-
-template <typename T>
-void convolve_input(const Geometry& g, const PrologueInput<T>& grad, const Tensor& weight, T* out,
-                    const RowsWritten& written) {
-  const Tensor packed = pack_transposed<T>(g, weight);
-  Tensor hold = weight;
-  const PrologueInput<T> source = g.pointwise() ? grad : in_memory(grad, g.branches, hold);
-  convolve_input_packed(g, source, data<T>(packed), out, written);
-}
-
-namespace {
-
-// The gradient of the weights as a matrix per tap, [out][in]; for an image one of all taps, [tap][in][out].
-struct WeightSums {
-  bool by_lines;
-  int64_t matrices, size;  // of a branch
-  WeightSums(const Geometry& g, bool x_computed)
-      : by_lines(g.in_channels < kFewChannels && !x_computed),
-        matrices(by_lines ? 1 : g.taps()),
-        size(g.out_channels * g.in_channels * (by_lines ? g.taps() : 1)) {}
-};
-
-// A task sums a share of the rows into a matrix of its own; the shares are then added in order, so the result
-// does not depend on which thread did what.
-template <typename T>
-void convolve_weight_shares(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, T* partial,
-                            int64_t shares, T* out) {
-  const WeightSums sums(g, x.computed());
-  const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kBlockRows);
-  const int64_t line_size = g.kernel_size * g.in_channels;
-  const std::vector<T> zeros(g.in_channels, T(0));
-  parallel_tasks(g.branches * sums.matrices * shares, [&](int64_t task) {
-    const int64_t branch = task / (sums.matrices * shares), tap = task / shares % sums.matrices, share = task % shares;
-    T* sum = partial + task * sums.size;
-    std::fill(sum, sum + sums.size, T(0));
-    const T** grad_rows = scratch<const T*>(0, kBlockRows);
-    const T** x_rows = scratch<const T*>(1, g.kernel_size * kBlockRows);
-    const int64_t parent = branch / g.replicate;
-    const T* branch_x = x.x + parent * g.batch * g.pixels() * g.in_channels;
-    const int64_t ky = tap / g.kernel_size, kx = tap % g.kernel_size;
-    for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
-      const int64_t first = chunk * kBlockRows, count = std::min(kBlockRows, total - first);
-      const T* block = grad.read(branch, first, count, scratch<T>(4, kBlockRows * g.out_channels));
-      for (int64_t m = 0; m < count; ++m) grad_rows[m] = block + m * g.out_channels;
-      if (x.computed()) {
-        block = x.read(parent, first, count, scratch<T>(5, kBlockRows * g.in_channels));
-        for (int64_t m = 0; m < count; ++m) x_rows[m] = block + m * g.in_channels;
-        kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sum});
-        continue;
-      }
-      if (sums.by_lines) {
-        gather_lines(g, branch_x, first, count, scratch<T>(3, lines_size(g, kBlockRows)), x_rows, kBlockRows);
-        for (int64_t line = 0; line < g.kernel_size; ++line)
-          kernels<T>().outer({x_rows + line * kBlockRows, grad_rows, count, line_size, g.out_channels,
-                              sum + line * line_size * g.out_channels});
-        continue;
-      }
-      PixelWalk at(g.out_height, g.out_width, first);
-      for (int64_t m = 0; m < count; ++m, at.next()) {
-        const int64_t iy = at.y * g.stride + ky - g.padding, ix = at.x * g.stride + kx - g.padding;
-        const bool inside = iy >= 0 && iy < g.height && ix >= 0 && ix < g.width;
-        x_rows[m] = inside ? branch_x + (at.b * g.pixels() + iy * g.width + ix) * g.in_channels : zeros.data();
-      }
-      kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sum});
-    }
-  });
-  if (partial == out) return;
-  parallel_tasks(g.branches * sums.matrices, [&](int64_t task) {
-    T* sum = partial + task * shares * sums.size;
-    for (int64_t share = 1; share < shares; ++share)
-      kernels<T>().add_scaled(sum, sum + share * sums.size, T(1), sums.size);
-    T* weight = out + task / sums.matrices * g.out_channels * g.kernel_size * line_size + task % sums.matrices;
-    if (!sums.by_lines) {
-      for (int64_t i = 0; i < sums.size; ++i) weight[i * g.taps()] = sum[i];
-      return;
-    }
-    for (int64_t tap = 0; tap < g.taps(); ++tap)
-      for (int64_t ci = 0; ci < g.in_channels; ++ci)
-        for (int64_t co = 0; co < g.out_channels; ++co) weight[(co * g.in_channels + ci) * g.taps() + tap] = *sum++;
-  });
-}
-
-}  // namespace
-
-template <typename T>
-void convolve_weight(const Geometry& g, const PrologueInput<T>& grad_in, const PrologueInput<T>& x_in,
-                     const Tensor& out) {
-  Tensor hold_grad = out, hold_x = out;
-  const PrologueInput<T> x = g.pointwise() ? x_in : in_memory(x_in, g.parents, hold_x);
-  const WeightSums sums(g, x.computed());
-  const PrologueInput<T> grad = sums.matrices == 1 ? grad_in : in_memory(grad_in, g.branches, hold_grad);
-  const int64_t threads = num_threads(), matrices = g.branches * sums.matrices;
-  const int64_t chunks = ceil_div(g.batch * g.out_pixels(), kBlockRows);
-  const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
-  const bool direct = sums.matrices == 1 && shares == 1 && !sums.by_lines;  // the one sum is the result
-  const Tensor partial = direct ? out : empty(out, {matrices * shares * sums.size});
-  convolve_weight_shares(g, grad, x, mutable_data<T>(partial), shares, mutable_data<T>(out));
-}
-
-// A task takes a share of a parent's rows, a block of them at a time.
-template <typename T>
-void pointwise_backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x,
-                        const Tensor& weight, const T* add, T* grad_x, const Tensor* grad_weight,
-                        const RowsWritten& written) {
-  const int64_t rows = g.batch * g.pixels(), chunks = ceil_div(rows, kBlockRows);
-  const int64_t size = g.out_channels * g.in_channels, branches_size = g.branches * size;
-  const int64_t threads = num_threads();
-  const int64_t shares = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(g.parents, 1))));
-  const Tensor packed = grad_x != nullptr ? pack_transposed<T>(g, weight) : weight;
-  const int64_t tap_size = g.out_channels * kPanel, panel_stride = g.replicate * tap_size;
-  const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
-  // The first share is summed in the result, and the others are then added to it in order.
-  const Tensor partial = empty(weight, {grad_weight != nullptr ? (shares - 1) * branches_size : 0});
-  T* const total = grad_weight != nullptr ? mutable_data<T>(*grad_weight) : nullptr;
-  parallel_tasks(g.parents * shares, [&](int64_t task) {
-    const int64_t parent = task / shares, share = task % shares, first_child = parent * g.replicate;
-    const int64_t children = std::min(g.replicate, g.branches - first_child);
-    T* sums = total;
-    if (total != nullptr) {
-      if (share > 0) sums = mutable_data<T>(partial) + (share - 1) * branches_size;
-      sums += first_child * size;
-      std::fill(sums, sums + children * size, T(0));
-    }
-    Tap<T>* taps = scratch<Tap<T>>(2, g.replicate);
-    const T** blocks = scratch<const T*>(0, g.replicate);
-    T** out_rows = scratch<T*>(1, kBlockRows);
-    const T** add_rows = scratch<const T*>(3, kBlockRows);
-    const T** grad_rows = scratch<const T*>(7, kBlockRows);
-    const T** x_rows = scratch<const T*>(8, kBlockRows);
-    T* memory = scratch<T>(4, g.replicate * kBlockRows * g.out_channels);
-    for (int64_t child = 0; child < children; ++child)
-      taps[child] = {blocks + child, data<T>(packed) + parent * parent_size + child * tap_size, panel_stride,
-                     g.out_channels, g.out_channels};
-    for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
-      const int64_t first = chunk * kBlockRows, count = std::min(kBlockRows, rows - first);
-      for (int64_t child = 0; child < children; ++child)
-        blocks[child] = grad.read(first_child + child, first, count, memory + child * kBlockRows * g.out_channels);
-      if (total != nullptr) {
-        const T* x_block = x.read(parent, first, count, scratch<T>(5, kBlockRows * g.in_channels));
-        for (int64_t m = 0; m < count; ++m) x_rows[m] = x_block + m * g.in_channels;
-        for (int64_t child = 0; child < children; ++child) {
-          for (int64_t m = 0; m < count; ++m) grad_rows[m] = blocks[child] + m * g.out_channels;
-          kernels<T>().outer({grad_rows,
-                              x_rows,
-                              count,
-                              g.out_channels,
-                              g.in_channels,
-                              sums + child * size,
-                              {rows_after(grad.x, rows, g.out_channels, first_child + child, first, count),
-                               rows_after(grad.add, rows, g.out_channels, first_child + child, first, count)}});
-        }
-      }
-      if (grad_x == nullptr) continue;
-      for (int64_t m = 0; m < count; ++m) {
-        const int64_t at = (parent * rows + first + m) * g.in_channels;
-        out_rows[m] = grad_x + at;
-        if (add != nullptr) add_rows[m] = add + at;
-      }
-      const T* const* added = add != nullptr ? add_rows : nullptr;
-      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, added, Clamp<T>{},
-                         rows_after(x.x, rows, g.in_channels, parent, first, count)});
-      if (written) written(parent, first, count);
-    }
-  });
-  if (total == nullptr || shares == 1) return;
-  parallel_tasks(g.branches, [&](int64_t branch) {
-    for (int64_t share = 1; share < shares; ++share)
-      kernels<T>().add_scaled(total + branch * size, data<T>(partial) + (share - 1) * branches_size + branch * size,
-                              T(1), size);
-  });
-}
-
-template <typename T>
-void convolve_backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, const Tensor& weight,
-                       T* grad_x, const Tensor* grad_weight, const RowsWritten& written) {
-  if (g.pointwise()) return pointwise_backward<T>(g, grad, x, weight, nullptr, grad_x, grad_weight, written);
-  Tensor hold = weight;
-  const PrologueInput<T> read = grad_x != nullptr && grad_weight != nullptr ? in_memory(grad, g.branches, hold) : grad;
-  if (grad_x != nullptr) convolve_input(g, read, weight, grad_x, written);
-  if (grad_weight != nullptr) convolve_weight(g, read, x, *grad_weight);
-}
-
-#define HNE_INSTANTIATE(T)                                                                                           \
-  template void convolve_packed(const Geometry&, const PrologueInput<T>&, const T*, const T*, Clamp<T>, T*,          \
-                                const RowsWritten&);                                                                 \
-  template void convolve(const Geometry&, const PrologueInput<T>&, const Tensor&, const T*, T*, const RowsWritten&); \
-  template void convolve_input(const Geometry&, const PrologueInput<T>&, const Tensor&, T*, const RowsWritten&);     \
-  template void convolve_weight(const Geometry&, const PrologueInput<T>&, const PrologueInput<T>&, const Tensor&);   \
-  template void pointwise_backward(const Geometry&, const PrologueInput<T>&, const PrologueInput<T>&, const Tensor&, \
-                                   const T*, T*, const Tensor*, const RowsWritten&);                                 \
-  template void convolve_backward(const Geometry&, const PrologueInput<T>&, const PrologueInput<T>&, const Tensor&,  \
-                                  T*, const Tensor*, const RowsWritten&);
+#define HNE_INSTANTIATE(T)                                                                                  \
+  template void convolve_packed(const Geometry&, const PrologueInput<T>&, const T*, const T*, Clamp<T>, T*, \
+                                const RowsWritten&);                                                        \
+  template void convolve(const Geometry&, const PrologueInput<T>&, const Tensor&, const T*, T*, const RowsWritten&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
 #undef HNE_INSTANTIATE
@@ -381,47 +111,8 @@ Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::opt
   return round_to(out, x_in.scalar_type());
 }
 
-Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_in, int64_t height, int64_t width,
-                                    int64_t stride, int64_t padding, int64_t replicate) {
-  STD_TORCH_CHECK(weight_in.dim() == 5, "weight: expected 5 dimensions");
-  const Geometry g =
-      backward_geometry(grad_in, weight_in.size(2), height, width, weight_in.size(3), stride, padding, replicate);
-  check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
-  check_kind("grad", grad_in, grad_in);
-  check_kind("weight", weight_in, grad_in);
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = torch::stable::contiguous(widen(weight_in));
-  Tensor out = empty(grad, {g.parents, g.batch, height, width, g.in_channels});
-  dispatch(grad, [&](auto type) {
-    using T = decltype(type);
-    convolve_input<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels}, weight, mutable_data<T>(out));
-  });
-  return round_to(out, grad_in.scalar_type());
-}
-
-Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, int64_t kernel_size, int64_t stride,
-                                     int64_t padding, int64_t replicate) {
-  STD_TORCH_CHECK(x_in.dim() == 5, "x: expected 5 dimensions");
-  const Geometry g =
-      backward_geometry(grad_in, x_in.size(4), x_in.size(2), x_in.size(3), kernel_size, stride, padding, replicate);
-  check_shape("x", x_in, {g.parents, g.batch, g.height, g.width, g.in_channels});
-  check_kind("grad", grad_in, grad_in);
-  check_kind("x", x_in, grad_in);
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
-  Tensor out = empty(grad, {g.branches, g.out_channels, g.in_channels, kernel_size, kernel_size});
-  dispatch(grad, [&](auto type) {
-    using T = decltype(type);
-    convolve_weight<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels},
-                       {data<T>(x), g.batch * g.pixels(), g.in_channels}, out);
-  });
-  return round_to(out, grad_in.scalar_type());
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) {
-  m.impl("branch_conv2d", TORCH_BOX(&branch_conv2d));
-  m.impl("branch_conv2d_backward_input", TORCH_BOX(&branch_conv2d_backward_input));
-  m.impl("branch_conv2d_backward_weight", TORCH_BOX(&branch_conv2d_backward_weight));
-}
+STABLE_TORCH_LIBRARY_IMPL(hne, CPU, m) { m.impl("branch_conv2d", TORCH_BOX(&branch_conv2d)); }
 
 }  // namespace hne

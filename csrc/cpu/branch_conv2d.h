@@ -1,4 +1,4 @@
-// The dense convolution, its two gradients, and packed weights: what the ops made of them share.
+// The dense convolution, its two gradients, and packed weights, for the ops that use them.
 #pragma once
 
 #include "convolution.h"
@@ -6,7 +6,7 @@
 
 namespace hne {
 
-// weight element (n, k, tap) of one branch, by strides, to panels [panel][tap][k][16].
+// Packs the weight (n, k, tap) of one branch, given by strides, into panels [panel][tap][k][16].
 template <typename T>
 void pack(const T* weight, int64_t channels, int64_t depth, int64_t taps, int64_t stride_n, int64_t stride_k,
           int64_t panel_stride, T* packed) {
@@ -30,11 +30,11 @@ void pack(const T* weight, int64_t channels, int64_t depth, int64_t taps, int64_
     }
 }
 
-// Rows of a task, written together: whole tiles, and few enough for their features to stay in the second cache.
+// Rows that a task writes at once: whole tiles, and few enough for their features to stay in the second cache.
 constexpr int64_t kBlockRows = 112;
 
-// out = clamp(conv(x, packed) + bias): packed is [branch][panel][tap][in_channels][kPanel], bias may be null. Where x
-// is computed, the kernel is a single pixel that steps to every pixel.
+// out = clamp(conv(x, packed) + bias); packed is [branch][panel][tap][in_channels][kPanel], bias may be null. A
+// computed x needs a pointwise kernel with stride 1.
 template <typename T>
 void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Clamp<T> clamp,
                      T* out, const RowsWritten& written = {});
@@ -44,7 +44,7 @@ template <typename T>
 void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const T* bias, T* out,
               const RowsWritten& written = {});
 
-// The gradient of x, from that of the output.
+// The gradient of x from that of the output.
 template <typename T>
 void convolve_input(const Geometry& g, const PrologueInput<T>& grad, const Tensor& weight, T* out,
                     const RowsWritten& written = {});
@@ -53,12 +53,12 @@ void convolve_input(const Geometry& g, const PrologueInput<T>& grad, const Tenso
 template <typename T>
 void convolve_weight(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, const Tensor& out);
 
-// Both gradients, from one reading of that of the output and of x; the one that is null is left out.
+// Both gradients, with one read of x and of the output's gradient; a null gradient is not computed.
 template <typename T>
 void convolve_backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, const Tensor& weight,
                        T* grad_x, const Tensor* grad_weight, const RowsWritten& written);
 
-// The same of a pointwise convolution; `add`, which may be null, is added to the gradient of x.
+// The same for a pointwise convolution; `add` is added to the gradient of x, and may be null.
 template <typename T>
 void pointwise_backward(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x,
                         const Tensor& weight, const T* add, T* grad_x, const Tensor* grad_weight,

@@ -4,7 +4,7 @@
 namespace hne {
 namespace {
 
-// [branch][channel][tap] to [branch][tap][channel]; flipped for the gradient of a convolution's input.
+// Transposes [branch][channel][tap] to [branch][tap][channel]; `flip` reverses the taps, for the gradient of the input.
 template <typename T>
 Tensor channels_last(const Tensor& weight, int64_t taps, bool flip) {
   const int64_t branches = weight.size(0), channels = weight.size(1);
@@ -18,28 +18,28 @@ Tensor channels_last(const Tensor& weight, int64_t taps, bool flip) {
   return out;
 }
 
-// Rows of pixels of a sample, in memory or computed once each: the last kernel_size of them are kept.
+// Rows of pixels of a sample. Computed rows are computed once: a window of the last kernel_size rows stays in memory.
 template <typename T>
 class Rows {
  public:
-  Rows(const PrologueInput<T>& map, int64_t branch, int64_t first, int64_t width, int64_t kept, int slot)
-      : map_(map), branch_(branch), first_(first), width_(width), kept_(kept) {
-    if (!map.computed()) return;
-    memory_ = scratch<T>(slot, kept * width * map.channels);
-    held_.assign(kept, -1);
+  Rows(const PrologueInput<T>& input, int64_t branch, int64_t first, int64_t width, int64_t window, int slot)
+      : input_(input), branch_(branch), first_(first), width_(width), window_(window) {
+    if (!input.computed()) return;
+    memory_ = scratch<T>(slot, window * width * input.channels);
+    rows_.assign(window, -1);
   }
 
   const T* operator[](int64_t row) {
-    T* memory = memory_ + row % kept_ * width_ * map_.channels;
-    if (map_.computed() && std::exchange(held_[row % kept_], row) == row) return memory;
-    return map_.read(branch_, first_ + row * width_, width_, memory);
+    T* memory = memory_ + row % window_ * width_ * input_.channels;
+    if (input_.computed() && std::exchange(rows_[row % window_], row) == row) return memory;
+    return input_.read(branch_, first_ + row * width_, width_, memory);
   }
 
  private:
-  const PrologueInput<T>& map_;
-  int64_t branch_, first_, width_, kept_;
+  const PrologueInput<T>& input_;
+  int64_t branch_, first_, width_, window_;
   T* memory_ = nullptr;
-  std::vector<int64_t> held_;
+  std::vector<int64_t> rows_;  // the row in each place of the window
 };
 
 }  // namespace
@@ -71,7 +71,7 @@ void filter(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, 
 
 namespace {
 
-// The gradient of x, a row of pixels at a time.
+// The gradient of x, one row of pixels at a time.
 template <typename T>
 class InputGradient {
  public:
@@ -81,7 +81,7 @@ class InputGradient {
         filters_(channels_last<T>(weight, g.taps(), correlate_)),
         zeros_(g.out_width * g.in_channels, T(0)) {}
 
-  // What `branch` adds to row `iy` of its parent's `sample`; the first child starts it.
+  // Adds the contribution of `branch` to row `iy` of its parent's `sample`, which the first child initialises.
   void row(int64_t branch, int64_t iy, Rows<T>& grad, T* sample) const {
     const int64_t k = g_.kernel_size, channels = g_.in_channels, size = g_.width * channels;
     const bool first = branch % g_.replicate == 0;
@@ -104,12 +104,12 @@ class InputGradient {
 
  private:
   const Geometry& g_;
-  bool correlate_;  // with stride 1 it is the convolution with the flipped filter, padded to the full overlap
+  bool correlate_;  // with stride 1, the gradient is a convolution with the flipped filter and full padding
   Tensor filters_;
   std::vector<T> zeros_;
 };
 
-// What row `oy` of a sample's gradient adds to that of the weight, [tap][channel].
+// Adds the contribution of row `oy` of a sample to the gradient of the weight, [tap][channel].
 template <typename T>
 void add_weight_gradient(const Geometry& g, int64_t oy, Rows<T>& grad, Rows<T>& x, T* sum) {
   const T** rows = scratch<const T*>(0, g.kernel_size);
@@ -129,14 +129,14 @@ void filter_backward(const Geometry& g, const PrologueInput<T>& grad, const Prol
   const int64_t channels = g.in_channels, size = g.taps() * channels;
   std::optional<InputGradient<T>> input;
   if (grad_x != nullptr) input.emplace(g, weight);
-  // Sums per sample, added over the batch in order: the same for any number of threads.
+  // One sum per sample. They are added in order, so that the result does not depend on the number of threads.
   const Tensor partial = empty(weight, {grad_weight != nullptr ? g.branches * g.batch * size : 0});
   parallel_tasks(g.parents * g.batch, [&](int64_t task) {
     const int64_t parent = task / g.batch, b = task % g.batch;
     T* sample = grad_x != nullptr ? grad_x + task * g.pixels() * channels : nullptr;
     const int64_t last = std::min(g.branches, (parent + 1) * g.replicate);
     for (int64_t branch = parent * g.replicate; branch < last; ++branch) {
-      // Each row is computed once: both gradients go through the rows together.
+      // Both gradients advance through the rows together, so that each row is computed once.
       Rows<T> grads(grad, branch, b * g.out_pixels(), g.out_width, g.kernel_size, 4);
       Rows<T> values(x, parent, b * g.pixels(), g.width, g.kernel_size, 5);
       T* sum = nullptr;

@@ -10,12 +10,12 @@ namespace {
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 
 // The gradient of z: a feature map or, where the gradient of a sum over pixels was expanded, one row for each sample.
-struct OutputMapGradient {
+struct ExpandableGradient {
   int64_t pixels, channels;
   bool expanded;
   Tensor values;
 
-  OutputMapGradient(const Tensor& grad, const PointwiseSizes& s)
+  ExpandableGradient(const Tensor& grad, const PointwiseSizes& s)
       : pixels(s.x_shape[2] * s.x_shape[3]), channels(s.out), values(grad) {
     const auto strides = grad.strides();
     expanded = pixels > 1 && strides[2] == 0 && strides[3] == 0;
@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
   const Tensor z = torch::stable::contiguous(widen(z_in));
-  const OutputMapGradient grad_z(grad_z_in, s);
+  const ExpandableGradient grad_z(grad_z_in, s);
   STD_TORCH_CHECK(has_residual || !residual_in.has_value(), "residual: expected none");
   const Residual residual(residual_in, residual_norm, s, x_in);
   const std::optional<Tensor> next = contiguous(widen(next_in));
@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const PrologueInput<T> input = normalization.input<T>(x), added = residual.input<T>();
-    const PrologueInput<T> grad_next_map = next_output.input<T>();
+    const PrologueInput<T> grad_y_input = next_output.input<T>();
     const PackedMatrices<T> project(folded.weight, true);
     std::optional<PackedMatrices<T>> expand;
     if (next.has_value()) expand.emplace(matrices(*next), true);
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     // A gradient that fits no cache is written past the caches, as another op reads it.
     const bool streams = has_residual && !residual.normalized() && s.out * sizeof(T) % 64 == 0 &&
                          s.rows * s.branches * s.out * int64_t(sizeof(T)) >= kStreamBytes;
-    const T* const grad_map = grad_z.expanded ? nullptr : data<T>(grad_z.values);
+    const T* const grad_z_rows = grad_z.expanded ? nullptr : data<T>(grad_z.values);
     const int64_t size = s.in * s.out, next_size = s.next * s.out;
     const Tensor products = empty(x, {s.branches * partition.tasks, size});  // sum s m^T, [in][out]
     const Tensor next_products = empty(x, {s.branches * partition.tasks, next_size});
@@ -187,15 +187,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       partition.for_each_block(task % partition.tasks, [&](int64_t block, int64_t first, int64_t count) {
         const int64_t at = branch * s.rows + first;
         const T* rows = data<T>(z) + at * s.out;
-        const auto after = [&](const T* feature_map) {
+        const auto rows_following = [&](const T* feature_map) {
           return rows_after(feature_map, s.rows, s.out, branch, first, count);
         };
         T* const memory = scratch<T>(8, kBlockRows * s.out);
         const T* grad = grad_z.read(at, count, memory);
         if (expand) {
-          const T* grad_after = grad_next_map.read(branch, first, count, scratch<T>(4, kBlockRows * s.next));
-          add_outer(grad_after, s.next, rows, s.out, count, next_product, after(grad_map));
-          expand->multiply(branch, grad_after, count, memory, nullptr, grad);
+          const T* grad_y_rows = grad_y_input.read(branch, first, count, scratch<T>(4, kBlockRows * s.next));
+          add_outer(grad_y_rows, s.next, rows, s.out, count, next_product, rows_following(grad_z_rows));
+          expand->multiply(branch, grad_y_rows, count, memory, nullptr, grad);
           grad = memory;
         }
         T* const to_residual = has_residual ? mutable_data<T>(grad_residual) + at * s.out : nullptr;
@@ -210,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           residual_sums.add(branch, block, r, kernels<T>().normalize_backward);
         }
         const T* before = input.read(branch, first, count, scratch<T>(5, kBlockRows * s.in));
-        add_outer<T>(before, s.in, masked, s.out, count, product, after(data<T>(z)));
+        add_outer<T>(before, s.in, masked, s.out, count, product, rows_following(data<T>(z)));
         T* const grad_before = scratch<T>(7, kBlockRows * s.in);
         project.multiply(branch, masked, count, grad_before);
         r = input.norm(branch, first, count);

@@ -1,4 +1,4 @@
-// Row pointers that the dense and the depthwise convolutions share.
+// Row pointers to the windows of a convolution.
 #pragma once
 
 #include "geometry.h"
@@ -6,13 +6,15 @@
 
 namespace hne {
 
-// The pixels of a batch of maps one after the other, from the one numbered `first`: no divisions on the way.
+constexpr int64_t kFewChannels = 8;  // fewer are taken for an image, whose windows are read row by row
+
+// Iterates over the pixels of a batch from pixel number `first`, without a division for each pixel.
 struct PixelWalk {
   int64_t height, width, b, y, x;
   PixelWalk(int64_t height, int64_t width, int64_t first)
       : height(height), width(width), b(first / (height * width)), y(first / width % height), x(first % width) {}
   void next() { skip(1); }
-  // Past pixels of the same row.
+  // Moves on within a row, or to the start of the next one.
   void skip(int64_t pixels) {
     if ((x += pixels) < width) return;
     x = 0;
@@ -21,11 +23,11 @@ struct PixelWalk {
   }
 };
 
-// For output pixels [first, first + count) of a branch (over batch, rows, columns) the input row that each tap
-// reads: rows[tap * stride_of_tap + m], `zeros` where it lies outside the map.
+// Pointers to the input pixels that each tap reads, rows[tap * tap_stride + m], for output pixels [first, first +
+// count) of a branch (over batch, rows, columns); `zeros` outside the feature map.
 template <typename T>
 void gather_rows(const Geometry& g, const T* x, const T* zeros, int64_t first, int64_t count, const T** rows,
-                 int64_t stride_of_tap) {
+                 int64_t tap_stride) {
   PixelWalk out(g.out_height, g.out_width, first);
   for (int64_t m = 0; m < count; ++m, out.next()) {
     const T* sample = x + out.b * g.pixels() * g.in_channels;
@@ -34,24 +36,24 @@ void gather_rows(const Geometry& g, const T* x, const T* zeros, int64_t first, i
       for (int64_t kx = 0; kx < g.kernel_size; ++kx, ++tap) {
         const int64_t ix = out.x * g.stride + kx - g.padding;
         const bool inside = iy >= 0 && iy < g.height && ix >= 0 && ix < g.width;
-        rows[tap * stride_of_tap + m] = inside ? sample + (iy * g.width + ix) * g.in_channels : zeros;
+        rows[tap * tap_stride + m] = inside ? sample + (iy * g.width + ix) * g.in_channels : zeros;
       }
     }
   }
 }
 
-// The same for a row of the kernel at a time, whose taps [kx][channel] lie together: lines[ky * stride_of_line + m].
-// For a few channels (an image) that is quicker than a pointer for every tap. What output pixels of one row read is
-// copied to `memory`, with the zeros around the map: their lines follow each other at a distance of line_step.
+// The same with one pointer for each row of the kernel, whose taps [kx][channel] are contiguous:
+// lines[ky * line_stride + m]. With few channels (an image) that is faster than a pointer for every tap. The input of
+// the output pixels of one row is copied to `memory`, with the padding. Their lines are line_step apart.
 inline int64_t line_step(const Geometry& g) { return g.stride * g.in_channels; }
 inline int64_t lines_size(const Geometry& g, int64_t count) {
-  const int64_t rows = ceil_div(count, std::max<int64_t>(g.out_width, 1)) + 1;  // that the pixels are of
+  const int64_t rows = ceil_div(count, std::max<int64_t>(g.out_width, 1)) + 1;  // rows that contain the pixels
   return g.kernel_size * (count * g.stride + rows * g.kernel_size) * g.in_channels;
 }
 
 template <typename T>
 void gather_lines(const Geometry& g, const T* x, int64_t first, int64_t count, T* memory, const T** lines,
-                  int64_t stride_of_line) {
+                  int64_t line_stride) {
   const int64_t c = g.in_channels;
   PixelWalk out(g.out_height, g.out_width, first);
   for (int64_t m = 0, pixels; m < count; m += pixels, out.skip(pixels)) {
@@ -67,7 +69,7 @@ void gather_lines(const Geometry& g, const T* x, int64_t first, int64_t count, T
         std::copy_n(x + ((out.b * g.height + iy) * g.width + left + begin) * c, (end - begin) * c, memory + begin * c);
         std::fill_n(memory + end * c, (columns - end) * c, T(0));
       }
-      for (int64_t i = 0; i < pixels; ++i) lines[ky * stride_of_line + m + i] = memory + i * line_step(g);
+      for (int64_t i = 0; i < pixels; ++i) lines[ky * line_stride + m + i] = memory + i * line_step(g);
     }
   }
 }

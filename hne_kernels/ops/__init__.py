@@ -1,1 +1,1 @@
-"""The ops: public function, shape inference and autograd."""
+"""The ops: public function, checks, shape inference and autograd. One module per op."""

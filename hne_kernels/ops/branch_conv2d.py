@@ -21,16 +21,16 @@ def branch_conv2d(
 ) -> Tensor:
     """Convolve every branch with its own filters; with ``replicate`` r, output branch g reads branch ``g // r``.
 
-    The replication of a branching layer (Table 2 and 3) is an index, never a copy: a leading slice of
-    ``weight`` evaluates the smaller ensemble.
+    The replication of a branching layer (Tables 2 and 3) is an index, never a copy. A leading slice of ``weight``
+    evaluates a smaller ensemble.
 
     Args:
         x: features ``[G, B, H, W, C_in]``; float32, float64 or bfloat16 on the CPU.
         weight: filters ``[G', C_out, C_in, k, k]``, dtype of ``x``.
         bias: ``[G', C_out]`` or None.
-        stride: step in pixels, both directions.
-        padding: zeros around each map, in pixels.
-        replicate: children per branch of ``x``, r: ``G' = G * r``, or less where the last branch has fewer
+        stride: step in pixels, in both directions.
+        padding: zeros around each feature map, in pixels.
+        replicate: r, the children per branch of ``x``: ``G' = G * r``, or less where the last branch has fewer
             children (a leading slice of the tree).
 
     Returns:

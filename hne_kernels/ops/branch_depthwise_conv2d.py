@@ -19,15 +19,15 @@ def branch_depthwise_conv2d(
     padding: int = 0,
     replicate: int = 1,
 ) -> Tensor:
-    """Filter every channel of every branch by itself; output branch g reads input branch ``g // replicate``.
+    """Convolve every channel of every branch with its own filter; output branch g reads branch ``g // replicate``.
 
     Args:
         x: features ``[G, B, H, W, C]``; float32, float64 or bfloat16 on the CPU.
         weight: filters ``[G', C, k, k]``, dtype of ``x``.
         bias: ``[G', C]`` or None.
-        stride: step in pixels, both directions.
-        padding: zeros around each map, in pixels.
-        replicate: children per branch of ``x``, r: ``G' = G * r``, or less where the last branch has fewer
+        stride: step in pixels, in both directions.
+        padding: zeros around each feature map, in pixels.
+        replicate: r, the children per branch of ``x``: ``G' = G * r``, or less where the last branch has fewer
             children (a leading slice of the tree).
 
     Returns:

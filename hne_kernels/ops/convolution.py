@@ -1,8 +1,7 @@
-"""What the branch convolutions share: shape inference, autograd and autocast of three ops each.
+"""Shape inference, autograd and autocast of the branch convolutions, three ops each.
 
-A convolution and its two gradients are the three contractions of one trilinear form
-``sum(grad * conv(x, weight))``. So the derivative of each is made of the other two, and any order of
-differentiation is right.
+A convolution and its two gradients are the three contractions of one trilinear form ``sum(grad * conv(x, weight))``.
+The derivatives of each one are therefore the other two, and any order of differentiation is right.
 """
 
 from __future__ import annotations

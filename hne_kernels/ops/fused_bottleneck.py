@@ -27,20 +27,19 @@ def fused_bottleneck(
     identity: bool = False,
     final_activation: str = "none",
 ) -> Tensor:
-    """1x1 conv, depthwise conv, 1x1 conv and the shortcut, the expanded map never leaving the cache.
+    """1x1 conv, depthwise conv, 1x1 conv and shortcut; the expanded feature map never leaves the cache.
 
-    ``final_activation(project(activation(depthwise(activation(expand(x))))) + shortcut)``, batch norms folded
-    into the weights. ResNet's bottleneck (Table 2) has ``activation = final_activation = "relu"``, the inverted
+    Computes ``final_activation(project(activation(depthwise(activation(expand(x))))) + shortcut)``, with batch norms
+    folded into the weights. ResNet's bottleneck (Table 2) has ``activation = final_activation = "relu"``, the inverted
     residual (Table 3) ``"relu6"`` and ``"none"``.
 
     Args:
         x: features ``[G, B, H, W, C_in]``.
         expand: packed 1x1 filters ``[G', P, 1, 1, C_in, 16]``; expand_bias ``[G', M]``.
-        depthwise: filters ``[G', k, k, M]``, k odd, channels last; depthwise_bias ``[G', M]``. The
-            padding is ``k // 2`` and the stride is here.
+        depthwise: filters ``[G', k, k, M]``, k odd, channels last; depthwise_bias ``[G', M]``. This convolution has
+            the stride, and padding ``k // 2``.
         project: packed 1x1 filters ``[G', P, 1, 1, M, 16]``; project_bias ``[G', C_out]``.
-        shortcut: packed 1x1 filters from x to the output, with the stride, or None; shortcut_bias
-            ``[G', C_out]``.
+        shortcut: packed 1x1 filters of a convolution of ``x``, with the stride, or None; shortcut_bias ``[G', C_out]``.
         stride, replicate: as in :func:`branch_conv2d`.
         activation: after the first two convolutions: ``none``, ``relu`` or ``relu6``.
         identity: add x itself (needs stride 1 and ``C_in == C_out``, and no ``shortcut``).
@@ -52,7 +51,7 @@ def fused_bottleneck(
     Raises:
         ValueError: a shape, device or number does not fit; the message names the argument.
         TypeError: a dtype does not fit.
-        RuntimeError: a gradient is asked for; this op is for inference.
+        RuntimeError: a gradient is required; this op is for inference.
     """
     weights = (expand, expand_bias, depthwise, depthwise_bias, project, project_bias, shortcut, shortcut_bias)
     checks.no_gradient("fused_bottleneck", x, *weights)
@@ -77,6 +76,7 @@ def check(
     identity: bool,
     final_activation: str,
 ) -> tuple[int, ...]:
+    """Check the arguments of :func:`fused_bottleneck` and return the shape of the output."""
     checks.rank("x", x, 5, checks.CONV_INPUT)
     checks.activation("activation", activation)
     checks.activation("final_activation", final_activation)
@@ -93,7 +93,7 @@ def check(
         shortcut_bias=shortcut_bias,
     )
     middle = checks.packed("expand", expand, "expand_bias", expand_bias, x.shape[4])
-    checks.family(x, expand, replicate)
+    checks.check_branches(x, expand, replicate)
     branches, channels = expand.shape[0], x.shape[4]
     out_channels = checks.packed("project", project, "project_bias", project_bias, middle)
     checks.rank("depthwise", depthwise, 4, "[out_branches, k, k, middle]")

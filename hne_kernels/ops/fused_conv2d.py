@@ -23,7 +23,7 @@ def fused_conv2d(
     Args:
         x: features ``[G, B, H, W, C_in]``.
         weight: packed filters ``[G', P, k, k, C_in, 16]``, dtype of ``x``.
-        bias: ``[G', C_out]``; it tells the number of output channels.
+        bias: ``[G', C_out]``; its length is the number of output channels.
         stride, padding, replicate: as in :func:`branch_conv2d`.
         activation: ``none``, ``relu`` or ``relu6``.
 
@@ -33,7 +33,7 @@ def fused_conv2d(
     Raises:
         ValueError: a shape, device or number does not fit; the message names the argument.
         TypeError: a dtype does not fit.
-        RuntimeError: a gradient is asked for; this op is for inference.
+        RuntimeError: a gradient is required; this op is for inference.
     """
     checks.no_gradient("fused_conv2d", x, weight, bias)
     checks.at_least("stride", stride, 1)  # PyTorch's dispatcher accepts True as a number
@@ -45,11 +45,12 @@ def fused_conv2d(
 def check(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, replicate: int, activation: str
 ) -> tuple[int, ...]:
+    """Check the arguments of :func:`fused_conv2d` and return the shape of the output."""
     checks.rank("x", x, 5, checks.CONV_INPUT)
     checks.activation("activation", activation)
     checks.same_kind("x", x, weight=weight, bias=bias)
     out_channels = checks.packed("weight", weight, "bias", bias, x.shape[4])
-    checks.family(x, weight, replicate)
+    checks.check_branches(x, weight, replicate)
     return checks.geometry(x, weight.shape[0], out_channels, weight.shape[2], stride, padding)
 
 

@@ -1,4 +1,4 @@
-"""Layers one after the other in one call, prepared once (inference)."""
+"""A sequence of layers in one call, prepared once (inference)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .fused_bottleneck import fused_bottleneck
 from .fused_conv2d import check as check_convolution
 from .fused_conv2d import fused_conv2d
 
-_LARGE = 1 << 20  # height and width of the maps that layers are checked with when they are prepared
+_LARGE = 1 << 20  # height and width for checking layers before there is an input
 
 
 # Images of a micro-batch where layers are called one by one on a CPU: 16 images of CIFAR, and at least eight of larger
@@ -46,15 +46,15 @@ def micro_batches(x: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
 
 
 class FusedLayer(NamedTuple):
-    """A layer with its weights: called, it is :func:`fused_conv2d` or :func:`fused_bottleneck`.
+    """A layer with its weights, which calls :func:`fused_conv2d` or :func:`fused_bottleneck`.
 
     Args:
-        weights: what the op takes after x: two tensors of a convolution, eight of a bottleneck (the last two may be
-            None).
+        weights: the tensors that the op takes after ``x``: two for a convolution, eight for a bottleneck (the last two
+            may be None).
         stride, replicate, activation: as in either op.
-        padding: of a convolution.
-        identity, final_activation: of a bottleneck.
-        mean: the convolution is of the mean over each map, which leaves maps of one pixel: a linear layer.
+        padding: as in :func:`fused_conv2d`.
+        identity, final_activation: as in :func:`fused_bottleneck`.
+        mean: average over each feature map before the convolution, which makes it a linear layer.
     """
 
     weights: tuple[Tensor | None, ...]
@@ -84,7 +84,7 @@ class FusedLayer(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the op takes after the weights, by name."""
+        """The arguments that the op takes after the weights, by name."""
         common = {"stride": self.stride, "replicate": self.replicate, "activation": self.activation}
         if self.is_bottleneck:
             return common | {"identity": self.identity, "final_activation": self.final_activation}
@@ -96,7 +96,7 @@ class FusedLayer(NamedTuple):
         return self._replace(weights=weights, replicate=replicate)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Features of the layer, from features ``[G, B, H, W, C]``."""
+        """Compute the layer for features ``[G, B, H, W, C]``."""
         op: Callable[..., Tensor] = fused_bottleneck if self.is_bottleneck else fused_conv2d
         return op(self.pool(x), *self.weights, **self.options)
 
@@ -105,7 +105,7 @@ class FusedLayer(NamedTuple):
         return x.mean((2, 3), keepdim=True) if self.mean else x
 
     def check(self, x: Tensor) -> tuple[int, ...]:
-        """Raise unless the layer fits features like ``x``; the shape of the result."""
+        """Raise unless the layer fits features like ``x``; return the shape of its output."""
         if len(self.weights) not in (2, 8):
             raise ValueError(
                 f"weights: expected two of a convolution or eight of a bottleneck, got {len(self.weights)}"
@@ -120,22 +120,22 @@ class FusedLayer(NamedTuple):
 
 
 class FusedLayers:
-    """Layers one after the other: what the first gives, the second takes, and so on.
+    """A sequence of layers.
 
-    On a CPU it is one call of the library, which has checked the weights and keeps them: a small batch costs what its
-    arithmetic costs, and the maps between bottlenecks never leave the cache. Elsewhere (or under autocast) the layers
-    are called in turn. The weights are not to change; of bfloat16 weights a copy in float32 is kept.
+    On a CPU it is one call of the library, which has checked and stored the weights: a small batch has no overhead, and
+    feature maps between bottlenecks never leave the cache. Elsewhere, and under autocast, the layers are called in
+    turn. The weights must not change. Of bfloat16 weights the library stores a copy in float32.
 
     Args:
-        layers: :class:`FusedLayer`; the first with any ``replicate``, the others as their features want.
-        keep: Numbers of the layers whose features are results, beside the last.
-        images: The first layer is of one branch, and takes images instead of features.
-        prepare: False for layers that are used once, as in a compiled program: they are called in turn.
+        layers: the layers; each must fit the output of the one before.
+        keep: indices of the layers whose outputs are results, besides the last.
+        images: the first layer has one input branch, and takes images instead of features.
+        prepare: False for layers that are used once, as in a compiled program; they are called in turn.
 
     Raises:
         ValueError: a shape, device or number does not fit; the message names the layer and the argument.
         TypeError: a dtype does not fit.
-        RuntimeError: a weight asks for a gradient; this is for inference.
+        RuntimeError: a weight requires a gradient; this is for inference.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class FusedLayers:
             weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is prepared is of this object alone.
+        # The prepared layers belong to this object.
         return functools.partial(FusedLayers, images=self.images), (self.layers, sorted(self._kept))
 
     def _prepare(self) -> int:
@@ -183,18 +183,19 @@ class FusedLayers:
         return prepared
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """Features after every layer that is kept, in order; those of the last are always there.
+        """Compute the layers.
 
         Args:
-            x: features ``[G, B, H, W, C]``, or images ``[B, C, H, W]`` (``images``), of any strides and of the device
-                and dtype of the weights.
+            x: features ``[G, B, H, W, C]``, or images ``[B, C, H, W]`` with ``images``; any strides, device and dtype
+                of the weights.
 
         Returns:
-            Features ``[G', B, H', W', C']``; of the last layer, if it is a linear one, ``[G', B, C']``.
+            The output ``[G', B, H', W', C']`` of every layer in ``keep``, and of the last one, in order. The output of
+            a linear last layer is ``[G', B, C']``.
 
         Raises:
-            ValueError, TypeError: it does not fit the layers.
-            RuntimeError: a gradient is asked for.
+            ValueError, TypeError: ``x`` does not fit the layers.
+            RuntimeError: a gradient is required.
         """
         if self.images:
             checks.rank("x", x, 4, "[batch, channels, height, width]")
@@ -236,7 +237,7 @@ class FusedLayers:
                 shape = layer.check(x)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layer {index}: {error}") from None
-            x = x.new_empty(()).expand(shape)  # stands for the features that come next
+            x = x.new_empty(()).expand(shape)  # a tensor without memory, like the output
 
 
 dispatch.register("fused_layers", FusedLayers._in_turn, "reference", "cuda", "triton")

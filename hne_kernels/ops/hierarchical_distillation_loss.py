@@ -1,4 +1,4 @@
-"""The hierarchical co-distillation objective, value and gradient in one pass over the logits."""
+"""The hierarchical distillation objective; value and gradient take one pass over the logits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .. import autocast, checks, dispatch
 def hierarchical_distillation_loss(
     logits: Tensor, target: Tensor, *, alpha: float = 0.5, temperature: float = 2.0
 ) -> Tensor:
-    """``(1 - alpha) L_I + alpha L_HD``: what an HNE is trained with (eq. 9 and 12).
+    """The training objective of an HNE, ``(1 - alpha) L_I + alpha L_HD`` (eq. 9 and 12).
 
-    ``L_I`` is the sum over the leaves of the cross-entropy with the target. ``L_HD`` is the sum over the
-    ensembles of 1, 2, 4, ... leaves below N of the cross-entropy with the soft labels of all N, both at
-    ``temperature`` T and times T^2; the teacher gets no gradient. Both are means over the batch.
+    ``L_I`` is the sum over the leaves of the cross-entropy with the target. ``L_HD`` is the sum over the ensembles of
+    1, 2, 4, ... leaves below N of the cross-entropy with the soft labels of all N, both at ``temperature`` T, times
+    T^2. The teacher, all N, gets no gradient. Both are means over the batch.
 
     Args:
         logits: ``[N, B, L]`` logits of the leaves, floating point.
@@ -44,6 +44,7 @@ def _check_values(logits: Tensor, target: Tensor, alpha: float, temperature: flo
 
 
 def check(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> None:
+    """Check the arguments of :func:`hierarchical_distillation_loss`, but not the class indices."""
     checks.rank("logits", logits, 3, "[models, batch, classes]")
     checks.same_kind("logits", logits)
     models, batch, classes = logits.shape
@@ -61,7 +62,7 @@ def check(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> N
 
 
 def _check_range(target: Tensor, classes: int) -> None:
-    # Elsewhere than on the CPU this would wait for the device; traced and fake tensors have no values to look at.
+    # On a GPU this would wait for the device, and traced and fake tensors have no values.
     if type(target) is not Tensor or torch.compiler.is_compiling():
         return
     if target.device.type != "cpu" or target.numel() == 0:

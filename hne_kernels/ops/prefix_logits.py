@@ -1,4 +1,4 @@
-"""The heads of all leaves and the logits of the nested ensembles in one op."""
+"""Linear heads of all leaves, and the logits of the nested ensembles, in one op."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import autocast, checks, dispatch
 def prefix_logits(
     features: Tensor, weight: Tensor, bias: Tensor | None = None, sizes: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A linear classifier per leaf, and the mean logits of the first n leaves for every n in ``sizes`` (eq. 5).
+    """Logits of a linear head per leaf, and the mean logits of the first n leaves for every n in ``sizes`` (eq. 5).
 
     Args:
         features: ``[N, B, C]``, the pooled features of the leaves.

@@ -44,7 +44,7 @@ def _(grad: Tensor, sizes: Sequence[int], num_models: int) -> Tensor:
 
 
 def differentiate(op: str) -> None:
-    """Register autograd of ``op`` and ``op_backward``: both are linear, and each is the other's adjoint."""
+    """Register autograd of ``op`` and ``op_backward``, which are linear and each other's adjoint."""
     forward, backward = getattr(torch.ops.hne, op), getattr(torch.ops.hne, f"{op}_backward")
 
     def setup_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""Replicate, interleave the channels of the branches, grouped convolution (the paper's Figure 2)."""
+"""Copy the features of replicated branches, interleave the channels of all branches, and run one grouped convolution
+(the paper's Figure 2).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ def grouped_conv2d(
     """``F.conv2d`` on ``[B, branch * channel, H, W]``; ``weight`` is [branches, out, in / groups..., k, k]."""
     branches = weight.shape[0]
     interleaved = replicated(x.permute(1, 0, 4, 2, 3), replicate, branches, dim=1).flatten(1, 2).contiguous()
-    if interleaved.shape[2:] == (1, 1):  # its strides are ambiguous, and torch may take them for channels-last
+    if interleaved.shape[2:] == (1, 1):  # its strides are ambiguous: torch may treat it as channels-last
         interleaved = interleaved.clone(memory_format=torch.contiguous_format)
     flat_bias = None if bias is None else bias.flatten()
     y = F.conv2d(interleaved, weight.flatten(0, 1), flat_bias, stride, padding, groups=groups)
@@ -26,5 +28,5 @@ def grouped_conv2d(
 
 
 def replicated(x: Tensor, replicate: int, branches: int, dim: int = 0) -> Tensor:
-    """A copy of its parent's features for each of ``branches`` children along ``dim``."""
+    """``x`` with the features of each parent copied for its children along ``dim``, ``branches`` children in all."""
     return x if replicate == 1 else x.repeat_interleave(replicate, dim).narrow(dim, 0, branches)

@@ -1,4 +1,4 @@
-"""Replicate, interleave the channels of the branches, one group per channel."""
+"""The grouped convolution with one group per channel."""
 
 from __future__ import annotations
 

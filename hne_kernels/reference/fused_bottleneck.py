@@ -1,4 +1,4 @@
-"""The convolutions of a bottleneck one after the other."""
+"""The convolutions of a bottleneck, one after another."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from .prefix_mean import prefix_mean
 
 
 def hierarchical_distillation_loss(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> tuple[Tensor]:
-    """See :func:`hne_kernels.hierarchical_distillation_loss`; a tuple of the loss alone."""
+    """See :func:`hne_kernels.hierarchical_distillation_loss`; returns a tuple with the loss."""
     none = logits.new_zeros(())
     independent = sum((F.cross_entropy(member, target) for member in logits), none)
     *students, teacher = prefix_mean(logits, default_sizes(logits.shape[0]))

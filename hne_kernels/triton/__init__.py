@@ -1,6 +1,6 @@
 """The ops as Triton kernels, for GPUs of compute capability 8.0 and newer.
 
-Registered as ``hne::triton_<op>``, so that torch.compile looks into them and torch.export keeps them.
+They are registered as ``hne::triton_<op>``, so that torch.compile traces into them and torch.export keeps them.
 """
 
 from .branch_conv2d import branch_conv2d

@@ -1,7 +1,7 @@
-"""Two numbers per channel from every tile of a map, and the mean and variance that they add up to.
+"""Batch statistics of a feature map, combined from two numbers per channel and tile.
 
-A kernel leaves them in memory that has room for its smallest tile, so they may be combined without knowing the tile
-that was chosen. Combined in a fixed order: the same input gives the same result.
+A kernel writes them to memory with an entry for every GROUP of pixels, which divides every tile, so that they are
+combined without knowing the tile that the tuner chose. The order is fixed: the same input gives the same result.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from .launch import SIZES, Kernel, config
 
-GROUP = 64  # pixels that share an entry; divides the height of every tile that leaves one
+GROUP = 64  # pixels that share an entry; divides the height of every tile of a kernel that writes entries
 _GROUP = tl.constexpr(GROUP)
 
 
 @triton.jit
 def deviations(values, start, rows, BLOCK: tl.constexpr):
-    """Mean of a tile whose first pixel is ``start``, and the sum of squared deviations from it.
+    """Mean of a tile whose first pixel is ``start``, and the sum of squared deviations from that mean.
 
-    A mean of squares minus a squared mean would lose all digits where the mean is large.
+    The mean of squares minus the squared mean would lose all digits where the mean is large.
     """
     here = (start + tl.arange(0, BLOCK) < rows)[:, None]
     count = tl.minimum(rows - start, BLOCK).to(tl.float32)
@@ -31,11 +31,14 @@ def deviations(values, start, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def leave(
+def write_partials(
     first, second, one, other, tile, rows, branch, branches, c, channels,
     REPEAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write what a tile has found into the entries of its pixels: once, and zeros (``one``, if REPEAT, again) after."""
+    """Write ``one`` and ``other`` of a tile to the first of its entries in ``first`` and ``second``, then zeros.
+
+    With REPEAT, all entries of the tile in ``first`` are ``one``.
+    """
     for group in tl.static_range(BLOCK // _GROUP):
         number = tile * (BLOCK // _GROUP) + group
         entry = (number.to(tl.int64) * branches + branch) * channels + c
@@ -46,7 +49,7 @@ def leave(
 
 @triton.jit
 def _read(step, branch, c, rows, branches, channels, BLOCK_P: tl.constexpr):
-    """Where entries lie, and how many pixels each has."""
+    """Offsets of the entries, the number of pixels of each, and a mask."""
     part = step * BLOCK_P + tl.arange(0, BLOCK_P)
     count = tl.minimum(tl.maximum(rows - part * _GROUP, 0), _GROUP).to(tl.float32)[:, None]
     entry = (part.to(tl.int64)[:, None] * branches + branch) * channels + c[None, :]
@@ -58,7 +61,7 @@ def _combine_kernel(
     part_mean, part_square, mean, var, rows, branches, channels,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Chan, Golub & LeVeque (1979), for all parts at once: what their means differ in counts as deviation, too."""
+    """Chan, Golub & LeVeque (1979), for all parts at once: the differences of their means are deviations, too."""
     parts, tiles_c = tl.cdiv(rows, _GROUP), tl.cdiv(channels, BLOCK_C)
     for tile in range(tl.program_id(0), branches * tiles_c, tl.num_programs(0)):
         c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -77,19 +80,19 @@ def _combine_kernel(
         tl.store(var + of, tl.sum(square, 0) / tl.maximum(rows, 1).to(tl.float32), mask=c < channels)
 
 
-# Few channels a tile: there is little to do, so let many take part.
+# Few channels per tile, so that many programs share the little work.
 _combine = Kernel(_combine_kernel, [config(8, BLOCK_P=128, BLOCK_C=16)], [])
 
 
 def partial_statistics(out: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for what the tiles of ``out`` [G, B, H, W, C] leave: two of [groups of pixels, G, C]."""
+    """Memory for two numbers per channel and group of pixels of ``out`` [G, B, H, W, C]: two of [groups, G, C]."""
     groups = -(-(out.shape[1] * out.shape[2] * out.shape[3]) // GROUP)
     shape = (groups, out.shape[0], out.shape[4])
     return out.new_empty(shape, dtype=torch.float32), out.new_empty(shape, dtype=torch.float32)
 
 
 def combine(part_mean: Tensor, part_square: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of ``out`` from those of its tiles; 0 where it is empty."""
+    """Mean and biased variance of ``out`` from the means and deviations of its tiles; 0 for an empty batch."""
     branches, batch, height, width, channels = out.shape
     mean, var = (part_mean.new_empty(branches, channels) for _ in range(2))
     _combine(part_mean, part_square, mean, var, batch * height * width, branches, channels)

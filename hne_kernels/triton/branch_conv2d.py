@@ -1,11 +1,11 @@
-"""Convolution of every branch as one grouped matrix product.
+"""Convolution of all branches as one grouped matrix product.
 
-Rows are the output pixels of a branch, columns its output channels; the sum runs over the taps of the window and the
-input channels (an implicit matrix product: windows are never written down). A fixed number of programs share all
-tiles of all branches; children of one parent stand side by side, so that its features are read once and then come
-from the L2 cache. The gradient of the input is the same product with the windows turned round, summed over the
-children of a branch. The gradient of the weight sums over pixels, in as many parts as fill the GPU, each with its own
-memory: no atomic operation, so the same result every time.
+Rows are the output pixels of a branch, columns its output channels. The sum runs over the taps of the window and the
+input channels (an implicit matrix product: windows are never stored). A fixed number of programs share the tiles of all
+branches. Tiles of the children of one parent are adjacent, so that its features are read once and then come from the
+L2 cache. The gradient of the input is the same product with flipped windows, summed over the children of a branch. The
+gradient of the weight sums over pixels, in as many parts as fill the GPU, each with its own memory: without atomic
+operations, the result is the same every time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import checks
 from ..ops import convolution
-from .batch_statistics import deviations, leave
+from .batch_statistics import deviations, write_partials
 from .conv_norm import PLAIN, ConvNorm
 from .device import activate, denormalize, dot, norm_of, normalize, per_channel, split_row, total_gradient, window
 from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
@@ -35,17 +35,17 @@ def _kernel(
     batch, height, width, out_height, out_width, in_channels, out_channels,
     weight_branch, weight_panel, weight_out, weight_in, weight_y, weight_x,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TRANSPOSED: tl.constexpr,
-    UNIT: tl.constexpr, ACTIVATION: tl.constexpr, NORMAL: tl.constexpr, PRECISION: tl.constexpr,
+    MULTIPLE: tl.constexpr, ACTIVATION: tl.constexpr, NORMAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out = activation(convolution of source + bias + residual)``; transposed, a sum over the children.
 
-    In training (:mod:`.branch_conv2d_stats`), forwards: with ``norm``, the source is normalised as it is read, with
-    activation NORMAL; the parts are statistics of what is written. Transposed: with ``output``, the source is its
-    gradient, and those of its statistics are added as it is read; with ``norm``, what is written is the gradient of
-    ``input`` before it was normalised, and the parts are the gradients of shift and scale.
+    For :mod:`.branch_norm_conv2d`, forward: with ``norm``, the source is normalised where it is read, with the
+    activation NORMAL, and the partials are statistics of ``out``. Transposed: with ``output``, the source is the
+    gradient of ``output``, and the gradients of its statistics are added where it is read; with ``norm``, ``out`` is
+    the gradient of ``input`` before the normalisation, and the partials are the gradients of shift and scale.
     """
-    in_channels, out_channels = tl.multiple_of(in_channels, UNIT), tl.multiple_of(out_channels, UNIT)
+    in_channels, out_channels = tl.multiple_of(in_channels, MULTIPLE), tl.multiple_of(out_channels, MULTIPLE)
     rows = batch * out_height * out_width
     values = (tl.cast(batch, tl.float32) * height) * width
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_channels, BLOCK_N)
@@ -109,7 +109,7 @@ def _kernel(
                 mean, scale, shift = norm_of(norm, branch, parents, n, out_channels)
                 original = tl.load(input + at, mask=mask, other=0.0)
                 sums, by_shift, by_scale = denormalize(sums, original, mean, scale, shift, NORMAL)
-                leave(
+                write_partials(
                     first_part, second_part, tl.sum(by_shift, 0), tl.sum(by_scale, 0),
                     tile_m, rows, branch, parents, n, out_channels, False, BLOCK_M,
                 )  # fmt: skip
@@ -117,7 +117,7 @@ def _kernel(
             tl.store(out + at, written, mask=mask)
             if first_part is not None and not TRANSPOSED:
                 average, square = deviations(written.to(tl.float32), tile_m * BLOCK_M, rows, BLOCK_M)
-                leave(
+                write_partials(
                     first_part, second_part, average, square,
                     tile_m, rows, branch, branches, n, out_channels, True, BLOCK_M,
                 )  # fmt: skip
@@ -128,21 +128,21 @@ def _weight_kernel(
     grad, source, partial, output, output_mean, grad_mean, grad_var, norm,
     branches, replicate, batch, height, width, out_height, out_width, in_channels, out_channels, parts,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-    UNIT: tl.constexpr, NORMAL: tl.constexpr, PRECISION: tl.constexpr,
+    MULTIPLE: tl.constexpr, NORMAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``partial[part, branch, out, in, tap]``: the gradient of the weight from one part of the pixels.
+    """``partial[part, branch, out, in, tap]``: the gradient of the weight for one part of the pixels.
 
-    In training, with ``output``: the gradients of its statistics are added to ``grad``; with ``norm``: the source is
-    normalised. Both as they are read.
+    With ``output``, the gradients of its statistics are added to ``grad``, and with ``norm``, the source is
+    normalised, both where they are read.
     """
-    in_channels, out_channels = tl.multiple_of(in_channels, UNIT), tl.multiple_of(out_channels, UNIT)
+    in_channels, out_channels = tl.multiple_of(in_channels, MULTIPLE), tl.multiple_of(out_channels, MULTIPLE)
     rows = batch * out_height * out_width
     length = tl.cdiv(tl.cdiv(rows, parts), BLOCK_K) * BLOCK_K
     tiles_m, tiles_n = tl.cdiv(out_channels, BLOCK_M), tl.cdiv(in_channels, BLOCK_N)
     taps: tl.constexpr = KERNEL * KERNEL
     for tile in range(tl.program_id(0), parts * branches * tiles_m * tiles_n * taps, tl.num_programs(0)):
-        tap = tile % taps  # side by side: they read nearly the same pixels
+        tap = tile % taps  # adjacent, as taps read nearly the same pixels
         m = tile // taps % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         n = tile // taps // tiles_m % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         number = tile // taps // tiles_m // tiles_n % branches  # divisions are slow in 64 bits
@@ -180,35 +180,38 @@ def _weight_kernel(
         tl.store(partial + entry, sums, mask=(m < out_channels)[:, None] & (n < in_channels)[None, :])
 
 
-# Layers have 16 to 256 channels a branch and thousands of pixels: tall tiles. Three stages hide the memory's
-# latency. Smaller tiles where a thread holds more than its part of the result: float32 without tensor
-# cores keeps its operands in registers, and channels that nothing divides (an image has 3) are read one by one.
+# Tall tiles, as layers have 16 to 256 channels per branch and thousands of pixels. Three stages hide the latency of the
+# memory. Smaller tiles where threads need more registers: float32 without tensor cores holds its operands in them, and
+# channel counts that 8 does not divide (an image has 3) are read one by one.
 _KEY = ["height", "in_channels", "out_channels", "KERNEL", "STRIDE", "NORMAL"]
 _TILES = [
     config(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
     config(8, 3, BLOCK_M=128, BLOCK_N=32, BLOCK_K=32),
 ]
 _convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
-_convolve_tf32 = Kernel(_kernel, _TILES[:1], [])  # twice the bytes: in the other, operands would be spilled
+_convolve_tf32 = Kernel(_kernel, _TILES[:1], [])  # with twice the bytes, the other tile would spill
 _convolve_small = Kernel(_kernel, [config(4, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16)], [])
 _weigh = Kernel(_weight_kernel, [_TILES[0], config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
 _weigh_small = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
 
 
-def _unit(*channels: int) -> int:
-    """8 where it divides all channel counts, so that 16 bytes of half precision are read at once; Triton by itself
-    looks for 16, and an inverted residual has 24, 72 or 120."""
+def _multiple(*channels: int) -> int:
+    """8 where it divides all channel counts, else 1.
+
+    With 8, accesses take 16 bytes in half precision. Triton itself only looks for multiples of 16, and inverted
+    residuals have 24, 72 or 120 channels.
+    """
     return 8 if all(count % 8 == 0 for count in channels) else 1
 
 
 def _precision(tensor: Tensor) -> str:
-    """How float32 is multiplied: rounded to tf32 for the tensor cores only where torch allows that."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"  # also where allow_tf32 was set
+    """Precision of float32 products: tf32, for the tensor cores, only where torch allows it."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 sets it, too
     return "tf32" if tensor.dtype == torch.float32 and allowed else "ieee"
 
 
-def _small(precision: str, unit: int, tensor: Tensor) -> bool:
-    return unit == 1 or (tensor.dtype == torch.float32 and precision == "ieee")
+def _is_small(precision: str, multiple: int, tensor: Tensor) -> bool:
+    return multiple == 1 or (tensor.dtype == torch.float32 and precision == "ieee")
 
 
 def convolve(
@@ -227,8 +230,8 @@ def convolve(
     """``activation(convolution + bias + residual)`` in one kernel.
 
     Args:
-        packed: ``weight`` is as :func:`hne_kernels.pack_weight` lays it out, and ``bias`` is given.
-        residual: ``[G'', B, H', W', C_out]``, of which branch ``g // residual_replicate`` is added to branch g.
+        packed: ``weight`` has the layout of :func:`hne_kernels.pack_weight`, and ``bias`` is given.
+        residual: ``[G'', B, H', W', C_out]``; its branch ``g // residual_replicate`` is added to branch g.
     """
     layout: tuple[int, ...]
     if packed and bias is not None:
@@ -253,9 +256,9 @@ def launch(
     activation: str = "none", conv_norm: ConvNorm = PLAIN,
 ) -> None:  # fmt: skip
     """Write the convolution of ``source``, transposed or not, to ``out``."""
-    precision, unit = _precision(source), _unit(source.shape[4], out.shape[4])
+    precision, multiple = _precision(source), _multiple(source.shape[4], out.shape[4])
     kernel = _convolve_tf32 if precision == "tf32" else _convolve
-    if _small(precision, unit, source):
+    if _is_small(precision, multiple, source):
         kernel = _convolve_small
     kernel(
         source.contiguous(), weight, contiguous(bias), contiguous(residual), out,
@@ -263,7 +266,7 @@ def launch(
         parents, branches, replicate, residual_replicate, *source.shape[1:4], *out.shape[2:4],
         source.shape[4], out.shape[4], *layout,
         KERNEL=kernel_size, STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
-        UNIT=unit, ACTIVATION=activation, NORMAL=conv_norm.activation, PRECISION=precision,
+        MULTIPLE=multiple, ACTIVATION=activation, NORMAL=conv_norm.activation, PRECISION=precision,
     )  # fmt: skip
 
 
@@ -279,17 +282,18 @@ def weigh(
     grad: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, replicate: int,
     conv_norm: ConvNorm = PLAIN,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the weight, from that of the output."""
+    """The gradient of the weight from that of the output."""
     check_pixels("grad", grad.shape)
     shape = (grad.shape[0], grad.shape[4], x.shape[4], kernel_size, kernel_size)
     parts = split(shape[0] * -(-shape[1] // 64) * -(-shape[2] // 64) * kernel_size**2, x.device)
     partial = x.new_empty((parts, *shape), dtype=torch.float32)
-    precision, unit = _precision(x), _unit(x.shape[4], grad.shape[4])
-    kernel = _weigh_small if _small(precision, unit, x) else _weigh
+    precision, multiple = _precision(x), _multiple(x.shape[4], grad.shape[4])
+    kernel = _weigh_small if _is_small(precision, multiple, x) else _weigh
     kernel(
         grad.contiguous(), x.contiguous(), partial, *conv_norm.output, conv_norm.norm,
         grad.shape[0], replicate, *x.shape[1:4], *grad.shape[2:4], x.shape[4], grad.shape[4], parts,
-        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, UNIT=unit, NORMAL=conv_norm.activation, PRECISION=precision,
+        KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
+        MULTIPLE=multiple, NORMAL=conv_norm.activation, PRECISION=precision,
     )  # fmt: skip
     return partial.sum(0).to(x.dtype)
 
@@ -326,7 +330,7 @@ def branch_conv2d_backward_weight(
 ) -> Tensor:
     """The gradient of the weight of :func:`branch_conv2d`."""
     checks.same_kind("x", x, grad=grad)
-    checks.family(x, grad, replicate)
+    checks.check_branches(x, grad, replicate)
     checks.convolution_gradient(
         grad, grad.shape[0], grad.shape[4], x.shape[2], x.shape[3], kernel_size, stride, padding, replicate
     )

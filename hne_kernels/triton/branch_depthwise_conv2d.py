@@ -1,8 +1,8 @@
-"""Depthwise convolution of every branch: a weighted sum over the taps of each pixel's window.
+"""Depthwise convolution of all branches: a weighted sum over the taps of each pixel's window.
 
-No matrix product, so it is memory that counts: a tile is a run of pixels with a run of channels (16-byte accesses),
-neighbouring windows overlap in the cache, and one tap after the other is added, so that a program needs few registers
-and many programs wait for memory at once. Bytes: the map in, the map out; 2 k^2 FLOPs a value.
+Without a matrix product, memory bounds the speed: a value needs 2 k^2 FLOPs, and each feature map is read and written
+once. A tile has consecutive pixels and channels (accesses of 16 bytes), and adjacent windows overlap in the cache. A
+program adds one tap after another, so that it needs few registers and many programs wait for memory at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from ..ops import convolution
-from .batch_statistics import GROUP, deviations, leave
+from .batch_statistics import GROUP, deviations, write_partials
 from .conv_norm import PLAIN, ConvNorm
 from .device import activate, denormalize, norm_of, normalize, per_channel, split_row, total_gradient, window
 from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
@@ -31,7 +31,7 @@ def _kernel(
 ):  # fmt: skip
     """``out = activation(convolution of source + bias)``; transposed, a sum over the children of a branch.
 
-    In training as in :mod:`.branch_conv2d`.
+    Other operands are as in :mod:`.branch_conv2d`.
     """
     rows = batch * out_height * out_width
     values = (tl.cast(batch, tl.float32) * height) * width
@@ -79,7 +79,7 @@ def _kernel(
         if norm is not None and TRANSPOSED:
             original = tl.load(input + at, mask=mask, other=0.0)
             sums, by_shift, by_scale = denormalize(sums, original, mean, scale, shift, NORMAL)
-            leave(
+            write_partials(
                 first_part, second_part, tl.sum(by_shift, 0), tl.sum(by_scale, 0),
                 tile_m, rows, branch, parents, c, channels, False, BLOCK_M,
             )  # fmt: skip
@@ -87,7 +87,7 @@ def _kernel(
         tl.store(out + at, written, mask=mask)
         if first_part is not None and not TRANSPOSED:
             average, square = deviations(written.to(tl.float32), tile_m * BLOCK_M, rows, BLOCK_M)
-            leave(
+            write_partials(
                 first_part, second_part, average, square,
                 tile_m, rows, branch, branches, c, channels, True, BLOCK_M,
             )  # fmt: skip
@@ -100,16 +100,16 @@ def _weight_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, NORMAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``partial[part, branch, channel, tap]``: the gradient of the weight from one part of the pixels.
+    """``partial[part, branch, channel, tap]``: the gradient of the weight for one part of the pixels.
 
-    In training as in :mod:`.branch_conv2d`.
+    Other operands are as in :mod:`.branch_conv2d`.
     """
     rows = batch * out_height * out_width
     length = tl.cdiv(tl.cdiv(rows, parts), BLOCK_M) * BLOCK_M
     tiles_c = tl.cdiv(channels, BLOCK_C)
     taps: tl.constexpr = KERNEL * KERNEL
     for tile in range(tl.program_id(0), parts * branches * tiles_c * taps, tl.num_programs(0)):
-        tap = tile % taps  # side by side: they read nearly the same pixels, from the L2 cache
+        tap = tile % taps  # adjacent, as taps read nearly the same pixels, from the L2 cache
         c = tile // taps % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
         number = tile // taps // tiles_c % branches
         branch, parent = number.to(tl.int64), (number // replicate).to(tl.int64)
@@ -144,14 +144,14 @@ def _weight_kernel(
         tl.store(partial + entry, tl.sum(sums, 0), mask=c < channels)
 
 
-# Maps have 16 to 64 channels in a bottleneck, up to 432 in an inverted residual.
+# A bottleneck has 16 to 64 channels, an inverted residual up to 432.
 _KEY = ["height", "channels", "KERNEL", "STRIDE", "NORMAL"]
 _TILES = [config(4, BLOCK_M=32, BLOCK_C=32), config(4, BLOCK_M=16, BLOCK_C=64)]
-_TALL = [config(8, BLOCK_M=GROUP, BLOCK_C=32), config(4, BLOCK_M=GROUP, BLOCK_C=16)]  # leave statistics
+_TALL = [config(8, BLOCK_M=GROUP, BLOCK_C=32), config(4, BLOCK_M=GROUP, BLOCK_C=16)]  # for statistics
 _convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
 _convolve_tall = Kernel(_kernel, _TALL, [*_KEY, "TRANSPOSED"])
 _weigh = Kernel(_weight_kernel, _TILES, _KEY)
-_PARTIAL_CHANNELS = 32  # channels of a tile, for the number of parts
+_TILE_CHANNELS = 32  # of a typical tile, for the number of parts
 
 
 def convolve(
@@ -191,10 +191,10 @@ def launch(
 def weigh(
     grad: Tensor, x: Tensor, kernel_size: int, stride: int, padding: int, replicate: int, conv_norm: ConvNorm = PLAIN
 ) -> Tensor:
-    """The gradient of the weight, from that of the output."""
+    """The gradient of the weight from that of the output."""
     check_pixels("grad", grad.shape)
     branches, channels = grad.shape[0], x.shape[4]
-    parts = split(branches * -(-channels // _PARTIAL_CHANNELS) * kernel_size**2, x.device)
+    parts = split(branches * -(-channels // _TILE_CHANNELS) * kernel_size**2, x.device)
     partial = x.new_empty((parts, branches, channels, kernel_size, kernel_size), dtype=torch.float32)
     _weigh(
         grad.contiguous(), x.contiguous(), partial, *conv_norm.output, conv_norm.norm,
@@ -236,7 +236,7 @@ def branch_depthwise_conv2d_backward_weight(
     """The gradient of the weight of :func:`branch_depthwise_conv2d`."""
     branches, channels = grad.shape[0], x.shape[4]
     checks.same_kind("x", x, grad=grad)
-    checks.family(x, grad, replicate)
+    checks.check_branches(x, grad, replicate)
     checks.convolution_gradient(
         grad, branches, channels, x.shape[2], x.shape[3], kernel_size, stride, padding, replicate
     )

@@ -6,9 +6,12 @@ from torch import Tensor
 
 from .. import checks
 from ..ops.branch_norm_conv2d import check, differentiate
-from . import branch_conv2d as dense
-from . import branch_depthwise_conv2d as depthwise
 from .batch_statistics import combine
+from .branch_conv2d import launch as launch_dense
+from .branch_conv2d import strides
+from .branch_conv2d import weigh as weigh_dense
+from .branch_depthwise_conv2d import launch as launch_depthwise
+from .branch_depthwise_conv2d import weigh as weigh_depthwise
 from .conv_norm import ConvNorm, backward_input, backward_weight, check_output, forward, norm_gradient
 from .launch import check_pixels, op
 
@@ -19,14 +22,13 @@ def _convolve(
 ) -> None:  # fmt: skip
     """Write the convolution of ``source``, transposed or not, to ``out``."""
     if weight.dim() == 4:
-        depthwise.launch(
+        launch_depthwise(
             source, weight, out, parents, replicate, stride, padding, transposed=transposed, conv_norm=conv_norm
         )
         return
-    strides = dense.strides(weight, transposed=transposed)
-    dense.launch(
-        source, weight, strides, out, parents, weight.shape[0], replicate, weight.shape[4], stride, padding,
-        transposed=transposed, conv_norm=conv_norm,
+    launch_dense(
+        source, weight, strides(weight, transposed=transposed), out, parents, weight.shape[0], replicate,
+        weight.shape[4], stride, padding, transposed=transposed, conv_norm=conv_norm,
     )  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def branch_norm_conv2d_backward(
         if norm is not None and partials is not None:
             grad_norm = norm_gradient(norm, *partials)
     if need_weight:
-        weigh = depthwise.weigh if weight.dim() == 4 else dense.weigh
+        weigh = weigh_depthwise if weight.dim() == 4 else weigh_dense
         conv_norm = backward_weight(output, norm, activation)
         grad_weight = weigh(grad_y, x, weight.shape[-1], stride, padding, replicate, conv_norm)
     return grad_x, grad_weight, grad_norm, x.new_empty(0)

@@ -1,7 +1,7 @@
-"""Normalisation by given statistics, sum and activation in one pass; its gradients in another.
+"""Normalisation by given statistics, sum and activation in one pass; the gradients in another.
 
-Memory is all that counts: the map (and the residual) in, the map out, and the same backwards with the gradients of
-scale and shift summed on the way, in parts and in a fixed order.
+Memory bounds the speed: both passes read each feature map once and write each once. Backward sums the gradients of
+scale and shift in parts, in a fixed order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .launch import SIZES, Kernel, config, contiguous, op, split
 
 @triton.jit
 def part_of_rows(tile, rows, channels, branches, parts, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Which branch, channels and rows (64 bits) a tile has, when the rows are cut into parts."""
+    """Branch, channels, part and range of rows (64 bits) of a tile, where the rows are split into parts."""
     tiles_c = tl.cdiv(channels, BLOCK_C)
     c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     branch = (tile // tiles_c % branches).to(tl.int64)
@@ -57,7 +57,7 @@ def _backward_kernel(
     grad, x, y, norm, grad_x, grad_residual, part_scale, part_shift, rows, branches, channels, parts,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of x and of the residual, and those of scale and shift from each part of the rows."""
+    """The gradients of x and residual, and those of scale and shift for each part of the rows."""
     for tile in range(tl.program_id(0), tl.cdiv(channels, BLOCK_C) * branches * parts, tl.num_programs(0)):
         branch, c, part, start, end = part_of_rows(
             tile, tl.cast(rows, tl.int64), channels, branches, parts, BLOCK_M, BLOCK_C
@@ -80,7 +80,7 @@ def _backward_kernel(
         tl.store(part_shift + entry, tl.sum(total, 0), mask=c < channels)
 
 
-# 16-byte accesses over a run of channels.
+# Contiguous channels, for accesses of 16 bytes.
 _CONFIGS = [config(4, BLOCK_M=32, BLOCK_C=64), config(4, BLOCK_M=128, BLOCK_C=16)]
 _KEY = ["channels"]
 _normalize = Kernel(_kernel, _CONFIGS, _KEY)

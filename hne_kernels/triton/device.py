@@ -1,4 +1,4 @@
-"""What kernels have in common on the device: activations, normalisation, matrix products, the geometry of windows."""
+"""Device functions of the kernels: activations, normalisation, matrix products, windows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def before_activation(grad, value, ACTIVATION: tl.constexpr):
-    """The gradient before an activation, zero where that is flat: ``value`` is what goes in, or what comes out."""
+    """The gradient before an activation, zero where the activation is flat; ``value`` is its input or its output."""
     if ACTIVATION != "none":
         flat = value <= 0
         if ACTIVATION == "relu6":
@@ -56,14 +56,14 @@ def normalize(x, mean, scale, shift):
 
 @triton.jit
 def denormalize(grad, x, mean, scale, shift, ACTIVATION: tl.constexpr):
-    """Back through ``activation(normalize(x))``: the gradient of x, and what adds up to those of shift and scale."""
+    """Backward of ``activation(normalize(x))``: the gradient of x, and the terms of those of shift and scale."""
     by_shift = before_activation(grad, normalize(x, mean, scale, shift), ACTIVATION)
     return by_shift * scale, by_shift, by_shift * (x.to(tl.float32) - mean)
 
 
 @triton.jit
 def total_gradient(grad, y, mean, grad_mean, grad_var, count):
-    """The gradient of a map ``y`` of ``count`` values a channel: directly, through its mean, through its variance."""
+    """The gradient of a feature map ``y`` with ``count`` values per channel: its own, and through mean and variance."""
     return grad.to(tl.float32) + grad_mean / count + grad_var * (2.0 / count) * (y.to(tl.float32) - mean)
 
 
@@ -77,9 +77,10 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def split_row(row, height, width):
-    """Image, y and x of a pixel that is numbered through a batch of maps.
+    """Image, y and x of the pixel number ``row`` of a batch.
 
-    In 32 bits, as division is slow in 64 (:func:`.launch.check_pixels` sees to it); the image then has 64.
+    The division takes 32 bits, as it is slow in 64 (:func:`.launch.check_pixels` ensures that they suffice); the image
+    number has 64 bits.
     """
     position = row % (height * width)
     return (row // (height * width)).to(tl.int64), position // width, position % width
@@ -90,9 +91,9 @@ def window(
     y, x, tap_y, tap_x, height, width,
     STRIDE: tl.constexpr, PADDING: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """The pixel that a tap of the window at (y, x) reads, and whether it lies inside the map.
+    """The pixel that a tap of the window at (y, x) reads, and whether it lies inside the feature map.
 
-    Transposed (the gradient of the input): the output pixel whose window has (y, x) under that tap.
+    Transposed, for the gradient of the input: the output pixel whose window has (y, x) under that tap.
     """
     if TRANSPOSED:
         below, right = y + PADDING - tap_y, x + PADDING - tap_x

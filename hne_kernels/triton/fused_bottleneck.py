@@ -1,6 +1,6 @@
-"""A bottleneck as three or four kernels: Triton has no shared memory of our own to keep the expanded map in.
+"""A bottleneck as three or four kernels, as a Triton program cannot hold the expanded feature map in shared memory.
 
-The activations, the sum and the shortcut are epilogues, so every map between is written once and read once.
+Activations, sum and shortcut are epilogues, so every feature map in between is written once and read once.
 """
 
 from __future__ import annotations

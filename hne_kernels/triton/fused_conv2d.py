@@ -1,4 +1,4 @@
-"""Convolution, folded batch norm and activation: the matrix product of branch_conv2d with an epilogue."""
+"""Convolution, folded batch norm and activation: the kernel of branch_conv2d with an epilogue."""
 
 from __future__ import annotations
 

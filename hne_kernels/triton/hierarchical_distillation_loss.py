@@ -1,8 +1,7 @@
-"""The objective and its gradient, one program a sample.
+"""The objective and its gradient, one program per sample.
 
-A sample's logits (16 leaves x 100 classes: 6 KB) are read twice, once for the maxima and sums of all the softmaxes,
-once for the gradient; the second time they come from the cache. So each logit crosses the memory bus once, and each
-gradient once.
+The logits of a sample (16 leaves x 100 classes: 6 KB) are read twice, first for the maxima and sums of all softmaxes,
+then, from the cache, for the gradient. So each logit and each gradient crosses the memory bus once.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from torch import Tensor
 from ..ops.hierarchical_distillation_loss import check, differentiate
 from .launch import Kernel, config, op
 
-_LOWEST = tl.constexpr(-3.4e38)  # a running maximum starts here: unlike -inf, it may be subtracted from itself
+_LOWEST = tl.constexpr(-3.4e38)  # start of a running maximum; unlike -inf, it can be subtracted from itself
 
 
 @triton.jit
 def _load(logits, models, batch, classes, sample, start, MODELS: tl.constexpr, BLOCK: tl.constexpr):
-    """A sample's logits [MODELS, BLOCK] from class ``start`` on; zero beyond, and the classes that there are."""
+    """Logits [MODELS, BLOCK] of a sample from class ``start`` on, zero beyond the last, and the class numbers."""
     member, label = tl.arange(0, MODELS), start + tl.arange(0, BLOCK)
     row = tl.cast(member, tl.int64) * batch + sample
     mask = (member < models)[:, None] & (label < classes)[None, :]
@@ -39,7 +38,7 @@ def _kernel(
     logits, target, losses, grad, models, batch, classes, alpha, temperature,
     STUDENTS: tl.constexpr, MODELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss of each sample, and the gradient of their mean (eq. 9 and 12)."""
+    """The loss of each sample, and the gradient of the mean loss (eq. 9 and 12)."""
     member = tl.arange(0, MODELS)
     ensemble = tl.arange(0, 2 * MODELS)  # the students, then the teacher
     for sample in range(tl.program_id(0), batch, tl.num_programs(0)):
@@ -67,7 +66,7 @@ def _kernel(
             here = label < classes
             log_total = tl.log(total)
             hit = (label == right)[None, :] & here[None, :]
-            # log softmax = value - maximum - log(sum), in this order: no digits are lost to a large maximum.
+            # log softmax = value - maximum - log(sum); in this order, a large maximum costs no digits.
             log_probability = values - highest[:, None] - log_total[:, None]
             independent -= tl.sum(tl.where(hit, log_probability, 0.0), 1)
             slope = (1 - alpha) * (tl.exp(log_probability) - tl.where(hit, 1.0, 0.0))
@@ -88,24 +87,26 @@ def _kernel(
             )
         leaves = tl.sum(tl.where(member < models, independent, 0.0), 0)
         loss = (1 - alpha) * leaves + alpha * temperature * temperature * distilled
-        known = (right >= 0) & (right < classes)  # a target out of range gives NaN: nobody waits for it to be read
+        known = (right >= 0) & (
+            right < classes
+        )  # NaN for a target out of range, as an error would have to wait for the GPU
         tl.store(losses + sample, tl.where(known, loss, float("nan")))
 
 
 @triton.jit
 def _log_softmax(values, size, temperature, which, highest, total):
-    """Log of the softmax of an ensemble whose maximum and sum stand at ``which``."""
+    """Log softmax of the ensemble whose maximum and sum are at ``which``."""
     top = tl.sum(tl.where(which, highest, 0.0), 0)
     return _prefix(values, size, temperature) - top - tl.log(tl.sum(tl.where(which, total, 0.0), 0))
 
 
-# What a block of classes costs in registers: [models, BLOCK] values, their softmax and gradient.
+# A block of classes needs registers for [models, BLOCK] values, their softmax and gradient.
 _KERNELS = {block: Kernel(_kernel, [config(4, BLOCK=block)], []) for block in (16, 32, 64, 128)}
 _KERNELS[512] = Kernel(_kernel, [config(8, BLOCK=512)], [])
 
 
 def _block(models: int, classes: int) -> int:
-    """Classes that are looked at together; ``models`` is a power of two."""
+    """Classes per block; ``models`` is a power of two."""
     if models > 16:
         return max(2048 // models, 16)
     return 128 if classes <= 128 else 512
@@ -115,9 +116,9 @@ def _block(models: int, classes: int) -> int:
 def hierarchical_distillation_loss(
     logits: Tensor, target: Tensor, alpha: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`hne_kernels.hierarchical_distillation_loss`; the loss and its gradient.
+    """See :func:`hne_kernels.hierarchical_distillation_loss`; returns the loss and its gradient.
 
-    A class index out of range gives a loss of NaN, as an error would have to wait for the GPU; nothing is read by it.
+    A class index out of range gives a loss of NaN, and is not used to read memory.
     """
     check(logits, target, alpha, temperature)
     models, batch, classes = logits.shape

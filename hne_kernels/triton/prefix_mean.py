@@ -1,4 +1,4 @@
-"""A running sum over the members, written down as a mean wherever an ensemble ends: each logit is read once."""
+"""A running sum over the members, written as a mean where an ensemble ends, so that each logit is read once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def _kernel(
     logits, out, carry, elements,
     ENDS: tl.constexpr, BEFORE: tl.constexpr, ENSEMBLES: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """An ensemble ends after member BEFORE + n where bit n of ENDS is set; ENSEMBLES have ended before."""
+    """Means of ensembles that end in this group of members.
+
+    An ensemble ends after member BEFORE + n where bit n of ENDS is set. ENSEMBLES have ended before this group.
+    """
     elements = tl.cast(elements, tl.int64)
     for tile in range(tl.program_id(0), tl.cdiv(elements, BLOCK).to(tl.int32), tl.num_programs(0)):
         offset = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -44,9 +47,9 @@ def _backward_kernel(
     ENDS: tl.constexpr, BEFORE: tl.constexpr, ENSEMBLES: tl.constexpr, MEMBERS: tl.constexpr,
     LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From the last member to the first: the gradients of the ensembles that a member belongs to add up.
+    """The gradient of each member, from last to first: the sum of the gradients of its ensembles.
 
-    ENSEMBLES have ended before or in this group of members; LAST if no group comes after.
+    ENSEMBLES have ended before or in this group of members; LAST if there is no later group.
     """
     elements = tl.cast(elements, tl.int64)
     for tile in range(tl.program_id(0), tl.cdiv(elements, BLOCK).to(tl.int32), tl.num_programs(0)):
@@ -66,20 +69,20 @@ def _backward_kernel(
             tl.store(carry + offset, sums, mask=mask)
 
 
-_CONFIGS = [config(8, BLOCK=1024)]  # 8 or 16 bytes a thread and member; nothing to choose
+_CONFIGS = [config(8, BLOCK=1024)]  # 8 or 16 bytes per thread and member
 _mean = Kernel(_kernel, _CONFIGS, [])
 _spread = Kernel(_backward_kernel, _CONFIGS, [])
-_GROUP = 16  # members of a launch, which are unrolled; the next goes on with their sums
+_GROUP = 16  # members per launch, an unrolled loop; the next launch continues with their sums
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Some of the members, one after the other."""
+    """Consecutive members."""
 
     before: int
     members: int
     ensembles: int  # that end before
-    ends: int  # as bits: a constant of the kernel, where a list would have to travel to the GPU
+    ends: int  # as bits, a constant of the kernel, so that no list is copied to the GPU
 
     @property
     def ensembles_after(self) -> int:

@@ -1,12 +1,13 @@
-// Normalisation, sum and activation over rows of channels, and what their gradient sums: one read of each operand.
+// Normalisation, sum and activation over rows of channels, and the gradients and their sums, with one read of each
+// operand.
 #pragma once
 
 #include "simd.h"
 
 namespace hne::HNE_ISA {
 
-// f(width, c, first, last) over blocks of rows and lanes of channels: a block is a few contiguous KiB, so that memory
-// is read front to back although a channel's rows are far apart.
+// f(width, c, first, last) over blocks of rows and vectors of channels. A block is a few contiguous KiB, so that memory
+// is read front to back, although the values of a channel are far apart.
 template <typename T, typename F>
 HNE_INLINE void for_blocks(const NormRows<T>& r, const F& f) {
   const int64_t rows = r.channels > 0 && r.channels < 1024 ? 1024 / r.channels : 1;
@@ -16,8 +17,8 @@ HNE_INLINE void for_blocks(const NormRows<T>& r, const F& f) {
   }
 }
 
-// Adds to r.sums what f(width, c, m, sum, product) adds to a vector for every row m. Few rows a call: they are summed
-// in T.
+// Adds two sums over the rows to r.sums; f(width, c, m, sum, product) adds row m to vectors of both. The rows of one
+// call are few, and summed in T.
 template <typename T, typename F>
 HNE_INLINE void sum_rows(const NormRows<T>& r, const F& f) {
   T* const sums = r.partial;
@@ -33,7 +34,7 @@ HNE_INLINE void sum_rows(const NormRows<T>& r, const F& f) {
   for (int64_t c = 0; c < 2 * r.channels; ++c) r.sums[c] += r.partial[c];
 }
 
-// sums[0] += x - shift, sums[1] += (x - shift)^2; where there is an out, out = x - shift
+// sums[0] += x - shift, sums[1] += (x - shift)^2, and out = x - shift unless out is null
 template <typename T>
 void moments(const NormRows<T>& r) {
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& square) {
@@ -45,7 +46,7 @@ void moments(const NormRows<T>& r) {
   });
 }
 
-// out = clamp((x - mean) * scale + shift + add). Front to back, as the prefetcher of the processor likes it: here is
+// out = clamp((x - mean) * scale + shift + add). Memory is read front to back for the hardware prefetcher, as this is
 // where a convolution waits for memory.
 template <typename T>
 void normalize(const NormRows<T>& r) {
@@ -59,7 +60,7 @@ void normalize(const NormRows<T>& r) {
     });
 }
 
-// grad, zero where the activation was flat: where its result y is an end of the clamp
+// The gradient before the activation: grad, but zero where the output y is at an end of the clamp.
 template <typename V, typename T>
 HNE_INLINE V masked_by(V grad, V y, const Clamp<T>& range) {
   const V zero = {}, low = range.low - V{}, high = range.high - V{};
@@ -67,7 +68,7 @@ HNE_INLINE V masked_by(V grad, V y, const Clamp<T>& range) {
   return y >= high ? zero : grad;
 }
 
-// out = grad where the activation was not flat, sums[0] += out; the same to `streamed`, where it is given
+// out = gradient before the activation, sums[0] += out; `streamed`, unless null, gets a copy of out
 template <typename T>
 void mask(const NormRows<T>& r) {
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto&) {
@@ -82,7 +83,7 @@ void mask(const NormRows<T>& r) {
   finish_stream();
 }
 
-// masked = grad where the activation was not flat
+// masked = gradient before the activation
 // out = masked * scale, sums[0] += masked, sums[1] += masked * (x - mean)
 template <typename T>
 void normalize_backward(const NormRows<T>& r) {
