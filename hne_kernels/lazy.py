@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import dispatch
-from .ops.branch_norm_conv2d import branch_norm_conv2d
+from .ops.branch_norm_conv2d import MATERIALIZE, branch_norm_conv2d
 from .ops.branch_normalize import branch_normalize
 from .ops.branch_pointwise_norm_conv2d import branch_pointwise_norm_conv2d
 from .ops.branch_pointwise_stats import branch_pointwise_stats
@@ -142,16 +142,16 @@ def entry_conv_stats(
 
     On a CPU, a 1x1 convolution and the computation of ``x`` are one pass over memory.
     """
+    pointwise = _is_pointwise(weight, stride, padding, replicate)
     if isinstance(x, Tensor):
         z = x
-    elif _is_pointwise(weight, stride, padding, replicate):
-        if isinstance(x, LazyPointwise):
-            z, y, mean, var = branch_pointwise_norm_conv2d(**_arguments(x), next_weight=weight)
-        else:
-            z, y, mean, var = branch_norm_conv2d(weight=weight, **x._asdict(), materialize=True)
-        return z, ConvStats(y, None, mean, var)
     elif isinstance(x, LazyPointwise):
-        z = branch_pointwise_norm_conv2d(**_arguments(x))[0]
+        z, y, mean, var = branch_pointwise_norm_conv2d(**_arguments(x), next_weight=weight if pointwise else None)
+        if y is not None and mean is not None and var is not None:
+            return z, ConvStats(y, None, mean, var)
+    elif pointwise and dispatch.has_kernel(MATERIALIZE, x.x):
+        z, y, mean, var = branch_norm_conv2d(weight=weight, **x._asdict(), materialize=True)
+        return z, ConvStats(y, None, mean, var)
     else:
         z = branch_normalize(**x._asdict())
     y, mean, var = branch_norm_conv2d(z, weight, stride=stride, padding=padding, replicate=replicate)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import autocast, checks, dispatch
 from .normalization import check_norm, no_double_backward, statistics_dtype
 
-_MATERIALIZE = "branch_norm_conv2d with materialize"  # a fused kernel on a CPU, two ops elsewhere
+MATERIALIZE = "branch_norm_conv2d with materialize"  # a fused kernel on a CPU, two ops elsewhere
 
 
 @overload
@@ -86,7 +86,7 @@ def branch_norm_conv2d(
         RuntimeError: on double backward, which is not implemented.
     """
     check(x, weight, norm, residual, activation, stride, padding, replicate, materialize)
-    op = dispatch.implementation(_MATERIALIZE if materialize else "branch_norm_conv2d", x)
+    op = dispatch.implementation(MATERIALIZE if materialize else "branch_norm_conv2d", x)
     y, mean, var, z = op(x, weight, norm, residual, activation, stride, padding, replicate, materialize)
     return (z, y, mean, var) if materialize else (y, mean, var)
 
@@ -135,8 +135,8 @@ def _compose(
     return y, mean, var, z
 
 
-dispatch.register(_MATERIALIZE, torch.ops.hne.branch_norm_conv2d, "cpp")
-dispatch.register(_MATERIALIZE, _compose, "reference", "cuda", "triton")
+dispatch.register(MATERIALIZE, torch.ops.hne.branch_norm_conv2d, "cpp")
+dispatch.register(MATERIALIZE, _compose, "reference", "cuda", "triton")
 
 
 @torch.library.register_fake("hne::branch_norm_conv2d")
