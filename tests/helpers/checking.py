@@ -61,7 +61,7 @@ def expected(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outcom
 
 
 def magnitude(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outcome:
-    """For each element, the size of what was added up to get it."""
+    """For each element, the sum of the magnitudes of its terms."""
     rounding = next(torch.finfo(value.dtype).eps for value in tensors(inputs).values() if value.is_floating_point())
     inputs = cast(inputs, torch.float64)
     grads = [grad.to("cpu", torch.float64).abs() for grad in grads]
@@ -70,7 +70,7 @@ def magnitude(case: Case, inputs: Inputs, grads: Sequence[Tensor] = ()) -> Outco
     absolute = {name: value.abs() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     for name in NORMS:
         if absolute.get(name) is not None:
-            absolute[name][0] *= -1  # x - mean is then the sum of their sizes
+            absolute[name][0] *= -1  # so that x - mean is the sum of their magnitudes
     for option in ("activation", "final_activation", "out_activation"):
         if option in absolute:
             absolute[option] = "none"
@@ -94,7 +94,7 @@ def _training_magnitude(
     values = max(y.shape[1:4].numel(), 1)
     both = size + mean_size[:, None, None, None]
     apart = (y - mean[:, None, None, None]).abs()
-    # A deviation y - mean carries the rounding of both, once more for its other factor.
+    # A deviation y - mean has the rounding of both, and the variance multiplies two deviations.
     spread = (both * (2 * apart + rounding * both)).sum(over) / values
     if not grads:
         return Outcome((*before, size, mean_size, spread))
@@ -118,14 +118,14 @@ def _pointwise_stats_magnitude(
         read = K.branch_normalize(inputs["x"], inputs["norm"], activation=inputs["activation"])
         distances = read - read.mean((1, 2, 3), keepdim=True).nan_to_num()
         apart = K.branch_conv2d(distances.abs(), absolute["weight"])
-    # A distance carries the rounding of the value and of the mean.
+    # A distance has the rounding of the value and of the mean.
     spread = (apart * (apart + 2 * (size + mean_size[:, None, None, None]))).sum((1, 2, 3))
     outcome.results = (mean_size, spread / max(size.shape[1:4].numel(), 1))
     return outcome
 
 
 def _loss_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
-    """Every exponent is off by eps times the largest logit; a probability, relatively, by as much."""
+    """Exponents have an error of eps times the largest logit, probabilities the same as a relative error."""
     logits, alpha, temperature = inputs["logits"], inputs["alpha"], inputs["temperature"]
     models, batch, _ = logits.shape
     largest = 1 + logits.abs().max()
@@ -139,7 +139,7 @@ def _loss_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
 
 
 def tolerance(case: Case, backend: str, dtype: torch.dtype, size: Tensor) -> Tensor:
-    """Rounding that ``case`` may show: sums are kept in float32 or better, values stored in ``dtype``."""
+    """The error that rounding allows: sums are float32 at least, stored values have ``dtype``."""
     sums = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     stored = torch.finfo(dtype)
     composed = [("triton", "fused_bottleneck")]
@@ -151,13 +151,13 @@ def tolerance(case: Case, backend: str, dtype: torch.dtype, size: Tensor) -> Ten
 
 
 def check(case: Case, backend: str, inputs: Inputs, actual: Outcome, grads: Sequence[Tensor] = ()) -> None:
-    """Raise unless ``actual`` is what the op should give for ``inputs``, but for the rounding of ``backend``."""
+    """Raise unless ``actual`` agrees with the reference for ``inputs``, but for the rounding of ``backend``."""
     want, sizes = expected(case, inputs, grads), magnitude(case, inputs, grads)
     for (name, got), (_, right), (_, size) in zip(actual.items(), want.items(), sizes.items(), strict=True):
         assert got.shape == right.shape, f"{case}: shape of {name}"
         error = (got.to("cpu", torch.float64) - right).abs()
         error[(right.abs() > torch.finfo(got.dtype).max) & (got.cpu() == right.sign() * torch.inf)] = 0
-        # The statistics of a unit are those of a map that is stored in a smaller dtype.
+        # The statistics of a training op are those of an output that is stored in a smaller dtype.
         dtype = inputs["x"].dtype if case.op in TRAINING_OPS else got.dtype
         allowed = tolerance(case, backend, dtype, size).expand_as(right)
         wrong = ~(error <= allowed)  # NaN is wrong too

@@ -14,7 +14,7 @@ def out_size(size: int, k: int, stride: int, padding: int) -> int:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution: G input branches with r children each (the last may lack some), B maps of H x W."""
+    """The sizes of a convolution: G input branches, r children each (the last may lack some), B samples of H x W."""
 
     G: int
     r: int
@@ -51,9 +51,9 @@ class Geometry:
         return {"stride": self.stride, "padding": self.padding, "replicate": self.r}
 
 
-# Between them: every G of 1, 2, 3, 5 with r of 1 to 4; empty batches and batches of one; maps of one pixel,
-# smaller than the kernel, odd, not square; channels that no vector width divides; windows that lie wholly in
-# the padding; rows the stride leaves over.
+# Together: every G of 1, 2, 3, 5 with r of 1 to 4; empty batches and batches of one; feature maps of one pixel,
+# smaller than the kernel, odd, not square; channels that no vector width divides; windows that lie wholly in the
+# padding; rows that the stride skips at the end.
 GEOMETRIES = [
     Geometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0),
     Geometry(1, 1, 2, 8, 8, 3, 16, 3, 1, 1),
@@ -75,11 +75,11 @@ GEOMETRIES = [
     Geometry(2, 1, 2, 33, 31, 17, 24, 3, 2, 1),
     Geometry(2, 2, 2, 6, 5, 5, 3, 3, 1, 1, missing=1),
     Geometry(3, 4, 1, 7, 7, 3, 17, 1, 2, 0, missing=3),
-    # Channels that fill vectors, several tiles of a matrix kernel, windows that step.
+    # Channels that fill vectors, several tiles of a matrix kernel, strides.
     Geometry(2, 2, 1, 9, 7, 16, 24, 3, 2, 1),
     Geometry(1, 2, 3, 7, 9, 72, 136, 1, 1, 0),
-    Geometry(2, 1, 2, 5, 4, 24, 93, 1, 1, 0),  # few terms, a panel of weights that is not full
-    # Images: blocks of pixels that begin and end within a row.
+    Geometry(2, 1, 2, 5, 4, 24, 93, 1, 1, 0),  # short sums, a panel of weights that is not full
+    # Images, with blocks of pixels that begin and end within a row.
     Geometry(2, 1, 3, 9, 17, 3, 17, 3, 1, 1),
     Geometry(1, 2, 2, 11, 31, 5, 5, 5, 2, 2),
 ]

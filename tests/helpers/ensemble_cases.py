@@ -11,7 +11,7 @@ def prefix_mean(models: int, batch: int, classes: int, sizes: tuple[int, ...] | 
         return {"logits": normal(rng, models, batch, classes), "sizes": sizes}
 
     name = f"N{models}B{batch}L{classes}-{sizes or 'default'}".replace(" ", "")
-    # The reference sums a member's gradient over the ensembles it belongs to, one rounding each.
+    # The reference sums the gradient of a member over its ensembles, with one rounding each.
     return Case("prefix_mean", name, make, ("logits",), models + 5, naive_roundings=6)
 
 

@@ -31,7 +31,7 @@ def fused_convolution(geometry: Geometry, activation: str) -> Case:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """A bottleneck or inverted residual; ``join`` is what is added at its end."""
+    """The sizes of a bottleneck or inverted residual; ``join`` is the summand at its end."""
 
     G: int
     r: int
@@ -71,7 +71,7 @@ BOTTLENECKS = [
     Bottleneck(2, 2, 2, 16, 16, 64, 32, 128, 3, 2, "shortcut", "relu", "relu"),
     Bottleneck(2, 2, 1, 5, 6, 8, 4, 16, 3, 1, "shortcut", "relu", "relu", missing=1),
     Bottleneck(1, 1, 1, 9, 10, 16, 40, 200, 3, 1, "shortcut", "relu", "relu"),
-    # Expanded maps beyond a cache, so that they are computed a few rows at a time; a row beyond it, too.
+    # Expanded feature maps larger than a cache, which are computed a few rows at a time; and a row larger than a cache.
     Bottleneck(1, 2, 1, 33, 33, 9, 96, 20, 3, 2, "shortcut", "relu", "relu"),
     Bottleneck(1, 1, 1, 40, 30, 16, 128, 16, 5, 1, "identity", "relu6", "none"),
     Bottleneck(1, 1, 1, 6, 64, 3, 512, 4, 3, 1, "nothing", "relu", "none"),
@@ -83,7 +83,7 @@ def bottleneck(b: Bottleneck) -> Case:
 
     def make(rng: torch.Generator) -> Inputs:
         def pointwise(outputs: int, inputs: int) -> Tensor:
-            scale = inputs**-0.5  # keeps values near 1, where the activations bend
+            scale = inputs**-0.5  # values near 1, where the activations bend
             return K.pack_weight(normal(rng, branches, outputs, inputs, 1, 1, scale=scale))
 
         shortcut = b.join == "shortcut"
@@ -104,14 +104,20 @@ def bottleneck(b: Bottleneck) -> Case:
             "final_activation": b.final,
         }
 
-    # Errors of the three convolutions add up, and so do the shortcut's.
+    # The errors of the three convolutions and of the shortcut add up.
     terms = (b.ci + 1) + (b.k**2 + 1) + (b.middle + 1) + (b.ci + 2)
     return Case("fused_bottleneck", str(b), make, (), terms, roundings=2, naive_roundings=6)
 
 
 def layers(name: str, *singles: Case, keep: Sequence[int] = (), mean: Sequence[int] = ()) -> Case:
-    """Layers one after the other, the features after those of ``keep`` results as well, those of ``mean`` of the mean
-    over each map. The arguments of each are named by its number."""
+    """A sequence of layers.
+
+    Args:
+        keep: indices of the layers whose outputs are results, too.
+        mean: indices of the layers that average over each feature map first.
+
+    The names of a layer's inputs end with its index.
+    """
 
     def make(rng: torch.Generator) -> Inputs:
         made = [single.make(rng) for single in singles]
@@ -119,12 +125,12 @@ def layers(name: str, *singles: Case, keep: Sequence[int] = (), mean: Sequence[i
         return {"x": made[0]["x"], **later}
 
     def arguments(inputs: Inputs) -> Inputs:
-        described = []
+        given = []
         for i in range(len(singles)):
             own = {name.removesuffix(f"_{i}"): v for name, v in inputs.items() if name.endswith(f"_{i}")}
             options = {name: own.pop(name) for name in K.FusedLayer._fields if name in own}
-            described.append(K.FusedLayer(tuple(own.values()), **options, mean=i in mean))
-        return {"x": inputs["x"], "layers": described, "keep": keep}
+            given.append(K.FusedLayer(tuple(own.values()), **options, mean=i in mean))
+        return {"x": inputs["x"], "layers": given, "keep": keep}
 
     terms = sum(single.terms for single in singles) + 100 * len(mean)
     roundings = sum(single.roundings for single in singles) + len(mean)
@@ -132,11 +138,11 @@ def layers(name: str, *singles: Case, keep: Sequence[int] = (), mean: Sequence[i
     return Case("FusedLayers", name, make, (), terms, roundings, naive_roundings, arguments)
 
 
-# In the runs of bottlenecks: more maps than threads, as many, and fewer; the last have some left over.
+# Chains of bottlenecks with more feature maps than threads, as many, and fewer, and numbers that threads do not divide.
 LAYERS = [
     layers("one", bottleneck(Bottleneck(1, 1, 1, 7, 7, 4, 3, 4, 3, 1, "identity", "relu", "relu"))),
     layers(
-        "run",
+        "chain",
         bottleneck(Bottleneck(2, 2, 2, 7, 6, 5, 3, 9, 3, 2, "shortcut", "relu", "relu", missing=1)),
         bottleneck(Bottleneck(3, 1, 2, 4, 3, 9, 20, 9, 3, 1, "identity", "relu", "relu")),
         bottleneck(Bottleneck(3, 1, 2, 4, 3, 9, 17, 33, 5, 1, "shortcut", "relu6", "none")),
@@ -158,7 +164,7 @@ LAYERS = [
         bottleneck(Bottleneck(1, 1, 5, 5, 9, 7, 20, 9, 3, 2, "shortcut", "relu", "none")),
     ),
     layers(
-        "kept",
+        "keep",
         bottleneck(Bottleneck(1, 1, 1, 5, 7, 8, 3, 8, 3, 1, "identity", "relu", "relu")),
         bottleneck(Bottleneck(1, 1, 1, 5, 7, 8, 4, 20, 3, 1, "shortcut", "relu", "relu")),
         bottleneck(Bottleneck(1, 1, 1, 5, 7, 20, 3, 6, 3, 2, "shortcut", "relu", "relu")),

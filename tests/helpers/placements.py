@@ -1,4 +1,4 @@
-"""The backends, where and in which dtypes each of them is tested; the seed of this run."""
+"""The device and the dtypes that each backend is tested with, and the seed of this run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-# In the environment, so that processes started by a test draw the same inputs.
+# In the environment, so that processes that a test starts draw the same inputs.
 SEED = int(os.environ.setdefault("HNE_TEST_SEED", str(secrets.randbelow(2**31))))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in what a test computes."""
+    """Backend, device and dtype of a test."""
 
     backend: str
     device: str
@@ -22,7 +22,7 @@ class Placement:
 
     @property
     def interpreted(self) -> bool:
-        """Each tile of a kernel costs milliseconds: tests choose what they show with."""
+        """Whether the kernels run in Triton's interpreter, which takes milliseconds for each tile."""
         return self.backend == "triton" and self.device == "cpu"
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""How many threads the ops have."""
+"""The number of threads of the ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def on_threads(threads: int) -> Iterator[None]:
-    """Within it, ops have so many threads."""
+    """Run the ops in the ``with`` block on this number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

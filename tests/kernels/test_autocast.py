@@ -1,4 +1,4 @@
-"""Under torch.autocast the ops follow PyTorch's own: convolutions and heads in bfloat16, losses in float32."""
+"""Under torch.autocast the ops compute as PyTorch's do: convolutions and heads in bfloat16, losses in float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOWERED = ("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d", "fused_bo
 
 @pytest.mark.parametrize("case", [c for c in representative() if c.op in LOWERED], ids=lambda case: case.label)
 def test_lowered_ops(case: Case, backend: Placement, rng: torch.Generator) -> None:
-    """float32 in, bfloat16 out: what the bfloat16 op gives for inputs rounded to bfloat16."""
+    """float32 inputs give bfloat16 results, those of the bfloat16 op for inputs rounded to bfloat16."""
     inputs = case.inputs(rng, backend.dtype, backend.device)
     with torch.autocast(backend.device, torch.bfloat16):
         outcome = evaluate(case, inputs)
@@ -39,7 +39,7 @@ def test_parameters_get_gradients_in_their_own_dtype(case: Case, backend: Placem
 
 
 def test_mixed_dtypes_are_fine_under_autocast(backend: Placement, rng: torch.Generator) -> None:
-    """The features of the layer before are bfloat16 already, the parameters are not."""
+    """The features from an earlier layer are bfloat16 already, the parameters are float32."""
     x = torch.randn(2, 2, 4, 4, 3, generator=rng).to(backend.device, torch.bfloat16)
     weight = torch.randn(2, 5, 3, 3, 3, generator=rng).to(backend.device)
     with torch.autocast(backend.device, torch.bfloat16):
@@ -82,4 +82,4 @@ def test_statistics_stay_in_float32(depthwise: bool, backend: Placement, rng: to
         z = K.branch_normalize(y, torch.stack([mean, var.add(1e-5).rsqrt(), zero]))
     assert (y.dtype, mean.dtype, var.dtype, z.dtype) == (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)
     for got, want in zip((mean, var), _statistics(y), strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)  # of the values before they are rounded
+        torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)  # got is of the values before rounding

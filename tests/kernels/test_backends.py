@@ -1,4 +1,4 @@
-"""The choice of a backend, threads, and the instruction sets that the C++ library can be told to use."""
+"""The choice of a backend, threads, and the instruction sets of the C++ library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ("reference", "cpp", "cuda", "triton")
 
 
 def _served_by_ours(backend: str | None = None) -> bool:
-    """Whether prefix_mean, called now, is computed by a registered op."""
+    """Whether a registered op computes prefix_mean now."""
     with OpsOfOurs() as ops:
         K.prefix_mean(torch.ones(2, 1, 1))
     return bool(ops.called)
@@ -98,7 +98,7 @@ def test_chosen_backend_that_cannot_serve_a_dtype() -> None:
 
 
 def test_automatic_choice_falls_back(rng: torch.Generator) -> None:
-    """A dtype that no kernel knows is served by PyTorch."""
+    """PyTorch serves a dtype that no kernel supports."""
     logits = torch.randn(3, 2, 4, generator=rng).half()
     want = torch.stack([logits[:1].mean(0), logits[:2].mean(0), logits.mean(0)])
     torch.testing.assert_close(K.prefix_mean(logits), want)
@@ -178,12 +178,12 @@ def test_any_number_of_threads(case: Any, threads: int, rng: torch.Generator) ->
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_keep_the_cores_that_they_may_use(threads: int) -> None:
-    """Threads that may meet on a core are as free afterwards as before."""
-    result = _python(f"THREADS = {threads}\n{_MEETING}")
+    """Threads that were confined to one core may use all cores afterwards."""
+    result = _python(f"THREADS = {threads}\n{_CONFINED}")
     assert result.stdout.split() == ["right", "free"], result.stderr
 
 
-_MEETING = """
+_CONFINED = """
 import os
 import torch
 import hne_kernels as K
@@ -195,7 +195,7 @@ want = K.branch_conv2d(x, weight, replicate=2)
 right = True
 for _ in range(20):
     tasks = [int(task) for task in os.listdir("/proc/self/task")]
-    for allowed in ({min(cores)}, cores):  # those that run now are on one core, and need not be
+    for allowed in ({min(cores)}, cores):  # confine the running threads to one core, and free them
         for task in tasks:
             os.sched_setaffinity(task, allowed)
     right &= torch.equal(K.branch_conv2d(x, weight, replicate=2), want)
@@ -206,7 +206,7 @@ print("right" if right else "wrong", "free" if free else "bound")
 
 
 def test_two_python_threads_at_once(backend: Placement, rng: torch.Generator) -> None:
-    """Kernels share no scratch memory: each thread gets what it gets alone."""
+    """Kernels share no scratch memory: each thread has the results that it has alone."""
     work = []
     for case in representative():
         inputs = case.inputs(rng, backend.dtype, backend.device)
@@ -224,7 +224,7 @@ def test_two_python_threads_at_once(backend: Placement, rng: torch.Generator) ->
                         evaluate(case, inputs, grads).items(), alone.items(), strict=True
                     ):
                         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        except BaseException as error:  # would be lost with the thread
+        except BaseException as error:  # a thread would swallow it
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(order,)) for order in (1, -1)]
@@ -240,7 +240,7 @@ def test_two_python_threads_at_once(backend: Placement, rng: torch.Generator) ->
 
 _LEVELS = [level.strip() for level in extension.cpu_library().cpu_capabilities_supported().split(",")]
 
-# The parity suite's core in one process: every op, two dtypes.
+# The core of the parity suite in one process: every op, two dtypes.
 _CORE = """
 import sys, torch
 sys.path.insert(0, {folder!r})
@@ -263,8 +263,10 @@ print("checked", len(CASES))
 
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_instruction_sets(level: str, rng: torch.Generator) -> None:
-    """Every level that this machine has, with the memory of the C++ library's own scratch buffers filled with
-    large numbers first (glibc's MALLOC_PERTURB_): a kernel that reads what it did not write shows."""
+    """Parity with every instruction set of this machine.
+
+    glibc's MALLOC_PERTURB_ fills the library's scratch buffers with large numbers, so that uninitialised reads show.
+    """
     if level not in _LEVELS:
         pytest.skip(f"this machine has {', '.join(_LEVELS)}")
     core = _CORE.format(folder=os.path.dirname(cases.__file__), level=level, seed=rng.initial_seed())
@@ -286,7 +288,7 @@ def test_unknown_instruction_set() -> None:
 
 
 def test_import_leaves_the_compiler_alone() -> None:
-    """It takes longer to import than all else together."""
+    """Importing the compiler takes longer than everything else together."""
     code = "import sys, hne; assert 'torch._dynamo' not in sys.modules"
     result = _python(code, TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""The ops and the model as the compiler and the exporter see them: one graph, the same numbers."""
+"""Under torch.compile and torch.export, ops and model are one graph with the same results."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_other_sizes_need_no_other_graph(case: Case, rng: torch.Generator) -> No
 
 
 def test_settings_are_looked_at_while_compiling() -> None:
-    """What the compiler could not trace is asked for once, and its answer is a constant of the graph."""
+    """A function that the compiler cannot trace is called once, and its result is a constant of the graph."""
     asked = []
 
     @dispatch._constant_when_compiled
@@ -116,7 +116,7 @@ def test_wrong_shapes_are_found_while_compiling() -> None:
 
 
 class _EveryOp(nn.Module):
-    """A network of all differentiable ops, so that the compiler's slow part runs once."""
+    """A network of all differentiable ops, so that the slow part of the compiler runs once."""
 
     def __init__(self, rng: torch.Generator) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def test_inductor_trains_the_same(rng: torch.Generator) -> None:
 
 
 def test_export_keeps_our_ops(rng: torch.Generator, tmp_path: Path) -> None:
-    """An exported program has each op as one node, takes any batch size, and survives a file."""
+    """An exported program has one node per op, takes any batch size, and can be saved and loaded."""
     model = _EveryOp(rng)
     x = torch.randn(1, 4, 6, 6, 3, generator=rng)
     target = torch.randint(7, (4,), generator=rng)
@@ -185,7 +185,7 @@ def test_export_keeps_our_ops(rng: torch.Generator, tmp_path: Path) -> None:
 def model() -> FusedHNE:
     torch.manual_seed(0)
     model = FusedHNE.from_preset("hne_tiny", num_classes=5, width=0.5)
-    with torch.no_grad():  # running statistics that are not those of a new model
+    with torch.no_grad():  # so that running statistics differ from those of a new model
         for _ in range(2):
             model.train()(torch.randn(8, 3, 12, 12))
     return model.eval()

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: on an emulated one they compute the right thing and keep to their memory."""
+"""The CUDA kernels on an emulated GPU: their results are right, and they access only their own memory."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _SANITIZED = (
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The kernels for the host, with sanitizers: one sees accesses of 16 bytes that are not aligned."""
+    """The kernels compiled for the host with sanitizers, which also find unaligned accesses of 16 bytes."""
     if emulation.compiler() is None:
         pytest.skip("no C++ compiler")
     return emulation.build(ROOT / "build" / "cuda_emulation", _SANITIZED)
 
 
 def _run(library: Path, *arguments: str, **environ: str) -> str:
-    """Run Python with the emulated kernels; Python itself is not instrumented, so the runtime is loaded ahead."""
+    """Run Python with the emulated kernels, after preloading the sanitizer's runtime, as Python is not instrumented."""
     compiler = (emulation.compiler() or "g++").split()[0]
     preload = [
         subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
@@ -75,7 +75,7 @@ from cases import cast, cotangents
 rng = torch.Generator().manual_seed(7)
 
 def shifted(value):
-    # Not at a multiple of 16 bytes.
+    # A copy that does not start at a multiple of 16 bytes.
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     longer = value.new_full((value.numel() + 1,), float("nan"))
@@ -96,7 +96,7 @@ for case in CASES:
 
 
 def test_without_room_in_shared_memory(library: Path) -> None:
-    """A bottleneck is then composed of its parts, and the loss keeps its sums in device memory."""
+    """A bottleneck is then composed of its convolutions, and the loss has its sums in device memory."""
     ops = "^(fused_bottleneck|hierarchical_distillation_loss)"
     said = _run(library, "-c", _CASES, ops, HNE_EMULATED_SHARED_MEMORY="1000")
     assert "checked fused_bottleneck" in said
@@ -104,7 +104,7 @@ def test_without_room_in_shared_memory(library: Path) -> None:
 
 
 def test_tensors_that_begin_anywhere(library: Path) -> None:
-    """Channels that fill vectors of 16 bytes, at addresses that do not."""
+    """Channels that fill vectors of 16 bytes, at addresses that are no multiples of 16."""
     ops = "conv2d(-dense|-depthwise)?-.*-16to|bottleneck-.*-16to16|normalize-1x4x9x7x64|prefix_(mean|logits)-N16"
     said = _run(library, "-c", _CASES, ops, "shifted")
     for op in (
@@ -147,7 +147,7 @@ _VAST = {
 
 @pytest.mark.parametrize("what", _VAST)
 def test_vast_numbers_are_an_error(what: str, library: Path) -> None:
-    """Before memory is touched: these tensors have one value, repeated."""
+    """The error comes before any access to memory, as these tensors are one repeated value."""
     code = f"""
 import torch, hne_kernels as K
 one = torch.ones(1, 1)

@@ -1,5 +1,4 @@
-"""What is particular to layers in one call: what is prepared and kept, and what is refused. Their results are judged
-with those of the ops, see ``cases.LAYERS``."""
+"""Layers in one call: preparation, memory and errors. The parity suite judges their results (``cases.LAYERS``)."""
 
 from __future__ import annotations
 
@@ -47,8 +46,8 @@ def test_same_result_every_time(case: Case, rng: torch.Generator) -> None:
 
 
 def test_any_batch_of_any_layout(rng: torch.Generator) -> None:
-    x, described, keep = arguments("network", rng, torch.float64)
-    layers = K.FusedLayers(described, keep)
+    x, singles, keep = arguments("network", rng, torch.float64)
+    layers = K.FusedLayers(singles, keep)
     (together,) = layers(x)
     for first in range(x.shape[1]):
         assert torch.equal(layers(x[:, first:][:, :1])[0], together[:, first : first + 1])
@@ -57,20 +56,20 @@ def test_any_batch_of_any_layout(rng: torch.Generator) -> None:
 
 
 def test_other_backends_call_the_layers_in_turn(rng: torch.Generator) -> None:
-    x, described, keep = arguments("network", rng, torch.float64)
-    layers = K.FusedLayers(described, keep)
+    x, singles, keep = arguments("network", rng, torch.float64)
+    layers = K.FusedLayers(singles, keep)
     want = layers(x)
     with K.use_backend("reference"):
         torch.testing.assert_close(layers(x), want)
 
 
 def test_autocast_lowers_as_it_does_the_ops(rng: torch.Generator) -> None:
-    x, described, keep = arguments("kept", rng)
-    layers = K.FusedLayers(described, keep)
+    x, singles, keep = arguments("keep", rng)
+    layers = K.FusedLayers(singles, keep)
     with torch.autocast("cpu", torch.bfloat16):
         results = layers(x)
         want = x
-        for layer in described:
+        for layer in singles:
             want = layer(want)
     assert all(result.dtype == torch.bfloat16 for result in results)
     assert torch.equal(results[-1], want.flatten(2))
@@ -92,8 +91,8 @@ LAYOUTS = {
 def test_images_are_features_of_one_branch(
     layout: Any, shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator
 ) -> None:
-    _, described, keep = arguments("network", rng, dtype)
-    of_images, of_features = (K.FusedLayers(described, keep, images=images) for images in (True, False))
+    _, singles, keep = arguments("network", rng, dtype)
+    of_images, of_features = (K.FusedLayers(singles, keep, images=images) for images in (True, False))
     images = layout(torch.randn(shape, generator=rng).to(dtype))
     assert images.shape == shape
     features = images.permute(0, 2, 3, 1).unsqueeze(0).contiguous()
@@ -106,8 +105,8 @@ def test_images_are_features_of_one_branch(
 
 
 def test_images_that_do_not_fit(rng: torch.Generator) -> None:
-    _, described, keep = arguments("network", rng)
-    layers = K.FusedLayers(described, keep, images=True)
+    _, singles, keep = arguments("network", rng)
+    layers = K.FusedLayers(singles, keep, images=True)
     with pytest.raises(ValueError, match=r"layer 0: .*4"):
         layers(torch.randn(2, 4, 5, 5))
     with pytest.raises(ValueError, match=r"layer 0: x: expected at least 1 rows and columns.*got 0x5"):
@@ -118,9 +117,9 @@ def test_images_that_do_not_fit(rng: torch.Generator) -> None:
         layers(torch.randn(1, 2, 5, 5, 3))
 
 
-# Expanded maps of 128 channels go through the cache in bands, those of a few as a whole. What is added to the map that
-# was read may be written there; what comes of a shortcut may not.
-RUNS = {
+# Expanded feature maps of 128 channels are computed in bands of rows, those of few channels as a whole. With an
+# identity, the output may replace the input in memory; with a shortcut it may not.
+CHAINS = {
     "bands, whole, bands": [(16, 128, 16, 5, 1), (16, 3, 16, 3, 1), (16, 128, 9, 3, 2)],
     "whole, bands, whole": [(16, 3, 16, 3, 1), (16, 128, 16, 3, 1), (16, 5, 16, 3, 2)],
     "bands, bands": [(16, 128, 16, 3, 1), (16, 130, 7, 5, 2)],
@@ -129,14 +128,14 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("described", RUNS.values(), ids=RUNS)
-@pytest.mark.parametrize("maps", [(1, 1), (1, 3), (2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("branches_and_batch", [(1, 1), (1, 3), (2, 2)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_maps_in_memory(
-    described: list[tuple[Any, ...]], maps: tuple[int, int], threads: int, rng: torch.Generator
+    sizes: list[tuple[Any, ...]], branches_and_batch: tuple[int, int], threads: int, rng: torch.Generator
 ) -> None:
-    branches, batch = maps
-    layers = [_bottleneck(rng, branches, *sizes) for sizes in described]
+    branches, batch = branches_and_batch
+    layers = [_bottleneck(rng, branches, *layer_sizes) for layer_sizes in sizes]
     x = torch.randn(branches, batch, 40, 30, 16, generator=rng, dtype=torch.float64)
     given = x.clone()
     with on_threads(threads):
@@ -147,41 +146,41 @@ def test_maps_in_memory(
     assert torch.equal(x, given)
 
 
-@pytest.mark.parametrize("kept", [[], [1], [2]], ids=str)
+@pytest.mark.parametrize("keep", [[], [1], [2]], ids=str)
 @pytest.mark.parametrize("convolutions", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_convolutions_before_bottlenecks(
-    kept: list[int], convolutions: int, threads: int, rng: torch.Generator
+    keep: list[int], convolutions: int, threads: int, rng: torch.Generator
 ) -> None:
     layers = [_convolution(rng, 1, 7, 7) for _ in range(convolutions)]
     layers += [_bottleneck(rng, 1, *sizes) for sizes in [(7, 3, 7, 3, 1), (7, 3, 7, 3, 1), (7, 3, 5, 3, 2)]]
     x = torch.randn(1, 3, 9, 7, 7, generator=rng, dtype=torch.float64)
     with on_threads(threads):
-        results = K.FusedLayers(layers, kept)(x)
+        results = K.FusedLayers(layers, keep)(x)
     with K.use_backend("reference"):
-        wanted = K.FusedLayers(layers, kept)(x)
+        wanted = K.FusedLayers(layers, keep)(x)
     assert len(results) == len(wanted)
     for result, want in zip(results, wanted, strict=True):
         torch.testing.assert_close(result, want)
 
 
 @pytest.mark.parametrize("given", ["features", "images", "branches"])
-def test_parts_of_a_batch(given: str, rng: torch.Generator) -> None:
+def test_micro_batches(given: str, rng: torch.Generator) -> None:
     branches, images = 2 if given == "branches" else 1, given == "images"
     layers = [_convolution(rng, branches, 3, 64), _convolution(rng, branches, 64, 2)]
     if given == "branches":
         layers.append(_convolution(rng, branches, 2, 5)._replace(mean=True))
     x = torch.randn(branches, 19, 64, 64, 3, generator=rng, dtype=torch.float64)
-    parts = K.FusedLayers(layers, images=images)
-    kept = K.FusedLayers(layers, [0], images=images)
+    in_micro_batches = K.FusedLayers(layers, images=images)
+    whole = K.FusedLayers(layers, [0], images=images)
     of_image = x[0].permute(0, 3, 1, 2) if images else x
     K.release_memory()
-    (result,) = parts(of_image)
-    assert K.release_memory() < kept(of_image)[0].nbytes  # of all samples; nothing is kept under AddressSanitizer
-    (together,) = kept(of_image)[1:]
+    (result,) = in_micro_batches(of_image)
+    assert K.release_memory() < whole(of_image)[0].nbytes  # idle memory; there is none with AddressSanitizer
+    (together,) = whole(of_image)[1:]
     assert torch.equal(result, together)
     with K.use_backend("reference"):
-        torch.testing.assert_close(result, parts(of_image)[0])
+        torch.testing.assert_close(result, in_micro_batches(of_image)[0])
 
 
 def _convolution(rng: torch.Generator, branches: int, channels: int, out: int) -> K.FusedLayer:
@@ -222,8 +221,8 @@ def _bottleneck(
 
 
 def test_layers_are_forgotten_with_their_object(rng: torch.Generator) -> None:
-    x, described, keep = arguments("one", rng)
-    layers = K.FusedLayers(described, keep)
+    x, singles, keep = arguments("one", rng)
+    layers = K.FusedLayers(singles, keep)
     number = layers._prepared
     torch.ops.hne.fused_layers(x, number)
     del layers
@@ -233,8 +232,8 @@ def test_layers_are_forgotten_with_their_object(rng: torch.Generator) -> None:
 
 
 def test_a_copy_is_prepared_by_itself(rng: torch.Generator) -> None:
-    x, described, keep = arguments("kept", rng)
-    layers = K.FusedLayers(described, keep)
+    x, singles, keep = arguments("keep", rng)
+    layers = K.FusedLayers(singles, keep)
     want = layers(x)
     twin = copy.deepcopy(layers)
     assert twin._prepared != layers._prepared
@@ -244,19 +243,19 @@ def test_a_copy_is_prepared_by_itself(rng: torch.Generator) -> None:
 
 
 def test_a_dtype_that_only_the_reference_serves(rng: torch.Generator) -> None:
-    x, described, keep = arguments("one", rng, torch.float16)
-    (result,) = K.FusedLayers(described, keep)(x)
-    assert torch.equal(result, described[0](x))
+    x, singles, keep = arguments("one", rng, torch.float16)
+    (result,) = K.FusedLayers(singles, keep)(x)
+    assert torch.equal(result, singles[0](x))
 
 
 def test_weights_are_kept_alive(rng: torch.Generator) -> None:
-    x, described, keep = arguments("run", rng)
-    layers = K.FusedLayers(described, keep)
+    x, singles, keep = arguments("chain", rng)
+    layers = K.FusedLayers(singles, keep)
     want = layers(x)[0].clone()
     layers.layers = ()
-    del described
+    del singles
     gc.collect()
-    for _ in range(10):  # memory of the weights would be used again
+    for _ in range(10):  # would reuse the memory of freed weights
         torch.full((1000,), float("nan"))
     assert torch.equal(layers(x)[0], want)
 
@@ -275,35 +274,35 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
 
 @pytest.mark.parametrize(("change", "error", "text"), WRONG.values(), ids=WRONG)
 def test_features_that_do_not_fit(change: Any, error: type[Exception], text: str, rng: torch.Generator) -> None:
-    x, described, keep = arguments("network", rng)
-    layers = K.FusedLayers(described, keep)
+    x, singles, keep = arguments("network", rng)
+    layers = K.FusedLayers(singles, keep)
     with pytest.raises(error, match=text):
         layers(change(x))
 
 
 def test_layers_that_do_not_fit(rng: torch.Generator) -> None:
-    _, described, _ = arguments("network", rng)
+    _, singles, _ = arguments("network", rng)
     with pytest.raises(ValueError, match="layers: expected at least one, got none"):
         K.FusedLayers([])
     with pytest.raises(ValueError, match=r"keep: expected numbers from 0 to 4, got 5"):
-        K.FusedLayers(described, [5])
+        K.FusedLayers(singles, [5])
     with pytest.raises(ValueError, match=r"layer 1: expand: .*"):
-        K.FusedLayers([described[0], described[2]])
+        K.FusedLayers([singles[0], singles[2]])
     with pytest.raises(ValueError, match=r"layer 1: .*branches"):
-        K.FusedLayers([described[0], described[1]._replace(replicate=2)])
+        K.FusedLayers([singles[0], singles[1]._replace(replicate=2)])
     with pytest.raises(ValueError, match=r"layer 0: weights: expected two .* or eight .*, got 3"):
-        K.FusedLayers([described[0]._replace(weights=(*described[0].weights, None))])
+        K.FusedLayers([singles[0]._replace(weights=(*singles[0].weights, None))])
     with pytest.raises(ValueError, match=r"layer 0: activation: expected one of none, relu, relu6, got 'gelu'"):
-        K.FusedLayers([described[0]._replace(activation="gelu")])
-    wide = tuple(w if w is None else w.double() for w in described[1].weights)
+        K.FusedLayers([singles[0]._replace(activation="gelu")])
+    wide = tuple(w if w is None else w.double() for w in singles[1].weights)
     with pytest.raises(TypeError, match=r"layer 1: .*float64"):
-        K.FusedLayers([described[0], described[1]._replace(weights=wide)])
+        K.FusedLayers([singles[0], singles[1]._replace(weights=wide)])
 
 
 def test_the_library_guards_itself(rng: torch.Generator) -> None:
-    """Past the checks of Python nothing is read or written that is not there."""
-    x, described, _ = arguments("one", rng)
-    (weights, *_) = described[0]
+    """Without the checks in Python, the library still refuses wrong arguments."""
+    x, singles, _ = arguments("one", rng)
+    (weights, *_) = singles[0]
     numbers = [1, 1, 0, 1, 1, 1, 1, 1]
     prepare = torch.ops.hne.prepare_layers
     for wrong in (numbers[:-1], [], [9, *numbers[1:]], [1, 0, *numbers[2:]], [1, 1, 0, 0, *numbers[4:]],
@@ -320,16 +319,16 @@ def test_the_library_guards_itself(rng: torch.Generator) -> None:
         with pytest.raises(RuntimeError):
             torch.ops.hne.fused_layers(features, number)
     extension.cpu_library().forget_layers(number)
-    extension.cpu_library().forget_layers(number)  # nothing to forget
+    extension.cpu_library().forget_layers(number)  # a second call does nothing
 
 
 def test_no_gradient(rng: torch.Generator) -> None:
-    x, described, keep = arguments("one", rng)
-    layers = K.FusedLayers(described, keep)
+    x, singles, keep = arguments("one", rng)
+    layers = K.FusedLayers(singles, keep)
     with pytest.raises(RuntimeError, match="FusedLayers is for inference and has no gradient"):
         layers(x.requires_grad_())
-    weights = (described[0].weights[0].clone().requires_grad_(), *described[0].weights[1:])
+    weights = (singles[0].weights[0].clone().requires_grad_(), *singles[0].weights[1:])
     with pytest.raises(RuntimeError, match="FusedLayers is for inference and has no gradient"):
-        K.FusedLayers([described[0]._replace(weights=weights)])
+        K.FusedLayers([singles[0]._replace(weights=weights)])
     with torch.no_grad():
         assert not layers(x)[0].requires_grad

@@ -20,7 +20,7 @@ ONCE = (*TRAINING_OPS, LOSS)  # ops that are differentiable once
 
 
 def _tiny(op: str) -> list[Case]:
-    """The samples that finite differences can afford."""
+    """Cases that are small enough for finite differences."""
     small = [c for c in CASES if c.op == op and c.terms <= 30]
     return [c for c in representative() if c.op == op] + small
 
@@ -33,7 +33,7 @@ SMOOTH = [
 
 
 def _leaves(case: Case, inputs: Inputs) -> tuple[Any, list[Tensor]]:
-    """A function of the differentiable inputs alone, and these."""
+    """The op as a function of its differentiable inputs, and these inputs."""
     names = case.differentiable
 
     def function(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +45,7 @@ def _leaves(case: Case, inputs: Inputs) -> tuple[Any, list[Tensor]]:
 @pytest.mark.parametrize("case", SMOOTH, ids=str)
 def test_gradients_and_their_gradients(case: Case, double: Placement, rng: torch.Generator) -> None:
     function, leaves = _leaves(case, case.inputs(rng, torch.float64, double.device))
-    # Random directions instead of whole Jacobians: many small samples are worth more than one large.
+    # Random directions instead of whole Jacobians, so that there is time for many small cases.
     assert gradcheck(function, leaves, fast_mode=True)
     assert gradgradcheck(function, leaves, fast_mode=True)
 
@@ -80,7 +80,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(
 @pytest.mark.parametrize("models", [1, 2, 3, 5, 16])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_loss_gradient(models: int, alpha: float, double: Placement, rng: torch.Generator) -> None:
-    """The teacher is held fixed, so only moves that leave the mean of all leaves where it is show the gradient."""
+    """As the teacher has no gradient, finite differences must leave the mean of all leaves unchanged."""
     logits = torch.randn(models, 3, 4, generator=rng, dtype=torch.float64).to(double.device)
     moves = torch.randn(models, 3, 4, generator=rng, dtype=torch.float64).to(double.device)
     target = torch.randint(4, (3,), generator=rng).to(double.device)
@@ -96,7 +96,7 @@ def test_loss_gradient(models: int, alpha: float, double: Placement, rng: torch.
 def test_double_backward_is_right_or_refused(case: Case, double: Placement, rng: torch.Generator) -> None:
     inputs = case.inputs(rng, torch.float64, double.device)
     if case.op == LOSS:
-        inputs["alpha"] = 0.0  # no teacher, which finite differences would move
+        inputs["alpha"] = 0.0  # without the teacher, which finite differences would change
     function, leaves = _leaves(case, inputs)
     if double.backend == "reference":
         assert gradgradcheck(function, leaves)

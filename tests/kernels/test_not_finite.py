@@ -1,4 +1,4 @@
-"""NaN and infinity pass through, as through PyTorch's operators: a training that diverges must show."""
+"""NaN and infinity pass through the ops as through PyTorch's, so that a diverging training shows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_one_value_spreads_as_far_as_in_the_reference(
 
 
 def test_loss_and_gradient_of_a_nan(backend: Placement, rng: torch.Generator) -> None:
-    """The loss is NaN; so is the gradient of that sample, and no other's."""
+    """The loss and the gradient of that sample are NaN, but no other gradient."""
     logits = torch.randn(5, 4, 3, generator=rng).to(backend.device)
     logits[2, 1, 0] = float("nan")
     logits.requires_grad_()

@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 INFERENCE = {"fused_conv2d", "fused_bottleneck"}
-# No functions of tensors alone, and nothing that is traced: see test_fused_layers.py.
+# Ops with prepared layers, which are neither functions of tensors nor traced; see test_fused_layers.py.
 PREPARED = {"prepare_layers", "fused_layers"}
-# Differentiable once: opcheck would sum every result and go backwards through it, which these refuse.
+# Ops that cannot be differentiated (again), while opcheck differentiates the sum of all results.
 ONCE = {*(f"{op}_backward" for op in TRAINING_OPS), "hierarchical_distillation_loss"}
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the arguments of every call of an op of ours; of calls that look alike, the first."""
+    """Records the arguments of the calls of the package's ops, one call for each combination of shapes and values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def _registered(backend: str) -> set[str]:
 
 
 def _samples() -> list[Case]:
-    """The general case of every op, and the corners of its shapes: empty, one pixel, no bias."""
+    """The general case of every op, and special shapes: empty, one pixel, no bias."""
     chosen = representative()
     for op in ("branch_conv2d", "branch_depthwise_conv2d"):
         chosen += [c for c in CASES if c.op == op and c.name.startswith((str(GEOMETRIES[0]), "G5r2B0"))]
@@ -127,7 +127,7 @@ def test_every_registered_op_is_checked(registered: Placement, rng: torch.Genera
 
 
 def test_fake_strides_are_the_real_ones(registered: Placement, rng: torch.Generator) -> None:
-    """Also for inputs that are not contiguous: what the compiler plans with is what the kernel returns."""
+    """Shape inference gives the strides of the real results, also for inputs that are not contiguous."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for case in representative():

@@ -1,4 +1,4 @@
-"""Every op on every backend in every dtype gives what the reference gives in float64, and so do its gradients."""
+"""Results and gradients of every op, on every backend and in every dtype, agree with the reference in float64."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_results_and_gradients(case: Case, placement: Placement, rng: torch.Gene
     assert actual.results[0].is_contiguous() or placement.backend == "reference"
 
 
-# --- how the inputs lie in memory --------------------------------------------------------------------------
+# --- memory layouts ----------------------------------------------------------------------------------------
 
 
 def _transposed(tensor: Tensor) -> Tensor:
@@ -51,21 +51,21 @@ def _transposed(tensor: Tensor) -> Tensor:
 
 
 def _leading_slice(tensor: Tensor) -> Tensor:
-    """The first part of a longer tensor, as the weights of a smaller ensemble are; the rest is NaN."""
+    """A leading slice of a longer tensor, like the weights of a smaller ensemble; the rest is NaN."""
     longer = tensor.new_full((tensor.shape[0] + 2, *tensor.shape[1:]), _absent(tensor))
     longer[: tensor.shape[0]] = tensor
     return longer[: tensor.shape[0]]
 
 
 def _misaligned(tensor: Tensor) -> Tensor:
-    """Contiguous, but one value behind an address that vectors may be read from; NaN around it."""
+    """Contiguous, but one value after an aligned address; surrounded by NaN."""
     longer = tensor.new_full((tensor.numel() + 2,), _absent(tensor))
     longer[1:-1] = tensor.flatten()
     return longer[1:-1].view(tensor.shape)
 
 
 def _every_other(tensor: Tensor) -> Tensor:
-    """Every second entry of the first dimension, and a window of the last one; NaN between."""
+    """Every second entry of the first dimension, and a window of the last one; NaN in between."""
     wider = tensor.new_full((2 * tensor.shape[0], *tensor.shape[1:-1], tensor.shape[-1] + 3), _absent(tensor))
     if tensor.dim() == 1:
         wider = tensor.new_full((2 * tensor.shape[0] + 1,), _absent(tensor))
@@ -77,12 +77,12 @@ def _every_other(tensor: Tensor) -> Tensor:
 
 
 def _expanded(tensor: Tensor) -> Tensor:
-    """One branch for all (stride 0)."""
+    """The first branch, expanded to all (stride 0)."""
     return tensor[:1].expand_as(tensor)
 
 
 def _expanded_within(tensor: Tensor) -> Tensor:
-    """One value per channel for all but the first dimension (stride 0 in the last)."""
+    """The first entry of the last dimension, expanded to all (stride 0)."""
     return tensor[..., :1].expand_as(tensor)
 
 
@@ -119,7 +119,7 @@ def test_memory_layouts(
 
 @pytest.mark.parametrize("case", representative(differentiable=True), ids=lambda c: c.label)
 def test_each_gradient_alone(case: Case, backend: Placement, rng: torch.Generator) -> None:
-    """A gradient does not depend on which others are asked for."""
+    """A gradient does not depend on the others that are computed with it."""
     inputs = case.inputs(rng, backend.dtype, backend.device)
     grads = [g.to(backend.device, backend.dtype) for g in cotangents(case, cast(inputs, torch.float64), rng)]
     want = expected(case, inputs, grads).gradients
@@ -143,7 +143,7 @@ def test_no_gradient_asked_none_recorded(case: Case, backend: Placement, rng: to
 
 
 def test_one_result_differentiated_alone(backend: Placement, rng: torch.Generator) -> None:
-    """prefix_logits has two results; either may go without a gradient."""
+    """Either of the two results of prefix_logits may have no gradient."""
     (case,) = (c for c in representative() if c.op == "prefix_logits")
     inputs = case.inputs(rng, backend.dtype, backend.device)
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
@@ -159,7 +159,7 @@ def test_one_result_differentiated_alone(backend: Placement, rng: torch.Generato
 
 
 def test_variances_do_not_cancel(double: Placement, rng: torch.Generator) -> None:
-    """Of a map that is not computed the variance is found from distances, not from squares of large values."""
+    """The variance without the output is a sum of products of distances, not of large values."""
     x = torch.randn(2, 3, 7, 5, 16, generator=rng).to(double.device)
     weight = torch.randn(2, 40, 16, 1, 1, generator=rng).to(double.device)
     norm = torch.tensor([0.0, 1.0, 1000.0])[:, None, None].expand(3, 2, 16).to(double.device)
@@ -169,9 +169,9 @@ def test_variances_do_not_cancel(double: Placement, rng: torch.Generator) -> Non
 
 
 def test_a_large_map_is_written_past_the_cache(double: Placement, rng: torch.Generator) -> None:
-    """Of a map that no cache holds: the same gradients, and no other memory is written."""
+    """The gradients of a feature map that fits no cache are right."""
     if double.backend != "cpp":
-        pytest.skip("the other backends have no such map")
+        pytest.skip("the other backends do not write past the cache")
     x, weight = torch.randn(2, 8, 32, 32, 3, generator=rng), torch.randn(2, 64, 3, 1, 1, generator=rng)
     norms = [torch.randn(3, 2, channels, generator=rng) for channels in (3, 64)]
     residual, cotangent = (torch.randn(2, 8, 32, 32, 64, generator=rng) for _ in range(2))
@@ -189,7 +189,7 @@ def test_a_large_map_is_written_past_the_cache(double: Placement, rng: torch.Gen
 
 
 def test_the_gradient_of_a_sum_over_the_map_is_no_map(double: Placement, rng: torch.Generator) -> None:
-    """It has one row for all pixels of a sample, and gives what it gives written out."""
+    """A gradient that was expanded over pixels gives the same as a contiguous one."""
     (case,) = (c for c in representative() if c.op == "branch_pointwise_norm_conv2d")
     inputs = case.inputs(rng, torch.float64, double.device)
     leaves = {name: inputs[name].requires_grad_() for name in case.differentiable}
@@ -202,12 +202,12 @@ def test_the_gradient_of_a_sum_over_the_map_is_no_map(double: Placement, rng: to
         torch.testing.assert_close(got, want)
 
 
-# --- the same again ----------------------------------------------------------------------------------------
+# --- repeated calls ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", representative(), ids=lambda c: c.label)
 def test_same_result_every_time(case: Case, backend: Placement, rng: torch.Generator) -> None:
-    """Bit for bit: no sum depends on which thread comes first."""
+    """Bit for bit: no sum depends on the order of threads."""
     inputs = case.inputs(rng, backend.dtype, backend.device)
     grads = []
     if case.differentiable:
@@ -219,7 +219,7 @@ def test_same_result_every_time(case: Case, backend: Placement, rng: torch.Gener
 
 
 def test_empty_batch_has_zero_weight_gradients(backend: Placement, rng: torch.Generator) -> None:
-    """Nothing is added up, so the gradient is zero: not what happened to lie in memory."""
+    """The gradient is an empty sum, zero, and not uninitialised memory."""
     for case in CASES:
         inputs = case.inputs(rng, backend.dtype, backend.device)
         first = next(iter(tensors(inputs).values()))

@@ -1,4 +1,4 @@
-"""What must hold for any shape (hypothesis draws them): agreement with the reference, and how results relate."""
+"""Properties of the ops for any shape, drawn by hypothesis: parity with the reference, and relations of results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ import hne_kernels as K
 
 @pytest.fixture
 def backend(backend: Placement) -> Placement:
-    """Hundreds of shapes, in every backend that has the time."""
+    """Every backend that is fast enough for hundreds of shapes."""
     if backend.interpreted:
         pytest.skip("the interpreter takes minutes")
     return backend
@@ -45,7 +45,7 @@ SIZES = st.integers(1, 12)
 
 
 def property_test(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Other shapes on every run, the same again with HNE_TEST_SEED."""
+    """Draw new shapes on every run, and the same with the same HNE_TEST_SEED."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         return seed(SEED)(
@@ -53,7 +53,7 @@ def property_test(examples: int) -> Callable[[Callable[..., None]], Callable[...
                 max_examples=examples,
                 deadline=None,
                 database=None,
-                # The fixture only chooses the backend, which may well stay for all examples.
+                # The fixture only chooses the backend, which is the same for all examples.
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
             )(function)
         )
@@ -115,7 +115,7 @@ def _agrees(case: Any, place: Placement, number: int) -> None:
     check(case, place.backend, inputs, evaluate(case, inputs, grads), grads)
 
 
-# --- agreement ---------------------------------------------------------------------------------------------
+# --- parity ------------------------------------------------------------------------------------------------
 
 
 @property_test(40)
@@ -182,7 +182,7 @@ def test_loss(
     _agrees(loss(models, batch, classes, alpha, temperature, scale), backend, number)
 
 
-# --- how results relate ------------------------------------------------------------------------------------
+# --- relations of results ----------------------------------------------------------------------------------
 
 _close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 
@@ -197,7 +197,7 @@ def _convolution_inputs(g: Geometry, place: Placement, number: int) -> tuple[Ten
 @property_test(25)
 @given(geometry=geometries(), number=SEEDS, leaves=st.integers(1, 16))
 def test_smaller_ensemble_is_a_leading_slice(backend: Placement, geometry: Geometry, number: int, leaves: int) -> None:
-    """The first n branches, of features and weights, give the first n results: nothing else is looked at."""
+    """The first n branches of features and weights give the first n results."""
     x, weight, options = _convolution_inputs(geometry, backend, number)
     leaves = min(leaves, len(weight))
     parents = -(-leaves // geometry.r)
@@ -227,7 +227,7 @@ def test_images_do_not_see_each_other(backend: Placement, geometry: Geometry, nu
 @property_test(20)
 @given(models=st.integers(1, 20), number=SEEDS)
 def test_ensembles_in_between(backend: Placement, models: int, number: int) -> None:
-    """The mean of n + 1 follows from the mean of n: all sizes at once agree with each by itself."""
+    """All sizes together give the same as each size alone, and the mean of n follows from the mean of n - 1."""
     rng = torch.Generator().manual_seed(number)
     logits = torch.randn(models, 3, 7, generator=rng).to(backend.device)
     means = K.prefix_mean(logits, range(1, models + 1))
@@ -240,8 +240,10 @@ def test_ensembles_in_between(backend: Placement, models: int, number: int) -> N
 @property_test(30)
 @given(models=st.integers(1, 17), classes=st.integers(1, 20), number=SEEDS)
 def test_loss_looks_at_differences_of_logits(backend: Placement, models: int, classes: int, number: int) -> None:
-    """Adding a number to all logits of a sample changes nothing, so each row of the gradient sums to zero; and
-    the order of the classes does not matter."""
+    """Adding a number to all logits of a sample changes nothing, so that each row of the gradient sums to zero.
+
+    The order of the classes does not matter.
+    """
     rng = torch.Generator().manual_seed(number)
     logits = torch.randn(models, 4, classes, generator=rng).to(backend.device).requires_grad_()
     target = torch.randint(classes, (4,), generator=rng).to(backend.device)
@@ -275,7 +277,7 @@ def test_loss_is_a_blend(backend: Placement, alpha: float, models: int, number: 
 def test_statistics_follow_scale_and_offset(
     backend: Placement, shape: tuple[int, ...], shift: float, factor: float, number: int
 ) -> None:
-    """Of a convolution that copies; and what is normalised by them has the mean and deviation asked for."""
+    """Statistics of a copying convolution; features normalised by them have the requested mean and deviation."""
     assume(shape[1] * shape[2] * shape[3] >= 4)
     rng = torch.Generator().manual_seed(number)
     x = torch.randn(shape, generator=rng).to(backend.device)
@@ -294,7 +296,7 @@ def test_statistics_follow_scale_and_offset(
 @property_test(20)
 @given(geometry=geometries(), number=SEEDS)
 def test_the_three_convolutions_are_one_form(backend: Placement, geometry: Geometry, number: int) -> None:
-    """sum(grad * conv(x, w)) is the same sum whichever of the three is differentiated away."""
+    """sum(grad * conv(x, w)) equals the sums of x and w with their gradients."""
     x, weight, options = _convolution_inputs(geometry, backend, number)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     y = K.branch_conv2d(x, weight, **options)

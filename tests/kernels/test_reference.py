@@ -1,4 +1,4 @@
-"""The yardstick itself, once, against the definitions: one branch at a time, sums written out."""
+"""The reference against the definitions, one branch at a time, with sums written out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _of(op: str) -> pytest.MarkDecorator:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
-    """One branch: [B, H, W, C] with [C_out, C_in, k, k], by definition: a sum over windows."""
+    """One branch, [B, H, W, C] with [C_out, C_in, k, k], by definition as a sum over windows."""
     k = weight.shape[-1]
     windows = F.pad(x, (0, 0, padding, padding, padding, padding))
     windows = windows.unfold(1, k, stride).unfold(2, k, stride)  # [B, H', W', C_in, k, k]
@@ -68,7 +68,7 @@ def test_fused_conv2d(case: Case, rng: torch.Generator) -> None:
 
 @_of("fused_bottleneck")
 def test_fused_bottleneck(case: Case, rng: torch.Generator) -> None:
-    """Three convolutions and what is added, one after the other (Table 2 and 3)."""
+    """Three convolutions and the sum, one after another (Tables 2 and 3)."""
     inputs = case.inputs(rng, torch.float64)
     got = case(inputs)[0]
     r, stride, bend = inputs["replicate"], inputs["stride"], inputs["activation"]
@@ -175,7 +175,7 @@ def test_hierarchical_distillation_loss(models: int, alpha: float, temperature: 
 
 
 def test_teacher_gets_no_gradient(rng: torch.Generator) -> None:
-    """With two leaves the only student is the first, and the second leaf is taught by nobody."""
+    """With two leaves, the only student is the first leaf; the second one is not distilled."""
     logits = torch.randn(2, 3, 4, generator=rng, dtype=torch.float64, requires_grad=True)
     target = torch.randint(4, (3,), generator=rng)
     loss = K.hierarchical_distillation_loss(logits, target, alpha=1.0)
@@ -199,7 +199,7 @@ def test_pack_weight(channels: int, rng: torch.Generator) -> None:
 
 
 def test_bottleneck_samples_use_every_option() -> None:
-    """The comparison above says nothing of an option that no sample uses."""
+    """Every option is used by some case, so that the comparisons above cover all options."""
     assert {b.join for b in BOTTLENECKS} == {"nothing", "identity", "shortcut"}
     assert {b.activation for b in BOTTLENECKS} == {"none", "relu", "relu6"}
     assert {b.final for b in BOTTLENECKS} == {"none", "relu", "relu6"}

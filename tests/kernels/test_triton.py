@@ -1,4 +1,4 @@
-"""What only the Triton backend has to be asked: limits of its numbers, what it does where it cannot raise."""
+"""Properties of the Triton backend alone: limits of its indices, wrong inputs without an error, tuning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_vast_number_of_pixels_is_an_error() -> None:
 
 @pytest.mark.parametrize("wrong", [-1, 4, 2**40, -(2**63)])
 def test_a_class_out_of_range_reads_nothing(wrong: int) -> None:
-    """The loss is NaN; the gradients of the other samples are what they are without it."""
+    """The loss is NaN, and the gradients of the other samples are the same as without it."""
     logits = torch.randn(3, 4, 4).to(DEVICE)
     target = torch.tensor([0, wrong, 2, 3], device=DEVICE)
     op = torch.ops.hne.triton_hierarchical_distillation_loss

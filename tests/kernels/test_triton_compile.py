@@ -1,4 +1,4 @@
-"""The Triton kernels as compilers see them. No GPU is needed for that, but the interpreter must be off."""
+"""The Triton kernels under torch.compile. That needs no GPU, but the interpreter must be off."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-# Each op with gradients asked for, compiled up to where the graph would be run. The driver is of a GPU that is not
-# here: PyTorch compiles the kernels halfway to see which tensors they write to.
+# Compiles each op, with gradients, up to the point where the graph would run. PyTorch compiles the kernels halfway to
+# find the tensors that they write, so there is a driver for a GPU that does not exist.
 _TRACE = """
 import inspect, sys, torch, triton
 sys.path[:0] = {folders!r}
@@ -71,7 +71,7 @@ for case in representative():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run compiled in tests/test_compile.py")
 def test_the_compiler_looks_into_the_ops() -> None:
-    """One node for each kernel, none for an op: the compiler may fuse what lies between."""
+    """The graph has one node per kernel and none per op, so that the compiler can fuse the code in between."""
     result = _python("-c", _TRACE.format(folders=[str(ROOT / "tests" / "helpers"), str(ROOT / "tools")]))
     kernels = dict(line.split() for line in result.stdout.splitlines())
     assert kernels == {
