@@ -148,7 +148,7 @@ class FusedLayers:
             if not 0 <= number < len(self.layers):
                 raise ValueError(f"keep: expected numbers from 0 to {len(self.layers) - 1}, got {number}")
         checks.no_gradient("FusedLayers", *(weight for layer in self.layers for weight in layer.weights))
-        self._kept = frozenset((*keep, len(self.layers) - 1))
+        self._result_indices = frozenset((*keep, len(self.layers) - 1))
         weight = self.layers[0].weights[0]
         checks.rank("layer 0: weights[0]", weight, 6, "[out_branches, panels, k, k, channels, 16]")  # type: ignore[arg-type]
         assert weight is not None
@@ -162,7 +162,7 @@ class FusedLayers:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The prepared layers belong to this object.
-        return functools.partial(FusedLayers, images=self.images), (self.layers, sorted(self._kept))
+        return functools.partial(FusedLayers, images=self.images), (self.layers, sorted(self._result_indices))
 
     def _prepare(self) -> int:
         weights: list[Tensor | None] = []
@@ -177,7 +177,7 @@ class FusedLayers:
                 checks.ACTIVATIONS.index(layer.activation),
                 checks.ACTIVATIONS.index(layer.final_activation),
                 int(layer.identity),
-                int(index in self._kept),
+                int(index in self._result_indices),
             ]
         prepared: int = torch.ops.hne.prepare_layers(weights, numbers)
         return prepared
@@ -203,7 +203,7 @@ class FusedLayers:
             checks.rank("x", x, 5, checks.CONV_INPUT)
         checks.no_gradient("FusedLayers", x)
         if self._prepared is None or not _may_be_prepared(x) or not dispatch.has_kernel("fused_layers", x):
-            batches = (x,) if len(self._kept) > 1 else micro_batches(x, 0 if self.images else 1)
+            batches = (x,) if len(self._result_indices) > 1 else micro_batches(x, 0 if self.images else 1)
             results = []
             for batch in batches:
                 results.append(self._in_turn(batch))
@@ -222,7 +222,7 @@ class FusedLayers:
         for index, layer in enumerate(self.layers):  # the op itself is called: every Python frame costs time
             x = layer.pool(x)
             x = dispatch.implementation(layer.op, x)(x, *layer.arguments)
-            if index in self._kept:
+            if index in self._result_indices:
                 results.append(x)
         if self.layers[-1].mean:
             results[-1] = results[-1].flatten(2)
