@@ -1,6 +1,7 @@
 // The hierarchical distillation loss (equations 9 and 12) and its gradient in one pass over the logits.
 #include <cmath>
 
+#include "distillation.h"
 #include "op.h"
 
 namespace hne {
@@ -10,13 +11,10 @@ constexpr int64_t kSamples = 4;  // samples per task
 
 std::tuple<Tensor, Tensor> hierarchical_distillation_loss(const Tensor& logits_in, const Tensor& target_in,
                                                           double alpha, double temperature) {
-  STD_TORCH_CHECK(logits_in.dim() == 3, "logits: expected 3 dimensions");
+  const LogitsSizes sizes = logits_sizes(logits_in, target_in);
+  const int64_t models = sizes.models, batch = sizes.batch, classes = sizes.classes;
   check_kind("logits", logits_in, logits_in);
-  const int64_t models = logits_in.size(0), batch = logits_in.size(1), classes = logits_in.size(2);
-  check_shape("target", target_in, {batch});
-  STD_TORCH_CHECK(target_in.is_cpu() && target_in.scalar_type() == ScalarType::Long,
-                  "target: expected int64 on the CPU");
-  STD_TORCH_CHECK(models >= 1 && classes >= 1, "logits: expected at least one model and one class");
+  STD_TORCH_CHECK(target_in.is_cpu(), "target: expected to be on the CPU");
   STD_TORCH_CHECK(alpha >= 0 && alpha <= 1, "alpha: expected a number from 0 to 1");
   STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature), "temperature: expected a positive number");
   const Tensor logits = torch::stable::contiguous(widen(logits_in)), target = torch::stable::contiguous(target_in);

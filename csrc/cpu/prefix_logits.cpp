@@ -10,16 +10,11 @@ constexpr int64_t kValues = 2048;             // values of one member per task o
 
 std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor& weight_in,
                                          const std::optional<Tensor>& bias_in, const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(features_in.dim() == 3 && weight_in.dim() == 3, "features, weight: expected 3 dimensions");
-  const int64_t models = features_in.size(0), batch = features_in.size(1), channels = features_in.size(2);
-  const int64_t classes = weight_in.size(1);
-  check_shape("weight", weight_in, {models, classes, channels});
+  const Geometry g = heads_geometry(features_in, weight_in, bias_in);
+  const int64_t models = g.branches, batch = g.batch, channels = g.in_channels, classes = g.out_channels;
   check_kind("features", features_in, features_in);
   check_kind("weight", weight_in, features_in);
-  if (bias_in.has_value()) {
-    check_shape("bias", *bias_in, {models, classes});
-    check_kind("bias", *bias_in, features_in);
-  }
+  if (bias_in.has_value()) check_kind("bias", *bias_in, features_in);
   check_prefix_sizes(sizes, models);
   const Tensor features = torch::stable::contiguous(widen(features_in));
   const Tensor weight = torch::stable::contiguous(widen(weight_in));
