@@ -8,8 +8,8 @@
 namespace hne {
 
 template <typename T>
-void dense_forward(const Device& device, const Convolution<T>& d, ChannelReduction* statistics) {
-  run_gemm<T>(device, DenseForward<T, false>(d, statistics));
+void dense_forward(const Device& device, const Convolution<T>& d, ChannelReduction* moments) {
+  run_gemm<T>(device, DenseForward<T, false>(d, moments));
 }
 template void dense_forward(const Device&, const Convolution<float>&, ChannelReduction*);
 template void dense_forward(const Device&, const Convolution<half>&, ChannelReduction*);

@@ -102,14 +102,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 template <typename T>
-void depthwise_forward(const Device& device, const Convolution<T>& d, ChannelReduction* statistics) {
+void depthwise_forward(const Device& device, const Convolution<T>& d, ChannelReduction* moments) {
   const Shape& s = d.s;
   dispatch_width<T>(d.vectors(), [&](auto width) {
     constexpr int w = decltype(width)::value;
     const auto run = [&](auto kernel, int64_t runs) {
       const RowPartition<w> partition(s.branches, runs, s.in_channels);
       const Partials partials =
-          statistics != nullptr ? statistics->allocate(Moments<w>::kPlanes, partition.splits()) : Partials{};
+          moments != nullptr ? moments->allocate(Moments<w>::kPlanes, partition.splits()) : Partials{};
       device.launch(+kernel, partition.blocks(), kThreads,
                     RowPartition<w>::kScratch + SharedAffine::bytes(partition.across * w), d, partition, partials);
     };

@@ -76,18 +76,16 @@ void check(const Tensor& x) {
   check_sizes(x.size(0), pixels(x), x.size(4));
 }
 
-Tensor branch_normalize(const Tensor& x_in, const Tensor& mean, const Tensor& scale, const Tensor& shift,
-                        const std::optional<Tensor>& residual_in, const std::string& activation) {
+Tensor branch_normalize(const Tensor& x_in, const Tensor& norm, const std::optional<Tensor>& residual_in,
+                        const std::string& activation) {
   check(x_in);
-  const auto sizes = x_in.sizes();
-  if (residual_in.has_value()) check_shape("residual", *residual_in, {sizes.begin(), sizes.end()});
-  check_kind("residual", residual_in, x_in);
+  if (residual_in.has_value()) check_like("residual", *residual_in, x_in);
   const Device device(x_in);
-  const NormalizationArguments arguments(mean, scale, shift, activation, x_in.size(0), x_in.size(4), x_in);
+  const NormalizationArguments arguments(norm, activation, x_in);
   const Normalization& n = arguments.normalization;
   const Tensor x = torch::stable::contiguous(x_in);
   const std::optional<Tensor> residual = contiguous(residual_in);
-  Tensor y = torch::stable::new_empty(x, sizes);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const bool vectors =
@@ -102,34 +100,32 @@ Tensor branch_normalize(const Tensor& x_in, const Tensor& mean, const Tensor& sc
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tensor& grad_in, const Tensor& x_in,
-                                                                     const Tensor& y_in, const Tensor& mean_in,
-                                                                     const Tensor& scale_in,
-                                                                     const std::string& activation) {
+// The gradient of the residual is empty without an activation, since it then equals grad.
+std::tuple<Tensor, Tensor, Tensor> branch_normalize_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                             const Tensor& y_in, const Tensor& norm,
+                                                             const std::string& activation) {
   check(x_in);
-  const auto sizes = x_in.sizes();
-  for (const auto& [name, t] : {std::pair{"grad", &grad_in}, {"y", &y_in}}) {
-    check_shape(name, *t, {sizes.begin(), sizes.end()});
-    check_kind(name, *t, x_in);
-  }
+  check_like("grad", grad_in, x_in);
+  check_like("y", y_in, x_in);
   const Device device(x_in);
+  const NormalizationArguments arguments(norm, activation, x_in);
+  const Normalization& n = arguments.normalization;
   const Tensor grad = torch::stable::contiguous(grad_in), x = torch::stable::contiguous(x_in);
-  const Tensor y = torch::stable::contiguous(y_in), mean = channel_vector("mean", mean_in, x.size(0), x.size(4), x);
-  const Tensor scale = channel_vector("scale", scale_in, x.size(0), x.size(4), x);
-  const auto range = Clamp<float>::named(activation);
-  Tensor grad_x = torch::stable::new_empty(x, sizes);
-  Tensor grad_residual = range.active() ? torch::stable::new_empty(x, sizes) : torch::stable::new_empty(x, {0});
+  const Tensor y = torch::stable::contiguous(y_in);
+  const bool activates = n.range.active();
+  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  Tensor grad_residual = activates ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
   ChannelReduction sums(x, x.size(0), x.size(4));  // gradients of scale and shift
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const Gradient<T> d{data<T>(grad),
                         data<T>(x),
                         data<T>(y),
-                        data<float>(mean),
-                        data<float>(scale),
-                        range,
+                        n.mean,
+                        n.scale,
+                        n.range,
                         mutable_data<T>(grad_x),
-                        range.active() ? mutable_data<T>(grad_residual) : nullptr};
+                        activates ? mutable_data<T>(grad_residual) : nullptr};
     const bool vectors = whole_vectors<T>({x.size(4)}, {d.grad, d.x, d.y, d.mean, d.scale, d.grad_x, d.grad_residual});
     dispatch_width<T>(vectors, [&](auto width) {
       constexpr int w = decltype(width)::value;
@@ -138,8 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tenso
                     sums.allocate(Pair<w>::kPlanes, partition.splits()));
     });
   });
-  combine_sums(device, sums);
-  return {grad_x, sums.first, sums.second, grad_residual};
+  return {grad_x, combine_norm_gradient(device, sums, n.scale), grad_residual};
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 //             bytes moved at least    operations
 //   moments   20 S G C (L2)           8 S G C
-//   sums       8 S G C (L2)           2 S G C
+//   gradient   8 S G C (L2)           2 S G C
 #include "channel_sums.h"
 
 namespace hne {
@@ -61,26 +61,34 @@ __global__ void __launch_bounds__(kThreads)
   var[int64_t(own.branch) * p.channels + own.channel] = float(squares * inverse_pixels);
 }
 
-__global__ void __launch_bounds__(kThreads) sums(const Partials p, float* first, float* second) {
+// The rows of the gradient are those of mean, scale and shift.
+__global__ void __launch_bounds__(kThreads) norm_gradient(const Partials p, const float* scale, float* gradient) {
   const ChannelLane own(p);
   const double a = own.sum<2>(p, [](const float (&v)[2]) { return double(v[0]); });
   const double b = own.sum<2>(p, [](const float (&v)[2]) { return double(v[1]); });
   if (!own.inside || own.lane != 0) return;
-  first[int64_t(own.branch) * p.channels + own.channel] = float(a);
-  second[int64_t(own.branch) * p.channels + own.channel] = float(b);
+  const int64_t at = int64_t(own.branch) * p.channels + own.channel, row = int64_t(p.branches) * p.channels;
+  const float grad_shift = float(b);
+  gradient[at] = -scale[at] * grad_shift, gradient[row + at] = float(a), gradient[2 * row + at] = grad_shift;
 }
 
 }  // namespace
 
-void combine_moments(const Device& device, const ChannelReduction& results, int64_t pixels) {
-  device.launch(moments, blocks(results.partials), kThreads, kScratch, results.partials,
-                pixels > 0 ? 1 / double(pixels) : 0.0, mutable_data<float>(results.first),
-                mutable_data<float>(results.second));
+std::tuple<Tensor, Tensor> combine_moments(const Device& device, const ChannelReduction& reduction, int64_t pixels) {
+  const std::vector<int64_t> shape = {reduction.branches, reduction.channels};
+  const Tensor mean = torch::stable::new_empty(reduction.like, shape, ScalarType::Float);
+  const Tensor var = torch::stable::new_empty(reduction.like, shape, ScalarType::Float);
+  device.launch(moments, blocks(reduction.partials), kThreads, kScratch, reduction.partials,
+                pixels > 0 ? 1 / double(pixels) : 0.0, mutable_data<float>(mean), mutable_data<float>(var));
+  return {mean, var};
 }
 
-void combine_sums(const Device& device, const ChannelReduction& results) {
-  device.launch(sums, blocks(results.partials), kThreads, kScratch, results.partials,
-                mutable_data<float>(results.first), mutable_data<float>(results.second));
+Tensor combine_norm_gradient(const Device& device, const ChannelReduction& reduction, const float* scale) {
+  const Tensor gradient =
+      torch::stable::new_empty(reduction.like, {3, reduction.branches, reduction.channels}, ScalarType::Float);
+  device.launch(norm_gradient, blocks(reduction.partials), kThreads, kScratch, reduction.partials, scale,
+                mutable_data<float>(gradient));
+  return gradient;
 }
 
 }  // namespace hne

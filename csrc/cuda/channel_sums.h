@@ -6,6 +6,8 @@
 //   two sums                               8 S G C written and read                  2 a value
 #pragma once
 
+#include <tuple>
+
 #include "op.h"
 
 namespace hne {
@@ -149,28 +151,26 @@ struct RowPartition {
 
 // --- on the host -------------------------------------------------------------------------------------------
 
-// Two float32 results [branches, channels], and the memory of their partial results.
+// The partial results of one reduction, in memory on the device of `like`.
 struct ChannelReduction {
-  Tensor like, first, second, memory;
+  Tensor like, memory;
+  int64_t branches, channels;
   Partials partials;
 
-  ChannelReduction(const Tensor& like_, int64_t branches, int64_t channels)
-      : like(like_),
-        first(torch::stable::new_empty(like_, {branches, channels}, ScalarType::Float)),
-        second(torch::stable::new_empty(like_, {branches, channels}, ScalarType::Float)) {}
+  ChannelReduction(const Tensor& like_, int64_t branches_, int64_t channels_)
+      : like(like_), branches(branches_), channels(channels_) {}
 
   Partials allocate(int64_t planes, int64_t splits) {
-    memory = torch::stable::new_empty(like, {planes, first.size(0), splits, first.size(1)}, ScalarType::Float);
-    partials = {mutable_data<float>(memory), int(first.size(0)), int(splits), int(first.size(1))};
+    memory = torch::stable::new_empty(like, {planes, branches, splits, channels}, ScalarType::Float);
+    partials = {mutable_data<float>(memory), int(branches), int(splits), int(channels)};
     return partials;
   }
 };
 
-inline Tensor no_statistics(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
-
-// Mean and biased variance of `pixels` values each, from Moments; zeros for no pixels.
-void combine_moments(const Device& device, const ChannelReduction& results, int64_t pixels);
-// Both sums, from Pair.
-void combine_sums(const Device& device, const ChannelReduction& results);
+// Mean and biased variance [branches, channels] of `pixels` values each, from Moments; zeros for no pixels.
+std::tuple<Tensor, Tensor> combine_moments(const Device& device, const ChannelReduction& reduction, int64_t pixels);
+// Gradient [3, branches, channels] of the mean, scale and shift of (x - mean) * scale + shift, from Pair: the gradients
+// of scale and shift. `scale` is [branches, channels].
+Tensor combine_norm_gradient(const Device& device, const ChannelReduction& reduction, const float* scale);
 
 }  // namespace hne

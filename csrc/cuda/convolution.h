@@ -23,11 +23,11 @@ struct Convolution {
   }
 };
 
-// `statistics` gets mean and variance of the result; null where they are not wanted.
+// `moments` gets partial Moments of the result; null where no statistics are wanted.
 template <typename T>
-void dense_forward(const Device& device, const Convolution<T>& d, ChannelReduction* statistics = nullptr);
+void dense_forward(const Device& device, const Convolution<T>& d, ChannelReduction* moments = nullptr);
 template <typename T>
-void depthwise_forward(const Device& device, const Convolution<T>& d, ChannelReduction* statistics = nullptr);
+void depthwise_forward(const Device& device, const Convolution<T>& d, ChannelReduction* moments = nullptr);
 // With packed weights [branch][panel][tap][in_channel][16] (inference). `add` is null or a feature map that joins the
 // result before the activation; output branch g reads its branch g / add_replicate.
 template <typename T>
@@ -49,7 +49,7 @@ struct InputGradient {
   }
 };
 
-// `sums` gets the gradients of scale and shift; null without a normalisation.
+// `sums` gets the partial gradients of scale and shift (Pair); null without a normalisation.
 template <typename T>
 void dense_backward_input(const Device& device, const InputGradient<T>& d, ChannelReduction* sums);
 template <typename T>

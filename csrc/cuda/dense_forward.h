@@ -27,8 +27,8 @@ struct DenseForward : GemmProblem<T, T, false, packed> {
   int add_replicate = 1;   // output branch g reads its branch g / add_replicate
   Partials partials = {};  // for the statistics of the result
 
-  DenseForward(const Convolution<T>& d_, ChannelReduction* statistics) : d(d_) {
-    if (statistics != nullptr) partials = statistics->allocate(Moments<1>::kPlanes, row_tiles());
+  DenseForward(const Convolution<T>& d_, ChannelReduction* moments) : d(d_) {
+    if (moments != nullptr) partials = moments->allocate(Moments<1>::kPlanes, row_tiles());
   }
 
   HNE_BOTH int row_tiles() const { return (d.s.rows() + kTileRows - 1) / kTileRows; }

@@ -121,32 +121,28 @@ struct OutputGradient : ChannelAffine {  // scale: grad_var, shift: grad_mean
 
 // --- on the host -------------------------------------------------------------------------------------------
 
-// Checks a per-channel vector; returns it contiguous.
-inline Tensor channel_vector(const char* name, const Tensor& t, int64_t branches, int64_t channels, const Tensor& x) {
-  check_shape(name, t, {branches, channels});
+// Checks values per channel of a feature map with the device of `x`; returns them contiguous.
+inline Tensor per_channel(const char* name, const Tensor& t, const std::vector<int64_t>& shape, const Tensor& x) {
+  check_shape(name, t, shape);
   STD_TORCH_CHECK(on_device(t) && t.get_device_index() == x.get_device_index(), name, ": expected the device of x");
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected float32");
   return torch::stable::contiguous(t);
 }
 
-// Checked arguments of a normalisation, and the tensors that own their memory.
+// Checked normalisation [3, branches, channels] of the feature map x (rows: mean, scale, shift), or none, and the
+// tensor that owns its memory.
 struct NormalizationArguments {
-  std::optional<Tensor> mean, scale, shift;
+  std::optional<Tensor> norm;
   Normalization normalization;
 
-  NormalizationArguments(const std::optional<Tensor>& mean_in, const std::optional<Tensor>& scale_in,
-                         const std::optional<Tensor>& shift_in, const std::string& activation, int64_t branches,
-                         int64_t channels, const Tensor& x) {
-    STD_TORCH_CHECK(mean_in.has_value() == scale_in.has_value() && mean_in.has_value() == shift_in.has_value(),
-                    "mean, scale, shift: expected all three or none");
+  NormalizationArguments(const std::optional<Tensor>& norm_in, const std::string& activation, const Tensor& x) {
     normalization.range = Clamp<float>::named(activation);
-    STD_TORCH_CHECK(mean_in.has_value() || !normalization.range.active(), "activation: expected none without a mean");
-    if (!mean_in.has_value()) return;
-    mean = channel_vector("mean", *mean_in, branches, channels, x);
-    scale = channel_vector("scale", *scale_in, branches, channels, x);
-    shift = channel_vector("shift", *shift_in, branches, channels, x);
-    normalization.mean = data<float>(mean), normalization.scale = data<float>(scale);
-    normalization.shift = data<float>(shift), normalization.channels = int(channels);
+    STD_TORCH_CHECK(norm_in.has_value() || !normalization.range.active(), "activation: expected none without a norm");
+    if (!norm_in.has_value()) return;
+    const int64_t branches = x.size(0), channels = x.size(4), row = branches * channels;
+    norm = per_channel("norm", *norm_in, {3, branches, channels}, x);
+    normalization.mean = data<float>(norm), normalization.scale = normalization.mean + row;
+    normalization.shift = normalization.scale + row, normalization.channels = int(channels);
   }
 };
 
@@ -161,13 +157,12 @@ struct OutputGradientArguments {
   OutputGradientArguments(const Tensor& grad_in, const Tensor& grad_mean_in, const Tensor& grad_var_in,
                           const Tensor& y_in, const Tensor& y_mean_in)
       : OutputGradientArguments(grad_in) {
-    const auto sizes = grad_in.sizes();
-    check_shape("y", y_in, {sizes.begin(), sizes.end()});
-    check_kind("y", y_in, grad_in);
+    check_like("y", y_in, grad_in);
     y = torch::stable::contiguous(y_in);
-    mean = channel_vector("y_mean", y_mean_in, sizes[0], sizes[4], grad_in);
-    grad_mean = channel_vector("grad_mean", grad_mean_in, sizes[0], sizes[4], grad_in);
-    grad_var = channel_vector("grad_var", grad_var_in, sizes[0], sizes[4], grad_in);
+    const std::vector<int64_t> shape = {grad_in.size(0), grad_in.size(4)};
+    mean = per_channel("y_mean", y_mean_in, shape, grad_in);
+    grad_mean = per_channel("grad_mean", grad_mean_in, shape, grad_in);
+    grad_var = per_channel("grad_var", grad_var_in, shape, grad_in);
   }
 
   template <typename T>

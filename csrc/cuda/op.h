@@ -18,6 +18,13 @@ inline void check_kind(const char* name, const std::optional<Tensor>& t, const T
   if (t.has_value()) check_kind(name, *t, like);
 }
 
+// Checks that `t` is a tensor of the shape, device and dtype of `like`.
+inline void check_like(const char* name, const Tensor& t, const Tensor& like) {
+  const auto sizes = like.sizes();
+  check_shape(name, t, {sizes.begin(), sizes.end()});
+  check_kind(name, t, like);
+}
+
 // Calls f(T{}), T being the element type of `t`. Kernels add up in float32 for every T.
 template <typename F>
 void dispatch(const Tensor& t, const F& f) {

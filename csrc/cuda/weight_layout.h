@@ -1,8 +1,4 @@
 // Weights as kernels read them and as torch stores them: the last two dimensions exchanged.
-//
-//   W weights, S splits of the pixels   bytes moved at least   operations
-//   taps_first                          2 W values             none
-//   taps_last                           4 S W + W values       S W
 #pragma once
 
 #include "geometry.h"
@@ -10,47 +6,11 @@
 
 namespace hne {
 
-// to[matrix][column][row] = from[matrix][row][column]
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    transpose(const T* from, T* to, const int64_t count, const int64_t rows, const int64_t columns) {
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= count * rows * columns) return;
-  const int64_t row = at % rows, column = at / rows % columns, matrix = at / rows / columns;
-  to[at] = from[(matrix * rows + row) * columns + column];
-}
-
-// to[matrix][column][row] = sum over splits, in order, of partial[split][matrix][row][column]
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    transpose_sum(const float* partial, T* to, const int splits, const int64_t count, const int64_t rows,
-                  const int64_t columns) {
-  const int64_t size = count * rows * columns, at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= size) return;
-  float sum = 0;
-  for (int split = 0; split < splits; ++split) sum += partial[split * size + at];
-  const int64_t column = at % columns, row = at / columns % rows, matrix = at / columns / rows;
-  to[(matrix * columns + column) * rows + row] = T(sum);
-}
-
 // Dense weights [branch][out][in][tap] to [branch][tap][out][in], depthwise ones [branch][channel][tap] to
 // [branch][tap][channel]. `weight` is contiguous.
-template <typename T>
-Tensor taps_first(const Device& device, const Tensor& weight, const Geometry& g) {
-  if (g.taps() == 1) return weight;
-  const int64_t filters = weight.dim() == 5 ? g.out_channels * g.in_channels : g.in_channels;
-  Tensor out = torch::stable::new_empty(weight, {g.branches, g.taps(), filters});
-  device.launch(transpose<T>, ceil_div(g.branches * filters * g.taps(), kThreads), kThreads, 0, data<T>(weight),
-                mutable_data<T>(out), g.branches, filters, g.taps());
-  return out;
-}
+Tensor taps_first(const Device& device, const Tensor& weight, const Geometry& g);
 
 // Adds up partial weight gradients [split][matrix][tap][channel] into `out`, [matrix][channel][tap].
-template <typename T>
-void taps_last(const Device& device, const Tensor& partial, const Tensor& out) {
-  const int64_t splits = partial.size(0), count = partial.size(1), taps = partial.size(2), channels = partial.size(3);
-  device.launch(transpose_sum<T>, ceil_div(count * taps * channels, kThreads), kThreads, 0, data<float>(partial),
-                mutable_data<T>(out), int(splits), count, taps, channels);
-}
+void taps_last(const Device& device, const Tensor& partial, const Tensor& out);
 
 }  // namespace hne

@@ -171,3 +171,36 @@ for replicate in (2**31, 2**62):
 print("checked")
 """
     assert "checked" in _run(library, "-c", code)
+
+
+_MATERIALIZED = """
+import torch, hne_kernels
+op, backward = torch.ops.hne.branch_norm_conv2d, torch.ops.hne.branch_norm_conv2d_backward
+x, weight = torch.ones(2, 1, 3, 3, 4), torch.ones(2, 4, 4, 1, 1)
+norm, statistics = torch.ones(3, 2, 4), torch.ones(2, 4)
+
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except RuntimeError as error:
+        assert "not supported on CUDA" in str(error), error
+        print("refused")
+
+options = "none", 1, 0, 1
+refused(op, x, weight, norm, None, *options, True)
+refused(op, x, weight, norm, x, *options, False)
+gradients = x, statistics, statistics
+saved = x, weight, norm, *options
+refused(backward, *gradients, x, x, statistics, x, *saved, False, True, True)
+refused(backward, *gradients, None, x, statistics, None, *saved, True, True, True)
+assert op(x, weight, norm, None, *options, False)[3].numel() == 0
+for wanted in ((True, False), (False, True), (False, False)):
+    results = backward(*gradients, None, x, statistics, None, *saved, False, *wanted)
+    assert [result.numel() > 0 for result in results] == [wanted[0], wanted[1], wanted[0], False]
+    assert not wanted[0] or results[2].shape == norm.shape
+"""
+
+
+def test_norm_conv_stores_no_normalised_input(library: Path) -> None:
+    """The op refuses to; results that are not asked for are empty."""
+    assert _run(library, "-c", _MATERIALIZED).split() == ["refused"] * 4
