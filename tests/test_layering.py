@@ -1,4 +1,4 @@
-"""Layering: a file imports from lower floors only, and from another package only the names in its ``__all__``.
+"""Layering: a file imports from lower floors only, and from another package only what its ``__init__`` exports.
 
 The imports are read from the source, so those for type checkers and inside functions count too.
 """
@@ -47,10 +47,12 @@ def imported(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
 
 
 def exports(*package: str) -> set[str]:
-    for node in TREES[Path(*package, "__init__.py")].body:
+    """The names in the ``__all__`` of a package, or without one all names that its ``__init__`` imports."""
+    body = TREES[Path(*package, "__init__.py")].body
+    for node in body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
-    return set()
+    return {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
 
 
 def fault(path: Path, name: tuple[str, ...]) -> str:

@@ -16,18 +16,3 @@ from .images import FileImages, Images, MemoryImages
 from .loader import evaluation_batches, training_batches
 from .ood import ood_images
 from .registry import DATASETS, load_dataset
-
-__all__ = [
-    "DATASETS",
-    "Dataset",
-    "FileImages",
-    "Images",
-    "InputFormat",
-    "MemoryImages",
-    "TargetFormat",
-    "evaluation_batches",
-    "image_files",
-    "load_dataset",
-    "ood_images",
-    "training_batches",
-]

@@ -6,18 +6,3 @@ from .classification import EnsembleMetrics, Evaluation, evaluate, evaluate_memb
 from .latency import AnytimeStep, measure_anytime, seconds_per_call
 from .ood import OODEvaluation, evaluate_ood
 from .regression import RegressionEvaluation, RegressionMetrics, evaluate_regression
-
-__all__ = [
-    "AnytimeStep",
-    "EnsembleMetrics",
-    "Evaluation",
-    "OODEvaluation",
-    "RegressionEvaluation",
-    "RegressionMetrics",
-    "evaluate",
-    "evaluate_members",
-    "evaluate_ood",
-    "evaluate_regression",
-    "measure_anytime",
-    "seconds_per_call",
-]

@@ -9,20 +9,3 @@ from .naive import NaiveExecutor
 from .parameter_versions import ParameterVersions
 from .session import InferenceSession
 from .weight_cache import FoldedWeightCache
-
-__all__ = [
-    "Anytime",
-    "FoldedExecutor",
-    "FoldedWeightCache",
-    "InferenceSession",
-    "KernelExecutor",
-    "NaiveExecutor",
-    "ParameterVersions",
-    "SubtreeExecutor",
-    "SubtreeRunner",
-    "fused_conv",
-    "fused_pool_linear",
-    "is_capturing",
-    "kernel_path",
-    "to_fused_layers",
-]

@@ -4,25 +4,3 @@ from .designs import STUDIES, Curve, Panel, Study, StudySettings, study_panels, 
 from .report import panel_tables, write_report
 from .results import CurveResult, Estimate, PanelResult, Result, collect_results
 from .runs import RunState, lock_runs, macs_per_epoch, read_run_state, run_name
-
-__all__ = [
-    "STUDIES",
-    "Curve",
-    "CurveResult",
-    "Estimate",
-    "Panel",
-    "PanelResult",
-    "Result",
-    "RunState",
-    "Study",
-    "StudySettings",
-    "collect_results",
-    "lock_runs",
-    "macs_per_epoch",
-    "panel_tables",
-    "read_run_state",
-    "run_name",
-    "study_panels",
-    "training_configs",
-    "write_report",
-]

@@ -3,5 +3,3 @@
 from .cuda_graphs import GraphedHNE
 from .export import EnsembleMean, write_onnx, write_pt2
 from .predictor import Answer, AnytimePredictor
-
-__all__ = ["Answer", "AnytimePredictor", "EnsembleMean", "GraphedHNE", "write_onnx", "write_pt2"]

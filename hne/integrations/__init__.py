@@ -3,5 +3,3 @@
 from __future__ import annotations
 
 from .torch_uncertainty import TorchUncertainty, stacked_members
-
-__all__ = ["TorchUncertainty", "stacked_members"]

@@ -6,27 +6,3 @@ from .executor import Executor, Features
 from .modules import BottleneckLayer, ConvLayer, Layer, PoolLinearLayer, build_layer
 from .parameters import BranchLinear, BranchModule, ConvNorm, Size
 from .specs import Bottleneck, Conv, LayerSpec, PoolLinear, spec_from_config
-
-__all__ = [
-    "ACTIVATIONS",
-    "Bottleneck",
-    "BottleneckLayer",
-    "BranchLinear",
-    "BranchModule",
-    "Conv",
-    "ConvLayer",
-    "ConvNorm",
-    "Executor",
-    "Features",
-    "Layer",
-    "LayerSpec",
-    "PoolLinear",
-    "PoolLinearLayer",
-    "Size",
-    "batch_normalization",
-    "build_layer",
-    "count_batch",
-    "is_synchronised",
-    "running_normalization",
-    "spec_from_config",
-]

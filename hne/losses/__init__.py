@@ -5,14 +5,3 @@ from __future__ import annotations
 from .gaussian import gaussian_divergence, gaussians, likelihood_objective
 from .hydra import average_teacher, hydra_loss
 from .objectives import OBJECTIVES, Objective, objective
-
-__all__ = [
-    "OBJECTIVES",
-    "Objective",
-    "average_teacher",
-    "gaussian_divergence",
-    "gaussians",
-    "hydra_loss",
-    "likelihood_objective",
-    "objective",
-]

@@ -13,22 +13,3 @@ from .detection import Detection, detection
 from .diversity import disagreement, diversity
 from .gaussian import gaussian_nll, mixture, root_mean_squared_error
 from .uncertainty import mutual_information, predictive_entropy
-
-__all__ = [
-    "BINS",
-    "Detection",
-    "accuracy",
-    "brier_score",
-    "calibration_gaps",
-    "correct",
-    "detection",
-    "disagreement",
-    "diversity",
-    "expected_calibration_error",
-    "gaussian_nll",
-    "mixture",
-    "mutual_information",
-    "negative_log_likelihood",
-    "predictive_entropy",
-    "root_mean_squared_error",
-]

@@ -14,24 +14,3 @@ from .plots import (
     style_axes,
 )
 from .tables import Table, format_macs, show_evaluation, show_ood, show_table, show_uncertainty
-
-__all__ = [
-    "COST",
-    "HALO",
-    "System",
-    "Table",
-    "comparison_table",
-    "format_macs",
-    "log_cost_axis",
-    "measure_system",
-    "new_figure",
-    "plot_accuracy_against_macs",
-    "plot_accuracy_against_time",
-    "save_figure",
-    "show_evaluation",
-    "show_ood",
-    "show_table",
-    "show_uncertainty",
-    "style_axes",
-    "write_comparison",
-]
