@@ -40,11 +40,10 @@ def per_channel(vectors, branch, c, channels):
 @triton.jit
 def norm_of(norm, branch, branches, c, channels):
     """Mean, scale and shift of channels ``c`` of a branch, each as a row; ``norm`` is [3, branches, channels]."""
-    size = branches * channels
     return (
         per_channel(norm, branch, c, channels),
-        per_channel(norm + size, branch, c, channels),
-        per_channel(norm + 2 * size, branch, c, channels),
+        per_channel(norm, branch + branches, c, channels),
+        per_channel(norm, branch + 2 * branches, c, channels),
     )
 
 
