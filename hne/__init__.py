@@ -1,4 +1,4 @@
-"""Hierarchical neural ensembles: networks that share the trunk of a tree, and answer at any time.
+"""Hierarchical neural ensembles: networks that share the early blocks of a tree, with anytime inference.
 
 After "Distilled Hierarchical Neural Ensembles with Adaptive Inference Cost" (Ruiz & Verbeek; AAAI 2021 as "Anytime
 Inference with Distilled Hierarchical Neural Ensembles").

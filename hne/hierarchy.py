@@ -1,4 +1,4 @@
-"""The tree of an ensemble: branches per block, and the path of each leaf through them."""
+"""The tree of an ensemble: the branches of each block, and the path of each leaf through them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from functools import cached_property
 
 @dataclass(frozen=True, init=False)
 class Hierarchy:
-    """A tree: branches per block of a network, and leaves, one per model.
+    """The tree of an ensemble. Its leaves are the models, numbered from 0.
 
-    Block ``b`` exists in ``branches[b]`` independent copies. Leaf ``n`` runs through copy
-    ``n * branches[b] // num_models`` of block ``b``. That order is depth first, so the first ``n`` leaves need
-    the *first* ``ceil(n * branches[b] / num_models)`` copies: a smaller ensemble is a leading slice of every weight.
+    Block ``b`` exists in ``branches[b]`` independent copies, the branches. Leaf ``n`` runs through branch
+    ``n * branches[b] // num_models`` of block ``b``. This order is depth first, so the first ``n`` leaves need
+    the *first* ``ceil(n * branches[b] / num_models)`` branches: a smaller ensemble is a leading slice of every weight.
 
-    One description covers the paper's systems, and the student of Hydra::
+    The systems that the paper compares are trees, and so is the student of Hydra::
 
         Hierarchy((1, 2, 4, 8, 16))               hierarchical: HNE               Hierarchy.doubling(5, 16)
         Hierarchy((16, 16, 16, 16, 16))           independent networks            Hierarchy.independent(5, 16)
@@ -25,9 +25,9 @@ class Hierarchy:
         Hierarchy((1, 1, 1, 1, 1))                one network                     Hierarchy.single(5)
 
     Args:
-        branches: Copies of each block; each count divides the next.
-        num_models: Leaves, a multiple of the last count; the last count itself by default. With a larger number,
-            several heads share a copy of the last block.
+        branches: Number of branches of each block; each number divides the next.
+        num_models: Number of leaves, a multiple of the last number of branches and by default equal to it. If it is
+            larger, several heads share a branch of the last block.
 
     Raises:
         TypeError: A count is not an int.
@@ -60,8 +60,11 @@ class Hierarchy:
 
     @classmethod
     def doubling(cls, num_blocks: int, num_models: int | None = None) -> Hierarchy:
-        """The paper's tree: branches double from block to block, and the first blocks are shared where there are
-        more blocks than doublings. ``num_models`` (default ``2 ** (num_blocks - 1)``) is a power of two."""
+        """The paper's tree: the number of branches doubles from block to block, up to ``num_models``.
+
+        Blocks before the first doubling have one branch, shared by all models. ``num_models`` is a power of two, by
+        default ``2 ** (num_blocks - 1)``.
+        """
         num_blocks = _at_least_one("num_blocks", num_blocks)
         largest = 2 ** (num_blocks - 1)
         leaves = largest if num_models is None else _at_least_one("num_models", num_models)
@@ -101,19 +104,19 @@ class Hierarchy:
 
     @cached_property
     def levels(self) -> tuple[int, ...]:
-        """Nodes of the tree at each level: the branches of every block, then the leaves (one head each)."""
+        """Number of nodes at each level of the tree: the branches of every block, then the leaves (a head each)."""
         return (*self.branches, self.num_models)
 
     @cached_property
     def replication(self) -> tuple[int, ...]:
-        """Children per node of the level above, for each level: how often features are replicated on entering each
-        block, and the heads. The input image is the single node above block 0."""
+        """For each level, the number of nodes per node of the level above: features are replicated this many times when
+        they enter the block or the heads. The image is the single node above block 0."""
         levels = self.levels
         return tuple(b // a for a, b in zip((1, *levels), levels, strict=False))
 
     def needed(self, num_models: int) -> tuple[int, ...]:
-        """Number of (leading) nodes of each level that the first ``num_models`` leaves run through; the last entry, of
-        the heads, is ``num_models`` itself.
+        """Number of nodes of each level that the first ``num_models`` leaves run through; they are the first nodes of
+        their level. The last entry is the number of heads, ``num_models`` itself.
 
         Raises:
             TypeError, ValueError: ``num_models`` is not an int from 1 to ``self.num_models``.
@@ -133,8 +136,16 @@ class Hierarchy:
         return leaf * self.levels[level] // self.num_models
 
     def nodes(self, leaves: slice, first: int = 0) -> list[tuple[slice, int]]:
-        """The nodes that ``leaves`` run through at each level from ``first`` on, and how many of them each node of the
-        level above has (the last may have fewer). ``leaves`` are the first ones, or a single one."""
+        """The nodes that some leaves run through, for each level from ``first`` on.
+
+        Args:
+            leaves: The first n leaves, ``slice(0, n)``, or a single leaf, ``slice(n, n + 1)``.
+            first: The first level wanted.
+
+        Returns:
+            For each level the range of nodes, and the number of them per node of the level above (the last of those
+            may have fewer).
+        """
         found = []
         for level, children in enumerate(self.replication[first:], first):
             nodes = slice(self.ancestor(leaves.start, level), self.ancestor(leaves.stop - 1, level) + 1)
@@ -143,7 +154,7 @@ class Hierarchy:
 
     def first_new(self, leaf: int) -> int:
         """The first level at which the paths of ``leaf`` (from 0) and the leaf before it differ. Anytime inference
-        computes the levels from there on."""
+        computes this level and those after it; it has the earlier ones already."""
         return self._first_new[leaf]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""How the layers of a network are computed: plain PyTorch, kernels with gradients, folded weights for inference."""
+"""Executors compute the layers of a network: in plain PyTorch, by kernels with gradients, or with folded weights."""
 
 from .anytime import Anytime
 from .base import SubtreeExecutor, SubtreeRunner

@@ -1,4 +1,4 @@
-"""Anytime inference: an answer after every model, each better than the last."""
+"""Anytime inference: an answer after every model of the ensemble."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class AnytimeNetwork(Network, Protocol):
 class Anytime(Iterator[tuple[int, Tensor]]):
     """Evaluates the tree leaf by leaf, depth first, as the paper describes; see :meth:`HNE.anytime`.
 
-    The outputs of the nodes on the path to the current leaf are kept, since a later leaf branches off from one of them.
-    No node is computed twice, and none before the answer that needs it is asked for. Changed parameters are looked for
-    once, at the beginning: they must not change before the end.
+    The iterator keeps the output of each node on the path to the current leaf, because the next leaf branches off from
+    one of them. A node is computed once, in the step that first needs it. The parameters must not change before the
+    last step: they are checked for changes only at the beginning.
 
     Attributes:
         num_models: Leaves evaluated so far.
-        member: Logits ``[batch, num_classes]`` of the last leaf by itself; None before the first.
+        member: Logits ``[batch, num_classes]`` of the latest leaf alone; None before the first step.
     """
 
     def __init__(self, network: AnytimeNetwork, x: Tensor) -> None:
@@ -56,10 +56,10 @@ class Anytime(Iterator[tuple[int, Tensor]]):
         return self.num_models, mean if mean.dtype == logits.dtype else mean.to(logits.dtype)
 
     def select(self, samples: Tensor) -> None:
-        """Go on with some samples of the batch: later answers are theirs, in the order given.
+        """Continue with some samples of the batch. Later answers contain these samples, in the given order.
 
         Args:
-            samples: Their indices in the current batch, ``[K]`` int64.
+            samples: Indices of the samples in the current batch, ``[K]`` int64.
 
         Raises:
             RuntimeError: There is no answer yet.

@@ -1,4 +1,4 @@
-"""How a subtree is computed, layer by layer."""
+"""Base class of the executors: computes a subtree of a network layer by layer."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ class Network(Protocol):
 
 
 class SubtreeRunner(Protocol):
-    """Computes subtrees of one network with the parameters as they are."""
+    """A function that computes subtrees of one network."""
 
     def __call__(
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """The nodes on the way from block ``first`` to some leaves.
+        """Compute some leaves, and all nodes above them from block ``first`` on.
 
         Args:
             x: Input features of block ``first``; images ``[batch, channels, height, width]`` for block 0.
-            leaves: The first leaves, or a single one.
-            first: A block, or ``num_blocks`` for the heads alone.
-            keep: Whether the features after every block are results as well.
-            sizes: Ensemble sizes for mean logits, as in :meth:`HNE.prefix_logits`, instead of the leaves' logits.
+            leaves: The first n leaves, ``slice(0, n)``, or a single leaf, ``slice(n, n + 1)``.
+            first: The first block to compute, or ``num_blocks`` for the heads alone.
+            keep: Return the features after every block, too.
+            sizes: Return mean logits of the ensembles of these sizes, as :meth:`HNE.prefix_logits`, instead of the
+                logits of the leaves.
 
         Returns:
-            The features after each block (with ``keep``), then the logits ``[leaves, batch, classes]`` or
-            ``[len(sizes), batch, classes]``.
+            With ``keep`` the features after each block; last the logits ``[leaves, batch, classes]``, or
+            ``[len(sizes), batch, classes]`` with ``sizes``.
         """
 
 
 class SubtreeExecutor(Executor):
-    """Computes the subtree of a network; subclasses define the layout of features and the operations on them."""
+    """Computes subtrees of a network. Subclasses define the layout of features and the operations on them."""
 
     def runner(self, network: Network) -> SubtreeRunner:
         """The function that computes subtrees of ``network``."""
@@ -78,14 +79,14 @@ class SubtreeExecutor(Executor):
 
     @abstractmethod
     def from_images(self, images: Tensor) -> Tensor:
-        """Images ``[batch, channels, height, width]`` as features of one branch."""
+        """The features, of one branch, for images ``[batch, channels, height, width]``."""
 
     @abstractmethod
     def select_samples(self, x: Tensor, samples: Tensor) -> Tensor:
-        """The features of some samples of the batch, by their indices."""
+        """The features of some samples of the batch; ``samples`` are their indices, ``[K]`` int64."""
 
     def materialize(self, x: Features) -> Tensor:
-        """Features as a tensor."""
+        """The features as a tensor, computed now if an operation has deferred it."""
         features: Tensor = x
         return features
 

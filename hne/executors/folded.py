@@ -1,4 +1,4 @@
-"""Inference: sessions with folded weights, cached with the model until its parameters change."""
+"""Inference with folded weights, which the model caches until its parameters change."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .session import InferenceSession
 
 
 class FoldedExecutor(KernelExecutor):
-    """Features as in :class:`KernelExecutor`; no gradients, and batch norm by the running statistics."""
+    """Computes without gradients, with batch norms folded into the weights. Features as in :class:`KernelExecutor`."""
 
     def runner(self, network: Any) -> SubtreeRunner:
         return self.session(network).run
 
     def session(self, network: Any) -> InferenceSession:
-        """The session of a network (a :class:`FoldedWeightCache`): cached while its parameters stay unchanged.
+        """The session of a network (a :class:`FoldedWeightCache`), cached while its parameters stay unchanged.
 
-        A CUDA graph reads the weights of the cached session, which the network then keeps alive. A graph that is
-        captured without an earlier call folds the weights itself, anew in every replay; so does a compiled program in
-        every call.
+        During the capture of a CUDA graph the cached session is used, and the network keeps it alive, because the graph
+        reads its weights. Without a cached session folding becomes part of the graph and is repeated in every replay;
+        it is also part of a compiled program and repeated in every call.
         """
         if torch.compiler.is_compiling():
             return InferenceSession(network)
@@ -31,11 +31,11 @@ class FoldedExecutor(KernelExecutor):
         capturing = is_capturing()
         if session is None:
             with torch.no_grad():
-                if capturing:  # its results exist when the graph is replayed, not now
+                if capturing:  # the folded weights exist only when the graph is replayed, so they cannot be cached
                     return InferenceSession(network)
                 session = InferenceSession(network, ParameterVersions(network.modules()))
             if (device := network.head.conv.weight.device).type == "cuda":
-                # Once, so that every stream may read the new weights, and none still reads those that they replace.
+                # Afterwards every stream may read the new weights, and no stream still reads the old ones.
                 torch.cuda.synchronize(device)
             network.folded = session
         if capturing:
@@ -44,5 +44,5 @@ class FoldedExecutor(KernelExecutor):
 
 
 def is_capturing() -> bool:
-    """Whether kernels that are launched now become part of a CUDA graph."""
+    """Whether a CUDA graph is being captured: kernels launched now become part of it."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""Layers for inference: batch norm folded into packed weights, a whole layer per kernel."""
+"""The kernel paths of layers for inference: batch norm folded into packed weights, one kernel for a whole layer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _KERNEL_PATHS: dict[type[Layer], KernelPath] = {}
 
 
 def kernel_path(kind: type[Layer]) -> Callable[[KernelPath], KernelPath]:
-    """Decorator of the function that gives a layer of this kind, with all its branches, as
-    :class:`hne_kernels.FusedLayer` in a row."""
+    """Decorator that registers a kernel path: a function that converts a layer of class ``kind``, with all branches, to
+    :class:`hne_kernels.FusedLayer` that are computed one after the other."""
 
     def register(function: KernelPath) -> KernelPath:
         _KERNEL_PATHS[kind] = function
@@ -28,8 +28,8 @@ def kernel_path(kind: type[Layer]) -> Callable[[KernelPath], KernelPath]:
 
 
 def to_fused_layers(layer: Layer) -> Sequence[K.FusedLayer] | None:
-    """A layer, with all its branches, as fused layers in a row; None where its kind has no kernel path: inference then
-    computes its ``forward``."""
+    """The fused layers, with all branches, that compute a layer one after the other. None if its class has no kernel
+    path: inference then calls its ``forward``."""
     function = _KERNEL_PATHS.get(type(layer))
     return None if function is None else function(layer)
 
@@ -65,18 +65,19 @@ def _pool_linear(layer: PoolLinearLayer) -> Sequence[K.FusedLayer]:
 
 
 def fused_conv(module: ConvNorm, activation: str = "none") -> K.FusedLayer:
-    """A dense convolution, its batch norm and an activation."""
+    """A dense convolution with its batch norm and an activation as one fused layer."""
     return K.FusedLayer(_fold_dense(module), module.stride, module.padding, activation=activation)
 
 
 def fused_pool_linear(linear: BranchLinear, activation: str = "none") -> K.FusedLayer:
-    """Global average pooling and a linear layer."""
+    """Global average pooling, a linear layer and an activation as one fused layer."""
     weight, bias = linear.weight_and_bias(slice(0, linear.branches))
     return K.FusedLayer((K.pack_weight(weight), bias), activation=activation, mean=True)
 
 
 def _fold(module: ConvNorm) -> tuple[Tensor, Tensor]:
-    """Weight ``[branches, channels, inputs, k, k]`` and bias ``[branches, channels]``, batch norm folded in."""
+    """Weight ``[branches, channels, in_channels, k, k]`` and bias ``[branches, channels]`` with batch norm folded in:
+    ``(conv(x) - mean) * scale + shift``."""
     everything = slice(0, module.branches)
     weight = module.select_branches(module.conv.weight, everything)
     mean, scale, shift = running_normalization(module, everything)

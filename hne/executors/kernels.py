@@ -1,4 +1,4 @@
-"""The kernels, differentiable: for training, and wherever gradients are wanted."""
+"""Computes layers by the differentiable kernels, for training and wherever gradients are wanted."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from .base import SubtreeExecutor
 
 
 class KernelExecutor(SubtreeExecutor):
-    """Features are ``[branches, batch, height, width, channels]``; inside a block they may be normalised lazily, where
-    they are read (:mod:`hne_kernels.lazy`). Replication is an index, never a copy.
+    """Features are ``[branches, batch, height, width, channels]``.
+
+    Inside a block, features may not be normalised yet: the next kernel does so while reading them
+    (:mod:`hne_kernels.lazy`). Convolutions read a parent's features for all its children, without copies.
     """
 
     def from_images(self, images: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class KernelExecutor(SubtreeExecutor):
 
     def pool(self, x: Features) -> Tensor:
         x = K.materialize(x)
-        # A sum, since its gradient, unlike that of a mean, is expanded from one pixel and not stored.
+        # The gradient of a sum is expanded from one pixel and not stored; the gradient of a mean would be stored.
         return x.sum((2, 3), keepdim=True) / x.shape[2:4].numel()
 
     def replicate(self, x: Tensor, branches: slice, replicate: int, channels: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""Plain PyTorch, as in the paper's Figure 2: the channels of all branches side by side, features replicated in memory
-where the tree branches, grouped convolutions.
+"""Computes layers in plain PyTorch, as in the paper's Figure 2: the channels of all branches side by side, grouped
+convolutions, and features copied where the tree branches.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class NaiveExecutor(SubtreeExecutor):
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, branches: int, replicate: int
     ) -> Tensor:
-        """A grouped convolution to ``branches`` branches, of the replicated features."""
+        """Replicate the features, then apply a grouped convolution with ``branches`` output branches."""
         x = self.replicate(x, slice(0, branches), replicate, weight.shape[1])
         return F.conv2d(x, weight, bias, stride, padding, groups=branches)
 
@@ -83,7 +83,7 @@ class NaiveExecutor(SubtreeExecutor):
 
 
 def _grouped(module: BranchModule, branches: slice, *tensors: Tensor | None) -> list[Tensor]:
-    """The wanted branches of each tensor, side by side."""
+    """The wanted branches of each tensor, in the layout of a grouped convolution."""
     return [module.select_branches(t, branches).flatten(0, 1) for t in tensors if t is not None]
 
 

@@ -9,14 +9,16 @@ from torch import nn
 
 
 class ParameterVersions:
-    """Identity and version of the parameters and buffers of some modules, except the batch counters of batch norms.
+    """Records addresses and version counters of parameters and buffers, to notice changes later.
+
+    The batch counters of batch norms are left out.
 
     Args:
-        modules: Modules, without their children.
+        modules: The modules whose own tensors are recorded; their children are not searched.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        # Modules hold their tensors in these dictionaries: they show replaced tensors, and are quick to read.
+        # Modules hold their tensors in these dictionaries. Reading them is fast, and finds replaced tensors.
         self._sources: list[tuple[dict[str, Any], str]] = [
             (tensors, name)
             for module in modules
@@ -25,11 +27,11 @@ class ParameterVersions:
             if tensor is not None and name != "num_batches_tracked"
         ]
         self._versions = self._read()
-        # A reference to the memory keeps its address from being reused by another tensor.
+        # A reference to the memory, so that no other tensor can get the same address.
         self._memory = [tensors[name].detach() for tensors, name in self._sources]
 
     def is_current(self) -> bool:
-        """Whether all tensors are unchanged; False where that cannot be told.
+        """Whether all tensors are unchanged; False if that is unknown.
 
         Writes through ``parameter.data`` are invisible, and tensors made under ``torch.inference_mode()`` have no
         version counter.

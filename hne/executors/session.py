@@ -1,4 +1,4 @@
-"""Inference with folded weights: one call for a whole subtree where the kernels can, else one call per layer."""
+"""Inference with folded weights: a whole subtree in one call where the kernels support it, else a call per layer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .parameter_versions import ParameterVersions
 
 
 class InferenceSession:
-    """The folded weights of a network, and a program for each subtree that was asked for.
+    """The folded weights of a network, and a program (a list of steps) for each subtree that was computed.
 
     Args:
-        network: In eval mode.
-        versions: The parameters' versions at the time of construction; None for a session that is used once.
+        network: A network in eval mode.
+        versions: The versions of its parameters at the time of construction; None for a session that is used once.
     """
 
     def __init__(self, network: Network, versions: ParameterVersions | None = None) -> None:
@@ -36,11 +36,11 @@ class InferenceSession:
         self._programs: dict[tuple[int, int, int, bool], list[_Step]] = {}
 
     def is_current(self) -> bool:
-        """Whether the parameters are unchanged since construction, as far as that can be told.
+        """Whether the parameters are unchanged since construction.
 
         Changes in place and replaced tensors are noticed. Writes through ``parameter.data`` are hidden from PyTorch's
-        version counter, and take effect with the next ``train()`` or ``eval()``. Parameters without a version counter
-        (made under ``torch.inference_mode()``) are folded for every call.
+        version counter: they are not noticed, and take effect with the next ``train()`` or ``eval()``. Parameters that
+        were made under ``torch.inference_mode()`` have no version counter, and count as changed in every call.
         """
         return self._versions is not None and self._versions.is_current()
 
@@ -63,10 +63,10 @@ class InferenceSession:
         return results
 
     def _program(self, leaves: slice, first: int, keep: bool) -> list[_Step]:
-        """The steps of a subtree: runs of fused layers, as long as possible, and layers without a kernel path."""
+        """The steps of a subtree. Consecutive fused layers form one step; a layer without a kernel path is a step."""
         steps: list[_Step] = []
         fused: list[K.FusedLayer] = []  # the layers of the next step
-        ends: list[int] = []  # the positions among them whose output is kept
+        ends: list[int] = []  # indices of those whose output the step returns
 
         def finish_step() -> None:
             if fused:
@@ -101,12 +101,12 @@ class InferenceSession:
 
 class _FoldedLayer(NamedTuple):
     layer: Layer
-    fused: Sequence[K.FusedLayer] | None  # all branches of it; None without a kernel path
+    fused: Sequence[K.FusedLayer] | None  # with all branches; None without a kernel path
 
 
 class _Step(NamedTuple):
-    compute: Callable[[Tensor], list[Tensor]]  # features to the features that are kept, and last the output
-    keep_output: bool  # whether the output, which the next step reads, is a result of the program
+    compute: Callable[[Tensor], list[Tensor]]  # from the input to the features that are kept and, last, the output
+    keep_output: bool  # whether the output is kept, too; the next step reads it
 
 
 def _forward(layer: Layer, branches: slice, replicate: int, images: bool, x: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The cache of folded weights that a model carries."""
+"""The cache of folded weights in a model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .parameter_versions import ParameterVersions
 
 
 class FoldedWeightCache(nn.Module):
-    """A module that caches what inference derives from its parameters.
+    """A module that caches folded weights for inference.
 
-    The cache is no state: it is neither saved nor copied, and it is dropped when the parameters move or the mode
-    changes.
+    The cache is not part of the module's state: it is neither saved nor copied. It is dropped when ``train()`` or
+    ``eval()`` is called, and when the parameters change their device or dtype.
 
     Attributes:
         folded: The cached :class:`~hne.executors.InferenceSession`, or None.
-        graph_weights: Sessions whose weights a CUDA graph reads: they live as long as the graph may be replayed.
+        graph_weights: Sessions whose weights a CUDA graph reads; they must live as long as the graph.
         freeze_depth: While it is above 0, staleness checks are skipped.
     """
 
@@ -34,16 +34,16 @@ class FoldedWeightCache(nn.Module):
         self.freeze_depth = 0
 
     def current(self) -> Any:
-        """The cached session, or None where its parameters have changed."""
-        folded = self.folded  # another thread may drop it meanwhile
+        """The cached session; None if there is none, or if parameters have changed."""
+        folded = self.folded  # read once, since another thread may drop it
         return folded if folded is not None and (self.freeze_depth or folded.is_current()) else None
 
     @contextlib.contextmanager
     def frozen_parameters(self) -> Iterator[Self]:
         """Promise that parameters and buffers stay unchanged until the end of the ``with`` block.
 
-        Inference then checks them once, at the beginning, instead of in every call, where the check takes 0.1 ms (350
-        tensors, on a CPU). A change within the block nevertheless takes effect after it.
+        They are checked for changes once, at the beginning, and not in every call, where the check takes 0.1 ms (350
+        tensors, on a CPU). A change within the block takes effect after the block at the latest.
         """
         versions = ParameterVersions(self.modules())
         self.folded = self.current()
@@ -53,7 +53,7 @@ class FoldedWeightCache(nn.Module):
         finally:
             self.freeze_depth -= 1
             if not versions.is_current():
-                self.folded = None  # it may be of either state
+                self.folded = None  # it may hold weights from before or after the change
 
     def train(self, mode: bool = True) -> Self:
         self.folded = None

@@ -1,4 +1,4 @@
-"""Inference beyond the model's own calls: deadlines, CUDA graphs, stand-alone programs."""
+"""Inference with a deadline, inference by CUDA graphs, and export."""
 
 from .cuda_graphs import GraphedHNE
 from .export import EnsembleMean, write_onnx, write_pt2

@@ -1,4 +1,4 @@
-"""Inference by CUDA graphs: one launch replays all kernels of a network."""
+"""Inference by CUDA graphs: one launch runs all kernels of a call."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from ..models import HNE
 
 Function = Callable[[Tensor], Tensor]
 
-_WARM_UPS = 3  # calls before a capture: libraries are loaded, kernels tuned, weights folded
+_WARM_UPS = 3  # calls before a capture, to load libraries, tune kernels and fold weights
 
 
 class GraphedHNE:
-    """A model in ``eval()`` on a GPU, replayed from CUDA graphs.
+    """Inference of a model on a GPU by CUDA graphs.
 
     There is one graph for each number of models (or list of sizes), shape and dtype of images, and setting that decides
-    which kernels run: backend, autocast, TF32, deterministic algorithms. The first call of a kind captures its graph,
-    which takes as long as a few ordinary calls and, with Triton, the tuning of the kernels. The graphs share memory.
+    which kernels run (backend, autocast, TF32, deterministic algorithms). The first call of a kind captures its graph.
+    This takes as long as a few ordinary calls and, with Triton, the tuning of the kernels. The graphs share memory.
 
-    Any thread and stream may call; the GPU works on one call at a time. Changed parameters are noticed as by
-    :meth:`hne.executors.InferenceSession.is_current`, and all graphs are captured again. Gradients are never recorded.
+    Any thread or stream may call; the GPU works on one call at a time. If parameters change, all graphs are captured
+    again; :meth:`hne.executors.InferenceSession.is_current` says which changes are noticed. Gradients are never
+    recorded.
 
     Args:
-        model: On a GPU, made outside of ``torch.inference_mode()``, where changes cannot be noticed.
+        model: A model on a GPU, in eval mode. It must be made outside of ``torch.inference_mode()``, because changes of
+            its parameters could not be noticed otherwise.
 
     Raises:
         TypeError: ``model`` is not an :class:`HNE`.
-        ValueError: It is not on a GPU.
-        RuntimeError: Its parameters have no version counter; or, from a call, it is in training mode.
+        ValueError: The model is not on a GPU.
+        RuntimeError: The parameters have no version counter; or, in a call, the model is in training mode.
     """
 
     def __init__(self, model: HNE) -> None:
@@ -46,23 +48,23 @@ class GraphedHNE:
         self._reset()
 
     def __call__(self, x: Tensor, num_models: int | None = None) -> Tensor:
-        """Logits as from :meth:`HNE.forward`, with its arguments and errors, in new memory."""
+        """The logits of :meth:`HNE.forward` in new memory; same arguments and errors."""
         n = self.model.num_models if num_models is None else num_models
         return self._replay(lambda images: self.model(images, n), x, n)
 
     def prefix_logits(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-        """Logits as from :meth:`HNE.prefix_logits`, with its arguments and errors, in new memory."""
+        """The logits of :meth:`HNE.prefix_logits` in new memory; same arguments and errors."""
         wanted = self.model.prefix_sizes if sizes is None else tuple(sizes)
         return self._replay(lambda images: self.model.prefix_logits(images, wanted), x, wanted)
 
     def _replay(self, function: Function, x: Tensor, arguments: Hashable) -> Tensor:
         if self.model.training:
             raise RuntimeError("GraphedHNE is for inference: call model.eval() first")
-        # Buffers made in inference mode could not be written to outside of it.
+        # A graph's buffers that were made in inference mode could not be written to outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             key = arguments, x.shape, x.dtype, x.device, _setting(x)
             graph = self._graphs.get(key)
-            # The replay comes first, so that the check of the parameters overlaps with it.
+            # The GPU works on the replay while the parameters are checked for changes.
             y = None if graph is None else graph(x)
             if not self._is_current():
                 self._reset()
@@ -93,24 +95,24 @@ class GraphedHNE:
     def _capture(self, function: Function, x: Tensor) -> _Graph:
         self.model.check_images(x)
         graph = _Graph(function, x, self._memory)
-        if self.model.graph_weights:  # from now on the graph alone keeps the weights alive
+        if self.model.graph_weights:  # from now on only the graph keeps the weights alive
             graph.session = self.model.graph_weights.pop()
         return graph
 
 
 class _Memory:
-    """Memory shared by graphs, which are replayed one at a time."""
+    """Memory that all graphs share, since only one is replayed at a time."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self.free = torch.cuda.Event()  # after the last replay
+        self.free = torch.cuda.Event()  # recorded after each replay
 
 
 class _Graph:
-    """A function of images as a CUDA graph, for the shape and dtype of ``x``."""
+    """A CUDA graph of a function of images, for the shape and dtype of ``x``."""
 
     def __init__(self, function: Function, x: Tensor, memory: _Memory) -> None:
-        self.session: InferenceSession | None = None  # its weights are read in every replay
+        self.session: InferenceSession | None = None  # every replay reads its weights
         self._memory = memory
         with torch.cuda.device(x.device):
             self._images = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)

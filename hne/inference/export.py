@@ -1,4 +1,4 @@
-"""Export of an ensemble as a program that runs without this package's Python code."""
+"""Export of an ensemble to ``torch.export`` and ONNX."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class EnsembleMean(nn.Module):
     """The ensemble of the first ``num_models`` members as one network, for export.
 
     Args:
-        model: The tree.
-        num_models: Members of the ensemble.
+        model: The model, in eval mode.
+        num_models: Number of members of the ensemble.
     """
 
     def __init__(self, model: HNE, num_models: int) -> None:
@@ -34,15 +34,17 @@ class EnsembleMean(nn.Module):
 
 
 def write_pt2(ensemble: EnsembleMean, images: Tensor, path: Path) -> Tensor:
-    """Write a program of ``torch.export`` that takes any batch size.
+    """Write a ``torch.export`` program for any batch size.
+
+    A program of a :class:`FusedHNE` calls this package's ops: import ``hne_kernels`` before loading it.
 
     Args:
         ensemble: The network, in eval mode.
-        images: Example images ``[B, C, H, W]`` with B of at least 2.
+        images: Example images ``[B, C, H, W]``; B is at least 2.
         path: The file.
 
     Returns:
-        The logits ``[B, L]`` of the written program for ``images``.
+        The logits ``[B, L]`` that the written program computes for ``images``.
     """
     program = torch.export.export(ensemble, (images,), dynamic_shapes=_ANY_BATCH)
     torch.export.save(program, path)
@@ -51,10 +53,10 @@ def write_pt2(ensemble: EnsembleMean, images: Tensor, path: Path) -> Tensor:
 
 
 def write_onnx(ensemble: EnsembleMean, images: Tensor, path: Path) -> Tensor:
-    """Write an ONNX graph that takes any batch size, with input ``images`` and output ``logits``.
+    """Write an ONNX graph for any batch size, with input ``images`` and output ``logits``.
 
-    Arguments and result are those of :func:`write_pt2`. The logits are computed by ONNX Runtime where it is installed,
-    and by the reference evaluator of ``onnx`` otherwise.
+    Arguments and result as for :func:`write_pt2`; the model is a :class:`NaiveHNE`, since ONNX has no ops like the
+    kernels. ONNX Runtime computes the logits if it is installed, otherwise the reference evaluator of ``onnx``.
 
     Raises:
         RuntimeError: ``onnx`` or ``onnxscript`` is not installed.

@@ -1,4 +1,4 @@
-"""Anytime inference within limits: as many models as the deadline allows, and no more than the answer needs."""
+"""Anytime inference with a deadline, or until the answer is certain enough."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..models import HNE
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer within limits.
+    """The answer of an :class:`AnytimePredictor` for a batch. Times are seconds from the start of the call.
 
     Attributes:
-        logits: mean over the evaluated models of each sample, ``[B, L]``.
-        num_models: models evaluated for each sample, ``[B]`` int64.
-        ready: seconds until the logits were ready.
-        returned: seconds until the answer was returned; later than ``ready`` if one more model was evaluated in vain.
-        deadline: seconds allowed; infinite without a deadline.
+        logits: For each sample, the mean logits of the models in its answer, ``[B, L]``.
+        num_models: For each sample, the number of these models, ``[B]`` int64.
+        ready: Time when the logits were ready.
+        returned: Time when the answer was returned; later than ``ready`` if a further model missed the deadline.
+        deadline: The deadline; infinite if there is none.
     """
 
     logits: Tensor
@@ -37,30 +37,31 @@ class Answer:
 
     @property
     def late(self) -> bool:
-        """Whether the first model, without which there is no answer, missed the deadline."""
+        """Whether the answer missed the deadline: the first model, which is always evaluated, took too long."""
         return self.ready > self.deadline
 
 
 class AnytimePredictor:
     """Evaluates a tree leaf by leaf until the deadline, or until every sample's answer is certain enough.
 
-    A leaf is evaluated only if its predicted time ends before the deadline. Times are measured once for every shape of
-    batch, before its first answer, and updated by every answer. The first leaf is always evaluated: ``Answer.late``
-    tells where it missed the deadline. A later leaf that misses the deadline is no part of the answer.
+    A leaf is evaluated only if it is predicted to end before the deadline. The time of each leaf is measured before the
+    first answer for a batch shape, and updated by every answer as long as all its samples are in the batch. The first
+    leaf is always evaluated; ``Answer.late`` is true if it missed the deadline. A later leaf that misses the deadline
+    is not part of the answer.
 
-    A sample whose answer is certain enough leaves the batch: later leaves are computed for the other samples.
+    A sample whose answer is certain enough leaves the batch. Later leaves are computed only for the other samples.
 
     Args:
-        model: in eval mode.
-        deadline_ms: milliseconds for each batch; None for no deadline. A call may name another one.
-        confidence: a sample is done when the ensemble's probability of its class reaches this, 0 to 1.
-        agreement: a sample is done when this many of its models (2 or more) predict the ensemble's class.
-        quantile: the predicted time of a leaf is this quantile of its measured times.
-        window: measured times kept for each leaf.
-        clock: returns seconds; tests pass their own.
+        model: A model in eval mode.
+        deadline_ms: Milliseconds for each batch; None for no deadline. A call may set another one.
+        confidence: A sample is certain when the ensemble gives its predicted class at least this probability.
+        agreement: A sample is certain when this many of its models (2 or more) predict the ensemble's class.
+        quantile: The predicted time of a leaf is this quantile of its measured times.
+        window: Number of latest times that are kept for each leaf.
+        clock: Returns the time in seconds; tests pass their own.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: A number is out of range.
     """
 
     def __init__(
@@ -92,19 +93,19 @@ class AnytimePredictor:
         self._times: dict[torch.Size, list[_Times]] = {}
 
     def expected(self, shape: torch.Size) -> list[float]:
-        """Predicted seconds of each leaf for a batch of this shape ``[B, C, H, W]``, which must have been measured."""
+        """Predicted seconds of each leaf for a batch of shape ``[B, C, H, W]`` that has been measured before."""
         return [times.quantile(self.quantile) for times in self._times[shape]]
 
     @torch.inference_mode()
     def calibrate(self, x: Tensor, *, runs: int = 100, seconds: float = 3.0) -> None:
         """Measure every leaf on the batch ``x`` ``[B, C, H, W]``.
 
-        A call calibrates by itself for a shape that is new. Calibrate earlier where the first answer has a deadline.
+        The first call for a batch shape does this, too. Calibrate beforehand if that call has to be fast.
 
         Args:
-            x: any images; the time depends on their shape alone.
-            runs: measurements of each leaf.
-            seconds: time limit; no measurement starts after it.
+            x: Any images; the times depend only on their shape.
+            runs: Number of measurements of each leaf.
+            seconds: Time limit; no measurement starts after it.
         """
         for _ in self.model.anytime(x):
             pass  # warm up: folded weights, memory, threads
@@ -117,11 +118,11 @@ class AnytimePredictor:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, deadline_ms: float | None = None) -> Answer:
-        """The best answer for the batch ``x`` ``[B, C, H, W]`` within the limits.
+        """The answer for the batch ``x``.
 
         Args:
-            x: images, as of :meth:`HNE.forward`.
-            deadline_ms: for this batch, from the start of the call; the predictor's deadline by default.
+            x: Images ``[B, C, H, W]`` as in :meth:`HNE.forward`.
+            deadline_ms: Milliseconds from the start of the call; the predictor's deadline by default.
         """
         if x.shape not in self._times:
             self.calibrate(x)
@@ -129,7 +130,7 @@ class AnytimePredictor:
         return self._answer(x, math.inf if limit is None else limit / 1e3, early_exit=True)
 
     def _answer(self, x: Tensor, deadline: float, *, early_exit: bool) -> Answer:
-        """Evaluate leaves within ``deadline`` seconds; samples may leave the batch only with ``early_exit``."""
+        """Evaluate leaves within ``deadline`` seconds; samples leave the batch only if ``early_exit`` is true."""
         times = self._times[x.shape]
         start = leaf_start = self._clock()
         steps = self.model.anytime(x)
@@ -181,7 +182,7 @@ class AnytimePredictor:
 
 
 class _Times:
-    """The latest times of a leaf, in order of arrival and sorted."""
+    """The latest measured times of a leaf, in seconds."""
 
     def __init__(self, window: int) -> None:
         self._recent = deque[float](maxlen=window)
@@ -194,12 +195,12 @@ class _Times:
         bisect.insort(self._sorted, seconds)
 
     def quantile(self, share: float) -> float:
-        """The smallest time that at least this share of the times does not exceed; 0 without times."""
+        """The smallest time that is not exceeded by at least this share of the times; 0 if there are none."""
         return self._sorted[math.ceil(share * len(self._sorted)) - 1] if self._sorted else 0.0
 
 
 def _step(steps: Anytime) -> Tensor:
-    """Wait for the next answer."""
+    """The logits of the next step, when they are ready."""
     _, logits = next(steps)
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
@@ -207,7 +208,7 @@ def _step(steps: Anytime) -> Tensor:
 
 
 def _count(votes: Tensor | None, steps: Anytime) -> Tensor:
-    """Votes of the models for each class ``[B, L]``, with the vote of the last model."""
+    """Add the vote of the latest model to the votes for each class, ``[B, L]``."""
     assert steps.member is not None
     vote = F.one_hot(steps.member.argmax(-1), steps.member.shape[-1])
     return vote if votes is None else votes + vote

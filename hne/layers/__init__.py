@@ -1,4 +1,4 @@
-"""The layers of a network: specs (plain data), modules (parameters of all branches), and the operations they use."""
+"""The layers of a network: specs (plain data), modules (parameters of all branches), and the executor's interface."""
 
 from .activations import ACTIVATIONS
 from .batch_norm import batch_normalization, count_batch, is_synchronised, running_normalization

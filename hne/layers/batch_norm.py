@@ -18,10 +18,10 @@ def batch_normalization(module: ConvNorm, branches: slice, mean: Tensor, var: Te
     """The normalisation ``[3, branches, channels]`` by the statistics of a batch; updates the running statistics.
 
     Args:
-        module: Its batch norm is in training mode.
+        module: A convolution whose batch norm is in training mode.
         branches: The branches that were computed.
-        mean, var: Of this process's batch, ``[branches, channels]``, the variance biased.
-        count: Values per channel.
+        mean, var: Mean and biased variance of this process's batch, ``[branches, channels]``.
+        count: Number of values per channel in this process.
 
     Raises:
         ValueError: There is only one value per channel.
@@ -43,14 +43,14 @@ def running_normalization(module: ConvNorm, branches: slice) -> Tensor:
 
 
 def count_batch(module: ConvNorm) -> float:
-    """Count a batch, and return the weight of its statistics in the running ones."""
+    """Count a batch; return the weight of its statistics in the update of the running statistics."""
     tracked = _present(module.bn.num_batches_tracked)
     tracked.add_(1)
     return 1.0 / float(tracked) if module.bn.momentum is None else module.bn.momentum
 
 
 def is_synchronised(module: ConvNorm) -> bool:
-    """Whether the batch statistics of ``module`` are taken over several processes."""
+    """Whether the batch statistics of ``module`` are computed over several processes."""
     return (
         module.synchronised
         and distributed.is_available()
@@ -91,7 +91,7 @@ def _statistics_of_all_processes(mean: Tensor, var: Tensor, count: int) -> tuple
 
 
 class _AllReduce(torch.autograd.Function):
-    """Sum over all processes. The gradient is summed alike, since each process has a loss of its own."""
+    """Sum over all processes. The losses of all processes depend on the sum, so their gradients are summed, too."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -105,10 +105,11 @@ class _AllReduce(torch.autograd.Function):
 
 
 def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _present(buffer: Tensor | None) -> Tensor:
-    """The running statistics are always there: ``ConvNorm`` makes its batch norm with them."""
+    """A buffer of the batch norm of a ``ConvNorm``, which always tracks running statistics."""
     assert buffer is not None
     return buffer

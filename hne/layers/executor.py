@@ -1,4 +1,4 @@
-"""The operations that the forward of a layer is written in."""
+"""The interface of an executor: the operations from which the forward of a layer is built."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from .parameters import BranchLinear, ConvNorm
 
-Features = Any  # what one operation hands to the next; each executor has its own types
+Features = Any  # the result of an operation; each executor has its own types
 
 
 class Executor(ABC):
     """Computes the operations of a layer.
 
-    ``branches`` is the range of output branches (a slice with ``start`` and ``stop``). ``replicate`` is the number of
-    output branches per input branch; the last may have fewer. The layout of features is up to the executor.
+    ``branches`` is the range of output branches to compute (a slice with ``start`` and ``stop``). ``replicate`` is the
+    number of output branches per input branch; the last input branch may have fewer. Each executor has its own layout
+    of features.
     """
 
     @abstractmethod
@@ -34,20 +35,23 @@ class Executor(ABC):
     def entry_conv(
         self, module: ConvNorm, x: Features, branches: slice, replicate: int, activation: str
     ) -> tuple[Features, Features]:
-        """:meth:`conv_norm` at the entry of a layer that reads ``x`` again: ``x`` in the form for further readers, and
-        the result."""
+        """:meth:`conv_norm` as the first operation of a layer that also reads ``x`` elsewhere, for its shortcut.
+
+        Returns:
+            ``x``, converted for the other readers where the executor needs that, and the result of the convolution.
+        """
         return x, self.conv_norm(module, x, branches, replicate, activation)
 
     @abstractmethod
     def linear(
         self, module: BranchLinear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
-        """``activation(linear(x))`` of features of one pixel."""
+        """``activation(linear(x))``, for features with one pixel."""
 
     @abstractmethod
     def pool(self, x: Features) -> Tensor:
-        """Global average pooling: features of one pixel."""
+        """Global average pooling: the mean over all pixels, as features with one pixel."""
 
     @abstractmethod
     def replicate(self, x: Features, branches: slice, replicate: int, channels: int) -> Features:
-        """Copy the branches of ``x`` (``channels`` each) to the output ``branches``."""
+        """Copy each branch of ``x`` (of ``channels`` channels) to its output branches."""

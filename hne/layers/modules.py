@@ -1,4 +1,4 @@
-"""Layer modules: the parameters of all branches, and the forward in the operations of an :class:`Executor`."""
+"""Layer modules: the parameters of all branches, and a forward built from the operations of an :class:`Executor`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .specs import Bottleneck, Conv, LayerSpec, PoolLinear
 
 
 class Layer(nn.Module, ABC):
-    """A layer with the parameters of ``branches`` branches; ``class MyLayer(Layer, spec=MySpec)`` implements a spec.
+    """A layer with the parameters of all its branches. ``class MyLayer(Layer, spec=MySpec)`` implements a spec.
 
     Args:
-        spec: What the layer is.
+        spec: The description of the layer.
         in_channels: Input channels of one branch.
-        branches: Branches of the output.
-        replicate: Output branches per input branch.
+        branches: Number of output branches.
+        replicate: Number of output branches per input branch.
     """
 
     modules_by_spec: ClassVar[dict[type[LayerSpec], type[Layer]]] = {}
@@ -35,7 +35,7 @@ class Layer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
-        """Compute some ``branches``; ``x`` and ``replicate`` as in :class:`Executor`."""
+        """Compute some ``branches`` of the output; arguments as in :class:`Executor`."""
 
     @abstractmethod
     def macs(self, size: Size) -> int:
@@ -60,6 +60,8 @@ def build_layer(spec: LayerSpec, in_channels: int, branches: int, replicate: int
 
 
 class ConvLayer(Layer, spec=Conv):
+    """Implements :class:`Conv`."""
+
     spec: Conv
 
     def __init__(self, spec: Conv, in_channels: int, branches: int, replicate: int) -> None:
@@ -77,6 +79,8 @@ class ConvLayer(Layer, spec=Conv):
 
 
 class BottleneckLayer(Layer, spec=Bottleneck):
+    """Implements :class:`Bottleneck`: ``final_activation(project(depthwise(expand(x))) + shortcut(x))``."""
+
     spec: Bottleneck
 
     def __init__(self, spec: Bottleneck, in_channels: int, branches: int, replicate: int) -> None:
@@ -110,6 +114,8 @@ class BottleneckLayer(Layer, spec=Bottleneck):
 
 
 class PoolLinearLayer(Layer, spec=PoolLinear):
+    """Implements :class:`PoolLinear`."""
+
     spec: PoolLinear
 
     def __init__(self, spec: PoolLinear, in_channels: int, branches: int, replicate: int) -> None:

@@ -10,7 +10,12 @@ Size = tuple[int, int]  # height and width in pixels
 
 
 class BranchModule(nn.Module, ABC):
-    """Parameters of ``branches`` branches of equal shape."""
+    """Base class of modules with the parameters of several branches of equal shape.
+
+    Args:
+        branches: Number of branches.
+        in_channels, channels: Input and output channels of one branch.
+    """
 
     def __init__(self, branches: int, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -23,13 +28,16 @@ class BranchModule(nn.Module, ABC):
         """Initialise the parameters and running statistics anew."""
 
     def select_branches(self, tensor: Tensor, branches: slice) -> Tensor:
-        """Some branches of a parameter or buffer ``[branches * n, ...]``, as a view ``[len, n, ...]``."""
+        """Some branches of a parameter or buffer ``[all branches * n, ...]``, as a view ``[len(branches), n, ...]``."""
         tensor = tensor.view(self.branches, -1, *tensor.shape[1:])
         return tensor if branches == slice(0, self.branches) else tensor[branches]
 
 
 class ConvNorm(BranchModule):
-    """A convolution (dense or depthwise, odd kernel, padded to keep the size) followed by batch norm."""
+    """A convolution without bias (dense or depthwise, odd kernel), followed by batch norm.
+
+    The padding is half of the kernel size, so a stride of 1 keeps height and width.
+    """
 
     def __init__(
         self,
@@ -59,13 +67,15 @@ class ConvNorm(BranchModule):
         self.bn = nn.BatchNorm2d(branches * channels)
 
     def reset_parameters(self) -> None:
-        """He et al. 2015, fan out. The fan is that of one branch, since each branch is a network of its own."""
+        """Initialise as He et al. (2015), fan out. The fan counts one branch, since each branch belongs to a network of
+        its own."""
         filters = 1 if self.depthwise else self.channels
         nn.init.normal_(self.conv.weight, std=(2 / (filters * self.kernel_size**2)) ** 0.5)
         self.bn.reset_parameters()
 
     def weight(self, branches: slice) -> Tensor:
-        """Filters of some branches: ``[len, channels, in_channels, k, k]``, depthwise ``[len, channels, k, k]``."""
+        """Filters of some branches: ``[len(branches), channels, in_channels, k, k]``, without ``in_channels`` if
+        depthwise."""
         weight = self.select_branches(self.conv.weight, branches)
         return weight.squeeze(2) if self.depthwise else weight
 
@@ -82,7 +92,7 @@ class ConvNorm(BranchModule):
 
 
 class BranchLinear(BranchModule):
-    """A linear layer per branch: a 1x1 convolution of features of one pixel, initialised as ``nn.Linear``."""
+    """A linear layer per branch, stored as a 1x1 convolution and initialised as ``nn.Linear``."""
 
     def __init__(self, branches: int, in_channels: int, channels: int) -> None:
         super().__init__(branches, in_channels, channels)
@@ -92,7 +102,8 @@ class BranchLinear(BranchModule):
         self.conv.reset_parameters()
 
     def weight_and_bias(self, branches: slice) -> tuple[Tensor, Tensor]:
-        """Weight ``[len, channels, in_channels, 1, 1]`` and bias ``[len, channels]`` of some branches."""
+        """Weight ``[len(branches), channels, in_channels, 1, 1]`` and bias ``[len(branches), channels]`` of some
+        branches."""
         assert self.conv.bias is not None
         return self.select_branches(self.conv.weight, branches), self.select_branches(self.conv.bias, branches)
 

@@ -1,4 +1,4 @@
-"""Layer specs: plain data that says what a layer is. A block of a network is a list of specs."""
+"""Layer specs: layers described as plain data. A block of a network is a list of specs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPECS: dict[str, type[LayerSpec]] = {}
 
 @dataclass(frozen=True)
 class LayerSpec(ABC):
-    """Base class of layer specs. Every subclass is registered: configs name it by its class name.
+    """Base class of layer specs. Every subclass is registered under its class name, which configs use.
 
     Args:
         channels: Output channels of one branch.
@@ -45,20 +45,20 @@ class LayerSpec(ABC):
                 raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
 
     def scaled(self, width: float) -> Self:
-        """The same layer with every channel count times ``width``, rounded to the nearest and at least 1."""
+        """The same layer with every channel count multiplied by ``width``, rounded to the nearest and at least 1."""
         counts = {name: max(1, int(getattr(self, name) * width + 0.5)) for name in self.scaled_fields}
         return dataclasses.replace(self, **counts)
 
     def config(self) -> dict[str, Any]:
-        """A JSON-able dictionary; :func:`spec_from_config` reads it."""
+        """The spec as a JSON-able dictionary, which :func:`spec_from_config` reads."""
         return {"layer": type(self).__name__, **dataclasses.asdict(self)}
 
 
 def spec_from_config(config: dict[str, Any]) -> LayerSpec:
-    """The spec that :meth:`LayerSpec.config` wrote.
+    """The spec for a dictionary that :meth:`LayerSpec.config` wrote.
 
     Raises:
-        ValueError: An unknown layer, or an unknown or missing field.
+        ValueError: The layer or a field is unknown, a field is missing, or a value is not valid.
     """
     fields = dict(config)
     name = fields.pop("layer", None)
@@ -72,7 +72,7 @@ def spec_from_config(config: dict[str, Any]) -> LayerSpec:
 
 @dataclass(frozen=True)
 class Conv(LayerSpec):
-    """Convolution, batch norm, activation.
+    """A convolution, batch norm and an activation.
 
     Args:
         channels: Output channels per branch.
@@ -91,14 +91,14 @@ class Conv(LayerSpec):
 
 @dataclass(frozen=True)
 class Bottleneck(LayerSpec):
-    """1x1 convolution to ``middle`` channels, depthwise convolution (it carries the stride), 1x1 convolution to
-    ``channels``; each with batch norm, the first two with ``activation``. Then the shortcut is added, and
-    ``final_activation`` follows.
+    """A 1x1 convolution to ``middle`` channels, a depthwise convolution with the stride, a 1x1 convolution to
+    ``channels`` channels, and a shortcut. Each convolution has batch norm; ``activation`` follows the first two, and
+    ``final_activation`` the sum with the shortcut.
 
-    The defaults give the layer of HNE-ResNet (Table 2): the shortcut is the identity where the layer keeps the shape,
-    and a 1x1 convolution with batch norm where it strides, changes the channels or branches. ``relu6``, no final
-    activation and no projection give MobileNetV2's inverted residual (Table 3): the identity where stride and channels
-    allow it, else no shortcut.
+    The defaults give the layer of HNE-ResNet (Table 2): the shortcut is a 1x1 convolution with batch norm if the layer
+    strides, changes the channels or branches, else the identity. ``relu6``, no final activation and no projection give
+    MobileNetV2's inverted residual (Table 3): the shortcut is the identity if the layer keeps size and channels; else
+    there is none.
 
     Args:
         channels: Output channels per branch.
@@ -106,7 +106,7 @@ class Bottleneck(LayerSpec):
         kernel_size: Kernel size of the depthwise convolution, odd.
         stride: Stride of the depthwise convolution and of a projecting shortcut.
         activation, final_activation: ``none``, ``relu`` or ``relu6``.
-        projection: Whether the shortcut is a convolution where it cannot be the identity.
+        projection: Whether the shortcut may be a convolution; if not, it is the identity or there is none.
     """
 
     middle: int
@@ -124,7 +124,7 @@ class Bottleneck(LayerSpec):
 
 @dataclass(frozen=True)
 class PoolLinear(LayerSpec):
-    """Global average pooling, then a linear layer with bias and activation; the output has one pixel.
+    """Global average pooling and a linear layer with bias and activation; the output has one pixel.
 
     Args:
         channels: Output features per branch.

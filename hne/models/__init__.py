@@ -1,4 +1,4 @@
-"""The hierarchical ensembles, their presets and checkpoints."""
+"""Hierarchical neural ensembles as models, their presets and checkpoints."""
 
 from . import checkpoint
 from .hne import HNE, FusedHNE, NaiveHNE

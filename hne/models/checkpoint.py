@@ -30,9 +30,9 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
     """Write a checkpoint. A crash leaves either the old file or the complete new one.
 
     Args:
-        path: the file.
-        tensors: any tensors; :func:`model_tensors` names those of the network.
-        config: JSON-able values.
+        path: The file.
+        tensors: Any tensors; :func:`model_tensors` gives those of a network.
+        config: Values that JSON can represent.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(config)
@@ -50,7 +50,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint: its tensors (on the CPU) and its config.
 
     Raises:
-        CheckpointError: the file is missing, damaged, of another version, or no checkpoint of an HNE.
+        CheckpointError: The file is missing or damaged, has another version, or is not a checkpoint of an HNE.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,7 +78,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether the metadata of a file names it a checkpoint; the file may be damaged."""
+    """Whether the metadata of a file say that it is a checkpoint; the file may be damaged nevertheless."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
@@ -95,7 +95,7 @@ def restore_model(model: HNE, tensors: Mapping[str, Tensor], path: str | Path) -
     """Copy the network's tensors of a checkpoint into ``model``.
 
     Raises:
-        CheckpointError: names or shapes differ; the message gives the first difference.
+        CheckpointError: Names or shapes differ; the message gives the first difference.
     """
     found = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
     expected = model.state_dict()
@@ -113,11 +113,11 @@ def load_model(path: str | Path, *, naive: bool = False) -> tuple[HNE, dict[str,
     """The network of a checkpoint, in eval mode on the CPU, and the checkpoint's config.
 
     Args:
-        path: a checkpoint, written by either implementation.
-        naive: build a :class:`NaiveHNE` instead of a :class:`FusedHNE`.
+        path: A checkpoint of either class.
+        naive: Build a :class:`NaiveHNE` instead of a :class:`FusedHNE`.
 
     Raises:
-        CheckpointError: as :func:`load`, or this version cannot build the network.
+        CheckpointError: As :func:`load`; or the network cannot be built from the config, or the tensors do not fit it.
     """
     tensors, config = load(path)
     try:

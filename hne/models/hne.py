@@ -1,4 +1,4 @@
-"""Hierarchical neural ensembles: two models that hold the same parameters, and compute differently."""
+"""Hierarchical neural ensembles: two models with the same parameters, one on kernels and one in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ class HNE(FoldedWeightCache, ABC):
     """An ensemble of networks that share the branches of a tree; base class of :class:`FusedHNE` and :class:`NaiveHNE`.
 
     Args:
-        hierarchy: The tree: branches per block, and the leaves.
-        blocks: For each block of the tree the specs of its layers, in order.
-        num_classes: Logits of a leaf.
-        in_channels: Channels of the images.
+        hierarchy: The tree, with the number of branches of each block.
+        blocks: The specs of the layers of each block, in order.
+        num_classes: Number of logits of each leaf.
+        in_channels: Number of channels of the images.
 
     Raises:
         TypeError: A layer is not a spec from :mod:`hne.layers`, or a number is not an int.
-        ValueError: Blocks and tree do not fit, a block is empty, or a number is below 1.
+        ValueError: The number of blocks is not that of the tree, a block is empty, or a number is below 1.
 
-    Weights are initialised as by He et al. (2015), from PyTorch's global random generator.
+    Weights of convolutions are initialised as in He et al. (2015), and those of linear layers as in ``nn.Linear``, from
+    PyTorch's global random generator.
     """
 
     def __init__(
@@ -80,20 +81,22 @@ class HNE(FoldedWeightCache, ABC):
         num_models: int | None = None,
         hierarchy: Hierarchy | None = None,
     ) -> Self:
-        """A network of the paper by name: ``hne_resnet50_cifar``, ``hne_small_resnet50_cifar`` (Table 2),
-        ``hne_mobilenetv2_075`` (Table 3); or ``hne_tiny``, made for small images and short runs.
+        """A network by name.
+
+        ``hne_resnet50_cifar`` and ``hne_small_resnet50_cifar`` are from the paper's Table 2, ``hne_mobilenetv2_075`` is
+        from Table 3. ``hne_tiny`` (small images) and ``hne_mlp`` (rows of a table) are for short runs.
 
         Args:
             name: One of :data:`hne.PRESETS`.
-            num_classes: Logits of a leaf.
-            in_channels: Channels of the images.
-            width: Factor on every channel count (rounded, at least 1).
-            num_models: Another number of models: a doubling tree over the same blocks.
-            hierarchy: Any other tree over the same blocks (instead of ``num_models``).
+            num_classes: Number of logits of each leaf.
+            in_channels: Number of channels of the images.
+            width: Factor on every channel count; the results are rounded, and at least 1.
+            num_models: Another number of models, in a tree whose branches double from block to block.
+            hierarchy: Another tree, instead of ``num_models``.
 
         Raises:
-            ValueError: An unknown name, a width that is not positive, a tree that does not fit the blocks, or both
-                ``num_models`` and ``hierarchy``.
+            ValueError: The name is unknown, the width is not positive, the tree does not fit the blocks, or both
+                ``num_models`` and ``hierarchy`` are given.
         """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
@@ -108,10 +111,10 @@ class HNE(FoldedWeightCache, ABC):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The model that :meth:`config` describes, newly initialised.
+        """A newly initialised model from a config that :meth:`config` wrote.
 
         Raises:
-            ValueError: Something is missing, unknown or out of range.
+            ValueError: An entry is missing, unknown or not valid.
         """
         expected = {"hierarchy", "blocks", "num_classes", "in_channels"}
         if not isinstance(config, dict) or set(config) != expected:
@@ -125,7 +128,7 @@ class HNE(FoldedWeightCache, ABC):
             raise ValueError(f"not a model's config: {error}") from error
 
     def config(self) -> dict[str, Any]:
-        """Everything that :meth:`from_config` needs, JSON-able. The weights are in ``state_dict()``."""
+        """The description of the network as a JSON-able dictionary, without weights; :meth:`from_config` reads it."""
         return {
             "hierarchy": {
                 "branches": list(self.hierarchy.branches),
@@ -143,10 +146,11 @@ class HNE(FoldedWeightCache, ABC):
                 module.reset_parameters()
 
     def sync_batch_norm_(self, enabled: bool = True) -> Self:
-        """In training, take batch statistics over all processes of the default process group (in place).
+        """Switch synchronised batch norm on or off, in place.
 
-        Where there is only one process, it changes nothing. Gradients are those of the sum of the processes' losses,
-        which ``DistributedDataParallel`` turns into a mean.
+        In training, batch statistics are then computed over all processes of the default process group. A single
+        process computes as before. Gradients are those of the sum of all processes' losses;
+        ``DistributedDataParallel`` turns the sum into a mean.
         """
         for module in self.modules():
             if isinstance(module, ConvNorm):
@@ -157,7 +161,7 @@ class HNE(FoldedWeightCache, ABC):
 
     @property
     def num_models(self) -> int:
-        """Leaves of the tree."""
+        """Number of leaves of the tree."""
         return self.hierarchy.num_models
 
     @property
@@ -173,8 +177,8 @@ class HNE(FoldedWeightCache, ABC):
         """Multiply-adds of convolutions and linear layers for one image.
 
         Args:
-            num_models: Evaluate the first so many models; all by default.
-            input_size: Height and width of the image, or one number for both.
+            num_models: Number of models that are evaluated, the first ones; all by default.
+            input_size: Height and width of the image in pixels, or one number for both.
         """
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
         if height < 1 or width < 1:
@@ -192,22 +196,23 @@ class HNE(FoldedWeightCache, ABC):
 
     @abstractmethod
     def executor(self) -> SubtreeExecutor:
-        """The way to compute layers in the current mode."""
+        """The executor for the current mode: it computes the layers."""
 
     def forward(self, x: Tensor, num_models: int | None = None) -> Tensor:
         """Logits of the first ``num_models`` leaves; only their part of the tree is computed.
 
         Args:
             x: Images ``[batch, in_channels, height, width]`` of any strides (:class:`FusedHNE` reads channels-last
-                memory in place), in the parameters' dtype unless under autocast.
+                memory in place), in the dtype of the parameters; under autocast in any floating-point dtype.
             num_models: From 1 to ``self.num_models``; all by default.
 
         Returns:
-            ``[num_models, batch, num_classes]``.
+            Logits ``[num_models, batch, num_classes]``.
 
         Raises:
-            ValueError: Wrong rank, channels, device or an empty image, or ``num_models`` out of range.
-            TypeError: ``x`` is of another dtype, or ``num_models`` not an int.
+            ValueError: ``x`` has a wrong rank, number of channels or device, or has no pixels; or ``num_models`` is out
+                of range.
+            TypeError: ``x`` has another dtype, or ``num_models`` is not an int.
         """
         self.check_images(x)
         n = self.num_models if num_models is None else num_models
@@ -219,11 +224,14 @@ class HNE(FoldedWeightCache, ABC):
 
         Args:
             x: Images as in :meth:`forward`.
-            sizes: Rising ensemble sizes; :attr:`prefix_sizes` by default. Only the part of the tree that the largest
-                needs is computed.
+            sizes: Ensemble sizes in rising order; :attr:`prefix_sizes` by default. Only the part of the tree that the
+                largest ensemble needs is computed.
 
         Returns:
-            ``[len(sizes), batch, num_classes]``.
+            Logits ``[len(sizes), batch, num_classes]``.
+
+        Raises:
+            ValueError, TypeError: As :meth:`forward`, or ``sizes`` do not rise.
         """
         self.check_images(x)
         wanted = self.prefix_sizes if sizes is None else tuple(sizes)
@@ -233,16 +241,17 @@ class HNE(FoldedWeightCache, ABC):
         return self.executor().runner(self)(x, slice(0, wanted[-1]), sizes=wanted)[-1]
 
     def anytime(self, x: Tensor) -> Anytime:
-        """Answers that get better: yields ``(n, y)`` for n = 1, 2, ... ``num_models``.
+        """Anytime inference: an iterator over ``(n, y)`` for n = 1, 2, ... ``num_models``.
 
-        ``y`` ``[batch, num_classes]`` is the mean of the first ``n`` leaves' logits. Each step computes only the nodes
-        of the tree that are new. ``select(samples)`` of the iterator goes on with some samples of the batch.
+        ``y`` ``[batch, num_classes]`` is the mean of the logits of the first ``n`` leaves. Each step computes only the
+        nodes of the tree that are new. The iterator's ``select(samples)`` continues with some samples of the batch.
 
         Args:
             x: Images as in :meth:`forward`.
 
         Raises:
-            RuntimeError: The model is in training mode (where the batch statistics would be updated piecemeal).
+            RuntimeError: The model is in training mode.
+            ValueError, TypeError: As :meth:`forward`.
         """
         if self.training:
             raise RuntimeError("anytime() is for inference: call model.eval() first")
@@ -268,16 +277,16 @@ class HNE(FoldedWeightCache, ABC):
     # Copies and text --------------------------------------------------------------------------------------------------
 
     def to_naive(self) -> NaiveHNE:
-        """A copy that computes with plain PyTorch: same weights, mode, dtype and device."""
+        """A copy that computes in plain PyTorch, with the same weights, mode, dtype and device."""
         return self._copy_as(NaiveHNE)
 
     def to_fused(self) -> FusedHNE:
-        """A copy that computes with the kernels: same weights, mode, dtype and device."""
+        """A copy that computes by the kernels, with the same weights, mode, dtype and device."""
         return self._copy_as(FusedHNE)
 
     def _copy_as(self, kind: type[_Model]) -> _Model:
         model = copy.deepcopy(self)
-        model.__class__ = kind  # the classes differ in executor() alone
+        model.__class__ = kind  # the classes differ only in executor()
         return model  # type: ignore[return-value]
 
     def __repr__(self) -> str:
@@ -294,9 +303,10 @@ class HNE(FoldedWeightCache, ABC):
 
 
 class NaiveHNE(HNE):
-    """The ensemble in plain PyTorch, as in the paper's Figure 2: features replicated in memory, grouped convolutions.
+    """The ensemble in plain PyTorch, as in the paper's Figure 2: features copied for each branch, grouped convolutions.
 
-    It is what :class:`FusedHNE` is compared with; the same weights give the same logits. See :class:`HNE`.
+    It is the baseline for :class:`FusedHNE`; with the same weights both give the same logits. See :class:`HNE` for the
+    arguments.
     """
 
     _NAIVE: ClassVar = NaiveExecutor()
@@ -306,11 +316,12 @@ class NaiveHNE(HNE):
 
 
 class FusedHNE(HNE):
-    """The ensemble on the kernels of :mod:`hne_kernels`. See :class:`HNE`.
+    """The ensemble on the kernels of :mod:`hne_kernels`. See :class:`HNE` for the arguments.
 
     In ``eval()`` and without gradients (``torch.no_grad()`` or ``torch.inference_mode()``) batch norms are folded into
-    the weights, and every layer is one kernel; on a CPU, the whole network is one call. The folded weights are cached,
-    and renewed when the parameters have changed: see :class:`hne.executors.InferenceSession`.
+    the weights, and every layer of :mod:`hne.layers` is one kernel; on a CPU the whole network is one call. The folded
+    weights are cached, and folded again when parameters have changed; see
+    :meth:`hne.executors.InferenceSession.is_current` for the changes that are noticed.
     """
 
     _TRAINING: ClassVar = KernelExecutor()

@@ -1,4 +1,4 @@
-"""The networks of the paper, and small ones, as blocks of layer specs."""
+"""The networks of the paper, and small networks for short runs, as blocks of layer specs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Block = tuple[LayerSpec, ...]
 
 @dataclass(frozen=True)
 class Preset:
-    """A tree, and the specs of the layers of each block."""
+    """The tree of a network, and the layer specs of each block."""
 
     hierarchy: Hierarchy
     blocks: tuple[Block, ...]
 
 
 def scaled(blocks: Sequence[Sequence[LayerSpec]], width: float) -> tuple[Block, ...]:
-    """The same network with every channel count times ``width``, rounded to the nearest and at least 1.
+    """The same blocks with every channel count multiplied by ``width``, rounded to the nearest and at least 1.
 
     Raises:
         ValueError: ``width`` is not positive.
@@ -31,12 +31,12 @@ def scaled(blocks: Sequence[Sequence[LayerSpec]], width: float) -> tuple[Block, 
 
 
 def _stage(channels: int, layers: int, stride: int = 1, reduction: int = 4) -> Block:
-    """ResNet bottlenecks, the first one with the stride."""
+    """Bottlenecks as in ResNet; the first one has the stride."""
     return tuple(Bottleneck(channels, channels // reduction, stride=stride if i == 0 else 1) for i in range(layers))
 
 
 def _inverted(in_channels: int, channels: int, layers: int, stride: int = 1) -> Block:
-    """MobileNetV2's inverted residuals with expansion 6, the first one with the stride."""
+    """Inverted residuals of MobileNetV2 with expansion 6; the first one has the stride."""
     return tuple(
         Bottleneck(
             channels,
