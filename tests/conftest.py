@@ -1,4 +1,4 @@
-"""What every test gets: fresh inputs that can be drawn again, poisoned memory, each backend in turn."""
+"""Fixtures for all tests: reproducible random inputs, new memory filled with NaN, and the backends."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from hne_kernels import extension
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.runtime import interpreter
 
-    # Sizes of tests are small, and a third of the interpreter's time is looking whether each sum still has 32 bits.
+    # Checks of sums for 32-bit overflow take a third of the interpreter's time; the tests are too small to overflow.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
-# Both are called in a run of the benchmarks, too: pytest looks into tests/ at its start.
+# pytest loads this file in a run of the benchmarks, too, and then calls both functions below.
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -39,48 +39,48 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if terminalreporter.stats.get("failed") and not terminalreporter.config.getoption("--benchmark"):
-        terminalreporter.write_line(f"The same inputs again: HNE_TEST_SEED={SEED}", yellow=True)
+        terminalreporter.write_line(f"To repeat with the same inputs: HNE_TEST_SEED={SEED}", yellow=True)
 
 
 def _params(dtype: torch.dtype | None = None) -> list[object]:
-    """Places to compute in, of one dtype or of all, on the backends that are here (test_backends.py names the rest)."""
+    """The placements on the available backends, of one dtype or of all (test_backends.py tests missing backends)."""
     return [
-        pytest.param(place, id=str(place))
-        for place in PLACEMENTS
-        if place.backend in K.available_backends() and dtype in (None, place.dtype)
+        pytest.param(placement, id=str(placement))
+        for placement in PLACEMENTS
+        if placement.backend in K.available_backends() and dtype in (None, placement.dtype)
     ]
 
 
 @pytest.fixture(params=_params())
 def placement(request: pytest.FixtureRequest) -> Iterator[Placement]:
-    """Every backend in every dtype it serves; calls inside the test go to that backend."""
+    """Every available backend in every dtype that it supports. The ops that the test calls run on that backend."""
     with K.use_backend(request.param.backend):
         yield request.param
 
 
 @pytest.fixture(params=_params(torch.float32))
 def backend(request: pytest.FixtureRequest) -> Iterator[Placement]:
-    """Every backend, in float32."""
+    """Every available backend, in float32."""
     with K.use_backend(request.param.backend):
         yield request.param
 
 
 @pytest.fixture(params=_params(torch.float64))
 def double(request: pytest.FixtureRequest) -> Iterator[Placement]:
-    """Every backend that computes in float64, as numerical differentiation needs."""
+    """Every available backend that supports float64, which numerical differentiation needs."""
     with K.use_backend(request.param.backend):
         yield request.param
 
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
-    """Inputs that differ from run to run and from test to test, whichever tests run beside it."""
+    """A generator seeded by the run and the test, so that the selection of tests does not change the inputs."""
     return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """Fill every new tensor with NaN (the compiled ops' outputs too): what a kernel leaves out shows."""
+    """Fill all new memory with NaN, also in the compiled ops, so that a value that a kernel omits is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     extension.cpu_library().poison_memory(True)
     yield
@@ -90,6 +90,6 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For the many tiny calls of numerical differentiation, where waking threads is most of the time."""
+    """One thread, for numerical differentiation: its many small calls would mostly wait for threads."""
     with on_threads(1):
         yield

@@ -1,4 +1,4 @@
-"""The tree: which branches a leaf runs through, and which the first n leaves need."""
+"""The tree: the path of each leaf, and the branches that the first n leaves need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hne import Hierarchy
 
 @st.composite
 def trees(draw: st.DrawFn) -> Hierarchy:
-    """Any tree of up to 5 blocks and 48 leaves."""
+    """Trees with up to 5 blocks and 48 leaves."""
     factors = draw(st.lists(st.sampled_from((1, 1, 2, 2, 3)), min_size=2, max_size=6))
     levels, count = [], 1
     for factor in factors:
@@ -28,7 +28,7 @@ def test_needed_branches_are_the_ancestors_of_the_first_leaves(tree: Hierarchy) 
 
 
 @given(trees())
-def test_first_new_is_where_the_path_leaves_all_earlier_ones(tree: Hierarchy) -> None:
+def test_first_new_is_the_first_level_with_a_new_node(tree: Hierarchy) -> None:
     seen: set[tuple[int, int]] = set()
     for leaf in range(tree.num_models):
         path = [(level, tree.ancestor(leaf, level)) for level in range(tree.num_blocks + 1)]
@@ -40,7 +40,7 @@ def test_first_new_is_where_the_path_leaves_all_earlier_ones(tree: Hierarchy) ->
 
 
 @given(trees())
-def test_replication_leads_from_parents_to_children(tree: Hierarchy) -> None:
+def test_replication_is_the_number_of_children(tree: Hierarchy) -> None:
     assert len(tree.replication) == tree.num_blocks + 1
     parents = 1
     for level, (replicate, count) in enumerate(zip(tree.replication, tree.levels, strict=True)):
@@ -81,6 +81,6 @@ def test_named_trees() -> None:
         (lambda: Hierarchy((1, 2)).needed(1.5), TypeError, r"num_models must be an int, got 1\.5"),
     ],
 )
-def test_bad_trees(make, error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_explained(make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()

@@ -1,4 +1,4 @@
-"""The version is the same wherever it stands."""
+"""All files give the same version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("pyproject.toml", r'^version = "(.+)"$'),
         ("CITATION.cff", r"^version: (.+)$"),
-        ("CHANGELOG.md", r"^## \[(\d.+?)\]"),  # the newest is on top
+        ("CHANGELOG.md", r"^## \[(\d.+?)\]"),  # the newest comes first
     ],
 )
 def test_versions_agree(file: str, pattern: str) -> None:

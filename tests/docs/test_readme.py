@@ -1,4 +1,4 @@
-"""The documents: their Python blocks run, their links lead somewhere."""
+"""Documents: the Python blocks run, and links to files lead to files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Anytime inference: right answers, and no node of the tree computed twice."""
+"""Anytime inference: the answers are right, and no node of the tree is computed twice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import networks
 import pytest
 import torch
-from networks import build, each_tree, images
+from networks import build, each_model, each_tree, images
 from placements import Placement
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +20,7 @@ SIZE = (9, 12)
 
 @each_tree
 @pytest.mark.parametrize("grad", [True, False])
-def test_every_answer_is_the_ensembles(tree: Hierarchy, grad: bool, double: Placement, rng: torch.Generator) -> None:
+def test_answers_are_ensemble_means(tree: Hierarchy, grad: bool, double: Placement, rng: torch.Generator) -> None:
     model = build(FusedHNE, tree, rng)
     x = images(rng)
     with torch.set_grad_enabled(grad):
@@ -32,7 +32,7 @@ def test_every_answer_is_the_ensembles(tree: Hierarchy, grad: bool, double: Plac
 
 
 @each_tree
-def test_each_step_costs_what_is_new_in_plain_pytorch(tree: Hierarchy, rng: torch.Generator) -> None:
+def test_steps_in_plain_pytorch_compute_only_new_nodes(tree: Hierarchy, rng: torch.Generator) -> None:
     model = build(NaiveHNE, tree, rng)
     answers = model.anytime(images(rng, 1, SIZE))
     done = 0
@@ -47,7 +47,7 @@ OPS = ("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d", "fused_bottle
 
 
 class Calls:
-    """Counts the multiply-adds of the kernels, and the weights that they are called with."""
+    """Counts the multiply-adds of the kernels, and lists the addresses of the weights of each computed branch."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.macs = 0
@@ -100,8 +100,8 @@ def test_no_kernel_computes_a_node_twice(
     assert sorted(calls.weights) == step_by_step
 
 
-@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
-def test_it_can_be_stopped(kind: type[HNE], rng: torch.Generator) -> None:
+@each_model
+def test_iterators_do_not_disturb_each_other(kind: type[HNE], rng: torch.Generator) -> None:
     model = build(kind, networks.TREES["odd"], rng)
     x = images(rng)
     first, second = model.anytime(x), model.anytime(x)
@@ -112,8 +112,8 @@ def test_it_can_be_stopped(kind: type[HNE], rng: torch.Generator) -> None:
 
 @each_tree
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
-def test_samples_can_leave(kind: type[HNE], grad: bool, tree: Hierarchy, rng: torch.Generator) -> None:
+@each_model
+def test_select_continues_with_some_samples(kind: type[HNE], grad: bool, tree: Hierarchy, rng: torch.Generator) -> None:
     model = build(kind, tree, rng)
     x = images(rng, 5)
     kept = torch.arange(5)
@@ -128,13 +128,13 @@ def test_samples_can_leave(kind: type[HNE], grad: bool, tree: Hierarchy, rng: to
             kept = kept[choice]
 
 
-def test_samples_leave_after_an_answer(rng: torch.Generator) -> None:
+def test_select_before_the_first_answer_is_refused(rng: torch.Generator) -> None:
     steps = build(FusedHNE, networks.TREES["odd"], rng).anytime(images(rng))
     with pytest.raises(RuntimeError, match="ask for the first one before"):
         steps.select(torch.tensor([0]))
 
 
-@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+@each_model
 def test_training_mode_is_refused(kind: type[HNE], rng: torch.Generator) -> None:
     model = build(kind, networks.TREES["odd"], rng).train()
     with pytest.raises(RuntimeError, match=r"anytime\(\) is for inference: call model.eval\(\) first"):

@@ -1,4 +1,4 @@
-"""The folded weights are kept while the parameters stay the same, and never longer."""
+"""Folded weights are cached while the parameters are unchanged, and never used after a change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hne_kernels.ops import fused_layers
 
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The layers that have been folded, in order."""
+    """The modules that have been folded, in order."""
     seen: list[nn.Module] = []
     for name in ("to_fused_layers", "fused_pool_linear"):
         function = getattr(hne.executors.session, name)
@@ -34,19 +34,19 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return seen
 
 
-def layers(model: FusedHNE) -> int:
-    """How many things are folded: the layers, and the head."""
+def count_folds(model: FusedHNE) -> int:
+    """The number of modules that are folded once: the layers and the head."""
     return sum(len(block) for block in model.blocks) + 1
 
 
 def with_gradients(model: FusedHNE, x: Tensor) -> Tensor:
-    """The same values on the path that folds nothing."""
+    """The same logits, computed with gradients and therefore without folded weights."""
     with torch.enable_grad():
         return model(x).detach()
 
 
 @torch.no_grad()
-def test_images_elsewhere_fold_nothing(folds: list[nn.Module], rng: torch.Generator) -> None:
+def test_images_on_another_device_fold_nothing(folds: list[nn.Module], rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng).to("meta")
     with pytest.raises(ValueError, match="x must be on the device of the model, meta, got cpu"):
         model(images(rng))
@@ -55,11 +55,11 @@ def test_images_elsewhere_fold_nothing(folds: list[nn.Module], rng: torch.Genera
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prepared", [False, True])
-def test_what_is_refused_is_explained(prepared: bool, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("called_before", [False, True])
+def test_bad_images_are_explained(called_before: bool, rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng)
-    if prepared:
+    if called_before:
         model(x)
     wrong = {
         r"x must have 4 dimensions": x[0],
@@ -70,22 +70,22 @@ def test_what_is_refused_is_explained(prepared: bool, rng: torch.Generator) -> N
     for text, given in wrong.items():
         with pytest.raises((ValueError, TypeError), match=text) as error:
             model(given)
-        assert error.value.__context__ is None or error.value.__suppress_context__  # the explanation by itself
+        assert error.value.__context__ is None or error.value.__suppress_context__  # only the explanation is shown
 
 
 @torch.no_grad()
-def test_folded_once(folds: list[nn.Module], rng: torch.Generator) -> None:
+def test_weights_are_folded_once(folds: list[nn.Module], rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng)
     first = model(x)
-    assert len(folds) == layers(model)
+    assert len(folds) == count_folds(model)
     for _ in range(3):
         assert torch.equal(model(x), first)
         model(x, 4)
         list(model.anytime(x))
     with torch.inference_mode():
         assert torch.equal(model(x), first)
-    assert len(folds) == layers(model)
+    assert len(folds) == count_folds(model)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -101,7 +101,7 @@ def test_changes_are_noticed(change: Callable[[FusedHNE], object], rng: torch.Ge
 
 
 @torch.no_grad()
-def test_frozen_parameters_are_looked_at_once(
+def test_frozen_parameters_are_checked_once(
     folds: list[nn.Module], monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
 ) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
@@ -111,29 +111,29 @@ def test_frozen_parameters_are_looked_at_once(
     with model.frozen_parameters() as same:
         assert same is model
         frozen = model(x)
-        assert not torch.equal(frozen, before), "a change before the block is seen in it"
+        assert not torch.equal(frozen, before), "a change before the block takes effect in it"
         with model.frozen_parameters():
             assert torch.equal(model(x), frozen)
         with monkeypatch.context() as patched:
-            patched.setattr(ParameterVersions, "is_current", lambda _: pytest.fail("parameters were looked at"))
+            patched.setattr(ParameterVersions, "is_current", lambda _: pytest.fail("parameters were checked"))
             assert torch.equal(model(x), frozen)
             list(model.anytime(x))
         seen = len(folds)
         model(x)
         assert len(folds) == seen
         model.train().eval()(x)
-        assert len(folds) == seen + layers(model), "a change of mode is always noticed"
+        assert len(folds) == seen + count_folds(model), "a change of mode is always noticed"
         assert not copy.deepcopy(model).freeze_depth
         latest = model(x)
         model.head.conv.weight.mul_(2)
         assert torch.equal(model(x), latest)
     after = model(x)
-    assert not torch.equal(after, latest), "a change within the block is seen after it"
+    assert not torch.equal(after, latest), "a change within the block takes effect after it"
     torch.testing.assert_close(after, with_gradients(model, x), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_nothing_of_two_states_outlives_frozen_parameters(rng: torch.Generator) -> None:
+def test_weights_folded_in_the_block_are_dropped_after_a_change(rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng)
     model(x)
@@ -163,8 +163,8 @@ def test_frozen_parameters_end_with_an_error(rng: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def test_replaced_memory_keeps_its_address_until_it_is_forgotten(rng: torch.Generator) -> None:
-    """Else new values at the old address would look like the old ones."""
+def test_replaced_memory_stays_until_weights_are_folded_again(rng: torch.Generator) -> None:
+    """If it were freed, new values at the same address would look like unchanged ones."""
     model = build(FusedHNE, networks.TREES["odd"], rng)
     model(images(rng))
     weight = model.blocks[1][0].expand.conv.weight
@@ -176,7 +176,7 @@ def test_replaced_memory_keeps_its_address_until_it_is_forgotten(rng: torch.Gene
 
 
 @torch.no_grad()
-def test_other_dtypes_fold_anew(rng: torch.Generator) -> None:
+def test_another_dtype_folds_again(rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng)
     expected = model(x)
@@ -197,7 +197,7 @@ def test_functional_call_uses_its_own_parameters(rng: torch.Generator) -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_parameters_without_a_version_are_not_trusted(folds: list[nn.Module], rng: torch.Generator) -> None:
+def test_parameters_without_a_version_are_folded_in_every_call(folds: list[nn.Module], rng: torch.Generator) -> None:
     with torch.inference_mode():
         model = build(FusedHNE, networks.TREES["odd"], rng)
         x = images(rng)
@@ -207,11 +207,11 @@ def test_parameters_without_a_version_are_not_trusted(folds: list[nn.Module], rn
         after = model(x)
         assert not torch.equal(before, after)
         torch.testing.assert_close(after, model.to_naive()(x))
-    assert len(folds) == 2 * layers(model)
+    assert len(folds) == 2 * count_folds(model)
 
 
 @torch.no_grad()
-def test_training_moving_and_copying_let_go_of_folded_weights(rng: torch.Generator) -> None:
+def test_training_moving_and_copying_drop_folded_weights(rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     model(images(rng))
     assert model.folded is not None
@@ -224,7 +224,7 @@ def test_training_moving_and_copying_let_go_of_folded_weights(rng: torch.Generat
     assert model.folded is None
 
 
-def test_folding_during_inference_leaves_training_possible(rng: torch.Generator) -> None:
+def test_training_works_after_inference_mode(rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng)
     with torch.inference_mode():
@@ -236,7 +236,7 @@ def test_folding_during_inference_leaves_training_possible(rng: torch.Generator)
 
 
 @torch.no_grad()
-def test_a_batch_in_parts_is_the_batch(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+def test_micro_batches_give_the_same_results(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
     model = build(FusedHNE, networks.TREES["odd"], rng)
     x = images(rng, 5)
     whole, nested = model(x), model.prefix_logits(x)
@@ -245,8 +245,8 @@ def test_a_batch_in_parts_is_the_batch(monkeypatch: pytest.MonkeyPatch, rng: tor
     assert [len(batch) for batch in fused_layers.micro_batches(x, 0)] == [2, 2, 1]
     assert torch.equal(model(x), whole)
     assert torch.equal(model.prefix_logits(x), nested)
-    monkeypatch.setattr(fused_layers, "PIXELS", 1)  # an image larger than a part goes by itself,
+    monkeypatch.setattr(fused_layers, "PIXELS", 1)  # an image above the limit is a micro-batch,
     assert torch.equal(model(x), whole)
-    monkeypatch.setattr(fused_layers, "IMAGES", 3)  # unless more are asked for
+    monkeypatch.setattr(fused_layers, "IMAGES", 3)  # unless the least number of images is larger
     assert [len(batch) for batch in fused_layers.micro_batches(x, 0)] == [3, 2]
     assert torch.equal(model(x), whole)

@@ -1,4 +1,4 @@
-"""A call goes a short way: few Python frames of ours lie between ``model(x)`` and an op."""
+"""Few Python frames of this project lie between ``model(x)`` and an op."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import hne
 import hne_kernels as K
 from hne import FusedHNE
 
-OURS = tuple(str(Path(package.__file__ or "").parent) for package in (hne, K))
+PACKAGES = tuple(str(Path(package.__file__ or "").parent) for package in (hne, K))
 
 
 def depths(model: FusedHNE, x: torch.Tensor) -> dict[str, int]:
-    """The frames of ours on the stack, from ``model.forward`` on, when an op of ours is called, by the op's name."""
+    """For each op of this project that ``model(x)`` calls, the largest number of this project's frames on the stack."""
     found: dict[str, int] = {}
 
     def watch(frame: FrameType, event: str, argument: object) -> None:
@@ -31,8 +31,8 @@ def depths(model: FusedHNE, x: torch.Tensor) -> dict[str, int]:
         depth, caller = 0, frame.f_back
         while caller is not None:
             if caller.f_code.co_filename.endswith("_ops.py"):
-                return  # an op that calls itself below autocast
-            depth += caller.f_code.co_filename.startswith(OURS)
+                return  # an op called by another op, as by its own autocast rule
+            depth += caller.f_code.co_filename.startswith(PACKAGES)
             caller = caller.f_back
         found[name] = max(found.get(name, 0), depth)
 

@@ -1,4 +1,4 @@
-"""Ways in which the parameters of ``networks.build(...)`` change."""
+"""Changes of the parameters of a network from ``networks.build``, all of which inference has to notice."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from hne import FusedHNE
 
 
 def step(model: FusedHNE) -> None:
+    """A step of an optimiser."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
 
 
-def replace(model: FusedHNE) -> None:
+def replace_parameter(model: FusedHNE) -> None:
     conv = model.blocks[1][0].expand.conv
     conv.weight = nn.Parameter(conv.weight * 2)
 
 
-def data(model: FusedHNE) -> None:
+def replace_data(model: FusedHNE) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data * 1.5
 
 
-def hidden(model: FusedHNE) -> None:
-    """What PyTorch's version counter does not see takes effect with eval()."""
+def write_to_data(model: FusedHNE) -> None:
+    """PyTorch's version counter does not see this change; it takes effect with eval()."""
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
     model.eval()
@@ -50,9 +51,9 @@ CHANGES: dict[str, Callable[[FusedHNE], object]] = {
     "optimiser": step,
     "load_state_dict": load(assign=False),
     "load_state_dict(assign)": load(assign=True),
-    "replaced parameter": replace,
-    "replaced data": data,
-    "hidden by .data": hidden,
+    "replaced parameter": replace_parameter,
+    "replaced data": replace_data,
+    "hidden by .data": write_to_data,
     "training": lambda m: (m.train(), m(images(torch.Generator().manual_seed(1))), m.eval()),
-    "there and back": lambda m: (m.bfloat16(), m.double()),
+    "rounded to bfloat16": lambda m: (m.bfloat16(), m.double()),
 }

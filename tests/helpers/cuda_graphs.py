@@ -1,4 +1,4 @@
-"""CUDA graphs emulated on the CPU: what is captured runs again on the same memory, and on nothing else."""
+"""CUDA graphs emulated on the CPU: a capture records ops, and a replay calls them again on the same memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import hne.inference.cuda_graphs
 
 
 class Graph:
-    """Stands for ``torch.cuda.CUDAGraph``: the ops that were called, with the tensors that they were called with."""
+    """Replaces ``torch.cuda.CUDAGraph``: the recorded ops, with their arguments and results."""
 
-    captures = 0
+    captures = 0  # graphs captured since emulate() was called
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, Any, Any, Any]] = []
@@ -26,38 +26,40 @@ class Graph:
     def replay(self) -> None:
         for function, args, kwargs, results in self.calls:
             again = tree_leaves(function(*args, **kwargs))
-            for old, new in zip(_made(args, results), _made(args, again), strict=True):
+            for old, new in zip(_new_tensors(args, results), _new_tensors(args, again), strict=True):
                 old.copy_(new)
 
-    def forget_results(self) -> None:
-        """Nothing is computed before the replay."""
+    def clear_results(self) -> None:
+        """Overwrite the results of the capture: a GPU computes them only in the replay."""
         for _, args, _, results in self.calls:
-            for result in _made(args, results):
+            for result in _new_tensors(args, results):
                 result.fill_(float("nan") if result.is_floating_point() else 0)
 
 
-def _made(args: Any, results: Any) -> list[torch.Tensor]:
-    """Results in memory of their own: neither views of an argument nor arguments that were written to."""
+def _new_tensors(args: Any, results: Any) -> list[torch.Tensor]:
+    """The results that do not share memory with an argument."""
     given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
-    made = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor)]
-    return [t for t in made if t.untyped_storage().data_ptr() not in given]
+    tensors = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor)]
+    return [t for t in tensors if t.untyped_storage().data_ptr() not in given]
 
 
 class _Recorder(TorchDispatchMode):
+    """Records the ops that are called into a graph."""
+
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.graph = graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        # The memory is what a graph goes by: parameters may be given another.
-        args, kept = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, results))
-        self.graph.calls.append((func, args, kwargs or {}, kept))
+        # A graph refers to memory. A parameter can get other memory later; its detached copy keeps referring to this.
+        args, recorded = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, results))
+        self.graph.calls.append((func, args, kwargs or {}, recorded))
         return results
 
 
 class _Stream:
-    """Stands for streams and events: everything waits for everything on a CPU."""
+    """Replaces streams and events. Each of their methods does nothing, since ops on a CPU finish before they return."""
 
     def __init__(self, device: object = None) -> None:
         pass
@@ -67,7 +69,7 @@ class _Stream:
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
-    """Let :mod:`hne.inference.cuda_graphs` capture on the CPU; ``captures`` of what is returned counts."""
+    """Let :mod:`hne.inference.cuda_graphs` capture on the CPU. Returns the graph class, which counts ``captures``."""
     capturing = [False]
 
     @contextlib.contextmanager
@@ -77,7 +79,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
         with _Recorder(graph):
             yield
         capturing[0] = False
-        graph.forget_results()
+        graph.clear_results()
 
     Graph.captures = 0
     for name, stand_in in {

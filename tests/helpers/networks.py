@@ -1,4 +1,4 @@
-"""Small networks for the tests: every kind of layer, on every kind of tree."""
+"""Small networks for the tests: all kinds of layers, on all kinds of trees."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hne import HNE, Bottleneck, Conv, Hierarchy, PoolLinear
+from hne import HNE, Bottleneck, Conv, FusedHNE, Hierarchy, NaiveHNE, PoolLinear
 
 Model = TypeVar("Model", bound=HNE)
 
@@ -23,6 +23,7 @@ TREES = {
     "multi-head": Hierarchy.multi_head(3, 4),
 }
 each_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+each_model = pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
 
 BLOCKS = [
     [Conv(6, stride=2), Conv(8, kernel_size=1)],
@@ -37,7 +38,7 @@ IN_CHANNELS, NUM_CLASSES = 3, 5
 
 
 def build(kind: type[Model], tree: Hierarchy, rng: torch.Generator, dtype: torch.dtype = torch.float64) -> Model:
-    """A network in eval mode whose batch norms have something to do."""
+    """A network in eval mode with random batch norms (a new batch norm would be close to the identity)."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
     model = kind(tree, BLOCKS, num_classes=NUM_CLASSES, in_channels=IN_CHANNELS)
     for module in model.modules():
@@ -52,4 +53,5 @@ def build(kind: type[Model], tree: Hierarchy, rng: torch.Generator, dtype: torch
 def images(
     rng: torch.Generator, batch: int = 3, size: tuple[int, int] = (9, 12), dtype: torch.dtype = torch.float64
 ) -> Tensor:
+    """Random images ``[batch, 3, *size]``."""
     return torch.randn(batch, IN_CHANNELS, *size, generator=rng, dtype=torch.float64).to(dtype)

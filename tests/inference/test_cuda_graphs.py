@@ -1,6 +1,6 @@
-"""Inference from CUDA graphs: the same answers, one capture for each kind of call, changes noticed.
+"""Inference by CUDA graphs: same logits, one capture for each kind of call, changes of parameters are noticed.
 
-Without a GPU the graphs are emulated (cuda_graphs.py); test_gpu.py captures real ones.
+The graphs are emulated on the CPU (cuda_graphs.py). test_gpu.py captures real ones.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import pytest
 import torch
 from changes import CHANGES
 from cuda_graphs import Graph, emulate
-from networks import build, images
+from networks import build, each_model, images
 from torch import Tensor
 
 import hne_kernels as K
-from hne import FusedHNE, GraphedHNE, NaiveHNE
+from hne import FusedHNE, GraphedHNE
 from hne.inference.cuda_graphs import _setting
 
 
@@ -32,13 +32,13 @@ def model(rng: torch.Generator) -> FusedHNE:
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    """But for the rounding of another layout of the images."""
+    """Compare up to rounding, which depends on the memory layout of the images."""
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+@each_model
 @torch.no_grad()
-def test_same_answers(kind: type, graphs: type[Graph], rng: torch.Generator) -> None:
+def test_same_logits_as_the_model(kind: type, graphs: type[Graph], rng: torch.Generator) -> None:
     model = build(kind, networks.TREES["odd"], rng)
     graphed = GraphedHNE(model)
     for _ in range(2):
@@ -106,16 +106,16 @@ def test_changes_are_noticed(
         close(y, model(x, n))
 
 
-def test_results_are_the_callers_own(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+def test_results_are_in_new_memory(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
     graphed = GraphedHNE(model)
     x = images(rng)
     first = graphed(x)
-    kept = first.clone()
+    copy = first.clone()
     graphed(x + 1)
-    assert torch.equal(first, kept)
+    assert torch.equal(first, copy)
     with torch.inference_mode():
         graphed(x)
-    assert torch.equal(graphed(x), kept)
+    assert torch.equal(graphed(x), copy)
     assert not graphed(x.requires_grad_()).requires_grad
 
 
@@ -129,11 +129,11 @@ def test_weights_live_as_long_as_their_graph(model: FusedHNE, graphs: type[Graph
 
 
 @torch.no_grad()
-def test_a_graph_of_ones_own(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
-    """``torch.cuda.graph`` around the model: with or without a call before, and whatever is folded afterwards."""
+def test_a_graph_captured_by_the_user(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+    """``torch.cuda.graph`` around the model gives right logits, with or without a call of the model before."""
     static, x = images(rng), images(rng)
     expected = model(x)
-    model.eval()  # drops what is folded
+    model.eval()  # drops the folded weights
     for called_before in (False, True):
         if called_before:
             model(static)
@@ -168,7 +168,7 @@ def test_threads_take_turns(model: FusedHNE, graphs: type[Graph], rng: torch.Gen
     assert graphs.captures == 1
 
 
-def test_clear_errors(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+def test_bad_arguments_are_explained(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
     x = images(rng)
     graphed = GraphedHNE(model)
     for bad, error, text in (
@@ -194,6 +194,6 @@ def test_clear_errors(model: FusedHNE, graphs: type[Graph], rng: torch.Generator
         GraphedHNE(unversioned)
 
 
-def test_a_model_on_the_cpu(model: FusedHNE) -> None:
+def test_a_model_on_the_cpu_is_refused(model: FusedHNE) -> None:
     with pytest.raises(ValueError, match="model must be on a GPU to be captured in CUDA graphs, got cpu"):
         GraphedHNE(model)

@@ -1,4 +1,4 @@
-"""Answers against the clock, with a clock of our own, and answers that are sure enough."""
+"""Anytime inference with a deadline (on a simulated clock), and until answers are certain."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from networks import TREES, build, images
+from networks import TREES, build, each_model, images
 from torch import Tensor
 
-from hne import HNE, FusedHNE, NaiveHNE
+from hne import HNE, FusedHNE
 from hne.inference.predictor import Answer, AnytimePredictor
 
 
 class Ticking:
-    """A model of four leaves that moves the clock by what each leaf costs; its n-th answer is n everywhere."""
+    """Replaces a model of four leaves. Each leaf advances a clock by its cost; the n-th answer is n everywhere."""
 
     num_models = 4
 
@@ -26,7 +26,7 @@ class Ticking:
         self.noise = noise
         self.random = random.Random(0)
         self.now = 0.0
-        self.begun = 0
+        self.evaluated = 0  # leaves
 
     def anytime(self, x: Tensor) -> Any:
         return _Steps(self, len(x))
@@ -43,7 +43,7 @@ class _Steps(SimpleNamespace):
         if self.num_models == 4:
             raise StopIteration
         self.model.now += self.model.costs[self.num_models] * (1 + self.model.noise * self.model.random.random())
-        self.model.begun += 1
+        self.model.evaluated += 1
         self.num_models += 1
         return self.num_models, torch.full((self.batch, 2), float(self.num_models))
 
@@ -54,7 +54,7 @@ X = torch.zeros(5, 1, 2, 2)
 def calibrated(model: Ticking, **options: Any) -> AnytimePredictor:
     predictor = AnytimePredictor(model, clock=lambda: model.now, **options)  # type: ignore[arg-type]
     predictor.calibrate(X, seconds=1e9)
-    model.begun = 0
+    model.evaluated = 0
     return predictor
 
 
@@ -64,26 +64,26 @@ def calibrated(model: Ticking, **options: Any) -> AnytimePredictor:
 @pytest.mark.parametrize(
     ("deadline", "expected"), [(3900, 1), (4100, 2), (6900, 2), (7100, 3), (8100, 4), (99000, 4), (None, 4)]
 )
-def test_as_many_models_as_fit(deadline: float | None, expected: int) -> None:
+def test_as_many_models_as_the_deadline_allows(deadline: float | None, expected: int) -> None:
     model = Ticking(3, 1, 3, 1)
     answer = calibrated(model, deadline_ms=deadline)(X)
     assert answer.num_models.tolist() == [expected] * 5
-    assert model.begun == expected, "no more is begun"
+    assert model.evaluated == expected, "no further model is evaluated"
     assert torch.equal(answer.logits, torch.full((5, 2), float(expected)))
     assert answer.ready == answer.returned == sum(model.costs[:expected])
     assert not answer.late
 
 
-def test_the_first_answer_is_given_though_late() -> None:
+def test_the_first_model_is_evaluated_even_if_it_is_late() -> None:
     answer = calibrated(Ticking(3, 1, 3, 1), deadline_ms=2000)(X)
     assert answer.num_models.tolist() == [1] * 5
     assert torch.equal(answer.logits, torch.ones(5, 2))
     assert answer.ready == 3
     assert answer.deadline == 2
-    assert answer.late, "and it says so"
+    assert answer.late
 
 
-def test_a_model_that_takes_too_long_after_all_is_left_out() -> None:
+def test_a_model_slower_than_predicted_is_left_out() -> None:
     model = Ticking(3, 1, 3, 1)
     predictor = calibrated(model, deadline_ms=8000)
     model.costs[2] = 10
@@ -94,7 +94,7 @@ def test_a_model_that_takes_too_long_after_all_is_left_out() -> None:
     assert not answer.late
 
 
-def test_costs_are_measured_once_and_kept_up_to_date() -> None:
+def test_predicted_times_follow_the_measured_times() -> None:
     model = Ticking(1, 1, 1, 1)
     predictor = calibrated(model, window=50)
     assert predictor.expected(X.shape) == [1, 1, 1, 1]
@@ -105,19 +105,19 @@ def test_costs_are_measured_once_and_kept_up_to_date() -> None:
     model.costs[1] = 1
     for _ in range(50):
         predictor(X)
-    assert predictor.expected(X.shape)[1] == 1, "forgotten after a window"
+    assert predictor.expected(X.shape)[1] == 1, "old times leave the window"
 
 
-def test_another_shape_is_measured_first() -> None:
+def test_a_new_shape_is_measured_first() -> None:
     model = Ticking(0.001, 0.001, 0.001, 0.001)
     predictor = calibrated(model)
     for expected in (100 * 4 + 4 + 4, 4):  # measurements, warm-up, answer
-        model.begun = 0
+        model.evaluated = 0
         predictor(X[:2])
-        assert model.begun == expected
+        assert model.evaluated == expected
 
 
-def test_measuring_ends_in_time() -> None:
+def test_calibration_ends_within_its_time_limit() -> None:
     model = Ticking(1, 1, 1, 1)
     predictor = AnytimePredictor(model, clock=lambda: model.now)  # type: ignore[arg-type]
     predictor.calibrate(X, seconds=10)
@@ -128,7 +128,7 @@ def test_measuring_ends_in_time() -> None:
     ("deadline", "least"), [(3800, 1), (4100, 1), (5300, 2), (6150, 2), (7300, 2), (8200, 2), (9800, 3), (11300, 4)]
 )
 def test_99_percent_of_the_answers_are_in_time(deadline: float, least: int) -> None:
-    """Every step takes up to a half longer than at its best; each of these deadlines leaves time for the first."""
+    """The time of a leaf varies by up to a half. Each deadline is long enough for the first leaf."""
     model = Ticking(2.5, 1, 3, 1, noise=0.5)
     predictor = calibrated(model, deadline_ms=deadline)
     answers = [predictor(X) for _ in range(1000)]
@@ -141,7 +141,7 @@ def test_99_percent_of_the_answers_are_in_time_on_this_machine() -> None:
     torch.manual_seed(0)
     model = FusedHNE.from_preset("hne_tiny", num_classes=10, in_channels=1, width=0.5).eval()
     x = torch.randn(1, 1, 8, 8)
-    predictor = AnytimePredictor(model, deadline_ms=1000)  # some hundred times what is needed
+    predictor = AnytimePredictor(model, deadline_ms=1000)  # some hundred times the time needed
     predictor.calibrate(x, runs=10)
     answers = [predictor(x) for _ in range(100)]
     assert sum(answer.returned > answer.deadline for answer in answers) <= 1
@@ -151,16 +151,16 @@ def test_99_percent_of_the_answers_are_in_time_on_this_machine() -> None:
     assert hasty.num_models.tolist() == [1]
 
 
-# Sure answers -------------------------------------------------------------------------------------------------------
+# Certain answers ----------------------------------------------------------------------------------------------------
 
 
-def one_by_one(model: HNE, x: Tensor, sure: Any) -> tuple[Tensor, Tensor]:
-    """What each sample gets by itself: the first of its answers that is sure enough, and of how many models it is."""
+def one_by_one(model: HNE, x: Tensor, certain: Any) -> tuple[Tensor, Tensor]:
+    """For each sample by itself, its first certain answer, and the number of models in it."""
     answers, counts = [], []
     for members in model(x).transpose(0, 1):
         for n in range(1, model.num_models + 1):
             answer = members[:n].mean(0)
-            if n == model.num_models or sure(answer, members[:n]):
+            if n == model.num_models or certain(answer, members[:n]):
                 break
         answers.append(answer)
         counts.append(n)
@@ -168,7 +168,7 @@ def one_by_one(model: HNE, x: Tensor, sure: Any) -> tuple[Tensor, Tensor]:
 
 
 def undecided(tree: str, rng: torch.Generator, kind: type[HNE] = FusedHNE) -> tuple[HNE, Tensor]:
-    """A model, and samples that it does not all take for the same: its logits are centred."""
+    """A model, and samples for which it predicts different classes, since the logits of each leaf are centred."""
     model = build(kind, TREES[tree], rng)
     x = images(rng, 24)
     model.head.conv.bias.data -= model(x).mean(1).flatten()
@@ -181,17 +181,17 @@ def answered(model: HNE, x: Tensor, **limits: Any) -> Answer:
     return predictor(x)
 
 
-def check_each_sample(model: HNE, x: Tensor, answer: Answer, sure: Any) -> None:
-    logits, num_models = one_by_one(model, x, sure)
+def check_each_sample(model: HNE, x: Tensor, answer: Answer, certain: Any) -> None:
+    logits, num_models = one_by_one(model, x, certain)
     assert answer.num_models.tolist() == num_models.tolist()
     assert len(set(num_models.tolist())) > 1, "some leave the batch, others stay"
     torch.testing.assert_close(answer.logits, logits)
 
 
-@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+@each_model
 @pytest.mark.parametrize("tree", ["doubling", "odd", "two-trunks", "multi-head"])
 @torch.no_grad()
-def test_samples_leave_when_their_answer_is_sure(kind: type[HNE], tree: str, rng: torch.Generator) -> None:
+def test_samples_leave_when_their_answer_is_certain(kind: type[HNE], tree: str, rng: torch.Generator) -> None:
     model, x = undecided(tree, rng, kind)
     confidence = model(x)[0].softmax(-1).amax(-1).median().item()
     answer = answered(model, x, confidence=confidence)
@@ -206,7 +206,7 @@ def test_samples_leave_when_models_agree(rng: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def test_either_is_enough(rng: torch.Generator) -> None:
+def test_confidence_or_agreement_is_enough(rng: torch.Generator) -> None:
     model, x = undecided("independent", rng)
     confidence = model(x)[0].softmax(-1).amax(-1).median().item()
     answer = answered(model, x, confidence=confidence, agreement=2, deadline_ms=60_000)
@@ -219,13 +219,13 @@ def test_either_is_enough(rng: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def test_only_whole_batches_tell_what_a_step_costs(rng: torch.Generator) -> None:
+def test_predicted_times_of_models_not_evaluated_stay(rng: torch.Generator) -> None:
     model = build(FusedHNE, TREES["doubling"], rng)
     x = images(rng, 8)
     predictor = AnytimePredictor(model, confidence=1e-9, clock=time.perf_counter)
     predictor.calibrate(x, runs=3)
     before = predictor.expected(x.shape)
-    assert predictor(x).num_models.tolist() == [1] * 8, "all are sure after the first"
+    assert predictor(x).num_models.tolist() == [1] * 8, "all are certain after the first"
     assert predictor.expected(x.shape)[1:] == before[1:]
 
 

@@ -1,4 +1,4 @@
-"""Synchronised batch norm: several processes with parts of a batch are one process with the whole."""
+"""Batch norm: synchronised over processes, and for an empty batch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import copy
 from pathlib import Path
 
 import networks
-import pytest
 import torch
-from networks import build, images
+from networks import build, each_model, images
 from torch import distributed, multiprocessing
 
-from hne import HNE, FusedHNE, NaiveHNE
+from hne import HNE
 
 PARTS = (3, 5)  # images in each process
 
 
 def _process(rank: int, folder: str) -> None:
-    """One step with this process's part of the batch; writes down its gradients and statistics."""
+    """Compute gradients for this process's part of the batch, and save them with the outputs and statistics."""
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", len(PARTS))
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=len(PARTS))
@@ -32,8 +31,8 @@ def _process(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
-def test_processes_with_parts_of_a_batch_are_one_with_the_whole(
+@each_model
+def test_processes_with_parts_of_a_batch_equal_one_with_the_batch(
     kind: type[HNE], tmp_path: Path, rng: torch.Generator
 ) -> None:
     model = build(kind, networks.TREES["odd"], rng).train().sync_batch_norm_()
@@ -53,15 +52,15 @@ def test_processes_with_parts_of_a_batch_are_one_with_the_whole(
         torch.testing.assert_close(buffers, dict(whole.named_buffers()))
 
 
-@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
-def test_one_process_needs_no_group(kind: type[HNE], rng: torch.Generator) -> None:
+@each_model
+def test_a_single_process_needs_no_process_group(kind: type[HNE], rng: torch.Generator) -> None:
     model = build(kind, networks.TREES["odd"], rng).train()
     x = images(rng)
     assert torch.equal(copy.deepcopy(model).sync_batch_norm_()(x), model(x))
 
 
-@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
-def test_an_empty_batch_leaves_the_running_statistics(kind: type[HNE], rng: torch.Generator) -> None:
+@each_model
+def test_an_empty_batch_does_not_change_running_statistics(kind: type[HNE], rng: torch.Generator) -> None:
     model = build(kind, networks.TREES["odd"], rng).train()
     before = {name: b.clone() for name, b in model.named_buffers() if name.endswith(("_mean", "_var"))}
     assert model(images(rng, 0)).shape[1] == 0

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from networks import each_model
 
 import hne
-from hne import HNE, FusedHNE, NaiveHNE
+from hne import HNE, FusedHNE
 from hne.executors import folding
 from hne.layers import Layer, specs
 
@@ -40,7 +41,7 @@ def model(example: dict[str, Any]) -> FusedHNE:
     model: FusedHNE = copy.deepcopy(example["model"]).double().train()
     torch.manual_seed(0)
     with torch.no_grad():
-        model(torch.randn(4, 3, 9, 7, dtype=torch.float64))  # batch norms get statistics
+        model(torch.randn(4, 3, 9, 7, dtype=torch.float64))  # updates the running statistics
     return model
 
 
@@ -74,7 +75,7 @@ def test_training(model: FusedHNE, x: torch.Tensor) -> None:
         torch.testing.assert_close(got.grad, want.grad)
 
 
-@pytest.mark.parametrize("kind", [FusedHNE, NaiveHNE])
+@each_model
 def test_config(kind: type[HNE], model: FusedHNE) -> None:
     twin = kind.from_config(model.config())
     assert twin.config() == model.config()

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back; what is damaged or foreign is refused, and nothing in it is run."""
+"""Checkpoints: reading returns what was written; damaged and other files are refused; no code in a file is run."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def test_load_model(naive: bool, model: FusedHNE, path: Path) -> None:
         torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_missing(path: Path) -> None:
+def test_missing_file(path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"^{path}: no such checkpoint"):
         checkpoint.load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\xff" * 100, b"\x10" + bytes(30)])
-def test_no_safetensors(content: bytes, path: Path) -> None:
+def test_not_a_safetensors_file(content: bytes, path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"^{path}: not a safetensors file, or truncated or damaged"):
         checkpoint.load(path)
@@ -87,7 +87,7 @@ def test_pickles_are_not_run(path: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_foreign_safetensors(path: Path) -> None:
+def test_other_safetensors_files(path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"but no checkpoint of an HNE .* found 'pt'"):
         checkpoint.load(path)
@@ -150,7 +150,7 @@ def test_tensors_of_another_network(model: FusedHNE, path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_crash_while_writing_leaves_the_old_file(moment: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_while_writing_keeps_the_old_file(moment: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(path, {"a": torch.zeros(3)}, {"epoch": 1})
 
     def crash(tensors: Any, filename: Path, metadata: Any) -> None:

@@ -1,4 +1,4 @@
-"""Files written by commit c6eac3b, before the modules were rearranged, load with the same results."""
+"""Files that an earlier version (commit c6eac3b) wrote can be loaded, with the same results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 @pytest.fixture
 def written() -> dict[str, Tensor]:
-    """Images, and the logits that the network gave for them when it was written."""
+    """Images, and the logits of the network for them, computed by the earlier version."""
     return load_file(FIXTURES / "odd_tree_logits.safetensors")
 
 
@@ -34,7 +34,7 @@ def test_checkpoint(naive: bool, written: dict[str, Tensor]) -> None:
     assert names == model.state_dict().keys()
 
 
-def test_config_is_written_as_it_was() -> None:
+def test_config_is_written_as_before() -> None:
     _, config = checkpoint.load(FIXTURES / "odd_tree.safetensors")
     assert json.dumps(FusedHNE.from_config(config["model"]).config()) == json.dumps(config["model"])
 
@@ -45,7 +45,7 @@ def test_exported_program(written: dict[str, Tensor]) -> None:
     assert ours == {"hne.fused_conv2d.default", "hne.fused_bottleneck.default"}
     want = written["logits"][:4].mean(0)
     with torch.no_grad():
-        with K.use_backend("reference"):  # a program names its ops: no backend is chosen
+        with K.use_backend("reference"):  # has no effect: a program calls its ops directly
             got = program.module()(written["images"])
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
@@ -56,5 +56,5 @@ def test_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(folder), "--json", str(tmp_path / "eval.json")]) == 0
     got = json.loads((tmp_path / "eval.json").read_text())
     for ensemble, was in zip(got["evaluation"]["ensembles"], before["evaluation"]["ensembles"], strict=True):
-        assert ensemble["accuracy"] == pytest.approx(was["accuracy"], abs=1 / 360)  # an image that rounding decides
+        assert ensemble["accuracy"] == pytest.approx(was["accuracy"], abs=1 / 360)  # rounding may change one image
         assert ensemble["nll"] == pytest.approx(was["nll"], rel=1e-3)

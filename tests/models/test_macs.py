@@ -1,0 +1,46 @@
+"""The number of multiply-adds of a network, and of parts of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import build, each_model, each_tree, images
+from torch.utils.flop_counter import FlopCounterMode
+
+from hne import HNE, Hierarchy, NaiveHNE
+
+
+@pytest.mark.parametrize(
+    ("preset", "classes", "size", "millions"),
+    [
+        ("hne_resnet50_cifar", 100, 32, {1: 50.82, 2: 65.71, 4: 107.17, 8: 201.92, 16: 402.36}),
+        ("hne_small_resnet50_cifar", 100, 32, {1: 13.09, 2: 16.86, 4: 27.37, 8: 51.42, 16: 102.35}),
+        ("hne_mobilenetv2_075", 1000, 224, {1: 179.13, 2: 211.96, 4: 332.92, 8: 602.26}),
+    ],
+)
+@each_model
+def test_costs_of_the_papers_networks(
+    kind: type[HNE], preset: str, classes: int, size: int, millions: dict[int, float]
+) -> None:
+    with torch.device("meta"):
+        model = kind.from_preset(preset, num_classes=classes)
+    assert {n: round(model.macs(n, size) / 1e6, 2) for n in model.prefix_sizes} == millions
+    assert model.macs(input_size=(size, size)) == model.macs(model.num_models, size)
+
+
+@each_tree
+def test_macs_are_the_computed_ones(tree: Hierarchy, rng: torch.Generator) -> None:
+    model = build(NaiveHNE, tree, rng)
+    for n in range(1, tree.num_models + 1):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(images(rng, 2, (9, 12)), n)
+        assert counter.get_total_flops() == 2 * 2 * model.macs(n, (9, 12))
+
+
+def test_macs_rise_with_the_number_of_models() -> None:
+    model = NaiveHNE.from_preset("hne_tiny", num_classes=10)
+    assert [model.macs(n) for n in range(1, 9)] == sorted({model.macs(n) for n in range(1, 9)})
+    with pytest.raises(ValueError, match="input_size must be at least 1x1, got 0x8"):
+        model.macs(1, (0, 8))
+    with pytest.raises(ValueError, match="num_models must lie between 1 and 8, got 9"):
+        model.macs(9)
