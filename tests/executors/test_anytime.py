@@ -116,16 +116,16 @@ def test_iterators_do_not_disturb_each_other(kind: type[HNE], rng: torch.Generat
 def test_select_continues_with_some_samples(kind: type[HNE], grad: bool, tree: Hierarchy, rng: torch.Generator) -> None:
     model = build(kind, tree, rng)
     x = images(rng, 5)
-    kept = torch.arange(5)
+    samples = torch.arange(5)
     with torch.set_grad_enabled(grad):
         leaves = model(x)
         steps = model.anytime(x)
         for n, y in steps:
-            torch.testing.assert_close(y, leaves[:n, kept].mean(0))
-            torch.testing.assert_close(steps.member, leaves[n - 1, kept])
+            torch.testing.assert_close(y, leaves[:n, samples].mean(0))
+            torch.testing.assert_close(steps.member, leaves[n - 1, samples])
             choice = torch.tensor([[1, 3, 4], [0, 2], [1]][n - 1] if n < 4 else [0])
             steps.select(choice)
-            kept = kept[choice]
+            samples = samples[choice]
 
 
 def test_select_before_the_first_answer_is_refused(rng: torch.Generator) -> None:
