@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+_VERSION = operator.attrgetter("_version")
 
 
 class ParameterVersions:
@@ -42,6 +45,6 @@ class ParameterVersions:
         """Address and version of every tensor, or None where a tensor has none."""
         current = [tensors[name] for tensors, name in self._sources]
         try:
-            return [tensor.data_ptr() for tensor in current], [tensor._version for tensor in current]
+            return list(map(Tensor.data_ptr, current)), list(map(_VERSION, current))
         except RuntimeError:
             return None

@@ -156,6 +156,7 @@ class FusedLayers:
         parents = -(-weight.shape[0] // self.layers[0].replicate)
         self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]))
         self._prepared: int | None = None
+        self._call = torch.ops.hne.fused_layers.default  # looked up once
         if prepare and weight.is_cpu and weight.dtype in dispatch.DTYPES["cpp"]:
             self._prepared = self._prepare()
             weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
@@ -209,7 +210,7 @@ class FusedLayers:
                 results.append(self._in_turn(batch))
             return results[0] if len(results) == 1 else [torch.cat([outputs[0] for outputs in results], 1)]
         try:
-            outputs: list[Tensor] = torch.ops.hne.fused_layers(x, self._prepared)
+            outputs: list[Tensor] = self._call(x, self._prepared)
         except Exception:
             self._check(self._features(x))
             raise
