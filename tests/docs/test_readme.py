@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from registries import restored_registries
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
@@ -36,8 +37,9 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
         pytest.skip("torch sees no GPU")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
-    for block in blocks:  # a later block may use the names of an earlier one
-        exec(block, namespace)
+    with restored_registries():
+        for block in blocks:  # a later block may use the names of an earlier one
+            exec(block, namespace)
 
 
 def test_the_readme_has_examples_that_train_and_infer() -> None:

@@ -15,7 +15,6 @@ from networks import each_model
 import hne
 from hne import HNE, FusedHNE
 from hne.executors import folding
-from hne.layers import Layer, specs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,17 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def example() -> Iterator[dict[str, Any]]:
     """The names that the example's code blocks define; its registrations are undone afterwards."""
-    registries = (folding._KERNEL_PATHS, Layer.modules_by_spec, specs._SPECS)
-    before = [dict(registry) for registry in registries]
     section = re.search(r"^## Add a layer$(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
     assert section is not None
     namespace: dict[str, Any] = {}
-    for block in re.findall(r"^```python\n(.*?)^```$", section[1], re.M | re.S):
-        exec(block, namespace)
-    yield namespace
-    for registry, entries in zip(registries, before, strict=True):
-        registry.clear()  # type: ignore[attr-defined]
-        registry.update(entries)  # type: ignore[attr-defined]
+    with restored_registries():
+        for block in re.findall(r"^```python\n(.*?)^```$", section[1], re.M | re.S):
+            exec(block, namespace)
+        yield namespace
 
 
 @pytest.fixture
