@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from networks import each_model
+from registries import restored_registries
 
 import hne
 from hne import HNE, FusedHNE
