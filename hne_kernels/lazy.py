@@ -146,9 +146,10 @@ def entry_conv_stats(
     if isinstance(x, Tensor):
         z = x
     elif isinstance(x, LazyPointwise):
-        z, y, mean, var = branch_pointwise_norm_conv2d(**_arguments(x), next_weight=weight if pointwise else None)
-        if y is not None and mean is not None and var is not None:
+        if pointwise:
+            z, y, mean, var = branch_pointwise_norm_conv2d(**_arguments(x), next_weight=weight)
             return z, ConvStats(y, None, mean, var)
+        z = branch_pointwise_norm_conv2d(**_arguments(x))[0]
     elif pointwise and dispatch.has_kernel(MATERIALIZE, x.x):
         z, y, mean, var = branch_norm_conv2d(weight=weight, **x._asdict(), materialize=True)
         return z, ConvStats(y, None, mean, var)

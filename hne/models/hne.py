@@ -267,9 +267,7 @@ class HNE(FoldedWeightCache, ABC):
             raise ValueError(f"x must have {self.in_channels} channels (dimension 1), got shape {tuple(shape)}")
         if shape[2] < 1 or shape[3] < 1:
             raise ValueError(f"x must be images of at least 1x1 pixels, got shape {tuple(shape)}")
-        # self.head.conv.weight, by its dictionaries: three times nn.Module.__getattr__ takes longer than all checks
-        weight = self._modules["head"]._modules["conv"]._parameters["weight"]  # type: ignore[union-attr]
-        assert weight is not None
+        weight = self.head.conv.weight
         if x.device != weight.device:
             raise ValueError(f"x must be on the device of the model, {weight.device}, got {x.device}")
         if x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):

@@ -116,7 +116,7 @@ class FusedLayer(NamedTuple):
         if self.mean:
             x = x.new_empty(()).expand(*x.shape[:2], 1, 1, x.shape[4])
         check: Callable[..., tuple[int, ...]] = check_bottleneck if self.is_bottleneck else check_convolution
-        return check(x, *self.weights, **self.options)
+        return check(x, *self.arguments)
 
 
 class FusedLayers:
@@ -162,8 +162,9 @@ class FusedLayers:
             weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The prepared layers belong to this object.
-        return functools.partial(FusedLayers, images=self.images), (self.layers, sorted(self._result_indices))
+        # The prepared layers belong to this object: a copy prepares its own.
+        make = functools.partial(FusedLayers, images=self.images, prepare=self._prepared is not None)
+        return make, (self.layers, sorted(self._result_indices))
 
     def _prepare(self) -> int:
         weights: list[Tensor | None] = []
