@@ -250,3 +250,15 @@ def test_micro_batches_give_the_same_results(monkeypatch: pytest.MonkeyPatch, rn
     monkeypatch.setattr(fused_layers, "IMAGES", 3)  # unless the least number of images is larger
     assert [len(batch) for batch in fused_layers.micro_batches(x, 0)] == [3, 2]
     assert torch.equal(model(x), whole)
+
+
+@torch.no_grad()
+def test_parametrized_weights_are_folded(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    torch.nn.utils.parametrizations.weight_norm(model.head.conv)
+    before = model(x)
+    model.head.conv.parametrizations.weight.original0.mul_(2)
+    after = model(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, with_gradients(model, x))

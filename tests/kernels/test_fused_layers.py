@@ -332,3 +332,10 @@ def test_no_gradient(rng: torch.Generator) -> None:
         K.FusedLayers([singles[0]._replace(weights=weights)])
     with torch.no_grad():
         assert not layers(x)[0].requires_grad
+
+
+def test_a_copy_is_prepared_as_the_original(rng: torch.Generator) -> None:
+    _, layers, keep = arguments("network", rng)
+    for prepare in (True, False):
+        original = K.FusedLayers(layers, keep, prepare=prepare)
+        assert (copy.deepcopy(original)._prepared is None) == (original._prepared is None)
