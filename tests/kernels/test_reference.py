@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import BOTTLENECKS, CASES, Case
+from cases import BOTTLENECKS, CASES, Case, cast, evaluate, expected, magnitude
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,6 +52,35 @@ def test_branch_conv2d(case: Case, rng: torch.Generator) -> None:
 def test_branch_depthwise_conv2d(case: Case, rng: torch.Generator) -> None:
     inputs = case.inputs(rng, torch.float64)
     torch.testing.assert_close(case(inputs)[0], _branches(inputs, depthwise=True))
+
+
+_SUMS = [case for case in CASES if case.op in ("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d")]
+_SUMS += [case for case in CASES if case.op == "prefix_logits"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", _SUMS, ids=str)
+def test_sums_of_small_integers_are_exact_in_16_bits(case: Case, dtype: torch.dtype, rng: torch.Generator) -> None:
+    """No partial sum is rounded, in whatever order and dtype the processor adds, so results and gradients are exact."""
+    density = min(1.0, 8 / math.sqrt(case.terms))  # about 64 of the terms of the longest sum are not 0
+
+    def small_integers(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        return value.sign() * (torch.rand(value.shape, generator=rng) < density)
+
+    exact = {name: small_integers(value) for name, value in case.inputs(rng, torch.float64).items()}
+    grads = []
+    if case.differentiable:
+        # The results after the first are means, which are not integers.
+        grads = [small_integers(torch.randn(case(exact)[0].shape, generator=rng, dtype=torch.float64))]
+    want, sizes = expected(case, exact, grads), magnitude(case, exact, grads)
+    got = evaluate(case, cast(exact, dtype), [grad.to(dtype) for grad in grads])
+    for name in ("result 0", *(f"gradient of {name}" for name in case.differentiable)):
+        one, right, size = (dict(outcome.items())[name] for outcome in (got, want, sizes))
+        assert one.dtype == dtype
+        assert (size <= 2 / torch.finfo(torch.bfloat16).eps).all(), "larger integers are not exact in bfloat16"
+        assert torch.equal(one.double(), right), name
 
 
 def _bend(x: Tensor, activation: str) -> Tensor:
