@@ -15,6 +15,10 @@ from threads import on_threads
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, Triton's kernels run in its interpreter
 
+# Inductor caches generated graphs by a key without ATEN_CPU_CAPABILITY: after a change of the variable, a graph of the
+# earlier instruction set would be taken and not compile. Compiled code has its text and flags as key, and stays cached.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+
 import hne_kernels as K
 from hne_kernels import extension
 
