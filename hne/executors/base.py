@@ -7,16 +7,26 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..hierarchy import Hierarchy
-from ..layers import BranchLinear, Executor, Features, Layer
+from ..layers import (
+    BranchLinear,
+    Executor,
+    Features,
+    Layer,
+    SkippedModuleError,
+    check_never_called,
+    global_hook_dicts,
+    has_hooks,
+)
 
 
 class Network(Protocol):
     """The parts of a model that an executor computes."""
 
     hierarchy: Hierarchy
+    blocks: nn.ModuleList
     head: BranchLinear
 
     def layers_of_blocks(self) -> list[list[Layer]]: ...
@@ -61,21 +71,37 @@ class SubtreeExecutor(Executor):
         keep: bool = False,
         sizes: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """Compute a subtree layer by layer; see :class:`SubtreeRunner`."""
+        """Compute a subtree layer by layer; see :class:`SubtreeRunner`.
+
+        Raises:
+            SkippedModuleError: A module of the network relies on being called, but is not; the message says which one.
+        """
         results = []
         features: Features = self.from_images(x) if first == 0 else x
         *nodes, (heads, replicate) = network.hierarchy.nodes(leaves, first)
-        for block, (branches, children) in zip(network.layers_of_blocks()[first:], nodes, strict=True):
-            for layer in block:
-                features = layer(self, features, branches, children)
-                children = 1  # only the first layer of a block branches
-            features = self.materialize(features)
-            if keep:
-                results.append(features)
-        pooled = self.pool(features)
-        if sizes is None:
-            return [*results, self.logits(network.head, pooled, heads, replicate)]
-        return [*results, self.prefix_logits(network.head, pooled, heads, replicate, sizes)]
+        all_hooked = any(global_hook_dicts())
+        try:
+            check_containers(network)
+            for block, (branches, children) in zip(network.layers_of_blocks()[first:], nodes, strict=True):
+                for layer in block:
+                    if all_hooked or has_hooks(layer):
+                        features = layer(self.of_tensors(), self.materialize(features), branches, children)
+                    else:
+                        features = layer(self, features, branches, children)
+                    children = 1  # only the first layer of a block branches
+                features = self.materialize(features)
+                if keep:
+                    results.append(features)
+            pooled = self.pool(features)
+            if sizes is None:
+                return [*results, self.logits(network.head, pooled, heads, replicate)]
+            return [*results, self.prefix_logits(network.head, pooled, heads, replicate, sizes)]
+        except SkippedModuleError as error:
+            raise error.within(network) from None
+
+    def of_tensors(self) -> SubtreeExecutor:
+        """An executor with the same layout of features, all of which are tensors; hooks of layers see them."""
+        return self
 
     @abstractmethod
     def from_images(self, images: Tensor) -> Tensor:
@@ -99,3 +125,13 @@ class SubtreeExecutor(Executor):
         self, head: BranchLinear, x: Tensor, leaves: slice, replicate: int, sizes: Sequence[int]
     ) -> Tensor:
         """Mean logits of the first ``n`` leaves for each ``n`` of ``sizes``, from pooled features."""
+
+
+def check_containers(network: Network) -> None:
+    """Raise if the lists of a network's layers have hooks.
+
+    Raises:
+        SkippedModuleError: They have; a list is never called, so its hooks would not run.
+    """
+    for container in (network.blocks, *network.blocks):
+        check_never_called(container, "register the hook on a layer of the block")

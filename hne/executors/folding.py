@@ -9,7 +9,19 @@ from torch import Tensor
 
 import hne_kernels as K
 
-from ..layers import BottleneckLayer, BranchLinear, ConvLayer, ConvNorm, Layer, PoolLinearLayer, running_normalization
+from ..layers import (
+    BottleneckLayer,
+    BranchLinear,
+    ConvLayer,
+    ConvNorm,
+    Layer,
+    PoolLinearLayer,
+    check_kind,
+    global_hook_dicts,
+    has_hooks,
+    running_normalization,
+    uses_batch_statistics,
+)
 
 KernelPath = Callable[[Any], Sequence[K.FusedLayer]]
 
@@ -28,10 +40,18 @@ def kernel_path(kind: type[Layer]) -> Callable[[KernelPath], KernelPath]:
 
 
 def to_fused_layers(layer: Layer) -> Sequence[K.FusedLayer] | None:
-    """The fused layers, with all branches, that compute a layer one after the other. None if its class has no kernel
-    path: inference then calls its ``forward``."""
+    """The fused layers, with all branches, that compute a layer one after the other.
+
+    Returns:
+        None if inference has to call the layer instead: its class has no kernel path, the layer has hooks or a
+        ``forward`` of its own, or one of its batch norms normalises by the statistics of the batch.
+    """
     function = _KERNEL_PATHS.get(type(layer))
-    return None if function is None else function(layer)
+    if function is None or "forward" in layer.__dict__ or has_hooks(layer) or any(global_hook_dicts()):
+        return None
+    if any(isinstance(module, ConvNorm) and uses_batch_statistics(module) for module in layer.modules()):
+        return None
+    return function(layer)
 
 
 @kernel_path(ConvLayer)
@@ -71,6 +91,7 @@ def fused_conv(module: ConvNorm, activation: str = "none") -> K.FusedLayer:
 
 def fused_pool_linear(linear: BranchLinear, activation: str = "none") -> K.FusedLayer:
     """Global average pooling, a linear layer and an activation as one fused layer."""
+    check_kind(linear, BranchLinear)
     weight, bias = linear.weight_and_bias(slice(0, linear.branches))
     return K.FusedLayer((K.pack_weight(weight), bias), activation=activation, mean=True)
 
@@ -78,8 +99,10 @@ def fused_pool_linear(linear: BranchLinear, activation: str = "none") -> K.Fused
 def _fold(module: ConvNorm) -> tuple[Tensor, Tensor]:
     """Weight ``[branches, channels, in_channels, k, k]`` and bias ``[branches, channels]`` with batch norm folded in:
     ``(conv(x) - mean) * scale + shift``."""
+    check_kind(module, ConvNorm)
     everything = slice(0, module.branches)
-    weight = module.select_branches(module.conv.weight, everything)
+    weight = module.weight(everything)
+    weight = weight[:, :, None] if module.depthwise else weight
     mean, scale, shift = running_normalization(module, everything)
     return (weight * scale[..., None, None, None]).to(weight.dtype), (shift - mean * scale).to(weight.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,10 @@ from ..layers import (
     ConvNorm,
     Features,
     batch_normalization,
+    check_kind,
     running_normalization,
+    uses_batch_statistics,
+    warn_of_global_hooks,
 )
 from .base import SubtreeExecutor
 
@@ -25,6 +29,10 @@ class KernelExecutor(SubtreeExecutor):
     Inside a block, features may not be normalised yet: the next kernel does so while reading them
     (:mod:`hne_kernels.lazy`). Convolutions read a parent's features for all its children, without copies.
     """
+
+    def of_tensors(self) -> KernelExecutor:
+        warn_of_global_hooks()
+        return _TENSORS
 
     def from_images(self, images: Tensor) -> Tensor:
         return images.permute(0, 2, 3, 1).unsqueeze(0)
@@ -41,8 +49,9 @@ class KernelExecutor(SubtreeExecutor):
         activation: str = "none",
         residual: Features | None = None,
     ) -> Features:
+        check_kind(module, ConvNorm)
         weight = module.weight(branches)
-        if module.bn.training:
+        if uses_batch_statistics(module):
             conv = K.conv_stats(x, weight, stride=module.stride, padding=module.padding, replicate=replicate)
             norm = batch_normalization(module, branches, conv.mean, conv.var, conv.count)
             return conv.normalize(norm, activation, residual)
@@ -54,7 +63,8 @@ class KernelExecutor(SubtreeExecutor):
     def entry_conv(
         self, module: ConvNorm, x: Features, branches: slice, replicate: int, activation: str
     ) -> tuple[Tensor, Features]:
-        if not module.bn.training:
+        check_kind(module, ConvNorm)
+        if not uses_batch_statistics(module):
             x = K.materialize(x)
             return x, self.conv_norm(module, x, branches, replicate, activation)
         weight = module.weight(branches)
@@ -68,6 +78,7 @@ class KernelExecutor(SubtreeExecutor):
     def linear(
         self, module: BranchLinear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
+        check_kind(module, BranchLinear)
         weight, bias = module.weight_and_bias(branches)
         return ACTIVATIONS[activation](K.branch_conv2d(x, weight, bias, replicate=replicate))
 
@@ -87,6 +98,21 @@ class KernelExecutor(SubtreeExecutor):
     def prefix_logits(
         self, head: BranchLinear, x: Tensor, leaves: slice, replicate: int, sizes: Sequence[int]
     ) -> Tensor:
+        check_kind(head, BranchLinear)
         features = self.replicate(x.flatten(2), leaves, replicate, head.in_channels)
         weight, bias = head.weight_and_bias(leaves)
         return K.prefix_logits(features, weight[..., 0, 0], bias, sizes)[1]
+
+
+class _TensorExecutor(KernelExecutor):
+    """Computes every operation at once, so that features are always tensors."""
+
+    def conv_norm(self, *arguments: Any, **options: Any) -> Tensor:
+        return K.materialize(super().conv_norm(*arguments, **options))
+
+    def entry_conv(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        x, y = super().entry_conv(*arguments)
+        return x, K.materialize(y)
+
+
+_TENSORS = _TensorExecutor()

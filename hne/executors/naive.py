@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import (
@@ -16,14 +16,20 @@ from ..layers import (
     BranchModule,
     ConvNorm,
     batch_normalization,
+    check_kind,
     count_batch,
     is_synchronised,
+    uses_batch_statistics,
 )
 from .base import SubtreeExecutor
 
 
 class NaiveExecutor(SubtreeExecutor):
-    """Features are ``[batch, branches * channels, height, width]``."""
+    """Features are ``[batch, branches * channels, height, width]``.
+
+    Convolutions and batch norms are called if all their branches are computed, so their hooks run and they may be
+    replaced. Otherwise the parameters of the computed branches are read.
+    """
 
     def from_images(self, images: Tensor) -> Tensor:
         return images
@@ -40,27 +46,32 @@ class NaiveExecutor(SubtreeExecutor):
         activation: str = "none",
         residual: Tensor | None = None,
     ) -> Tensor:
-        (weight,) = _grouped(module, branches, module.conv.weight)
-        if module.depthwise:
-            x = self.replicate(x, branches, replicate, module.in_channels)
-            x = F.conv2d(x, weight, None, module.stride, module.padding, groups=len(weight))
+        check_kind(module, ConvNorm)
+        x = self.replicate(x, branches, replicate, module.in_channels)
+        if _is_whole(module, branches):
+            module.check_hooks()
+            x = module.conv(x)
         else:
-            x = self.convolve(x, weight, None, module.stride, module.padding, branches.stop - branches.start, replicate)
+            weight = module.weight(branches).flatten(0, 1)
+            groups = branches.stop - branches.start
+            if module.depthwise:
+                weight, groups = weight[:, None], len(weight)
+            x = F.conv2d(x, weight, None, module.stride, module.padding, groups=groups)
         x = _batch_norm(module, x, branches)
         return ACTIVATIONS[activation](x if residual is None else x + residual)
 
     def linear(
         self, module: BranchLinear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
-        weight, bias = _grouped(module, branches, module.conv.weight, module.conv.bias)
-        return ACTIVATIONS[activation](self.convolve(x, weight, bias, 1, 0, branches.stop - branches.start, replicate))
-
-    def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, branches: int, replicate: int
-    ) -> Tensor:
-        """Replicate the features, then apply a grouped convolution with ``branches`` output branches."""
-        x = self.replicate(x, slice(0, branches), replicate, weight.shape[1])
-        return F.conv2d(x, weight, bias, stride, padding, groups=branches)
+        check_kind(module, BranchLinear)
+        x = self.replicate(x, branches, replicate, module.in_channels)
+        if _is_whole(module, branches):
+            module.check_hooks()
+            x = module.conv(x)
+        else:
+            weight, bias = module.weight_and_bias(branches)
+            x = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), groups=branches.stop - branches.start)
+        return ACTIVATIONS[activation](x)
 
     def pool(self, x: Tensor) -> Tensor:
         return x.mean((2, 3), keepdim=True)
@@ -82,14 +93,15 @@ class NaiveExecutor(SubtreeExecutor):
         return torch.stack([logits[:size].mean(0) for size in sizes])
 
 
-def _grouped(module: BranchModule, branches: slice, *tensors: Tensor | None) -> list[Tensor]:
-    """The wanted branches of each tensor, in the layout of a grouped convolution."""
-    return [module.select_branches(t, branches).flatten(0, 1) for t in tensors if t is not None]
+def _is_whole(module: BranchModule, branches: slice) -> bool:
+    """Whether these are all branches of a module."""
+    return branches == slice(0, module.branches)
 
 
 def _batch_norm(module: ConvNorm, x: Tensor, branches: slice) -> Tensor:
     bn = module.bn
-    if bn.training and is_synchronised(module):
+    if is_synchronised(module):
+        uses_batch_statistics(module)  # checks that the parameters may be read
         y = x.unflatten(1, (-1, module.channels)).transpose(0, 1)  # [branches, batch, channels, height, width]
         rows = y.transpose(2, 1).flatten(2)
         mean, var = rows.mean(2), rows.var(2, correction=0)
@@ -98,6 +110,12 @@ def _batch_norm(module: ConvNorm, x: Tensor, branches: slice) -> Tensor:
         norm = batch_normalization(module, branches, mean, var, rows.shape[2])
         mean, scale, shift = norm[:, :, None, :, None, None]
         return ((y - mean) * scale + shift).to(y.dtype).transpose(0, 1).flatten(1, 2)
-    mean, var, weight, bias = _grouped(module, branches, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    if _is_whole(module, branches) and not isinstance(bn, nn.SyncBatchNorm):
+        return bn(x)
+    by_batch = uses_batch_statistics(module)
     momentum = count_batch(module) if bn.training else 0.0
-    return F.batch_norm(x, mean, var, weight, bias, bn.training, momentum, bn.eps)
+    statistics = (bn.running_mean, bn.running_var) if bn.track_running_stats or not bn.training else (None, None)
+    mean, var, weight, bias = (
+        None if t is None else module.select_branches(t, branches).flatten() for t in (*statistics, bn.weight, bn.bias)
+    )
+    return F.batch_norm(x, mean, var, weight, bias, by_batch, momentum, bn.eps)

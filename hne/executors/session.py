@@ -11,9 +11,10 @@ from torch import Tensor
 
 import hne_kernels as K
 
-from ..layers import Layer
-from .base import Network
+from ..layers import Layer, SkippedModuleError, global_hook_dicts, has_hooks
+from .base import Network, check_containers
 from .folding import fused_pool_linear, to_fused_layers
+from .hook_versions import HookVersions
 from .kernels import KernelExecutor
 from .parameter_versions import ParameterVersions
 
@@ -29,10 +30,17 @@ class InferenceSession:
     def __init__(self, network: Network, versions: ParameterVersions | None = None) -> None:
         self._hierarchy = network.hierarchy
         self._versions = versions
-        self._blocks: list[list[_FoldedLayer]] = [
-            [_FoldedLayer(layer, to_fused_layers(layer)) for layer in block] for block in network.layers_of_blocks()
-        ]
-        self._head = fused_pool_linear(network.head)
+        self._blocks: list[list[_FoldedLayer]] = []
+        try:
+            check_containers(network)
+            for block in network.layers_of_blocks():
+                self._blocks.append([_FoldedLayer(layer, to_fused_layers(layer)) for layer in block])
+            self._head = fused_pool_linear(network.head)
+        except SkippedModuleError as error:
+            raise error.within(network) from None
+        # Without the network itself, whose hooks run around each call: the network refers to its session.
+        below = [*network.blocks.modules(), *network.head.modules()]
+        self._hooks = HookVersions(below) if versions is not None else None
         self._programs: dict[tuple[int, int, int, bool], list[_Step]] = {}
 
     def is_current(self) -> bool:
@@ -43,6 +51,10 @@ class InferenceSession:
         were made under ``torch.inference_mode()`` have no version counter, and count as changed in every call.
         """
         return self._versions is not None and self._versions.is_current()
+
+    def has_current_hooks(self) -> bool:
+        """Whether hooks below the network are those of the time of construction."""
+        return self._hooks is not None and self._hooks.is_current()
 
     def run(
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
@@ -110,9 +122,10 @@ class _Step(NamedTuple):
 
 
 def _forward(layer: Layer, branches: slice, replicate: int, images: bool, x: Tensor) -> list[Tensor]:
-    """Compute a layer without a kernel path by its own ``forward``."""
-    x = _KERNELS.from_images(x) if images else x
-    return [_KERNELS.materialize(layer(_KERNELS, x, branches, replicate))]
+    """Call a layer that has no fused layers."""
+    executor = _KERNELS.of_tensors() if has_hooks(layer) or any(global_hook_dicts()) else _KERNELS
+    x = executor.from_images(x) if images else x
+    return [executor.materialize(layer(executor, x, branches, replicate))]
 
 
 _KERNELS = KernelExecutor()

@@ -9,107 +9,144 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from .parameters import ConvNorm
+from .submodules import prepare_to_read
+
+
+def uses_batch_statistics(module: ConvNorm) -> bool:
+    """Whether the batch norm normalises by the statistics of the batch: in training, or without running statistics.
+
+    Raises:
+        SkippedModuleError: ``bn`` was replaced by another kind of module, or has hooks.
+    """
+    bn = module.bn
+    prepare_to_read(bn, nn.BatchNorm2d, nn.SyncBatchNorm)
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
 def batch_normalization(module: ConvNorm, branches: slice, mean: Tensor, var: Tensor, count: int) -> Tensor:
     """The normalisation ``[3, branches, channels]`` by the statistics of a batch; updates the running statistics.
 
     Args:
-        module: A convolution whose batch norm is in training mode.
+        module: A convolution whose batch norm uses batch statistics (:func:`uses_batch_statistics`).
         branches: The branches that were computed.
         mean, var: Mean and biased variance of this process's batch, ``[branches, channels]``.
         count: Number of values per channel in this process.
 
     Raises:
-        ValueError: There is only one value per channel.
+        ValueError: There is only one value per channel, in all processes together if they are synchronised.
     """
     total: int | Tensor = count
     if is_synchronised(module):
-        mean, var, total = _statistics_of_all_processes(mean, var, count)
-    elif count == 1:
+        mean, var, total = _statistics_of_all_processes(mean, var, count, _process_group(module))
+    if not isinstance(total, Tensor) and total == 1:
         raise ValueError("batch norm: expected more than 1 value per channel when training, got 1")
-    _update_running_statistics(module, branches, mean.detach(), var.detach(), total)
+    if module.bn.training:
+        _update_running_statistics(module, branches, mean.detach(), var.detach(), total)
     return _normalization(module, branches, mean, var)
 
 
 def running_normalization(module: ConvNorm, branches: slice) -> Tensor:
     """The normalisation ``[3, branches, channels]`` by the running statistics."""
     bn = module.bn
-    mean, var = (module.select_branches(_present(t), branches) for t in (bn.running_mean, bn.running_var))
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    mean, var = (module.select_branches(t, branches) for t in (bn.running_mean, bn.running_var))
     return _normalization(module, branches, _wide(mean), _wide(var))
 
 
 def count_batch(module: ConvNorm) -> float:
     """Count a batch; return the weight of its statistics in the update of the running statistics."""
-    tracked = _present(module.bn.num_batches_tracked)
-    tracked.add_(1)
-    return 1.0 / float(tracked) if module.bn.momentum is None else module.bn.momentum
+    bn = module.bn
+    if not bn.track_running_stats or bn.num_batches_tracked is None:
+        return bn.momentum or 0.0
+    bn.num_batches_tracked.add_(1)
+    return 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
 
 
 def is_synchronised(module: ConvNorm) -> bool:
-    """Whether the batch statistics of ``module`` are computed over several processes."""
+    """Whether the batch statistics of ``module`` are computed over several processes.
+
+    They are so in training after :meth:`HNE.sync_batch_norm_` or ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+    """
+    bn = module.bn
     return (
-        module.synchronised
+        (module.synchronised or isinstance(bn, nn.SyncBatchNorm))
+        and bn.training
+        and isinstance(bn, nn.modules.batchnorm._BatchNorm)
         and distributed.is_available()
         and distributed.is_initialized()
-        and distributed.get_world_size() > 1
+        and distributed.get_world_size(_process_group(module)) > 1
     )
 
 
+def _process_group(module: ConvNorm) -> Any:
+    """The processes that share their batch statistics; None for all."""
+    return module.bn.process_group if isinstance(module.bn, nn.SyncBatchNorm) else None
+
+
 def _normalization(module: ConvNorm, branches: slice, mean: Tensor, var: Tensor) -> Tensor:
-    weight, bias = (_wide(module.select_branches(t, branches)) for t in (module.bn.weight, module.bn.bias))
-    return torch.stack([mean, weight * (var + module.bn.eps).rsqrt(), bias])
+    bn = module.bn
+    scale = (var + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = _wide(module.select_branches(bn.weight, branches)) * scale
+    shift = torch.zeros_like(scale) if bn.bias is None else _wide(module.select_branches(bn.bias, branches))
+    return torch.stack([mean, scale, shift])
 
 
 def _update_running_statistics(
     module: ConvNorm, branches: slice, mean: Tensor, var: Tensor, count: int | Tensor
 ) -> None:
     """Move the running statistics towards those of a batch, as ``nn.BatchNorm2d`` does."""
+    bn = module.bn
     weight = count_batch(module)
     if not isinstance(count, Tensor) and count == 0:
         return  # an empty batch has no statistics
+    if not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
+        return
     unbiased = var * (count / (count - 1))
     with torch.no_grad():
-        for running, batch in ((module.bn.running_mean, mean), (module.bn.running_var, unbiased)):
-            running = _present(running)
+        for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
             module.select_branches(running, branches).lerp_(batch.to(running.dtype), weight)
 
 
-def _statistics_of_all_processes(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and count over the batches of all processes.
+def _statistics_of_all_processes(
+    mean: Tensor, var: Tensor, count: int, group: Any
+) -> tuple[Tensor, Tensor, int | Tensor]:
+    """Mean, variance and count over the batches of the processes of ``group``.
 
     Two sums are exchanged; the second is of squared distances from the common mean, so the variance does not cancel.
+    The count is a tensor only if it is above 1: a number would have to be copied from the GPU.
     """
-    sums = _AllReduce.apply(torch.cat([(mean * count).flatten(), mean.new_full((1,), count)]))
+    sums = _AllReduce.apply(torch.cat([(mean * count).flatten(), mean.new_full((1,), count)]), group)
     total = sums[-1].detach()
+    if count <= 1:
+        number = int(total.item())
+        if number <= 1:  # then all processes return here
+            return mean, var, number
     common = sums[:-1].view_as(mean) / total
-    squares = _AllReduce.apply((var + (mean - common).square()) * count)
+    squares = _AllReduce.apply((var + (mean - common).square()) * count, group)
     return common, squares / total, total
 
 
 class _AllReduce(torch.autograd.Function):
-    """Sum over all processes. The losses of all processes depend on the sum, so their gradients are summed, too."""
+    """Sum over the processes of a group. The losses of all processes depend on the sum, so their gradients are summed,
+    too."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(tensor)
+        distributed.all_reduce(tensor, group=group)
         return tensor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _AllReduce.apply(grad)
+        return _AllReduce.apply(grad, ctx.group), None
 
 
 def _wide(tensor: Tensor) -> Tensor:
     """The tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _present(buffer: Tensor | None) -> Tensor:
-    """A buffer of the batch norm of a ``ConvNorm``, which always tracks running statistics."""
-    assert buffer is not None
-    return buffer

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
+
+from .submodules import CALLED_BY_NAIVE, SkippedModuleError, check_never_called, detach_recomputed, prepare_to_read
 
 Size = tuple[int, int]  # height and width in pixels
 
 
 class BranchModule(nn.Module, ABC):
     """Base class of modules with the parameters of several branches of equal shape.
+
+    An executor reads the parameters and computes the operation: the module is never called. Its submodules are not
+    called either, except by ``NaiveExecutor`` when all branches are computed.
 
     Args:
         branches: Number of branches.
@@ -31,6 +37,51 @@ class BranchModule(nn.Module, ABC):
         """Some branches of a parameter or buffer ``[all branches * n, ...]``, as a view ``[len(branches), n, ...]``."""
         tensor = tensor.view(self.branches, -1, *tensor.shape[1:])
         return tensor if branches == slice(0, self.branches) else tensor[branches]
+
+    def check_hooks(self) -> None:
+        """Raise if this module has hooks.
+
+        Raises:
+            SkippedModuleError: It has hooks, which would never run.
+        """
+        check_never_called(self, "register the hook on the layer or the model")
+
+    def __getstate__(self) -> dict[str, Any]:
+        for module in self.children():
+            detach_recomputed(module)
+        return self.__dict__.copy()
+
+
+def _check_conv(conv: nn.Module, expected: tuple[Any, ...]) -> None:
+    """Raise unless a convolution has the expected settings; bring its weight up to date.
+
+    Args:
+        conv: The convolution.
+        expected: Kernel size, stride, padding, dilation, groups, padding mode, and whether there is a bias.
+    """
+    prepare_to_read(conv, nn.Conv2d)
+    got = (
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.padding_mode,
+        conv.bias is not None,
+    )
+    if got != expected:
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "bias")
+        pairs = zip(names, expected, got, strict=True)
+        changes = "; ".join(f"{name}={want!r}, got {value!r}" for name, want, value in pairs if want != value)
+        raise SkippedModuleError(conv, f"expected a convolution with {changes}. {CALLED_BY_NAIVE}")
+
+
+def _check_own_parameters(module: nn.Module) -> None:
+    """Raise if a parameter is computed from others: a new value would be lost."""
+    for name in ("weight", "bias"):
+        if name not in module._parameters and hasattr(module, name):
+            reason = f"reset_parameters() cannot initialise a pruned or parametrized {name}: remove that first"
+            raise SkippedModuleError(module, reason)
 
 
 class ConvNorm(BranchModule):
@@ -70,12 +121,22 @@ class ConvNorm(BranchModule):
         """Initialise as He et al. (2015), fan out. The fan counts one branch, since each branch belongs to a network of
         its own."""
         filters = 1 if self.depthwise else self.channels
+        _check_own_parameters(self.conv)
+        _check_own_parameters(self.bn)
         nn.init.normal_(self.conv.weight, std=(2 / (filters * self.kernel_size**2)) ** 0.5)
         self.bn.reset_parameters()
 
     def weight(self, branches: slice) -> Tensor:
         """Filters of some branches: ``[len(branches), channels, in_channels, k, k]``, without ``in_channels`` if
-        depthwise."""
+        depthwise.
+
+        Raises:
+            SkippedModuleError: ``conv`` was replaced by another kind of module, or has hooks.
+        """
+        self.check_hooks()
+        size, stride, padding = self.kernel_size, self.stride, self.padding
+        groups = self.branches * self.channels if self.depthwise else self.branches
+        _check_conv(self.conv, ((size, size), (stride, stride), (padding, padding), (1, 1), groups, "zeros", False))
         weight = self.select_branches(self.conv.weight, branches)
         return weight.squeeze(2) if self.depthwise else weight
 
@@ -99,11 +160,18 @@ class BranchLinear(BranchModule):
         self.conv = nn.Conv2d(branches * in_channels, branches * channels, 1, groups=branches)
 
     def reset_parameters(self) -> None:
+        _check_own_parameters(self.conv)
         self.conv.reset_parameters()
 
     def weight_and_bias(self, branches: slice) -> tuple[Tensor, Tensor]:
         """Weight ``[len(branches), channels, in_channels, 1, 1]`` and bias ``[len(branches), channels]`` of some
-        branches."""
+        branches.
+
+        Raises:
+            SkippedModuleError: ``conv`` was replaced by another kind of module, or has hooks.
+        """
+        self.check_hooks()
+        _check_conv(self.conv, ((1, 1), (1, 1), (0, 0), (1, 1), self.branches, "zeros", True))
         assert self.conv.bias is not None
         return self.select_branches(self.conv.weight, branches), self.select_branches(self.conv.bias, branches)
 

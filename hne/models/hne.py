@@ -23,7 +23,16 @@ from ..executors import (
     SubtreeExecutor,
 )
 from ..hierarchy import Hierarchy
-from ..layers import BranchLinear, BranchModule, ConvNorm, Layer, LayerSpec, build_layer, spec_from_config
+from ..layers import (
+    BranchLinear,
+    BranchModule,
+    ConvNorm,
+    Layer,
+    LayerSpec,
+    SkippedModuleError,
+    build_layer,
+    spec_from_config,
+)
 from .presets import PRESETS, scaled
 
 _Model = TypeVar("_Model", bound="HNE")
@@ -267,12 +276,24 @@ class HNE(FoldedWeightCache, ABC):
             raise ValueError(f"x must have {self.in_channels} channels (dimension 1), got shape {tuple(shape)}")
         if shape[2] < 1 or shape[3] < 1:
             raise ValueError(f"x must be images of at least 1x1 pixels, got shape {tuple(shape)}")
-        weight = self.head.conv.weight
+        weight = self._head_parameter()
         if x.device != weight.device:
             raise ValueError(f"x must be on the device of the model, {weight.device}, got {x.device}")
         if x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             return
         raise TypeError(f"x must have the dtype of the model, {weight.dtype}, got {x.dtype}")
+
+    def _head_parameter(self) -> Tensor:
+        """A parameter of the head, for its device and dtype; pruned and parametrized weights are not computed."""
+        try:
+            conv = self.head.conv
+        except AttributeError:
+            kind = type(self.head).__name__
+            raise SkippedModuleError(self.head, f"expected a BranchLinear, got a {kind}", "head") from None
+        parameter = conv._parameters.get("weight")
+        if parameter is None:
+            parameter = next(conv.parameters(), None)
+        return conv.weight if parameter is None else parameter  # replicas of DataParallel have no parameters
 
     # Copies and text --------------------------------------------------------------------------------------------------
 
