@@ -16,6 +16,7 @@ from ..layers import (
     ConvNorm,
     Layer,
     PoolLinearLayer,
+    called_modules,
     check_kind,
     global_hook_dicts,
     has_hooks,
@@ -43,11 +44,14 @@ def to_fused_layers(layer: Layer) -> Sequence[K.FusedLayer] | None:
     """The fused layers, with all branches, that compute a layer one after the other.
 
     Returns:
-        None if inference has to call the layer instead: its class has no kernel path, the layer has hooks or a
-        ``forward`` of its own, or one of its batch norms normalises by the statistics of the batch.
+        None if inference has to call the layer instead: its class has no kernel path; the layer, or a module that its
+        ``forward`` calls, has hooks or a replaced ``forward``; or one of its batch norms normalises by the statistics
+        of the batch.
     """
     function = _KERNEL_PATHS.get(type(layer))
-    if function is None or "forward" in layer.__dict__ or has_hooks(layer) or any(global_hook_dicts()):
+    if function is None or any(global_hook_dicts()):
+        return None
+    if any(has_hooks(module) or "forward" in module.__dict__ for module in called_modules(layer)):
         return None
     if any(isinstance(module, ConvNorm) and uses_batch_statistics(module) for module in layer.modules()):
         return None

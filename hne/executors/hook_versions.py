@@ -24,6 +24,11 @@ class HookVersions:
         self._count = RemovableHandle.next_id
         self._hooks = self._read()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there were no hooks."""
+        return not self._hooks
+
     def is_current(self) -> bool:
         """Whether the hooks are unchanged."""
         # PyTorch numbers all hooks, so a new one anywhere changes this number.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hne_kernels as K
 
@@ -17,6 +18,8 @@ from .folding import fused_pool_linear, to_fused_layers
 from .hook_versions import HookVersions
 from .kernels import KernelExecutor
 from .parameter_versions import ParameterVersions
+
+_TRAINING = operator.attrgetter("training")
 
 
 class InferenceSession:
@@ -41,6 +44,8 @@ class InferenceSession:
         # Without the network itself, whose hooks run around each call: the network refers to its session.
         below = [*network.blocks.modules(), *network.head.modules()]
         self._hooks = HookVersions(below) if versions is not None else None
+        self._norms = [module for module in below if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self._modes = list(map(_TRAINING, self._norms))
         self._programs: dict[tuple[int, int, int, bool], list[_Step]] = {}
 
     def is_current(self) -> bool:
@@ -52,9 +57,10 @@ class InferenceSession:
         """
         return self._versions is not None and self._versions.is_current()
 
-    def has_current_hooks(self) -> bool:
-        """Whether hooks below the network are those of the time of construction."""
-        return self._hooks is not None and self._hooks.is_current()
+    def has_current_modes(self) -> bool:
+        """Whether the hooks below the network and the modes of its batch norms are those of the time of
+        construction."""
+        return self._hooks is not None and self._hooks.is_current() and self._modes == list(map(_TRAINING, self._norms))
 
     def run(
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
@@ -125,7 +131,10 @@ def _forward(layer: Layer, branches: slice, replicate: int, images: bool, x: Ten
     """Call a layer that has no fused layers."""
     executor = _KERNELS.of_tensors() if has_hooks(layer) or any(global_hook_dicts()) else _KERNELS
     x = executor.from_images(x) if images else x
-    return [executor.materialize(layer(executor, x, branches, replicate))]
+    try:
+        return [executor.materialize(layer(executor, x, branches, replicate))]
+    except SkippedModuleError as error:
+        raise error.within(layer) from None
 
 
 _KERNELS = KernelExecutor()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hne_kernels import autocast_dtype, backend_for
 
-from ..executors import InferenceSession, ParameterVersions
+from ..executors import HookVersions, InferenceSession, ParameterVersions
+from ..layers import only_recomputes_parameters
 from ..models import HNE
 
 Function = Callable[[Tensor], Tensor]
@@ -36,7 +37,8 @@ class GraphedHNE:
     Raises:
         TypeError: ``model`` is not an :class:`HNE`.
         ValueError: The model is not on a GPU.
-        RuntimeError: The parameters have no version counter; or, in a call, the model is in training mode.
+        RuntimeError: The parameters have no version counter; there are hooks, which a graph would not run; or, in a
+            call, the model is in training mode.
     """
 
     def __init__(self, model: HNE) -> None:
@@ -76,10 +78,18 @@ class GraphedHNE:
 
     def _is_current(self) -> bool:
         sessions = (graph.session for graph in self._graphs.values() if graph.session is not None)
+        if not self._hooks.is_current():
+            return False
         return self._versions.is_current() and all(self.model.folded is session for session in sessions)
 
     def _reset(self) -> None:
         """Drop all graphs, since the parameters have changed."""
+        hooks = HookVersions(m for m in self.model.modules() if not only_recomputes_parameters(m))
+        if not hooks.is_empty:
+            raise RuntimeError(
+                "GraphedHNE replays kernels and would not run hooks: remove the hooks of the model, its layers and of "
+                "all modules, or call the model itself"
+            )
         device = next(self.model.parameters()).device
         _check_device(device)
         versions = ParameterVersions(self.model.modules())
@@ -90,7 +100,7 @@ class GraphedHNE:
             )
         torch.cuda.synchronize(device)  # graphs that are being replayed still use their memory
         self._graphs.clear()
-        self._versions, self._memory = versions, _Memory()
+        self._versions, self._hooks, self._memory = versions, hooks, _Memory()
 
     def _capture(self, function: Function, x: Tensor) -> _Graph:
         self.model.check_images(x)

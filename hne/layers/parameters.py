@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,15 @@ class BranchModule(nn.Module, ABC):
         for module in self.children():
             detach_recomputed(module)
         return self.__dict__.copy()
+
+
+def called_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, except for those whose parameters are read: each :class:`BranchModule` and its
+    submodules."""
+    if not isinstance(module, BranchModule):
+        yield module
+        for child in module.children():
+            yield from called_modules(child)
 
 
 def _check_conv(conv: nn.Module, expected: tuple[Any, ...]) -> None:

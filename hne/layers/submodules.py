@@ -77,16 +77,15 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def check_kind(module: nn.Module, kind: type[nn.Module]) -> None:
+def check_kind(module: nn.Module, kind: type[nn.Module], name: str | None = None) -> None:
     """Raise unless a module is of the class whose parameters an executor reads.
 
     Raises:
         SkippedModuleError: It is of another class.
     """
     if not isinstance(module, kind):
-        name = kind.__name__
-        reason = f"expected a {name}, got a {type(module).__name__}; to compute something else, implement a Layer"
-        raise SkippedModuleError(module, reason)
+        reason = f"expected a {kind.__name__}, whose parameters are read; got {type(module).__name__}"
+        raise SkippedModuleError(module, reason, name)
 
 
 def check_never_called(module: nn.Module, advice: str) -> None:
@@ -114,7 +113,7 @@ def prepare_to_read(module: nn.Module, *kinds: type[nn.Module]) -> None:
     cls = type(module)
     if (cls not in kinds and not any(_computes_as(cls, kind) for kind in kinds)) or "forward" in module.__dict__:
         expected = " or ".join(f"nn.{kind.__name__}" for kind in kinds)
-        got = f"a {cls.__name__}" + (" with a forward of its own" if isinstance(module, kinds) else "")
+        got = cls.__name__ + (" with a forward of its own" if isinstance(module, kinds) else "")
         reason = f"expected {expected}, because its parameters are read and it is not called; got {got}. "
         raise SkippedModuleError(module, reason + CALLED_BY_NAIVE)
     if has_hooks(module):
@@ -127,12 +126,19 @@ def _recompute_parameters(module: nn.Module) -> None:
         for hook in hooks.values():
             if not isinstance(hook, _RECOMPUTING):
                 reason = (
-                    f"its parameters are read and it is not called, so its hook {_name(hook)} would not run: "
-                    f"register the hook on the layer. {CALLED_BY_NAIVE}"
+                    f"its parameters are read and it is not called, so its hook {_name(hook)} would not run: register "
+                    f"the hook on the layer, or replace it by a parametrization (torch.nn.utils.parametrize) if it "
+                    f"computes a parameter. {CALLED_BY_NAIVE}"
                 )
                 raise SkippedModuleError(module, reason)
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
+
+
+def only_recomputes_parameters(module: nn.Module) -> bool:
+    """Whether a module has hooks, and all of them compute one of its parameters (pruning and the like)."""
+    hooks = [hook for hooks in hook_dicts(module) for hook in hooks.values()]
+    return bool(hooks) and all(isinstance(hook, _RECOMPUTING) for hook in hooks)
 
 
 def detach_recomputed(module: nn.Module) -> None:

@@ -29,8 +29,8 @@ from ..layers import (
     ConvNorm,
     Layer,
     LayerSpec,
-    SkippedModuleError,
     build_layer,
+    check_kind,
     spec_from_config,
 )
 from .presets import PRESETS, scaled
@@ -288,8 +288,8 @@ class HNE(FoldedWeightCache, ABC):
         try:
             conv = self.head.conv
         except AttributeError:
-            kind = type(self.head).__name__
-            raise SkippedModuleError(self.head, f"expected a BranchLinear, got a {kind}", "head") from None
+            check_kind(self.head, BranchLinear, "head")
+            raise
         parameter = conv._parameters.get("weight")
         if parameter is None:
             parameter = next(conv.parameters(), None)
