@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import hne_kernels as K
 
 from ..layers import Layer, SkippedModuleError, global_hook_dicts, has_hooks
 from .base import Network, check_containers
 from .folding import fused_pool_linear, to_fused_layers
-from .hook_versions import HookVersions
 from .kernels import KernelExecutor
+from .module_modes import ModuleModes
 from .parameter_versions import ParameterVersions
-
-_TRAINING = operator.attrgetter("training")
 
 
 class InferenceSession:
@@ -42,10 +39,8 @@ class InferenceSession:
         except SkippedModuleError as error:
             raise error.within(network) from None
         # Without the network itself, whose hooks run around each call: the network refers to its session.
-        below = [*network.blocks.modules(), *network.head.modules()]
-        self._hooks = HookVersions(below) if versions is not None else None
-        self._norms = [module for module in below if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        self._modes = list(map(_TRAINING, self._norms))
+        below = (module for top in (network.blocks, network.head) for module in top.modules())
+        self._modes = None if versions is None else ModuleModes(below)
         self._programs: dict[tuple[int, int, int, bool], list[_Step]] = {}
 
     def is_current(self) -> bool:
@@ -60,7 +55,7 @@ class InferenceSession:
     def has_current_modes(self) -> bool:
         """Whether the hooks below the network and the modes of its batch norms are those of the time of
         construction."""
-        return self._hooks is not None and self._hooks.is_current() and self._modes == list(map(_TRAINING, self._norms))
+        return self._modes is not None and self._modes.is_current()
 
     def run(
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
