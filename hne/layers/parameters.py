@@ -45,7 +45,8 @@ class BranchModule(nn.Module, ABC):
         Raises:
             SkippedModuleError: It has hooks, which would never run.
         """
-        check_never_called(self, "register the hook on the layer or the model")
+        if self._forward_pre_hooks or self._forward_hooks or self._backward_pre_hooks or self._backward_hooks:
+            check_never_called(self, "register the hook on the layer or the model")
 
     def __getstate__(self) -> dict[str, Any]:
         for module in self.children():
@@ -70,6 +71,7 @@ def _check_conv(conv: nn.Module, expected: tuple[Any, ...]) -> None:
         expected: Kernel size, stride, padding, dilation, groups, padding mode, and whether there is a bias.
     """
     prepare_to_read(conv, nn.Conv2d)
+    has_bias = conv._parameters.get("bias", conv) is not None  # without an entry if the bias is computed
     got = (
         conv.kernel_size,
         conv.stride,
@@ -77,7 +79,7 @@ def _check_conv(conv: nn.Module, expected: tuple[Any, ...]) -> None:
         conv.dilation,
         conv.groups,
         conv.padding_mode,
-        conv.bias is not None,
+        has_bias,
     )
     if got != expected:
         names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "bias")
@@ -146,8 +148,9 @@ class ConvNorm(BranchModule):
         self.check_hooks()
         size, stride, padding = self.kernel_size, self.stride, self.padding
         groups = self.branches * self.channels if self.depthwise else self.branches
-        _check_conv(self.conv, ((size, size), (stride, stride), (padding, padding), (1, 1), groups, "zeros", False))
-        weight = self.select_branches(self.conv.weight, branches)
+        conv = self.conv
+        _check_conv(conv, ((size, size), (stride, stride), (padding, padding), (1, 1), groups, "zeros", False))
+        weight = self.select_branches(conv.weight, branches)
         return weight.squeeze(2) if self.depthwise else weight
 
     def output_size(self, size: Size) -> Size:
@@ -181,9 +184,10 @@ class BranchLinear(BranchModule):
             SkippedModuleError: ``conv`` was replaced by another kind of module, or has hooks.
         """
         self.check_hooks()
-        _check_conv(self.conv, ((1, 1), (1, 1), (0, 0), (1, 1), self.branches, "zeros", True))
-        assert self.conv.bias is not None
-        return self.select_branches(self.conv.weight, branches), self.select_branches(self.conv.bias, branches)
+        conv = self.conv
+        _check_conv(conv, ((1, 1), (1, 1), (0, 0), (1, 1), self.branches, "zeros", True))
+        assert conv.bias is not None
+        return self.select_branches(conv.weight, branches), self.select_branches(conv.bias, branches)
 
     def macs(self) -> int:
         """Multiply-adds of one branch for one sample."""

@@ -111,12 +111,12 @@ def prepare_to_read(module: nn.Module, *kinds: type[nn.Module]) -> None:
         SkippedModuleError: The module computes something else, or has a hook that would not run.
     """
     cls = type(module)
-    if (cls not in kinds and not any(_computes_as(cls, kind) for kind in kinds)) or "forward" in module.__dict__:
+    if "forward" in module.__dict__ or (cls not in kinds and not any(_computes_as(cls, kind) for kind in kinds)):
         expected = " or ".join(f"nn.{kind.__name__}" for kind in kinds)
         got = cls.__name__ + (" with a forward of its own" if isinstance(module, kinds) else "")
         reason = f"expected {expected}, because its parameters are read and it is not called; got {got}. "
         raise SkippedModuleError(module, reason + CALLED_BY_NAIVE)
-    if has_hooks(module):
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         _recompute_parameters(module)
 
 
