@@ -1,4 +1,4 @@
-"""Detection of hooks that were registered or removed, and of batch norms that changed their mode."""
+"""Detection of hooks and attributes that were added or removed, and of batch norms that changed their mode."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from ..layers import global_hook_dicts, hook_dicts
+from ..layers import Layer, global_hook_dicts, hook_dicts
 
 _TRAINING = operator.attrgetter("training")
 
 
 class ModuleModes:
-    """Records the hooks on the calls of modules and the modes of batch norms, to notice changes later.
+    """Records hooks on the calls of modules, the number of attributes of layers (a replaced ``forward`` is a new one),
+    and the modes of batch norms, to notice changes later.
 
     Args:
         modules: The modules; their children are not searched. Hooks on all modules are recorded, too.
@@ -28,6 +29,8 @@ class ModuleModes:
         self._dicts: list[dict[int, Any]] = [*global_hook_dicts(), *chain.from_iterable(map(hook_dicts, modules))]
         self._count = RemovableHandle.next_id
         self._hooks = self._read_hooks()
+        self._attributes = [module.__dict__ for module in modules if isinstance(module, Layer)]
+        self._counts = list(map(len, self._attributes))
         self._norms = [module for module in modules if isinstance(module, _BatchNorm)]
         self._training = list(map(_TRAINING, self._norms))
 
@@ -37,13 +40,15 @@ class ModuleModes:
         return bool(self._hooks)
 
     def is_current(self) -> bool:
-        """Whether hooks and modes are unchanged."""
+        """Whether hooks, attributes and modes are unchanged."""
         # PyTorch numbers all hooks, so a new one anywhere changes this number.
         count = RemovableHandle.next_id
         if self._hooks or self._count != count:
             if self._hooks != self._read_hooks():
                 return False
             self._count = count
+        if self._counts != list(map(len, self._attributes)):
+            return False
         return self._training == list(map(_TRAINING, self._norms))
 
     def _read_hooks(self) -> list[tuple[int, tuple[int, ...]]]:

@@ -104,9 +104,10 @@ def _batch_norm(module: ConvNorm, x: Tensor, branches: slice) -> Tensor:
         uses_batch_statistics(module)  # checks that the parameters may be read
         y = x.unflatten(1, (-1, module.channels)).transpose(0, 1)  # [branches, batch, channels, height, width]
         rows = y.transpose(2, 1).flatten(2)
-        mean, var = rows.mean(2), rows.var(2, correction=0)
         if rows.shape[2] == 0:  # this process has no samples
             mean = var = rows.sum(2)
+        else:
+            mean, var = rows.mean(2), rows.var(2, correction=0)
         norm = batch_normalization(module, branches, mean, var, rows.shape[2])
         mean, scale, shift = norm[:, :, None, :, None, None]
         return ((y - mean) * scale + shift).to(y.dtype).transpose(0, 1).flatten(1, 2)

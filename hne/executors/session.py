@@ -53,8 +53,7 @@ class InferenceSession:
         return self._versions is not None and self._versions.is_current()
 
     def has_current_modes(self) -> bool:
-        """Whether the hooks below the network and the modes of its batch norms are those of the time of
-        construction."""
+        """Whether the hooks and modes of the modules below the network are unchanged since construction."""
         return self._modes is not None and self._modes.is_current()
 
     def run(

@@ -157,8 +157,9 @@ class HNE(FoldedWeightCache, ABC):
     def sync_batch_norm_(self, enabled: bool = True) -> Self:
         """Switch synchronised batch norm on or off, in place.
 
-        In training, batch statistics are then computed over all processes of the default process group. A single
-        process computes as before. Gradients are those of the sum of all processes' losses;
+        In training, batch statistics are then computed over all processes of the default process group, some of which
+        may have an empty batch. A single process computes as before. ``nn.SyncBatchNorm.convert_sync_batchnorm`` does
+        the same for its process group. Gradients are those of the sum of all processes' losses;
         ``DistributedDataParallel`` turns the sum into a mean.
         """
         for module in self.modules():
@@ -222,6 +223,7 @@ class HNE(FoldedWeightCache, ABC):
             ValueError: ``x`` has a wrong rank, number of channels or device, or has no pixels; or ``num_models`` is out
                 of range.
             TypeError: ``x`` has another dtype, or ``num_models`` is not an int.
+            SkippedModuleError: A module that is not called has hooks or was replaced (:mod:`hne.layers.submodules`).
         """
         self.check_images(x)
         n = self.num_models if num_models is None else num_models
@@ -326,8 +328,9 @@ class HNE(FoldedWeightCache, ABC):
 class NaiveHNE(HNE):
     """The ensemble in plain PyTorch, as in the paper's Figure 2: features copied for each branch, grouped convolutions.
 
-    It is the baseline for :class:`FusedHNE`; with the same weights both give the same logits. See :class:`HNE` for the
-    arguments.
+    It is the baseline for :class:`FusedHNE`; with the same weights both give the same logits. It calls its convolutions
+    and batch norms wherever all their branches are computed, so their hooks run and they may be replaced by other
+    modules. See :class:`HNE` for the arguments.
     """
 
     _NAIVE: ClassVar = NaiveExecutor()

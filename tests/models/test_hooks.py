@@ -254,6 +254,7 @@ def test_modules_of_another_kind(kind: type[HNE], name: str, grad: bool, rng: to
 
 def test_a_patched_layer_is_called(grad: bool, rng: torch.Generator) -> None:
     model, x = model_of(FusedHNE, rng), images(rng)
+    model(x)
     layer = model.get_submodule("blocks.1.1")
     forward = layer.forward
     layer.forward = lambda *args: K.materialize(forward(*args)) * 2
