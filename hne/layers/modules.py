@@ -15,6 +15,8 @@ from .specs import Bottleneck, Conv, LayerSpec, PoolLinear
 class Layer(nn.Module, ABC):
     """A layer with the parameters of all its branches. ``class MyLayer(Layer, spec=MySpec)`` implements a spec.
 
+    A subclass of such a class needs no spec, as PyTorch makes them for sharded (FSDP) and parametrized modules.
+
     Args:
         spec: The description of the layer.
         in_channels: Input channels of one branch.
@@ -25,9 +27,12 @@ class Layer(nn.Module, ABC):
     modules_by_spec: ClassVar[dict[type[LayerSpec], type[Layer]]] = {}
     spec: Any
 
-    def __init_subclass__(cls, *, spec: type[LayerSpec], **options: Any) -> None:
+    def __init_subclass__(cls, *, spec: type[LayerSpec] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
-        Layer.modules_by_spec[spec] = cls
+        if spec is not None:
+            Layer.modules_by_spec[spec] = cls
+        elif Layer in cls.__bases__:
+            raise TypeError(f"class {cls.__name__}(Layer): expected the spec that it implements, spec=...; got none")
 
     def __init__(self, spec: LayerSpec, in_channels: int, branches: int, replicate: int) -> None:
         super().__init__()
