@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError
 from . import augment
+from .decode import decode, to_8_bits
+
+_LARGE = 2**22  # pixels of an intermediate image
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class InputFormat:
         """Read an image file.
 
         Args:
-            path: a file in any format that Pillow reads.
+            path: a file in any format that Pillow reads; of several frames the first is taken. See
+                :func:`hne.data.decode.to_8_bits` for 16-bit, transparent and rotated images.
             noise: ``augment.RESIZED_CROP_DRAWS`` uniform numbers for a random resized crop and a flip. Without them
                 the image is read as for evaluation (see :meth:`fit`).
 
@@ -59,22 +62,12 @@ class InputFormat:
             uint8 ``[H, W, C]``.
 
         Raises:
-            DataError: the file is missing or not a complete image.
+            DataError: the file is missing, no complete image, too large, or of values that have no defined black and
+                white.
         """
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert(self._mode)
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: no such file") from error
-        except (
-            OSError,
-            UnidentifiedImageError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise DataError(f"{path}: not a complete image ({error})") from error
+        image = decode(path, self._mode)
         if noise is None:
-            return self.fit(image)
+            return self._fit(image)
         height, width = self.size
         box = augment.resized_crop_box(image.width, image.height, noise)
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
@@ -83,16 +76,41 @@ class InputFormat:
         return self._pixels(image)
 
     def fit(self, image: Image.Image) -> np.ndarray:
-        """Convert an image as for evaluation: to grey or RGB, resized, cropped at its centre. uint8 ``[H, W, C]``."""
+        """Convert an image as for evaluation: to grey or RGB, resized, cropped at its centre. uint8 ``[H, W, C]``.
+
+        Raises:
+            DataError: black and white are not defined for the values of the image.
+        """
+        return self._fit(to_8_bits(image, self._mode))
+
+    def _fit(self, image: Image.Image) -> np.ndarray:
+        return self._pixels(self._squeeze(image) if self.resize is None else self._resize_and_crop(image))
+
+    def _squeeze(self, image: Image.Image) -> Image.Image:
+        """Resize the whole image to ``size``."""
         height, width = self.size
-        image = image.convert(self._mode)
-        if self.resize is None:
-            return self._pixels(image.resize((width, height), Image.Resampling.BILINEAR))
+        if width * image.height > _LARGE:  # Pillow scales the width first, which makes a tall image vast
+            image = image.resize((image.width, height), Image.Resampling.BILINEAR, reducing_gap=4)
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+
+    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
+        """Resize the shorter side to ``resize`` and cut out the centre; black where the image is smaller."""
+        assert self.resize is not None
+        height, width = self.size
         scale = self.resize / min(image.width, image.height)
         resized = (round(image.width * scale), round(image.height * scale))
-        image = image.resize(resized, Image.Resampling.BILINEAR)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return self._pixels(image.crop((left, top, left + width, top + height)))
+        left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+        right, bottom = left + width, top + height
+        if resized[0] * resized[1] <= _LARGE:
+            return image.resize(resized, Image.Resampling.BILINEAR).crop((left, top, right, bottom))
+        # A long and narrow image would become vast: compute only the part of it that lies in the crop.
+        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, resized[0]), min(bottom, resized[1])
+        sx, sy = image.width / resized[0], image.height / resized[1]
+        box = (x0 * sx, y0 * sy, min(x1 * sx, image.width), min(y1 * sy, image.height))
+        part = image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=box)
+        crop = Image.new(self._mode, (width, height))
+        crop.paste(part, (x0 - left, y0 - top))
+        return crop
 
     @property
     def _mode(self) -> str:

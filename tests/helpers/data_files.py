@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,3 +93,10 @@ def check_normalisation(dataset: Dataset) -> None:
     pixels = dataset.train.images.double() / 255
     torch.testing.assert_close(pixels.mean((0, 1, 2)), torch.tensor(dataset.input.mean).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(pixels.std((0, 1, 2)), torch.tensor(dataset.input.std).double(), atol=1e-4, rtol=0)
+
+
+def image_bytes(values: np.ndarray, format_name: str, **options: Any) -> bytes:
+    """Encode pixels ``[H, W]`` or ``[H, W, C]`` of any dtype that Pillow knows; ``options`` as in ``Image.save``."""
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format_name, **options)
+    return buffer.getvalue()
