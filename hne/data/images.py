@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -9,8 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from . import augment
+from .decode import check_header
 from .formats import InputFormat
+
+_CHECKED_AT_ONCE = 500  # files that a thread checks in a turn
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class MemoryImages:
         if noise is None:
             return images
         return augment.crop_and_flip(images, noise, pad=self.pad, flip=self.flip)
+
+    def check(self) -> None:
+        """Check nothing: these images are decoded already. See :meth:`FileImages.check`."""
 
     def subset(self, indices: Tensor) -> MemoryImages:
         return replace(self, images=self.images[indices], labels=self.labels[indices])
@@ -92,6 +100,18 @@ class FileImages:
         rows = [None] * len(paths) if noise is None else noise.tolist()
         return torch.from_numpy(np.stack(list(self._pool.map(self.input.read, paths, rows))))
 
+    def check(self) -> None:
+        """Check without decoding that all files can be read and begin like images.
+
+        Raises:
+            DataError: some are not; the text names the first.
+        """
+        chunks = [self.paths[start : start + _CHECKED_AT_ONCE] for start in range(0, len(self), _CHECKED_AT_ONCE)]
+        problems = [problem for chunk in self._pool.map(_problems, chunks) for problem in chunk]
+        if problems:
+            others = f" ({len(problems) - 1} more files cannot be read)" if len(problems) > 1 else ""
+            raise DataError(f"{problems[0]}{others}")
+
     def subset(self, indices: Tensor) -> FileImages:
         paths = tuple(self.paths[index] for index in indices.tolist())
         return replace(self, paths=paths, labels=self.labels[indices])
@@ -102,6 +122,16 @@ class FileImages:
 
 
 Images = MemoryImages | FileImages
+
+
+def _problems(paths: Sequence[str]) -> list[str]:
+    problems = []
+    for path in paths:
+        try:
+            check_header(path)
+        except DataError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:

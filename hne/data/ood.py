@@ -32,14 +32,16 @@ def ood_images(
         limit: use only this many images, a random but fixed selection.
 
     Raises:
-        DataError: the folder is missing or has no images, the data set has no images, or its files are missing or
-            damaged.
+        DataError: the folder is missing or has no images, a file in it is no image, the data set has no images, or its
+            files are missing or damaged.
         ValueError: ``limit`` is below 1.
     """
     if source not in DATASETS:
         paths = tuple(map(str, image_files(source)))
         files = FileImages(paths, torch.zeros(len(paths), dtype=torch.long), input_format, os.cpu_count() or 1)
-        return limit_images("limit", files, limit)
+        selected = limit_images("limit", files, limit)
+        selected.check()
+        return selected
     dataset = load_dataset(str(source), data_dir, limit_test=limit)
     if dataset.target is not None:
         raise DataError(f"{source}: expected images, but this data set has none")

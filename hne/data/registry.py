@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import DataError
 from .cifar import cifar10, cifar100
 from .dataset import Dataset
 from .diabetes import diabetes
@@ -44,7 +45,8 @@ def load_dataset(
 
     Raises:
         ValueError: the name is unknown, a limit is below 1, or the data set cannot be resized.
-        DataError: files are missing, truncated or damaged.
+        DataError: files are missing, truncated or damaged, or all training images are of one class. Image files are
+            opened, yet not decoded: an image damaged further on is found when its batch is made.
     """
     if name not in DATASETS:
         raise ValueError(f"data: expected one of {', '.join(DATASETS)}, got {name!r}")
@@ -54,11 +56,26 @@ def load_dataset(
         dataset = imagenet(data_dir, image_size)
     else:
         raise ValueError(f"image_size: the images of {name} have one size; only imagenet can be resized")
-    return replace(
+    if dataset.target is None:
+        _check_classes(dataset)
+    dataset = replace(
         dataset,
         train=limit_images("limit_train", dataset.train, limit_train),
         test=limit_images("limit_test", dataset.test, limit_test),
     )
+    for split in (dataset.train, dataset.test):
+        split.check()
+    return dataset
+
+
+def _check_classes(dataset: Dataset) -> None:
+    """Check that the training images are of two classes at least; a network cannot learn from one."""
+    labels = dataset.train.labels.unique()
+    if len(labels) < 2:
+        only = dataset.classes[int(labels[0])]
+        raise DataError(
+            f"{dataset.name}: expected training images of at least two classes, found {len(labels)}: {only}"
+        )
 
 
 def limit_images(name: str, split: Images, limit: int | None) -> Images:

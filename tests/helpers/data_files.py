@@ -88,6 +88,25 @@ def write_image_folders(root: Path, per_class: int = 3) -> None:
                 Image.fromarray(pixels).save(root / split / name / f"{i}.JPEG")
 
 
+def write_tiny_imagenet(root: Path) -> dict[str, tuple[int, str]]:
+    """Write two images for each of three classes and splits; return grey value and class by file name."""
+    greys = {}
+    lines = []
+    for number in range(6):
+        name, grey = f"n0{number // 2 + 1}", 20 * number + 10
+        train, val = root / "train" / name, root / "val" / "images"
+        (train / "images").mkdir(parents=True, exist_ok=True)
+        val.mkdir(parents=True, exist_ok=True)
+        for path in (train / "images" / f"{name}_{number % 2}.JPEG", val / f"val_{number}.JPEG"):
+            Image.new("RGB", (16, 16), (grey,) * 3).save(path)
+            greys[path.name] = grey, name
+        (train / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t9\t9\n")
+        lines.append(f"val_{number}.JPEG\t{name}\t0\t0\t9\t9\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "test" / "images").mkdir(parents=True)
+    return greys
+
+
 def check_normalisation(dataset: Dataset) -> None:
     """Check that the published mean and standard deviation are those of the training images."""
     pixels = dataset.train.images.double() / 255
