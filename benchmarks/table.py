@@ -11,6 +11,8 @@ from typing import Any
 from comparison import Row
 from derived import Line, is_in_large_table, small_tables
 
+from hne.files import to_json, write_text
+
 _TEXT_COLUMNS = ("name", "shape", "backend", "network", "op", "")  # all other columns are numbers
 TITLES = {  # of sides; a side without a title is shown by its name
     "eager": "naive eager",
@@ -127,9 +129,9 @@ def save(
         *(row for row in _earlier_rows(written[1], machine, note) if (row.name, row.shape, row.backend) not in fresh),
         *rows,
     ]
-    written[0].write_text(markdown(rows, machine, note, remarks))
+    write_text(written[0], markdown(rows, machine, note, remarks))
     record = {"machine": machine, "note": note, "remarks": list(remarks), "rows": [row.record() for row in rows]}
-    written[1].write_text(json.dumps(record, indent=1) + "\n")
+    write_text(written[1], to_json(record, written[1], indent=1) + "\n")
     return written
 
 

@@ -17,3 +17,11 @@ class CheckpointError(HNEError, ValueError):
 
 class TrainingError(HNEError, RuntimeError):
     """Training cannot start with the given options, or failed, for instance because the loss is not finite."""
+
+
+class ResultError(HNEError, ArithmeticError):
+    """A result is not a finite number, or a written program computes another result than its model."""
+
+
+class FileError(HNEError, OSError):
+    """A file or folder cannot be written. An earlier file of that name is unchanged."""

@@ -27,7 +27,7 @@ from ..metrics import (
     predictive_entropy,
 )
 from ..models import HNE
-from .predict import predict
+from .predict import finite, predict
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,9 @@ def evaluate(
         channels_last: memory layout of the batches.
         world: the processes that share the work; each gets the whole result.
         progress: called with the size of every batch that this process has evaluated.
+
+    Raises:
+        ResultError: a metric is NaN or infinite.
     """
     world = world or World(next(model.parameters()).device)
     return evaluate_members(
@@ -148,6 +151,9 @@ def evaluate_members(
         macs: multiply-adds of the first n members for one image.
         world: the processes, each with batches of its own; each gets the whole result.
         progress: called with the size of every batch that this process has evaluated.
+
+    Raises:
+        ResultError: a metric is NaN or infinite.
     """
     sizes = default_sizes(num_models)
     totals = [
@@ -172,18 +178,20 @@ def evaluate_members(
     count, member_correct, gaps, metrics = (world.sum(total).cpu() for total in totals)
     num_images = int(count)
     ece = expected_calibration_error(gaps, num_images)
-    return Evaluation(
-        tuple(
-            EnsembleMetrics(
-                num_models=n,
-                macs=macs(n),
-                ece=error,
-                **dict(zip(_METRICS, means, strict=True)),
-            )
-            for n, error, means in zip(sizes, ece.tolist(), (metrics / count).tolist(), strict=True)
-        ),
-        tuple((member_correct / count).tolist()),
-        num_images,
+    return finite(
+        Evaluation(
+            tuple(
+                EnsembleMetrics(
+                    num_models=n,
+                    macs=macs(n),
+                    ece=error,
+                    **dict(zip(_METRICS, means, strict=True)),
+                )
+                for n, error, means in zip(sizes, ece.tolist(), (metrics / count).tolist(), strict=True)
+            ),
+            tuple((member_correct / count).tolist()),
+            num_images,
+        )
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from ..data import Dataset, evaluation_batches
+from ..errors import ResultError
 from ..metrics import correct
 from ..models import HNE
 
@@ -39,8 +41,10 @@ def seconds_per_call(function: Callable[[], object], min_seconds: float) -> floa
 
     Args:
         function: the call.
-        min_seconds: least total time to spend on measuring.
+        min_seconds: least total time to spend on measuring; finite and above 0.
     """
+    if not 0 < min_seconds < math.inf:
+        raise ValueError(f"min_seconds: expected a finite number above 0, got {min_seconds}")
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_seconds).median
 
@@ -65,6 +69,9 @@ def measure_anytime(
 
     Returns:
         One step for each ensemble size from 1 to N.
+
+    Raises:
+        ResultError: a logit is NaN or infinite.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -82,7 +89,10 @@ def measure_anytime(
                 torch.cuda.synchronize(device)
             ready.append(clock() - start)
             answers.append(logits)
-        num_correct += correct(torch.stack(answers), target).cpu()
+        stacked = torch.stack(answers)
+        if not stacked.isfinite().all():
+            raise ResultError("the logits are not finite: the model has diverged, or its inputs are wrong")
+        num_correct += correct(stacked, target).cpu()
         if index == 0 or len(target) == batch_size:
             times.append(ready)
         if progress is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data import Dataset, Images
 from ..metrics import Detection, detection, mutual_information, predictive_entropy
 from ..models import HNE
-from .predict import predict
+from .predict import finite, predict
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ def evaluate_ood(
         ood_images: images in that format, see :func:`hne.data.ood_images`; they are the positive class.
         batch_size: images at a time.
         progress: called with the size of every batch that was evaluated.
+
+    Raises:
+        ResultError: a result is NaN or infinite.
     """
     sizes = model.prefix_sizes
     inside, outside = (
@@ -63,7 +66,7 @@ def evaluate_ood(
         for images in (dataset.test, ood_images)
     )
     return tuple(
-        OODEvaluation(n, *outside[i].mean(1).tolist(), *map(detection, inside[i], outside[i]))
+        finite(OODEvaluation(n, *outside[i].mean(1).tolist(), *map(detection, inside[i], outside[i])))
         for i, n in enumerate(sizes)
     )
 

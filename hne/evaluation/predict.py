@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from ..data import Images, InputFormat, evaluation_batches
 from ..distributed import World
+from ..errors import ResultError
+from ..files import first_not_finite
 from ..models import HNE
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Results = TypeVar("Results", bound="DataclassInstance")
+
+
+def finite(results: Results) -> Results:
+    """Return the results of an evaluation if every number in them is finite.
+
+    Raises:
+        ResultError: A number is NaN or infinite.
+    """
+    values: dict[str, Any] = asdict(results)
+    wrong = first_not_finite(values)
+    if wrong is not None:
+        name, number = wrong
+        raise ResultError(f"the evaluation gives {name} = {number}: the model has diverged, or its inputs are wrong")
+    return results
 
 
 def predict(

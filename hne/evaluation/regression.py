@@ -18,7 +18,7 @@ from ..distributed import World
 from ..losses import gaussians
 from ..metrics import gaussian_nll, mixture
 from ..models import HNE
-from .predict import predict
+from .predict import finite, predict
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def evaluate_regression(
     world: World | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> RegressionEvaluation:
-    """Evaluate every ensemble of ``model.prefix_sizes`` on the test samples. Arguments as in :func:`evaluate`."""
+    """Evaluate every ensemble of ``model.prefix_sizes`` on the test samples, as :func:`evaluate` does."""
     world = world or World(next(model.parameters()).device)
     sizes = model.prefix_sizes
     count = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -107,13 +107,15 @@ def evaluate_regression(
             )
         count += len(target)
     samples, squares, metrics = (world.sum(total).cpu() for total in (count, squares, metrics))
-    return RegressionEvaluation(
-        tuple(
-            RegressionMetrics(n, model.macs(n, dataset.input.size), square**0.5, nll, diversity)
-            for n, (square, nll, diversity) in zip(sizes, (metrics / samples).tolist(), strict=True)
-        ),
-        tuple((squares / samples).sqrt().tolist()),
-        int(samples),
+    return finite(
+        RegressionEvaluation(
+            tuple(
+                RegressionMetrics(n, model.macs(n, dataset.input.size), square**0.5, nll, diversity)
+                for n, (square, nll, diversity) in zip(sizes, (metrics / samples).tolist(), strict=True)
+            ),
+            tuple((squares / samples).sqrt().tolist()),
+            int(samples),
+        )
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import remove_leftovers, replacing
+from ..files import make_folder, remove_leftovers, write_text
 from ..reporting import Table
 from .designs import Study
 from .figures import FIGURES
@@ -34,7 +34,7 @@ def write_report(
     Returns:
         The files: Markdown, CSV and the figure in both formats, if the study has one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     remove_leftovers(folder)
     finished = [panel for panel in panels if panel.curves]
     title = f"{study.title}: {subject}"
@@ -51,7 +51,6 @@ def write_report(
         for table in panel_tables(study, panel):
             text += [f"**{table.title}**\n", table.markdown()]
     markdown, values = folder / f"{name}.md", folder / f"{name}.csv"
-    with replacing(markdown) as temporary:
-        temporary.write_text("\n".join(text))
+    write_text(markdown, "\n".join(text))
     write_csv(values, finished)
     return (markdown, values, *figures)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from ..data import Dataset
-from ..errors import CheckpointError, TrainingError
+from ..errors import CheckpointError
 from ..evaluation import Evaluation
+from ..files import lock_folder
 from ..losses import objective
 from ..models import checkpoint
 from ..training import CHECKPOINT, SUMMARY, TrainConfig, check_same_run
@@ -59,9 +60,9 @@ def read_run_state(folder: Path, config: TrainConfig, dataset: Dataset) -> RunSt
     summary, path = folder / SUMMARY, folder / CHECKPOINT
     if summary.exists():
         try:
-            values = json.loads(summary.read_text())
+            values = json.loads(summary.read_text("utf-8"), parse_constant=_refuse_constant)
             state = RunState(config.epochs, Evaluation.from_dict(values["evaluation"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{summary}: damaged, or written by another version of hne ({error!r}); remove {folder} to train anew"
             ) from error
@@ -74,23 +75,18 @@ def read_run_state(folder: Path, config: TrainConfig, dataset: Dataset) -> RunSt
     return RunState(stored["epoch"])
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} among the results: the training diverged")
+
+
 @contextmanager
 def lock_runs(folder: Path) -> Iterator[None]:
     """Keep other processes from training in ``folder``, which is created if necessary.
 
-    The operating system releases the lock when the process ends in any way.
-
     Raises:
         TrainingError: Another process holds the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(
-                f"{folder}: another process trains here; wait for it, or name another --runs"
-            ) from error
+    with lock_folder(folder):
         yield
 
 

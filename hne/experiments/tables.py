@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..evaluation import EnsembleMetrics
-from ..files import replacing
+from ..files import replacing_text
 from ..reporting import Table
 from .results import Estimate, PanelResult, Result
 
@@ -94,7 +94,7 @@ def write_csv(path: Path, panels: Iterable[PanelResult]) -> None:
     The column ``index`` is the ensemble size n, or for ``member_accuracy`` the number of the member, from 1.
     """
     names = [field.name for field in fields(EnsembleMetrics) if field.name not in ("num_models", "macs")]
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with replacing_text(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for panel in panels:

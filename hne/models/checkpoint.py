@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import replacing
+from ..errors import CheckpointError, FileError
+from ..files import replacing, to_json
 from .hne import HNE, FusedHNE, NaiveHNE
 
 FORMAT = "hne-checkpoint"
@@ -33,9 +33,13 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
         path: The file.
         tensors: Any tensors; :func:`model_tensors` gives those of a network.
         config: Values that JSON can represent.
+
+    Raises:
+        FileError: The file cannot be written.
+        ResultError: The config has a number that is NaN or infinite.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(config)
+    text = to_json(config, path)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -43,7 +47,12 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
         "sha256": _digest(text, tensors),
     }
     with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            full = "No space left" in str(error)
+            reason = "the disk is full: free some space, or name another place" if full else str(error)
+            raise FileError(f"{path}: cannot be written: {reason}") from error
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -74,7 +83,13 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     text = metadata.get("config", "")
     if metadata.get("sha256") != _digest(text, tensors):
         raise CheckpointError(f"{path}: damaged: the content does not agree with its SHA-256")
-    return tensors, json.loads(text)
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its config is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: its config is a {type(config).__name__}, expected an object")
+    return tensors, config
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -122,7 +137,7 @@ def load_model(path: str | Path, *, naive: bool = False) -> tuple[HNE, dict[str,
     tensors, config = load(path)
     try:
         model = (NaiveHNE if naive else FusedHNE).from_config(config["model"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot build its network ({error})") from error
     restore_model(model, tensors, path)
     return model.eval(), config

@@ -20,7 +20,7 @@ from ..evaluation import (
     evaluate_regression,
     seconds_per_call,
 )
-from ..files import replacing, write_json
+from ..files import replacing_text, write_json, write_text
 from ..models import HNE
 from .tables import Table
 
@@ -95,9 +95,8 @@ def comparison_table(systems: Sequence[System], title: str) -> Table:
 def write_comparison(folder: Path, systems: Sequence[System], table: Table, about: str) -> tuple[Path, ...]:
     """Write the table for people (Markdown) and programs (CSV), and all measurements (JSON); return the paths."""
     markdown, rows, values = (folder / f"comparison.{kind}" for kind in ("md", "csv", "json"))
-    with replacing(markdown) as temporary:
-        temporary.write_text(f"# {table.title}\n\n{about}\n\n{table.markdown()}")
-    with replacing(rows) as temporary, open(temporary, "w", newline="") as file:
+    write_text(markdown, f"# {table.title}\n\n{about}\n\n{table.markdown()}")
+    with replacing_text(rows) as file:
         csv.writer(file).writerows([("system", *table.columns[1:]), *table.rows])
     write_json(values, {"systems": [system.to_dict() for system in systems]})
     return markdown, rows, values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -88,13 +89,30 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        for name in ("epochs", "batch_size", "lr", "clip_grad_norm"):
+        for name in ("naive", "augment", "amp", "channels_last", "sync_bn"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size"):
+            _check_whole(name, getattr(self, name))
+        for name in ("num_models", "image_size", "limit_train", "limit_test"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name))
+        for branches in self.branches or ():
+            _check_whole("branches", branches)
+        for name in ("temperature", "width"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {value}")
-        for name in ("momentum", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("lr", "clip_grad_norm"):
+            value = getattr(self, name)
+            if value is not None or name != "clip_grad_norm":
+                _check_number(name, value, lambda number: number > 0, "a number above 0")
+        _check_number("weight_decay", self.weight_decay, lambda number: number >= 0, "at least 0")
+        _check_number("momentum", self.momentum, lambda number: 0 <= number < 1, "at least 0 and below 1")
+        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie between 0 and 1, got {self.alpha!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed: expected a whole number from -2^63 to 2^64 - 1, got {self.seed!r}")
 
     @classmethod
     def of(cls, **options: Any) -> Self:
@@ -151,3 +169,21 @@ class TrainConfig:
             raise ValueError(f"a training config has the options {sorted(names)}, got {sorted(values)}")
         branches = values["branches"]
         return cls(**{**values, "branches": None if branches is None else tuple(branches)})
+
+
+def _check_whole(name: str, value: object) -> None:
+    """Check that an option is a whole number from 1 to 2^31 - 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    if not 0 < value < 2**31:
+        raise ValueError(f"{name}: expected a number above 0{'' if value < 1 else ' and below 2^31'}, got {value}")
+
+
+def _check_number(name: str, value: object, valid: Callable[[float], bool], expected: str) -> None:
+    """Check that an option is a finite number in its range."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected {expected}, got {value} (it must be finite)")
+    if not valid(value):
+        raise ValueError(f"{name}: expected {expected}, got {value}")

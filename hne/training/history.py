@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import Evaluation, RegressionEvaluation
-from ..files import replacing
+from ..files import replacing_text
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def write_log(path: Path, history: Sequence[EpochRecord]) -> None:
     """Write the whole history as CSV, so that a resumed run has every epoch once, whatever it had logged before."""
     rows = [_flatten(record) for record in history]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with replacing_text(path) as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -12,7 +13,7 @@ import torch
 from hne_kernels import available_backends
 
 from ..evaluation import Evaluation, RegressionEvaluation
-from ..files import remove_leftovers, write_json
+from ..files import lock_folder, remove_leftovers, write_json
 from ..reporting import plot_accuracy_against_macs
 from .history import EpochRecord, write_log
 from .trainer import Trainer, describe_dataset
@@ -26,27 +27,36 @@ PLOT = "accuracy.png"
 def train_into(
     folder: Path, trainer: Trainer, *, eval_every: int | None = None, checkpoint_every: int = 1, quiet: bool = False
 ) -> Iterator[EpochRecord]:
-    """Train to the last epoch. Checkpoint and log are written before each record is yielded, all files at the end.
+    """Train to the last epoch. Checkpoint and log are written before each record is yielded, all files before the last.
+
+    The folder is locked until the iterator ends.
 
     Args:
-        folder: Folder of the run. It is created, and half-written files of killed processes in it are removed.
+        folder: Folder of the run. It is created, and temporary files of killed processes in it are removed.
         trainer: A new trainer, or one restored from a checkpoint.
         eval_every: Evaluate after this number of epochs and at the end; by default about ten times.
         checkpoint_every: Save after this number of epochs and at the end.
         quiet: Show no progress bars.
+
+    Raises:
+        TrainingError: Another process or thread trains in the folder, or the training diverged.
+        FileError: A file cannot be written.
     """
     main, epochs = trainer.world.main, trainer.config.epochs
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-    for record in trainer.train(eval_every=eval_every or math.ceil(epochs / 10), quiet=quiet):
+    with lock_folder(folder, again=True) if main else nullcontext():
         if main:
-            if record.epoch == epochs or record.epoch % checkpoint_every == 0:
-                trainer.save(folder / CHECKPOINT)
-            write_log(folder / LOG, trainer.history)
-        yield record
-    if main:
-        _finish(folder, trainer)
+            remove_leftovers(folder)
+            if trainer.epoch == epochs:  # a finished run was restored
+                _finish(folder, trainer)
+        for record in trainer.train(eval_every=eval_every or math.ceil(epochs / 10), quiet=quiet):
+            if main:
+                if record.epoch == epochs or record.epoch % checkpoint_every == 0:
+                    trainer.save(folder / CHECKPOINT)
+                if record.epoch == epochs:
+                    _finish(folder, trainer)
+                else:
+                    write_log(folder / LOG, trainer.history)
+            yield record
 
 
 def remove_run(folder: Path) -> None:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..data import Dataset, training_batches
 from ..distributed import World
-from ..errors import CheckpointError, TrainingError
-from ..evaluation import evaluate, evaluate_regression
+from ..errors import CheckpointError, ResultError, TrainingError
+from ..evaluation import Evaluation, RegressionEvaluation, evaluate, evaluate_regression
 from ..losses import Objective, likelihood_objective, objective
 from ..models import checkpoint
 from .config import TrainConfig
@@ -89,20 +89,31 @@ class Trainer:
                 loss = self._train_epoch(bar)
             seconds = time.perf_counter() - start
             self.epoch += 1
-            evaluation = None
+            evaluation: Evaluation | RegressionEvaluation | None = None
             if self.epoch % eval_every == 0 or self.epoch == epochs:
-                self.world.share_buffers(self.model)
-                with self._progress_bar("evaluating", len(self.dataset.test), quiet) as bar:
-                    evaluation = (evaluate if self.dataset.target is None else evaluate_regression)(
-                        self.model,
-                        self.dataset,
-                        channels_last=self.config.channels_last,
-                        world=self.world,
-                        progress=bar.update,
-                    )
+                evaluation = self._evaluate(quiet)
             record = EpochRecord(self.epoch, lr, loss, seconds, images / seconds, evaluation)
             self.history.append(record)
             yield record
+
+    def _evaluate(self, quiet: bool) -> Evaluation | RegressionEvaluation:
+        """Evaluate the model on the test images."""
+        self.world.share_buffers(self.model)
+        with self._progress_bar("evaluating", len(self.dataset.test), quiet) as bar:
+            try:
+                return (evaluate if self.dataset.target is None else evaluate_regression)(
+                    self.model,
+                    self.dataset,
+                    channels_last=self.config.channels_last,
+                    world=self.world,
+                    progress=bar.update,
+                )
+            except ResultError as error:
+                raise TrainingError(f"{error} after epoch {self.epoch}: {self._advice()}") from error
+
+    def _advice(self) -> str:
+        """How to keep the training from diverging."""
+        return f"try a smaller lr than {self.config.lr:g}, or clip_grad_norm"
 
     def _train_epoch(self, bar: tqdm) -> float:
         """Train one epoch and return the mean loss of its steps."""
@@ -137,9 +148,10 @@ class Trainer:
                 bar.set_postfix(loss=f"{total.item() / (step + 1):.3f}", refresh=False)
         mean = world.sum(total).item() / (world.size * self.steps_per_epoch)
         if not math.isfinite(mean):
-            raise TrainingError(
-                f"the loss is {mean} in epoch {self.epoch + 1}: try a smaller lr than {config.lr:g}, or clip_grad_norm"
-            )
+            raise TrainingError(f"the loss is {mean} in epoch {self.epoch + 1}: {self._advice()}")
+        for name, tensor in self.model.state_dict().items():  # the last step may have spoilt it after the last loss
+            if not tensor.isfinite().all():
+                raise TrainingError(f"{name} is not finite after epoch {self.epoch + 1}: {self._advice()}")
         return mean
 
     def _objective(self) -> Objective:
@@ -185,19 +197,27 @@ class Trainer:
         """Continue from a checkpoint.
 
         Raises:
-            CheckpointError: The checkpoint is damaged, or of another config or data set.
+            CheckpointError: The checkpoint is damaged, of another config or data set, or not of a training run.
         """
         tensors, config = checkpoint.load(path)
         check_same_run(path, config, self.config, self.dataset)
+        try:
+            epoch = config["epoch"]
+            history = [EpochRecord.from_dict(record) for record in config["history"]]
+            states = tensors["rng/torch"], tensors["rng/data"]
+            if epoch != len(history):
+                raise ValueError(f"epoch {epoch} with {len(history)} records")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not the state of a training run ({error!r})") from error
         checkpoint.restore_model(self.model, tensors, path)
         for name, parameter in self.model.named_parameters():
             if _MOMENTUM + name in tensors:
                 buffer = tensors[_MOMENTUM + name].to(parameter.device)
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        torch.set_rng_state(tensors["rng/torch"])
-        self.generator.set_state(tensors["rng/data"])
-        self.epoch = config["epoch"]
-        self.history = [EpochRecord.from_dict(record) for record in config["history"]]
+        torch.set_rng_state(states[0])
+        self.generator.set_state(states[1])
+        self.epoch = epoch
+        self.history = history
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
@@ -226,7 +246,9 @@ def check_same_run(path: str | Path, stored: Mapping[str, Any], config: TrainCon
     """
     expected = {"recipe": config.to_dict(), "data": describe_dataset(dataset)}
     for entry, values in json.loads(json.dumps(expected)).items():
-        found = stored.get(entry, {})
+        found = stored.get(entry)
+        if not isinstance(found, Mapping):
+            raise CheckpointError(f"{path}: not of a training run of this package: it has no entry {entry!r}")
         for name in sorted(values.keys() | found.keys()):
             if values.get(name) != found.get(name):
                 kind = "option" if entry == "recipe" else entry

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hne import FusedHNE, NaiveHNE
-from hne.errors import CheckpointError
+from hne.errors import CheckpointError, FileError, ResultError
 from hne.files import remove_leftovers
 from hne.models import checkpoint
 
@@ -171,6 +174,49 @@ def test_a_crash_while_writing_keeps_the_old_file(moment: str, path: Path, monke
 
 def test_leftovers_of_a_kill_are_removed(path: Path) -> None:
     checkpoint.save(path, {}, {})
-    (path.parent / f".123.tmp.{path.name}").write_bytes(b"half a fi")
+    code = "import os, signal, sys; from hne.files import replacing\n"
+    code += "with replacing(sys.argv[1]) as half: half.write_bytes(b'half a fi'); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code, str(path)])
+    assert len(list(path.parent.iterdir())) == 2
     remove_leftovers(path.parent)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_mode_of_checkpoints(path: Path) -> None:
+    """That of the umask for a new file, which safetensors would make readable for its owner only."""
+    before = os.umask(0o022)
+    try:
+        checkpoint.save(path, {"a": torch.zeros(3)}, {})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+    path.chmod(0o600)
+    checkpoint.save(path, {"a": torch.ones(3)}, {})
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(path, {"a": torch.zeros(3)}, {"epoch": 1})
+
+    def fail(tensors: Any, filename: Path, metadata: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(FileError, match=rf"^{path}: cannot be written: the disk is full"):
+        checkpoint.save(path, {"a": torch.ones(3)}, {"epoch": 2})
+    assert checkpoint.load(path)[1] == {"epoch": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3"])
+def test_config_that_is_no_object(text: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "to_json", lambda config, path: text)
+    checkpoint.save(path, {}, {})
+    with pytest.raises(CheckpointError, match=rf"^{path}: its config is"):
+        checkpoint.load(path)
+
+
+def test_numbers_of_a_config_are_finite(path: Path) -> None:
+    with pytest.raises(ResultError, match=r"history\[0\]\.loss is nan"):
+        checkpoint.save(path, {}, {"history": [{"loss": float("nan")}]})
+    assert not path.exists()
