@@ -125,7 +125,7 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
             f"{path}: too large an image ({_one_line(error)}); scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: no image, or in a format that Pillow cannot read") from error
+        raise DataError(f"{path}: not a complete image (in no format that Pillow knows)") from error
     except MemoryError as error:
         raise DataError(f"{path}: too little memory for the {size}pixels of the image") from error
     except Exception as error:  # on damaged files Pillow raises errors of nearly any type

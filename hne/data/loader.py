@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .formats import InputFormat
 from .images import Images
 
@@ -46,12 +47,17 @@ def training_batches(
         ``[batch_size / world_size]``.
 
     Raises:
+        DataError: all images are of one class.
         ValueError: ``batch_size`` is out of range or not a multiple of ``world_size``.
     """
     if not 1 <= batch_size <= len(split):
         raise ValueError(f"batch_size must lie between 1 and the {len(split)} images, got {batch_size}")
     if batch_size % world_size:
         raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {batch_size}")
+    if len(split) > 1 and not split.labels.is_floating_point() and split.labels.min() == split.labels.max():
+        raise DataError(
+            f"expected training images of at least two classes, got {len(split)} images of class {int(split.labels[0])}"
+        )
     share = batch_size // world_size
     local = slice(rank * share, (rank + 1) * share)
 

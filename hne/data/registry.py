@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from ..errors import DataError
 from .cifar import cifar10, cifar100
 from .dataset import Dataset
 from .diabetes import diabetes
@@ -44,20 +43,20 @@ def load_dataset(
         limit_train, limit_test: use only this many images, a random but fixed selection.
 
     Raises:
-        ValueError: the name is unknown, a limit is below 1, or the data set cannot be resized.
-        DataError: files are missing, truncated or damaged, or all training images are of one class. Image files are
-            opened, yet not decoded: an image damaged further on is found when its batch is made.
+        ValueError: the name is unknown, a limit or ``image_size`` is below 1, or the data set cannot be resized.
+        DataError: files are missing, truncated or damaged. Image files are opened, yet not decoded: an image
+            damaged further on is found when its batch is made.
     """
     if name not in DATASETS:
         raise ValueError(f"data: expected one of {', '.join(DATASETS)}, got {name!r}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: expected at least 1, got {image_size}")
     if image_size is None:
         dataset = DATASETS[name](data_dir)
     elif name == "imagenet":
         dataset = imagenet(data_dir, image_size)
     else:
         raise ValueError(f"image_size: the images of {name} have one size; only imagenet can be resized")
-    if dataset.target is None:
-        _check_classes(dataset)
     dataset = replace(
         dataset,
         train=limit_images("limit_train", dataset.train, limit_train),
@@ -66,16 +65,6 @@ def load_dataset(
     for split in (dataset.train, dataset.test):
         split.check()
     return dataset
-
-
-def _check_classes(dataset: Dataset) -> None:
-    """Check that the training images are of two classes at least; a network cannot learn from one."""
-    labels = dataset.train.labels.unique()
-    if len(labels) < 2:
-        only = dataset.classes[int(labels[0])]
-        raise DataError(
-            f"{dataset.name}: expected training images of at least two classes, found {len(labels)}: {only}"
-        )
 
 
 def limit_images(name: str, split: Images, limit: int | None) -> Images:

@@ -114,8 +114,8 @@ def test_links_are_followed_except_in_circles(tmp_path: Path) -> None:
         ("self", "cannot be read"),
         ("empty", "the file is empty"),
         ("pipe", "found a pipe, socket or device"),
-        ("text", "no image, or in a format that Pillow cannot read"),
-        ("fork", "no image, or in a format that Pillow cannot read"),
+        ("text", "in no format that Pillow knows"),
+        ("fork", "in no format that Pillow knows"),
         ("header", "not a complete image"),
     ],
 )
@@ -197,14 +197,6 @@ def test_images_without_class_folders_are_said(tmp_path: Path) -> None:
         folder = tmp_path / split
         with pytest.raises(DataError, match=f"{folder}: expected a folder per class, found 6 images outside of class"):
             load_dataset("imagenet", tmp_path, image_size=8)
-
-
-def test_one_class_is_refused(tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-        IMAGE.save(tmp_path / split / "cat" / "0.png")
-    with pytest.raises(DataError, match="imagenet: expected training images of at least two classes, found 1: cat"):
-        load_dataset("imagenet", tmp_path, image_size=8)
 
 
 def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from data_files import write_image_folders
 from torch import Tensor
 
 from hne.data import InputFormat, MemoryImages, evaluation_batches, load_dataset, training_batches
+from hne.errors import DataError
 
 
 def numbered(count: int, pad: int = 0) -> tuple[MemoryImages, InputFormat]:
@@ -97,3 +98,11 @@ def test_bad_batch_sizes() -> None:
         training_batches(split, input_format, 11, torch.Generator())
     with pytest.raises(ValueError, match="a multiple of the 3 processes, got 10"):
         training_batches(split, input_format, 10, torch.Generator(), world_size=3)
+
+
+def test_one_class_is_refused() -> None:
+    split, input_format = numbered(10)
+    split = split.subset(torch.tensor([3, 3, 3, 3]))
+    with pytest.raises(DataError, match="at least two classes, got 4 images of class 3"):
+        training_batches(split, input_format, 2, torch.Generator())
+    next(evaluation_batches(split, input_format, 2))

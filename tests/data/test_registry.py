@@ -56,6 +56,8 @@ def test_bad_options() -> None:
         load_dataset("digits", limit_train=0)
     with pytest.raises(ValueError, match="image_size: the images of digits have one size"):
         load_dataset("digits", image_size=16)
+    with pytest.raises(ValueError, match="image_size: expected at least 1, got 0"):
+        load_dataset("imagenet", image_size=0)
     assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100", "imagenet", "diabetes"}
 
 
