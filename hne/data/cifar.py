@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import struct
 import tarfile
 import warnings
 import zlib
@@ -17,7 +18,7 @@ from ..errors import DataError
 from .dataset import Dataset
 from .formats import InputFormat
 from .images import MemoryImages
-from .locate import locate
+from .locate import locate, read_file
 
 _PIXELS = 3 * 32 * 32
 
@@ -103,7 +104,7 @@ def _read_folder(folder: Path, wanted: Sequence[str], optional: str) -> dict[str
     if missing:
         raise DataError(f"{folder}: {', '.join(missing)} is missing")
     present = [name for name in (*wanted, optional) if (folder / name).is_file()]
-    return {name: (folder / name).read_bytes() for name in present}
+    return {name: read_file(folder / name) for name in present}
 
 
 def _read_archive(path: Path, wanted: Sequence[str], optional: str) -> dict[str, bytes]:
@@ -118,7 +119,7 @@ def _read_archive(path: Path, wanted: Sequence[str], optional: str) -> dict[str,
                     files[name] = content.read()
             while unzipped.read(2**20):  # to the end: gzip verifies its checksum there
                 pass
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, struct.error, zlib.error) as error:
         raise DataError(f"{path}: truncated or damaged archive ({error})") from error
     missing = [name for name in wanted if name not in files]
     if missing:
@@ -130,7 +131,7 @@ def _records(layout: _Format, found: Path, name: str, raw: bytes, published: int
     """Parse and check the records of one file: uint8 ``[n, label_bytes + 3072]``.
 
     Raises:
-        DataError: the file is truncated, or a label is out of range.
+        DataError: the file is truncated, a label is out of range, or all pixels are black.
     """
     size = layout.label_bytes + _PIXELS
     where = f"{found}: {name}" if found.name == layout.archive else f"{found.parent / name}"
@@ -146,6 +147,8 @@ def _records(layout: _Format, found: Path, name: str, raw: bytes, published: int
         raise DataError(
             f"{where}: expected labels below {layout.classes}, found {labels[bad]} in record {bad} (damaged)"
         )
+    if not records[:, layout.label_bytes :].any():
+        raise DataError(f"{where}: expected images, found zeros only (damaged)")
     if len(records) != published:
         warnings.warn(f"{where}: {len(records)} images, the published file has {published}", stacklevel=2)
     return records

@@ -15,7 +15,7 @@ from ..errors import DataError
 from .dataset import Dataset
 from .formats import InputFormat
 from .images import MemoryImages
-from .locate import locate
+from .locate import locate, read_file
 
 CLASSES = (
     "T-shirt/top",
@@ -44,13 +44,13 @@ def read_idx(path: str | Path, dims: int) -> np.ndarray:
         dims: required number of dimensions.
 
     Raises:
-        DataError: the file is truncated, damaged or in another format.
+        DataError: the file is unreadable, truncated, damaged or in another format.
     """
-    raw = Path(path).read_bytes()
+    raw = read_file(Path(path))
     if raw.startswith(b"\x1f\x8b"):
         try:
             raw = gzip.decompress(raw)
-        except (EOFError, OSError, zlib.error) as error:
+        except (EOFError, OSError, struct.error, zlib.error) as error:
             raise DataError(f"{path}: truncated or damaged gzip file ({error})") from error
     magic, offset = 0x0800 + dims, 4 + 4 * dims
     found = int.from_bytes(raw[:4], "big")
@@ -78,6 +78,10 @@ def fashion_mnist(data_dir: str | Path | None = None) -> Dataset:
             f"fashion-mnist: the training images are {tuple(train.images.shape[1:3])} pixels, "
             f"the test images {tuple(test.images.shape[1:3])}"
         )
+    for prefix, split in (("train", train), ("t10k", test)):
+        if not split.images.any():
+            path = _find(f"{prefix}-images-idx3-ubyte", data_dir)
+            raise DataError(f"{path}: expected images, found zeros only (damaged)")
     _, height, width, _ = train.images.shape
     input_format = InputFormat(1, (height, width), mean=(0.2860,), std=(0.3530,))
     return Dataset("fashion-mnist", CLASSES, input_format, train, test)
@@ -87,7 +91,9 @@ def _read_split(prefix: str, data_dir: str | Path | None) -> MemoryImages:
     images_path = _find(f"{prefix}-images-idx3-ubyte", data_dir)
     labels_path = _find(f"{prefix}-labels-idx1-ubyte", data_dir)
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
-    if len(images) == 0 or len(images) != len(labels):
+    if images.size == 0:
+        raise DataError(f"{images_path}: expected images, found {' x '.join(map(str, images.shape))} pixels")
+    if len(images) != len(labels):
         raise DataError(
             f"{labels_path}: expected a label for each of the {len(images)} images of "
             f"{images_path.name}, found {len(labels)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_files import CIFAR, write_cifar
 
 from hne.data import load_dataset
@@ -47,6 +49,7 @@ def test_cifar_folder_itself_without_class_names(tmp_path: Path) -> None:
         (lambda raw: raw[:-5], "expected 10000 records of 3073 bytes = 30730000 bytes, found 12287, not a whole"),
         (lambda raw: b"", "found 0"),
         (lambda raw: raw[:3073] + b"\x0a" + raw[3074:], "expected labels below 10, found 10 in record 1"),
+        (lambda raw: bytes(len(raw)), "expected images, found zeros only"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*the published file has")
@@ -78,3 +81,32 @@ def test_incomplete_cifar(tmp_path: Path) -> None:
         tar.addfile(tarfile.TarInfo("cifar-100-binary/train.bin"), io.BytesIO())
     with pytest.raises(DataError, match=r"test\.bin is missing from the archive"):
         load_dataset("cifar100", tmp_path)
+
+
+def test_unreadable_cifar_files_are_named(tmp_path: Path) -> None:
+    write_cifar(tmp_path, "cifar10", zipped=False)
+    path = tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin"
+    path.unlink()
+    path.symlink_to("data_batch_2.bin")
+    with pytest.raises(DataError, match=r"cifar-10-batches-bin: data_batch_2\.bin is missing"):
+        load_dataset("cifar10", tmp_path)
+    (tmp_path / "cifar-100-binary.tar.gz").mkdir()
+    with pytest.raises(DataError, match=r"cifar-100-binary\.tar\.gz: truncated or damaged archive \(.*directory"):
+        load_dataset("cifar100", tmp_path)
+
+
+def test_damaged_cifar_archives_raise_nothing_else(tmp_path: Path, rng: torch.Generator) -> None:
+    write_cifar(tmp_path, "cifar10", zipped=True)
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    raw = gzip.decompress(path.read_bytes())
+    headers = [index for index in range(0, len(raw), 512) if raw[index + 257 : index + 262] == b"ustar"]
+    errors = []
+    for header in headers * 3:
+        damaged = bytearray(raw)
+        for place in torch.randint(512, (3,), generator=rng).tolist():
+            damaged[header + place] ^= 0x5A
+        path.write_bytes(gzip.compress(damaged, 1))
+        with pytest.raises(DataError) as error:
+            load_dataset("cifar10", tmp_path)
+        errors.append(str(error.value))
+    assert all(text.startswith(f"{path}: ") and "\n" not in text for text in errors)

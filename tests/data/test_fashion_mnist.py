@@ -43,6 +43,9 @@ def test_fashion_mnist(zipped: bool, place: str, tmp_path: Path, monkeypatch: py
         ("train-labels-idx1-ubyte", lambda raw: idx_bytes(np.full(50, 10, np.uint8)), "from 0 to 9, found 10"),
         ("train-images-idx3-ubyte", lambda raw: gzip.compress(raw)[:-100], "truncated or damaged gzip"),
         ("train-images-idx3-ubyte", lambda raw: gzip.compress(raw)[:-8] + bytes(8), "truncated or damaged gzip"),
+        ("train-images-idx3-ubyte", lambda raw: idx_bytes(np.zeros((50, 28, 28), np.uint8)), "found zeros only"),
+        ("train-images-idx3-ubyte", lambda raw: idx_bytes(np.zeros((50, 0, 28), np.uint8)), "found 50 x 0 x 28 pixels"),
+        ("train-images-idx3-ubyte", lambda raw: idx_bytes(np.zeros((0, 28, 28), np.uint8)), "found 0 x 28 x 28 pixels"),
         (
             "t10k-images-idx3-ubyte",
             lambda raw: idx_bytes(np.zeros((20, 32, 32), np.uint8)),
@@ -61,6 +64,21 @@ def test_damaged_idx_file(name: str, spoil: Callable[[bytes], bytes], message: s
 def test_missing_fashion_mnist_names_the_package(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="apt install dataset-fashion-mnist"):
         load_dataset("fashion-mnist", tmp_path)
+
+
+def test_unreadable_idx_files_are_named(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path, zipped=False)
+    path = tmp_path / "train-labels-idx1-ubyte"
+    path.unlink()
+    for make, problem in [
+        (lambda: path.symlink_to("nowhere"), "a link to a file that does not exist"),
+        (lambda: path.symlink_to(path.name), "cannot be read"),
+        (lambda: path.mkdir(), "cannot be read"),
+    ]:
+        make()
+        with pytest.raises(DataError, match=f"{path}: {problem}"):
+            load_dataset("fashion-mnist", tmp_path)
+        path.unlink() if path.is_symlink() else path.rmdir()
 
 
 @pytest.mark.skipif(not INSTALLED_FASHION_MNIST.exists(), reason="package dataset-fashion-mnist is not installed")
