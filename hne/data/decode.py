@@ -30,7 +30,7 @@ _UPRIGHT = {  # value of the tag: operation that turns the stored pixels upright
     8: Image.Transpose.ROTATE_90,
 }
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
-_WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the second and the third
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # values of _PHOTOMETRIC and of _SAMPLE_FORMAT
 
 _COMMON = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # first bytes of JPEG and PNG
 _STRIP = 2**22  # floating-point pixels converted at a time

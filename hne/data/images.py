@@ -109,7 +109,7 @@ class FileImages:
         chunks = [self.paths[start : start + _CHECKED_AT_ONCE] for start in range(0, len(self), _CHECKED_AT_ONCE)]
         problems = [problem for chunk in self._pool.map(_problems, chunks) for problem in chunk]
         if problems:
-            others = f" ({len(problems) - 1} more files cannot be read)" if len(problems) > 1 else ""
+            others = f" ({len(problems) - 1} more cannot be read)" if len(problems) > 1 else ""
             raise DataError(f"{problems[0]}{others}")
 
     def subset(self, indices: Tensor) -> FileImages:

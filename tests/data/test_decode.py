@@ -295,7 +295,7 @@ def test_damaged_headers_are_named(raw: bytes, tmp_path: Path) -> None:
         InputFormat(1, (8, 8), (0.0,), (1.0,)).read(path)
 
 
-def test_what_is_no_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_that_are_no_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     input_format = InputFormat(1, (8, 8), (0.0,), (1.0,))
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "empty.png").touch()

@@ -136,7 +136,7 @@ def test_files_that_are_no_images_are_found_before_training(
     with pytest.raises(DataError, match=rf"^{path}: .*{problem}"):
         ood_images(tmp_path / split, load_dataset("digits").input)
     (tmp_path / split / "dog" / "y.png").touch()
-    with pytest.raises(DataError, match=rf"^{path}: .*{problem}.* \(1 more files cannot be read\)$"):
+    with pytest.raises(DataError, match=rf"^{path}: .*{problem}.* \(1 more cannot be read\)$"):
         load_dataset("imagenet", tmp_path, image_size=8)
 
 
