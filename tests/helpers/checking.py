@@ -143,7 +143,7 @@ def _loss_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
 
 
 def tolerance(case: Case, backend: str, dtype: torch.dtype, size: Tensor) -> Tensor:
-    """The error that rounding allows: our sums are float32 at least, stored values and PyTorch's sums have ``dtype``."""
+    """The error that rounding allows: sums are float32 at least, those of the reference and stored values ``dtype``."""
     stored = torch.finfo(dtype)
     sums = stored.eps if backend == "reference" else torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     composed = [("triton", "fused_bottleneck")]

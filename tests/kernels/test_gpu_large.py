@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import gpu_memory
 import pytest
 import torch
+from gpu_memory import GIB, vast_tensors
 from torch import Tensor
 
 import hne_kernels as K
@@ -81,10 +86,10 @@ def _right_or_clear() -> Iterator[None]:
 
 
 @needs_gpu
+@vast_tensors(40)
 @pytest.mark.parametrize("op", VAST, ids=lambda op: op.__name__.strip("_"))
 def test_more_elements_than_32_bits_can_number(op: Callable[[Tensor], Tensor], backend: str) -> None:
     """The first and the last images have the same results as alone."""
-    _skip_unless_free(40)
     x = _vast(1, _IMAGES, 32, 32, 64)
     assert x.numel() > 2**31
     with _right_or_clear():
@@ -94,8 +99,8 @@ def test_more_elements_than_32_bits_can_number(op: Callable[[Tensor], Tensor], b
 
 
 @needs_gpu
+@vast_tensors(50)
 def test_statistics_of_vast_tensors(backend: str) -> None:
-    _skip_unless_free(50)
     x = _vast(1, _IMAGES, 32, 32, 64)
     x[:, _IMAGES // 2 :] += 2  # so that a missed second half shows
     with _right_or_clear():
@@ -110,8 +115,8 @@ def test_statistics_of_vast_tensors(backend: str) -> None:
 
 
 @needs_gpu
+@vast_tensors(40)
 def test_vast_ensembles(backend: str) -> None:
-    _skip_unless_free(40)
     logits = _vast(2, 2**21, 513)
     assert logits.numel() > 2**31
     with _right_or_clear():
@@ -124,12 +129,6 @@ def test_vast_ensembles(backend: str) -> None:
         assert K.hierarchical_distillation_loss(logits, target).isfinite()
 
 
-def _skip_unless_free(gigabytes: int) -> None:
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes << 30:
-        pytest.skip(f"needs {gigabytes} GiB of free GPU memory, there are {free >> 30}")
-
-
 @pytest.mark.parametrize("op", [*VAST, K.prefix_mean], ids=lambda op: op.__name__.strip("_"))
 def test_shapes_of_vast_tensors(op: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes do not overflow; tensors without memory show that."""
@@ -138,3 +137,73 @@ def test_shapes_of_vast_tensors(op: Callable[[Tensor], Tensor], monkeypatch: pyt
     y = op(torch.empty(shape, dtype=_ONE, device="meta"))
     assert y.shape[:2] == shape[:2]
     assert y.numel() == y.shape.numel() > 2**31
+
+
+# --- turns of parallel processes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(gpu_memory, "lock_file", lambda: tmp_path / "lock")
+    return tmp_path / "lock"
+
+
+def _memory(monkeypatch: pytest.MonkeyPatch, *free: int, reserved: int = 0) -> None:
+    """A GPU of 80 GiB with these numbers of free GiB, one for each look."""
+    looks = iter(free)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(looks) * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved * GIB)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def _locked(path: Path) -> bool:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def test_vast_tensors_take_turns(lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _memory(monkeypatch, 40)
+    with vast_tensors(40):
+        assert _locked(lock_file)
+    assert not _locked(lock_file)
+
+
+def test_without_memory_the_reason_is_said(lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _memory(monkeypatch, 39)
+    with pytest.raises(pytest.skip.Exception, match="needs 40 GiB of free GPU memory, there are 39"):
+        vast_tensors(40)(pytest.fail)("ran without memory")
+    assert not _locked(lock_file)
+
+
+@pytest.mark.usefixtures("lock_file")
+def test_memory_that_others_take_meanwhile_skips(monkeypatch: pytest.MonkeyPatch) -> None:
+    _memory(monkeypatch, 60, 3, reserved=20)
+    with pytest.raises(pytest.skip.Exception, match="other programs left 23 of 80 meanwhile"), vast_tensors(40):
+        raise torch.OutOfMemoryError
+
+
+def test_a_failed_test_keeps_no_memory(lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _memory(monkeypatch, 60)
+    alive = []
+
+    @vast_tensors(40)
+    def failing() -> None:
+        x = torch.ones(3)
+        alive.append(weakref.ref(x))
+        raise AssertionError("wrong result")
+
+    with pytest.raises(AssertionError, match="wrong result") as kept:
+        failing()
+    assert alive[0]() is None, f"held by {kept.traceback}"
+    assert not _locked(lock_file)
+
+
+@pytest.mark.usefixtures("lock_file")
+def test_memory_that_the_op_wastes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    _memory(monkeypatch, 60, 3, reserved=57)
+    with pytest.raises(torch.OutOfMemoryError), vast_tensors(40):
+        raise torch.OutOfMemoryError
