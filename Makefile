@@ -29,11 +29,22 @@ demo: $(VENV)/.built ## train a small ensemble on handwritten digits: a table, a
 	$(BIN)/hne train --data digits --preset hne_tiny --out runs/demo --overwrite
 
 .PHONY: test
-test: lint kernels check sanitize ## everything CI runs: lint, kernels, check, sanitize
+test: lint kernels check levels sanitize ## everything CI runs: lint, kernels, check, levels, sanitize
 
 .PHONY: check
 check: $(VENV)/.built ## run the test suite
 	$(BIN)/pytest $(PARALLEL)
+
+# The reference is PyTorch's own kernels and oneDNN's, which differ with the instruction set.
+OLDEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+
+.PHONY: levels
+levels: $(VENV)/.built ## test the reference with PyTorch's and oneDNN's kernels for older processors
+	@for level in "$(OLDEST)" ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2; do \
+		echo "reference, $$level"; \
+		env $$level $(BIN)/pytest $(PARALLEL) -k reference \
+			tests/kernels/test_parity.py tests/kernels/test_reference.py || exit 1; \
+	done
 
 .PHONY: kernels
 kernels: $(VENV)/.built ## compile all GPU kernels, without a GPU: a table of what they take; spills are failures
@@ -64,6 +75,7 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 
 # Python itself is not instrumented, so the sanitizer's runtime is loaded ahead of it; libstdc++ too,
 # or its exceptions are thrown before the sanitizer has found them. Without -s what it says would be lost.
+# Our lowest instruction set is tested together with PyTorch's and oneDNN's.
 .PHONY: sanitize
 sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address and undefined-behaviour sanitizers
 	@levels=$$($(BIN)/python -c "from hne_kernels.extension import cpu_library; \
@@ -73,13 +85,14 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address an
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	for level in $$levels; do \
 		echo "sanitizers, $$level instructions"; \
-		HNE_CPU_CAPABILITY=$$level LD_PRELOAD="$$preload" \
+		case $$level in portable) oldest="$(OLDEST)" ;; *) oldest= ;; esac; \
+		env $$oldest HNE_CPU_CAPABILITY=$$level LD_PRELOAD="$$preload" \
 			$(BIN)/pytest $(PARALLEL) -s -k 'cpp or fused_layers' \
 			tests/kernels/test_parity.py tests/kernels/test_properties.py tests/kernels/test_fused_layers.py || exit 1; \
 	done
 
 # Waiting threads give way: on a busy machine they would keep the working ones from their processor.
-check sanitize: export OMP_WAIT_POLICY := passive
+check levels sanitize: export OMP_WAIT_POLICY := passive
 
 .PHONY: clean
 clean: ## remove what was built; the environment stays
