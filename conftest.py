@@ -27,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="skip all comparisons that have not begun after this time",
     )
     group.addoption(
+        "--benchmark-without",
+        metavar="SIDE",
+        action="append",
+        default=[],
+        help="leave out a side, for example compiled (repeatable)",
+    )
+    group.addoption(
         "--benchmark-save-table",
         metavar="PATH",
         type=Path,

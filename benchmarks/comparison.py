@@ -1,9 +1,10 @@
-"""One comparison: check that all sides agree, then time them alternately."""
+"""One comparison: check that all sides agree, then time them, alternately or one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite, nan
 from statistics import median
 from typing import Any, TypedDict
 
@@ -33,7 +34,7 @@ class Case(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a fused side and its peers."""
+    """A row of the table: a fused side and its peers. A time is NaN if the side failed or is not measured yet."""
 
     name: str
     shape: str
@@ -46,11 +47,13 @@ class Row:
     floor_ms: float | None = None  # lower bound for any side, see roofline.py
     case: Case = field(default_factory=Case)
     memory_mib: dict[str, float] = field(default_factory=dict)  # peak memory of a call, by side
+    failed: dict[str, str] = field(default_factory=dict)  # reasons in one line, by side
 
     @property
     def ratio(self) -> float:
-        """Speed relative to the fastest peer; above 1 the fused side is faster."""
-        return min(self.naive_ms, *self.others_ms.values(), float("inf")) / self.fused_ms
+        """Speed relative to the fastest peer; above 1 the fused side is faster. NaN without a peer."""
+        fastest = min((ms for ms in (self.naive_ms, *self.others_ms.values()) if isfinite(ms)), default=nan)
+        return fastest / self.fused_ms
 
     @property
     def of_peak(self) -> float | None:
@@ -59,7 +62,7 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         record = {**asdict(self), "ratio": self.ratio, "of_peak": self.of_peak}
-        return {name: value for name, value in record.items() if value not in ("", {}, None)}
+        return {name: value for name, value in record.items() if value not in ("", {}, None) and value == value}
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -107,6 +110,10 @@ def _is_long(seconds: float, meter: Meter) -> bool:
     return seconds >= 10 * meter.turn
 
 
+class LostDevice(Exception):
+    """A side has made the GPU unusable for this process; the message names the side."""
+
+
 def compare(
     benchmark: BenchmarkFixture,
     fused: Mapping[str, Side],
@@ -122,17 +129,22 @@ def compare(
     seconds: float | None,
     case: Case | None = None,
     memory_mib: Callable[[], dict[str, float]] = dict,
+    groups: Sequence[Sequence[str]] = (),
+    report: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Check that all sides agree and time them alternately, for about ``seconds`` in all.
 
     In a round each side has one turn, with as many calls as fit into the turn of the meter: other load of the machine
     affects all sides alike. pytest-benchmark stores the rounds of the first fused side; ``extra_info`` has the rest.
 
+    A side that fails, or disagrees, costs its own cell: the reason is in ``Row.failed``.
+
     Args:
         benchmark: pytest-benchmark's fixture, with ``watch`` as its clock.
         fused: fused sides to time, by backend.
-        naive: peers to compare with, by name. The results of all sides are first compared with those of the peer
-            ``naive``. The peer ``eager`` is timed as launched from Python, without preparation by the meter.
+        naive: peers to compare with, by name. The results of all sides are first compared with those of the first side
+            that works, normally the peer ``naive``. The peer ``eager`` is timed as launched from Python, without
+            preparation by the meter.
         meter: times the sides.
         name, shape: of the rows.
         images: number of images per call, for the throughput.
@@ -141,52 +153,127 @@ def compare(
         seconds: None for a single round, which only shows that everything runs.
         case: of the rows.
         memory_mib: measures the memory of the rows, after all timings.
+        groups: names of the sides that are prepared and timed together; a group follows the other. By default one
+            group has all sides.
+        report: called with the rows so far after each group.
 
     Returns:
         A row for each fused side; none with ``--benchmark-disable``.
 
     Raises:
-        AssertionError: the results differ.
+        LostDevice: a side has made the GPU unusable; the rows were reported.
     """
-    sides = [*naive.items(), *fused.items()]
-    ready = {side: call if side == EAGER else meter.prepare(call) for side, call in sides}
-    expected = ready["naive"]()
-    for side, call in ready.items():
-        if side != "naive":
-            try:
-                check_agreement(call(), expected, precision)
-            except AssertionError as error:
-                raise AssertionError(f"{side or 'fused'}: {error}") from None
-    del expected
-    calls, long, rounds = dict.fromkeys(ready, 1), dict.fromkeys(ready, True), 1
-    if seconds is not None:
-        per_call = {side: _seconds_per_call(call, meter) for side, call in ready.items()}
-        calls = {side: max(1, round(meter.turn / once)) for side, once in per_call.items()}
-        long = {side: _is_long(once, meter) for side, once in per_call.items()}
-        per_round = sum(calls[side] * once + meter.before_turn for side, once in per_call.items())
-        rounds = max(3, min(100, round(seconds / per_round)))
-    turns: dict[str, list[float]] = {side: [] for side in ready}
+    sides = {**naive, **fused}
+    comparison = _Comparison(sides, meter, precision)
+    rounds, used = 1, False
 
-    def turn(side: str) -> None:
-        turns[side].append(meter.seconds(ready[side], calls[side], warm=not long[side]))
+    def rows(memory: dict[str, float]) -> list[Row]:
+        ms = comparison.ms
+        others = {side: ms[side] for side in naive if side != "naive" and side in ms}
+        shared = {"others_ms": others, "floor_ms": floor_ms, "case": case or {}, "memory_mib": memory}
+        shared["failed"] = dict(comparison.failed)
+        return [
+            Row(name, shape, of, ms.get("naive", nan), images / of * 1e3, rounds, side, **shared)  # type: ignore[arg-type]
+            for side, of in ((side, ms.get(side, nan)) for side in fused)
+        ]
 
-    def first_turn() -> None:
-        turn(leader)
-        watch.now += turns[leader][-1]
-
-    def other_turns() -> None:
-        for side in ready:
-            if side != leader:
-                turn(side)
-
-    leader = next(iter(fused))
-    benchmark.pedantic(first_turn, teardown=other_turns, rounds=rounds)
+    for group in groups or [list(sides)]:
+        ready = comparison.prepare(group)
+        leader = next((side for side in ready if side in fused), None)
+        try:
+            turns = _Turns(ready, meter, None if seconds is None else seconds * len(group) / len(sides))
+            if leader is not None and not used:  # the fixture may be used once
+                rounds, used = turns.rounds, True
+                turns.run_in(benchmark, leader, watch)
+            elif not benchmark.disabled:
+                turns.run()
+            comparison.ms |= {} if benchmark.disabled else turns.milliseconds()
+        except Exception as error:
+            if len(group) > 1:  # it is not known whose turn it was
+                raise
+            comparison.failed[group[0]] = _reason(error)
+        if benchmark.disabled:
+            continue
+        report(rows({}))
+        if comparison.failed and not meter.works():
+            raise LostDevice(next(reversed(comparison.failed)))
     if benchmark.disabled:
         return []
-    ms = {side: median(seconds_per_turn) * 1e3 for side, seconds_per_turn in turns.items()}
-    others = {side: ms[side] for side in naive if side != "naive"}
-    shared = {"others_ms": others, "floor_ms": floor_ms, "case": case or {}, "memory_mib": memory_mib()}
-    rows = [Row(name, shape, ms[side], ms["naive"], images / ms[side] * 1e3, rounds, side, **shared) for side in fused]
-    for row in rows:
-        benchmark.extra_info |= row.record() if row.backend == leader else {row.backend: row.record()}
-    return rows
+    result = rows(memory_mib())
+    report(result)
+    for row in result:
+        benchmark.extra_info |= row.record() if row.backend == next(iter(fused)) else {row.backend: row.record()}
+    return result
+
+
+def _reason(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+class _Comparison:
+    """Results that all sides are compared with, times, and reasons of failures."""
+
+    def __init__(self, sides: Mapping[str, Side], meter: Meter, precision: str) -> None:
+        self.ms: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        self._sides, self._meter, self._precision = dict(sides), meter, precision
+        self._expected: list[Tensor] | None = None
+
+    def prepare(self, group: Sequence[str]) -> dict[str, Side]:
+        """Prepare the sides of a group for their turns; those that fail or disagree are left out."""
+        ready = {}
+        for side in group:
+            call = self._sides.pop(side)  # with the side goes its memory
+            try:
+                call = call if side == EAGER else self._meter.prepare(call)
+                result = call()
+                if self._expected is None:
+                    self._expected = [tensor.clone() for tensor in tensors(result)]
+                else:
+                    check_agreement(result, self._expected, self._precision)
+                ready[side] = call
+            except Exception as error:
+                self.failed[side] = _reason(error)
+        return ready
+
+
+class _Turns:
+    """Alternating turns of the sides of a group."""
+
+    def __init__(self, ready: Mapping[str, Side], meter: Meter, seconds: float | None) -> None:
+        self._ready, self._meter = dict(ready), meter
+        self._turns: dict[str, list[float]] = {side: [] for side in ready}
+        self._calls, self._long, self.rounds = dict.fromkeys(ready, 1), dict.fromkeys(ready, True), 1
+        if seconds is not None and ready:
+            per_call = {side: _seconds_per_call(call, meter) for side, call in ready.items()}
+            self._calls = {side: max(1, round(meter.turn / once)) for side, once in per_call.items()}
+            self._long = {side: _is_long(once, meter) for side, once in per_call.items()}
+            per_round = sum(self._calls[side] * once + meter.before_turn for side, once in per_call.items())
+            self.rounds = max(3, min(100, round(seconds / per_round)))
+
+    def run_in(self, benchmark: BenchmarkFixture, leader: str, watch: Watch) -> None:
+        """All rounds, with the turns of ``leader`` as those of the benchmark."""
+
+        def first_turn() -> None:
+            self._turn(leader)
+            watch.now += self._turns[leader][-1]
+
+        def other_turns() -> None:
+            for side in self._ready:
+                if side != leader:
+                    self._turn(side)
+
+        benchmark.pedantic(first_turn, teardown=other_turns, rounds=self.rounds)
+
+    def run(self) -> None:
+        for _ in range(self.rounds):
+            for side in self._ready:
+                self._turn(side)
+
+    def _turn(self, side: str) -> None:
+        call, calls = self._ready[side], self._calls[side]
+        self._turns[side].append(self._meter.seconds(call, calls, warm=not self._long[side]))
+
+    def milliseconds(self) -> dict[str, float]:
+        return {side: median(seconds) * 1e3 for side, seconds in self._turns.items()}

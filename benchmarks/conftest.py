@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import Row, Watch, compare
+from comparison import LostDevice, Row, Watch, compare
 from derived import is_in_large_table, small_tables
 from machine import describe, machine
 from memory import give_back
 from meters import Meter, Side
 from peers import freezing, missing
 from roofline import Rates, Work, measure
-from table import aligned, machine_line, save, summary, text
+from table import aligned, failures, machine_line, save, summary, text
 from workload import WORKLOADS, Network, Workload, default
 
 import hne_kernels as K
@@ -125,9 +125,10 @@ def versus(
     benchmark = request.getfixturevalue("benchmark")
 
     def side(backend: str, make: Callable[[Wrap], Side], wrap: Wrap) -> Side:
+        """A side that is made in its first call, so that a failure there is its own."""
         run = (lambda call: call()) if backend == "" else functools.partial(_run_on, backend)
-        call = run(lambda: make(wrap))
-        return lambda: run(call)
+        made = functools.cache(lambda: run(lambda: make(wrap)))
+        return lambda: run(made())
 
     def versus(
         fused: Callable[[Wrap], Side],
@@ -157,26 +158,46 @@ def versus(
         for why in absent.values():
             _remark(request.config, why)
         give_back()  # free the memory of earlier comparisons: all start alike
-        with meter.running(), freezing("frozen" in others):
-            rows = compare(
-                benchmark,
-                {backend: side(backend, fused, _identity) for backend in workload.backends}
-                | {name: side("", lambda wrap, make=make: make(), _identity) for name, make in beside.items()},
-                {
-                    name: side("reference", make, wrap)
-                    for name, (make, wrap) in makers.items()
-                    if make is not None and name in ("naive", *others)
-                }
-                | {name: make() for name, make in peers.items() if name in others and name not in absent},
-                meter=meter,
-                watch=watch,
-                precision=workload.precision(dtype, training=training),
-                floor_ms=floor_ms or None,
-                seconds=None if quick else workload.seconds,
-                **options,
-            )
-        request.config.stash[_ROWS] += rows
-        _save(request.config)
+        without = request.config.getoption("--benchmark-without")
+        ours = {backend: side(backend, fused, _identity) for backend in workload.backends}
+        ours |= {name: side("", lambda wrap, make=make: make(), _identity) for name, make in beside.items()}
+        theirs = {
+            name: side("reference", make, wrap)
+            for name, (make, wrap) in makers.items()
+            if make is not None and name in ("naive", *others)
+        }
+        theirs |= {
+            name: side("", lambda wrap, make=make: make(), _identity)
+            for name, make in peers.items()
+            if name in others and name not in absent
+        }
+        ours, theirs = ({n: made for n, made in sides.items() if n not in without} for sides in (ours, theirs))
+        all_rows = request.config.stash[_ROWS]
+        first = len(all_rows)
+
+        def report(rows: list[Row]) -> None:
+            all_rows[first:] = rows
+            _save(request.config)
+
+        try:
+            with meter.running(), freezing("frozen" in others):
+                rows = compare(
+                    benchmark,
+                    ours,
+                    theirs,
+                    meter=meter,
+                    watch=watch,
+                    precision=workload.precision(dtype, training=training),
+                    floor_ms=floor_ms or None,
+                    seconds=None if quick else workload.seconds,
+                    groups=workload.groups(list(theirs), list(ours)),
+                    report=report,
+                    **options,
+                )
+        except LostDevice as lost:
+            pytest.exit(f"the GPU is lost after the side {lost}", returncode=1)
+        if failed := failures(rows):
+            pytest.fail("; ".join(failed), pytrace=False)
 
     yield versus
     torch._dynamo.reset()
@@ -230,6 +251,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for table in small_tables(rows):
         terminalreporter.section(table.title, sep="-")
         for line in aligned(table.header, table.lines):
+            terminalreporter.write_line(line)
+    if failed := failures(rows):
+        terminalreporter.section("sides that failed", sep="-")
+        for line in failed:
             terminalreporter.write_line(line)
     terminalreporter.section("remarks", sep="-")
     for remark in config.stash[_REMARKS]:

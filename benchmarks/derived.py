@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from comparison import Row
 
@@ -27,7 +28,8 @@ def is_in_large_table(row: Row) -> bool:
 
 
 def small_tables(rows: Sequence[Row]) -> list[SmallTable]:
-    """Make the small tables that have rows."""
+    """Make the small tables that have rows, from the rows whose fused side works."""
+    rows = [row for row in rows if isfinite(row.fused_ms)]
     tables = [
         SmallTable(
             "The first n models against all: time and multiply-adds",

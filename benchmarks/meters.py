@@ -33,6 +33,9 @@ class Meter(Protocol):
     def seconds(self, side: Side, calls: int, *, warm: bool = True) -> float:
         """Mean time of a call, after warm-up calls if ``warm``."""
 
+    def works(self) -> bool:
+        """Whether the device still computes."""
+
 
 class HostMeter:
     """Times calls that have finished when they return.
@@ -59,6 +62,9 @@ class HostMeter:
         for _ in range(calls):
             side()
         return (time.perf_counter() - start) / calls
+
+    def works(self) -> bool:
+        return True
 
 
 class GpuMeter:
@@ -110,3 +116,11 @@ class GpuMeter:
             end.record()
         torch.cuda.synchronize(self._device)
         return fmean(start.elapsed_time(end) for start, end in events) / 1e3
+
+    def works(self) -> bool:
+        """False after an illegal memory access, for example: no later call of this process succeeds then."""
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return False
+        return True

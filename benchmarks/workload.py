@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +36,17 @@ class Workload:
     rates: tuple[int | None, tuple[int, ...]]  # MiB to copy and sizes of matrices, to measure the machine
     memory: bool = False  # measure the memory of a training step
     seconds: float = 1.5  # per comparison
+    one_by_one: bool = False  # one side after the other, compiled ones last, for a run that may be cut off
+
+    def groups(self, peers: Sequence[str], fused: Sequence[str]) -> list[list[str]]:
+        """The sides of a comparison, by groups that are timed together (:func:`comparison.compare`).
+
+        One by one, plain peers come first, as they work on any GPU, and those that take minutes to compile come last.
+        """
+        if not self.one_by_one:
+            return [[*peers, *fused]]
+        compiled = [name for name in peers if name in COMPILED]
+        return [[name] for name in (*(name for name in peers if name not in compiled), *fused, *compiled)]
 
     @property
     def meter(self) -> Meter:
@@ -55,6 +67,7 @@ TINY = Network("HNE-tiny", 8, {"name": "hne_tiny", "num_classes": 10, "width": 0
 _HEADS = ((16, 128, 256, 100), (8, 450, 1280, 1000))  # of both networks, at their training batch sizes
 
 _COMPILED = ("compiled", "channels_last_compiled")
+COMPILED = (*_COMPILED, "frozen")  # sides of torch.compile
 _EAGER_AND_COMPILED = ("eager", "channels_last", *_COMPILED)
 _PEERS = ("frozen", "onnxruntime", "openvino")
 _ON_GPU = tuple(name for name in ("cuda", "triton") if torch.cuda.is_available() and name in K.available_backends())
@@ -89,6 +102,7 @@ GPU = Workload(
     compiler={"mode": "max-autotune-no-cudagraphs"},  # the meter captures a graph of every side itself
     rates=(1024, (8192,)),
     seconds=0.5,
+    one_by_one=True,
 )
 # Every side and step of CPU and GPU, tiny, on any machine: shows that all sides run and agree, not how fast they are.
 REHEARSAL = Workload(
@@ -102,6 +116,7 @@ REHEARSAL = Workload(
     anytime=((TINY, 2, torch.float32),),
     compiler={"backend": "eager"},
     rates=(1, (64,)),
+    one_by_one=True,
 )
 WORKLOADS = {"cpu": CPU, "gpu": GPU, "rehearsal": REHEARSAL}
 

@@ -1,306 +1,229 @@
-"""Run everything that needs a GPU: build, test suite, compute-sanitizer, benchmarks.
+"""Check the package on a machine with a GPU, in three calls that each stand alone and take less than ten minutes.
 
-Requires the CUDA compiler, PyTorch, Triton and pytest, but no network. Each step has a time limit. A step that exceeds
-it is stopped and reported, and the next step runs. The last step, the benchmarks, gets all remaining time and starts
-with the most important comparisons.
+Requires the CUDA compiler, PyTorch, Triton, ninja and pytest, but no network and no installed copy of the package.
+Every row of a result is on disk as soon as it is known. A step that exceeds its time is stopped, and the next one runs;
+time that a step does not use goes to the next one. Interrupted, the check keeps all rows and prints its summary.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import shutil
-import subprocess
+import signal
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
-import torch
-from timed_steps import ROOT, Check, Failure, Outcome, RanOut, Skipped
-
-BACKENDS = ("cuda", "triton")
-
-
-# --- steps -------------------------------------------------------------------------------------------------------
-
-
-def machine(check: Check) -> str:
-    """check that the requirements are installed"""
-    missing = [
-        requirement
-        for requirement, found in {
-            "nvcc": shutil.which("nvcc") or os.environ.get("CUDA_HOME"),
-            "a GPU that torch can use": torch.cuda.is_available(),
-            "triton": importlib.util.find_spec("triton"),
-            "pytest": importlib.util.find_spec("pytest"),
-        }.items()
-        if not found
-    ]
-    if missing:
-        raise Failure(f"missing: {', '.join(missing)}")
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+import build_steps
+import peer_steps
+import smoke_steps
+import suite_steps
+from gpu_machine import COLUMNS, GpuCheck, machine
+from timed_steps import ROOT, Outcome
 
 
-def build(check: Check) -> str:
-    """compile the extension for this GPU only, against the installed PyTorch, without downloads"""
-    major, minor = torch.cuda.get_device_capability()
-    target = f"{major}.{minor}" + ("a" if major == 9 else "")
-    pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", ".")
-    # No constraints: pip rejects them for a build without isolation.
-    free = {"PIP_CONSTRAINT": "", "PIP_BUILD_CONSTRAINT": "", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
-    check.run(*pip, seconds=None, HNE_CUDA="1", TORCH_CUDA_ARCH_LIST=target, **free)
-    return f"for sm_{target.replace('.', '')}"
+@dataclass(frozen=True)
+class Step:
+    """A step and its share of the time, in seconds."""
+
+    name: str
+    function: Callable[[GpuCheck], str]
+    share: float
 
 
-def backends(check: Check) -> str:
-    """check that all four backends are available"""
-    code = "import hne_kernels as K; print(dict(K.unavailable_backends()))"
-    output = check.run(sys.executable, "-c", code).strip().splitlines()[-1]
-    if output != "{}":
-        raise Failure(f"not available: {output}")
-    return "reference, cpp, cuda, triton"
-
-
-def gpu_tests(check: Check) -> str:
-    """run the tests of both GPU backends"""
-    return suite(check, "cuda or triton or gpu", BACKENDS)
-
-
-def other_tests(check: Check) -> str:
-    """run the rest of the test suite"""
-    return suite(check, "not (cuda or triton or gpu)", ())
-
-
-def suite(check: Check, expression: str, served: tuple[str, ...]) -> str:
-    """Run the tests selected by ``expression`` and not marked slow; each backend in ``served`` must have some."""
-    missing = [package for package in ("hypothesis",) if importlib.util.find_spec(package) is None]
-    without = ["--ignore=tests/kernels/test_properties.py"] if missing else []
-    workers = []
-    if importlib.util.find_spec("xdist"):
-        workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup", "-p", "no:benchmark"]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        stopped = None
-        try:
-            command = ("-m", "pytest", "-q", "-rs", "-m", "not slow", "-k", expression, f"--junitxml={report}")
-            check.run(sys.executable, *command, *workers, *without)
-        except RanOut as done:
-            stopped = done
-        except Failure:
-            if not report.exists():
-                raise
-        note = counted(report, served, complete=stopped is None)
-    if missing:
-        note += f", without test_properties.py (no {', '.join(missing)})"
-    if stopped:
-        raise RanOut(f"{note}; then the time was over")
-    return note
-
-
-def counted(report: Path, served: tuple[str, ...], *, complete: bool) -> str:
-    """Summarise a report of pytest in one line, and print the reasons of skipped tests.
-
-    Args:
-        report: JUnit file of pytest.
-        served: backends that must have passed tests.
-        complete: False if pytest was interrupted. Its last test is then ignored, and backends may have no tests yet.
-
-    Raises:
-        Failure: a test failed, or a backend in ``served`` has no passed test.
-    """
-    if not report.exists():
-        raise Failure("pytest left no report")
-    cases = list(ElementTree.parse(report).iter("testcase"))
-    if not complete:
-        del cases[-1:]
-    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skips = [skip for case in cases if (skip := case.find("skipped")) is not None]
-    good = [case for case in cases if case not in bad and case.find("skipped") is None]
-    for reason, count in Counter(skip.get("message", "") for skip in skips).most_common():
-        print(f"skipped {count}: {reason}")
-    on = {name: sum(f"{name}-" in case.get("name", "") for case in good) for name in served}
-    note = f"{len(good)} passed, {len(bad)} failed, {len(skips)} skipped"
-    note += "".join(f", {count} on {name}" for name, count in on.items())
-    if bad:
-        note += f"; first: {bad[0].get('classname')}::{bad[0].get('name')}"
-    if bad or (complete and not all(on.values())):
-        raise Failure(note)
-    return note
-
-
-def memcheck(check: Check) -> str:
-    """look for accesses outside of tensors, on small shapes, both backends"""
-    return sanitizer(check, "memcheck")
-
-
-def racecheck(check: Check) -> str:
-    """look for races in shared memory, on small shapes, both backends"""
-    return sanitizer(check, "racecheck")
-
-
-def sanitizer(check: Check, tool: str) -> str:
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        raise Skipped("compute-sanitizer is not on the PATH")
-    notes, stopped = [], False
-    for backend, rest in zip(BACKENDS, (2, 1), strict=True):
-        kernels = (
-            ("--kernel-regex", "kns=hne") if backend == "cuda" else ()
-        )  # Triton names kernels after their functions
-        tests = f"test_results_and_gradients and ({backend}-bfloat16 or {backend}-float32)"
-        try:
-            # Without torch's cache every tensor is a separate allocation, so that accesses outside of it are found.
-            output = check.run(
-                *(
-                    program,
-                    "--tool",
-                    tool,
-                    "--error-exitcode",
-                    "99",
-                    "--target-processes",
-                    "application-only",
-                    *kernels,
-                ),
-                *(sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels/test_parity.py", "-k", tests),
-                seconds=check.left() / rest,
-                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-            )
-        except Failure as failure:
-            if "Device not supported" in (check.results / "check.log").read_text():
-                raise Skipped("compute-sanitizer does not support this device") from None
-            raise Failure(f"{backend}: {failure}") from None
-        except RanOut as done:
-            notes.append(f"{backend}: {done}")
-            stopped = True
-        else:
-            notes.append(f"{backend}: {_last_line(output, ' passed')}")
-    if stopped:
-        raise RanOut("; ".join(notes))
-    return "; ".join(notes)
-
-
-def _last_line(text: str, part: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if part in line), "no test passed")
-
-
-def benchmarks(check: Check) -> str:
-    """compare all sides with each other and with the lower bound"""
-    if importlib.util.find_spec("pytest_benchmark") is None:
-        raise Skipped("the package pytest-benchmark is not installed")
-    table = check.results / gpu_name()
-    budget = check.left() - 45  # leaves time to finish the running comparison
-    choice = ("-k", check.expression) if check.expression else ()
-    output = check.run(
-        *(sys.executable, "-m", "pytest", "--benchmark", "-q", "-rs", "--benchmark-workload=gpu"),
-        *(f"--benchmark-save-table={table}", f"--benchmark-budget={budget:.0f}", *choice),
-    )
-    note = f"{_last_line(output, 'comparisons, fused slower')}: {table}.md"
-    if "the budget of" in output:
-        raise RanOut(f"{note}; {_last_line(output, ' skipped')}")
-    return note
-
-
-# Each step and its limit in seconds; the last step takes the remaining time.
-STEPS: dict[str, tuple[Callable[[Check], str], float | None]] = {
-    "machine": (machine, 15),
-    "build": (build, 150),
-    "backends": (backends, 20),
-    "gpu-tests": (gpu_tests, 150),
-    "other-tests": (other_tests, 45),
-    "memcheck": (memcheck, 60),
-    "racecheck": (racecheck, 50),
-    "benchmarks": (benchmarks, None),
+PREPARATION = (Step("machine", machine, 15), Step("build", build_steps.build, 165))
+CALLS: dict[str, tuple[Step, ...]] = {
+    "first": (
+        Step("rates", smoke_steps.rates, 20),
+        Step("cuda-ops", smoke_steps.ops(0), 80),
+        Step("cuda-network", smoke_steps.networks(0), 50),
+        Step("triton-ops", smoke_steps.ops(1), 110),
+        Step("triton-network", smoke_steps.networks(1), 45),
+        Step("eager", smoke_steps.eager, 20),
+        Step("compiled", smoke_steps.compiled, 35),
+    ),
+    "second": (
+        Step("tests-cuda", suite_steps.tests_cuda, 120),
+        Step("tests-triton", suite_steps.tests_triton, 120),
+        Step("vast", suite_steps.vast, 40),
+        Step("memcheck", smoke_steps.memcheck, 60),
+        Step("racecheck", smoke_steps.racecheck, 20),
+    ),
+    "third": (
+        *(Step(name, peer_steps.row(name, compiled=False), 45) for name in peer_steps.ROWS),
+        *(Step(f"{name}-compiled", peer_steps.row(name, compiled=True), 60) for name in peer_steps.ROWS),
+        Step("others", peer_steps.others, 45),
+    ),
+}
+_TITLES = {
+    "first": "build, then the smoke table: is every op right, and how fast are ops and network?",
+    "second": "tests on the GPU, memory checker",
+    "third": "speed against plain and compiled PyTorch",
 }
 
 
-def gpu_name() -> str:
-    return torch.cuda.get_device_name().lower().replace(" ", "-")
+def planned(call: str, seconds: float) -> list[Step]:
+    """The steps of a call (``all``: of all calls in order), with shares that sum to less than ``seconds``."""
+    steps = [step for name, steps in CALLS.items() if call in (name, "all") for step in steps]
+    preparation = sum(step.share for step in PREPARATION)
+    scale = min(1.0, max(0.0, seconds - preparation) / (sum(step.share for step in steps) + 1))
+    return [*PREPARATION, *(Step(step.name, step.function, step.share * scale) for step in steps)]
 
 
-def facts() -> dict[str, str]:
-    """GPU, driver, versions and commit, as in the benchmarks; before the build only the versions that torch knows."""
-    code = "import json, machine; facts = machine.describe(); print(json.dumps(facts))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
-    )
-    if result.returncode == 0:
-        return json.loads(result.stdout.splitlines()[-1])
-    return {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+def run(check: GpuCheck, steps: list[Step]) -> dict[str, Outcome]:
+    """Run the steps, and write the outcomes after each one."""
+    done: dict[str, Outcome] = {}
+    facts: dict[str, str] = {}
+    for step in steps:
+        print(f"--- {step.name}", flush=True)
+        done[step.name] = outcome = check.step(lambda _, step=step: step.function(check), step.share)  # type: ignore[misc]
+        if not facts or step.name == "build":
+            facts = check.facts()
+        _write(check, facts, done)
+        unusable = step.name == "machine" and outcome.result != "passed"
+        unusable = unusable or (step.name == "build" and (outcome.result == "ran out" or not check.backends))
+        if outcome.result == "interrupted" or unusable:
+            break
+    return done
 
 
-def save(path: Path, machine: dict[str, str], done: dict[str, Outcome]) -> None:
-    """Write the outcomes; earlier outcomes of other steps on the same machine and commit stay."""
-    steps = {}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before["machine"] | {"date": ""} == machine | {"date": ""}:
-            steps = before["steps"]
-    steps |= {name: asdict(outcome) for name, outcome in done.items()}
-    path.write_text(json.dumps({"machine": machine, "steps": steps}, indent=1) + "\n")
+def _write(check: GpuCheck, facts: dict[str, str], done: dict[str, Outcome]) -> None:
+    record = {
+        "call": check.call,
+        "machine": facts,
+        "steps": {name: asdict(outcome) for name, outcome in done.items()},
+        "rows": check.rows,
+    }
+    (check.results / f"{check.call}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+def report(check: GpuCheck, steps: list[Step], done: dict[str, Outcome]) -> list[str]:
+    """The end of the output: rows that are not right, times, outcomes, and what to do next."""
+    lines = []
+    shown = [row for row in check.rows if row["result"] not in ("ok", "skipped")]
+    if shown:
+        lines += ["", f"rows that are not right ({len(shown)}):"]
+        lines += [f"{row['row']}: {row['result']}: {row.get('note', '')}"[:200] for row in shown[:25]]
+    timed = [row for row in check.rows if row.get("ms") and ("network" in row["step"] or row["step"] in _PLAIN)]
+    if timed:
+        lines += ["", "network, milliseconds:", *(f"{row['ms']:>10}  {row['row']}" for row in timed)]
+    slow = _slow(check.rows)
+    if slow:
+        lines += ["", "ops furthest from the speed of a copy, forward:", *slow]
+    lines += ["", *(f"{key} {value}" for key, value in check.facts().items() if key in _FACTS), ""]
+    for step in steps:
+        outcome = done.get(step.name)
+        if outcome is None:
+            lines.append(f"{step.name:24} not begun")
+        else:
+            lines.append(f"{step.name:24} {outcome.result:11} {outcome.seconds:6.1f} s  {outcome.note}"[:300])
+    return [*lines, "", f"results: {check.results}", *(f"next: {advice}" for advice in advices(check, done))]
+
+
+_PLAIN = ("eager", "compiled")
+_FACTS = ("gpu", "driver", "torch", "cuda", "triton", "commit", "date")
+
+
+def _slow(rows: list[dict[str, Any]], count: int = 8) -> list[str]:
+    """The rows of ops with the smallest share of the copy speed."""
+    shares = [(float(row["of copy"].rstrip("%")), row) for row in rows if row.get("of copy")]
+    chosen = sorted(shares, key=lambda pair: pair[0])[:count]
+    return [f"{share:>4.0f}%  {row['ms']:>9} ms  {row['row']}" for share, row in chosen]
+
+
+def advices(check: GpuCheck, done: dict[str, Outcome]) -> list[str]:
+    """What to do next, from the results."""
+    by_result: dict[str, list[str]] = {}
+    for row in check.rows:
+        by_result.setdefault(row["result"], []).append(row["row"])
+    log = check.log.name
+    found = []
+    if "machine" in done and done["machine"].result == "FAILED":
+        return [f"install what is missing ({done['machine'].note})"]
+    if "build" in done and done["build"].result in ("FAILED", "ran out"):
+        found.append(f"mend the build; the compiler's output is in {log}")
+    for result, advice in {
+        "HUNG": "a kernel that does not end: look at its loops and barriers",
+        "DIED": f"a process that ended: read {log}, and run the second call for the memory checker",
+        "WRONG": "wrong values: compare the shapes that are wrong with those that are right",
+        "FAILED": "read the notes of the failed rows",
+    }.items():
+        if result in by_result:
+            found.append(f"{advice} ({len(by_result[result])} rows, the first is {by_result[result][0]})")
+    if ran_out := [name for name, outcome in done.items() if outcome.result == "ran out"]:
+        found.append(f"run the call of these steps alone, or with more --seconds: {', '.join(ran_out)}")
+    if failed := [name for name, outcome in done.items() if outcome.result == "FAILED" and name not in ("build",)]:
+        found.append(f"failed steps: {', '.join(failed)}")
+    names = list(CALLS)
+    if not found and check.call in names[:-1]:
+        found.append(f"GPU_CHECK={names[names.index(check.call) + 1]}")
+    return found or ["nothing is wrong; keep the results"]
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
-    width = max(map(len, STEPS))
-    steps = "\n".join(
-        f"  {name:<{width}}  {'the rest' if limit is None else f'{limit:>6} s'}  {function.__doc__}"
-        for name, (function, limit) in STEPS.items()
-    )
+    lines = [f"  {step.name:24} {step.share:4.0f} s  {_first_line(step)}" for step in PREPARATION]
+    for name, members in CALLS.items():
+        lines += [f"{name}: {_TITLES[name]}"]
+        lines += [f"  {step.name:24} {step.share:4.0f} s  {_first_line(step)}" for step in members]
+    text = "\n".join(lines)
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""\
-steps and their time limits:
-{steps}
+steps and their shares of the time; each call begins with the first two:
+{text}
 
 examples:
-  make gpu-check                                            everything, in under ten minutes
-  python tools/gpu_check.py --only build --only gpu-tests --seconds 600      some steps, with more time
-  python tools/gpu_check.py --only benchmarks --benchmarks 'inference and 128'   one part of the table
+  make gpu-check GPU_CHECK=first        one call; then second, then third
+  make gpu-check                        all three, each in a third of the time
+  python tools/gpu_check.py first --results DIR
+  python tools/gpu_check.py first --device cpu     a rehearsal on a CPU, with tiny sizes
 
-A step given alone may use all the time. The first call on a new machine must include the build. Results are added to
-those of earlier calls on the same machine and commit: RESULTS/<gpu>.md and .json hold the table of the benchmarks,
-<gpu>-check.json the outcomes of the steps, check.log all output.
-The exit status is 1 if a step failed or ran out of time.
+RESULTS has CALL.tsv (rows), CALL.json (machine, outcomes, rows) and CALL.log (all output); the third call adds
+peers.md and peers.json. Columns of the rows: {", ".join(COLUMNS)}.
+The exit status is 1 if a step failed or ran out of time, 130 after an interruption.
 """,
     )
-    parser.add_argument(
-        "--only", action="append", choices=tuple(STEPS), metavar="STEP", help="run this step only (repeatable)"
-    )
-    parser.add_argument("--seconds", type=float, default=560, help="total time (default: 560)")
-    parser.add_argument("--benchmarks", default="", metavar="EXPRESSION", help="select benchmarks, as pytest -k does")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=ROOT / "benchmarks" / "results",
-        help="folder of the results (default: benchmarks/results)",
-    )
+    parser.add_argument("call", nargs="?", choices=("all", *CALLS), default="all", help="default: all three in order")
+    parser.add_argument("--seconds", type=float, default=560.0, help="total time (default: 560)")
+    parser.add_argument("--results", type=Path, help="folder of the results (default: benchmarks/results/<gpu>)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
+    parser.add_argument("--faults", action="store_true", help="begin tables with rows that fail, hang and crash")
     return parser.parse_args()
+
+
+def _first_line(step: Step) -> str:
+    return (step.function.__doc__ or "").strip().splitlines()[0]
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> int:
     args = arguments()
-    check = Check(args.seconds, args.results.resolve(), args.benchmarks)
-    chosen = args.only or list(STEPS)
-    done: dict[str, Outcome] = {}
-    for name in (name for name in STEPS if name in chosen):
-        function, limit = STEPS[name]
-        done[name] = check.step(function, None if len(chosen) == 1 else limit)
-        if name in ("machine", "build") and done[name].result != "passed":
-            break  # the other steps cannot run
-    if torch.cuda.is_available():
-        save(check.results / f"{gpu_name()}-check.json", facts(), done)
-    for name, outcome in done.items():
-        print(f"{name:12} {outcome.result:8} {outcome.seconds:6.1f} s  {outcome.note}")
-    for name in chosen[len(done) :]:
-        print(f"{name:12} not begun")
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)  # a background process of a shell would ignore it
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    results = None if args.results is None else args.results.resolve()
+    check = GpuCheck(args.seconds, results, args.device, args.call, faults=args.faults)
+    steps = planned(args.call, args.seconds)
+    done = run(check, steps)
+    print(*report(check, steps, done), sep="\n")
+    if any(outcome.result == "interrupted" for outcome in done.values()):
+        return 130
     fine = all(outcome.result in ("passed", "skipped") for outcome in done.values())
-    return 0 if fine and len(done) == len(chosen) else 1
+    return 0 if fine and len(done) == len(steps) else 1
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE = 15  # seconds for a stopped step to report its partial results
+GRACE = 15.0  # seconds for a stopped step to report its partial results
 
 
 class Failure(Exception):
@@ -32,9 +31,49 @@ class RanOut(Exception):
 class Outcome:
     """Outcome of a step."""
 
-    result: str  # passed, FAILED, skipped, ran out
+    result: str  # passed, FAILED, skipped, ran out, interrupted
     seconds: float
     note: str
+
+
+class Process:
+    """A running command whose output goes to the log."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], log: Path, position: int) -> None:
+        self._popen, self._log, self._position = popen, log, position
+
+    @property
+    def returncode(self) -> int:
+        return self._popen.returncode
+
+    def poll(self) -> int | None:
+        return self._popen.poll()
+
+    def output(self) -> str:
+        """Output so far."""
+        with self._log.open("rb") as log:
+            log.seek(self._position)
+            return log.read().decode(errors="replace")
+
+    def last_line(self) -> str:
+        return (self.output().strip().splitlines() or [""])[-1]
+
+    def wait(self, limit: float) -> bool:
+        """Wait for the end; after ``limit`` seconds interrupt the command, then kill it, and return False."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(limit)
+            return True
+        self._popen.send_signal(signal.SIGINT)  # pytest then reports its results so far
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(GRACE)
+        self.kill()
+        return False
+
+    def kill(self) -> None:
+        """Kill the command with all its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
 
 
 class Check:
@@ -43,19 +82,20 @@ class Check:
     Args:
         seconds: total time of all steps.
         results: folder of the results.
-        expression: selects benchmarks, as pytest's ``-k`` does.
+        log: file name of the log in that folder.
     """
 
-    def __init__(self, seconds: float, results: Path, expression: str = "") -> None:
-        self.results, self.expression = results, expression
+    def __init__(self, seconds: float, results: Path, log: str = "check.log") -> None:
+        self.results, self.log = results, results / log
         self._end = time.monotonic() + seconds
         self._step_end = self._end
+        self._saved = 0.0  # seconds that earlier steps did not use
         results.mkdir(parents=True, exist_ok=True)
 
-    def step(self, function: Callable[[Check], str], limit: float | None) -> Outcome:
-        """Run a step for at most ``limit`` seconds; None for all remaining time."""
+    def step(self, function: Callable[[Check], str], share: float | None) -> Outcome:
+        """Run a step for at most ``share`` seconds and what earlier steps have left; None for all remaining time."""
         start = time.monotonic()
-        self._step_end = self._end if limit is None else min(self._end, start + limit)
+        self._step_end = self._end if share is None else min(self._end, start + share + self._saved)
         try:
             result, note = "passed", function(self)
         except Failure as failure:
@@ -64,14 +104,50 @@ class Check:
             result, note = "skipped", str(reason)
         except RanOut as done:
             result, note = "ran out", str(done)
+        except KeyboardInterrupt:
+            result, note = "interrupted", "the results so far are kept"
+        except Exception as error:  # a fault of the check itself must not cost the other steps
+            result, note = "FAILED", f"{type(error).__name__}: {error}"
+        self._saved = self._step_end - time.monotonic()
         return Outcome(result, round(time.monotonic() - start, 1), note)
 
     def left(self) -> float:
         """Remaining seconds of the step."""
         return self._step_end - time.monotonic()
 
+    @contextlib.contextmanager
+    def start(self, *command: str, **environ: str) -> Iterator[Process]:
+        """Start a command in the root of the checkout; at the end of the block it is killed if it still runs.
+
+        Raises:
+            Failure: it could not be started.
+        """
+        with self.log.open("ab") as log:
+            log.write(f"$ {' '.join(command)}\n".encode())
+            log.flush()
+            position = log.tell()
+            try:
+                popen = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **environ},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    # In the background of a shell this process ignores interrupts, and its children would inherit that.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                )
+            except OSError as error:
+                raise Failure(str(error)) from None
+        process = Process(popen, self.log, position)
+        try:
+            yield process
+        finally:
+            process.kill()
+
     def run(self, *command: str, seconds: float | None = None, **environ: str) -> str:
-        """Run a command in the root of the checkout; return its output and append it to ``check.log``.
+        """Run a command and return its output.
 
         Raises:
             Failure: the command could not be started, or ended with an error.
@@ -81,43 +157,13 @@ class Check:
         if limit <= 0:
             raise RanOut("no time was left for it")
         print("$", " ".join(command), flush=True)
-        with tempfile.TemporaryFile("w+", errors="replace") as output:
-            try:
-                process = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env={**os.environ, **environ},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    # In the background of a shell this process ignores interrupts, and its children would inherit that.
-                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-                )
-            except OSError as error:
-                raise Failure(str(error)) from None
-            ran_out = _wait(process, limit)
-            output.seek(0)
-            text = output.read()
-        with (self.results / "check.log").open("a") as log:
-            log.write(f"$ {' '.join(command)}\n{text}\n")
+        with self.start(*command, **environ) as process:
+            in_time = process.wait(limit)
+            text = process.output()
         lines = text.strip().splitlines() or ["no output"]
         print("\n".join(lines[-25:]), flush=True)
-        if ran_out:
+        if not in_time:
             raise RanOut(f"stopped after {limit:.0f} s: {lines[-1]}")
         if process.returncode:
             raise Failure(f"exit status {process.returncode}: {lines[-1]}")
         return text
-
-
-def _wait(process: subprocess.Popen[bytes], limit: float) -> bool:
-    """Wait for a process; after ``limit`` seconds end it with all its children, and return True."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(limit)
-        return False
-    process.send_signal(signal.SIGINT)  # pytest then reports its results so far
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return True

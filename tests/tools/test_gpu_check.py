@@ -1,20 +1,25 @@
-"""``make gpu-check``: time limits, counting of tests, result files. (The steps themselves need a GPU.)"""
+"""``make gpu-check``: its calls, its results, and a rehearsal of each call on the CPU."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import gpu_check
+import gpu_machine
 import pytest
+import suite_steps
+from gpu_machine import GpuCheck
+from timed_steps import Check, Failure, Outcome, RanOut
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import gpu_check  # noqa: E402
-from gpu_check import Check, Failure, Outcome, RanOut, Skipped  # noqa: E402
+PROGRAM = str(ROOT / "tools" / "gpu_check.py")
 
 _TESTS = """
 import time
@@ -32,11 +37,6 @@ def test_later():
 """
 
 
-@pytest.fixture
-def check(tmp_path: Path) -> Check:
-    return Check(60, tmp_path / "results")
-
-
 def _suite(folder: Path, here: str = "pass", sleep: float = 0) -> tuple[list[str], Path]:
     file = folder / "test_some.py"
     file.write_text(_TESTS.format(here=here, sleep=sleep))
@@ -45,95 +45,187 @@ def _suite(folder: Path, here: str = "pass", sleep: float = 0) -> tuple[list[str
     return [*command, f"--junitxml={report}", str(file)], report
 
 
-def test_outcomes(check: Check) -> None:
-    def fails(_: Check) -> str:
-        raise Failure("wrong")
-
-    def cannot(_: Check) -> str:
-        raise Skipped("no tool")
-
-    def dawdles(check: Check) -> str:
-        return check.run(sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)")
-
-    assert check.step(lambda _: "fine", 5).result == "passed"
-    assert check.step(fails, 5).note == "wrong"
-    assert check.step(cannot, 5).result == "skipped"
-    start = time.monotonic()
-    outcome = check.step(dawdles, 2)
-    assert outcome.result == "ran out"
-    assert "stopped after 2 s" in outcome.note
-    assert time.monotonic() - start < 30
-    assert check.step(lambda c: f"{c.left():.0f}", None).note > "20", "the next step has its own time"
-
-
-def test_no_step_has_more_than_is_left(tmp_path: Path) -> None:
-    check = Check(0, tmp_path)
-    outcome = check.step(lambda c: c.run(sys.executable, "-c", ""), 100)
-    assert (outcome.result, outcome.note) == ("ran out", "no time was left for it")
-
-
-def test_an_error_is_told_in_its_last_line(check: Check) -> None:
-    with pytest.raises(Failure, match="exit status 1: ValueError: why"):
-        check.run(sys.executable, "-c", "raise ValueError('why')")
-    with pytest.raises(Failure, match="No such file"):
-        check.run("/no/such/program")
-    assert "ValueError: why" in (check.results / "check.log").read_text()
-
-
 def test_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command, report = _suite(tmp_path, "pytest.skip('no hat')")
     subprocess.run(command, capture_output=True, check=True)
-    note = gpu_check.counted(report, ("cuda", "triton"), complete=True)
+    note = suite_steps.counted(report, ("cuda", "triton"), complete=True)
     assert note == "4 passed, 0 failed, 1 skipped, 2 on cuda, 1 on triton"
     assert "skipped 1: no hat" in capsys.readouterr().out
     with pytest.raises(Failure, match="0 on cpp"):
-        gpu_check.counted(report, ("cpp",), complete=True)
+        suite_steps.counted(report, ("cpp",), complete=True)
     command, report = _suite(tmp_path, "assert False")
     subprocess.run(command, capture_output=True, check=False)
     with pytest.raises(Failure, match=r"1 failed, .*first: .*test_here"):
-        gpu_check.counted(report, (), complete=True)
+        suite_steps.counted(report, (), complete=True)
+    assert "test_here" in capsys.readouterr().out
     with pytest.raises(Failure, match="left no report"):
-        gpu_check.counted(tmp_path / "none.xml", (), complete=True)
+        suite_steps.counted(tmp_path / "none.xml", (), complete=True)
 
 
-def test_a_stopped_suite_is_counted_so_far(check: Check, tmp_path: Path) -> None:
+def test_a_stopped_suite_is_counted_so_far(tmp_path: Path) -> None:
+    check = Check(60, tmp_path / "results")
     command, report = _suite(tmp_path, sleep=120)
     with pytest.raises(RanOut):
         check.run(*command, seconds=8)
-    assert gpu_check.counted(report, ("cpp",), complete=False) == "4 passed, 0 failed, 0 skipped, 0 on cpp"
+    assert suite_steps.counted(report, ("cpp",), complete=False) == "4 passed, 0 failed, 0 skipped, 0 on cpp"
 
 
-def test_results_of_several_calls_are_one(tmp_path: Path) -> None:
-    path, here = tmp_path / "check.json", {"gpu": "A", "commit": "1", "date": "today"}
-    gpu_check.save(path, here, {"build": Outcome("passed", 1, ""), "memcheck": Outcome("ran out", 1, "")})
-    gpu_check.save(path, here | {"date": "tomorrow"}, {"memcheck": Outcome("passed", 2, "")})
-    steps = json.loads(path.read_text())["steps"]
-    assert {name: step["result"] for name, step in steps.items()} == {"build": "passed", "memcheck": "passed"}
-    gpu_check.save(path, here | {"commit": "2"}, {"build": Outcome("passed", 1, "")})
-    assert list(json.loads(path.read_text())["steps"]) == ["build"]
+@pytest.mark.parametrize("call", ["all", *gpu_check.CALLS])
+@pytest.mark.parametrize("seconds", [560, 300])
+def test_the_shares_of_a_call_end_before_its_time(call: str, seconds: float) -> None:
+    steps = gpu_check.planned(call, seconds)
+    assert sum(step.share for step in steps) < seconds
+    assert [step.name for step in steps[:2]] == ["machine", "build"]
+    assert all(step.share > 0 for step in steps)
 
 
-def test_all_steps_together_end_in_ten_minutes() -> None:
-    shares = [share for _, share in gpu_check.STEPS.values() if share is not None]
-    assert sum(shares) + 60 < 560, "the benchmarks have a minute at least"
+def test_all_calls_have_different_steps() -> None:
+    names = [step.name for step in gpu_check.planned("all", 560)]
+    assert len(names) == len(set(names)) == 2 + sum(map(len, gpu_check.CALLS.values()))
 
 
 def test_help_names_every_step() -> None:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert all(f"\n  {name} " in result.stdout for name in gpu_check.STEPS)
+    result = subprocess.run([sys.executable, PROGRAM, "--help"], capture_output=True, text=True, check=True)
+    assert all(f"\n  {step.name} " in result.stdout for step in gpu_check.planned("all", 560))
     assert "examples:" in result.stdout
 
 
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--results", str(tmp_path)])
-    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
-    assert gpu_check.main() == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["machine", "FAILED"]
-    assert "a GPU that torch can use" in lines[0]
-    assert sum("not begun" in line for line in lines) == len(gpu_check.STEPS) - 1
+def _check(monkeypatch: pytest.MonkeyPatch, folder: Path, **machine: Any) -> GpuCheck:
+    facts = {"gpu": "GPU X", "capability": [9, 0], "torch": "2", "cuda": "13"} | machine
+    monkeypatch.setattr(gpu_machine, "ask", lambda *_, **__: (facts, ""))
+    return GpuCheck(60, folder, call="first")
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check = _check(monkeypatch, tmp_path, gpu="")
+    steps = gpu_check.planned("first", 60)
+    done = gpu_check.run(check, steps)
+    assert list(done) == ["machine"]
+    assert done["machine"].result == "FAILED"
+    assert "a GPU that torch can use" in done["machine"].note
+    lines = gpu_check.report(check, steps, done)
+    assert sum("not begun" in line for line in lines) == len(steps) - 1
+    assert any(line.startswith("next: install what is missing (missing: a GPU that torch") for line in lines)
+
+
+def test_the_next_thing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check = _check(monkeypatch, tmp_path)
+    passed = Outcome("passed", 1, "")
+    assert gpu_check.advices(check, {"machine": passed}) == ["GPU_CHECK=second"]
+    check.write_row("cuda-ops", "row 1", {"result": "HUNG", "note": "no result"})
+    (advice,) = gpu_check.advices(check, {"machine": passed})
+    assert "does not end" in advice
+    assert "row 1" in advice
+    found = gpu_check.advices(check, {"build": Outcome("FAILED", 1, ""), "vast": Outcome("ran out", 1, "")})
+    assert "compiler's output is in first.log" in found[0]
+    assert "vast" in found[-1]
+
+
+def test_a_result_is_on_disk_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check = _check(monkeypatch, tmp_path)
+    check.write_row("ops", "row 1", {"result": "ok", "ms": "1.5", "note": "a\tb"})
+    check.write_row("ops", "row 2", {"result": "FAILED"})
+    head, first, second = (line.split("\t") for line in (tmp_path / "first.tsv").read_text().splitlines())
+    assert tuple(head) == gpu_machine.COLUMNS
+    assert dict(zip(head, first, strict=True)) | {"ms": "1.5", "note": "a b", "result": "ok"} == dict(
+        zip(head, first, strict=True)
+    )
+    assert second[1:3] == ["row 2", "FAILED"]
+
+
+# --- rehearsals on the CPU ------------------------------------------------------------------------------------------
+
+
+def _environ() -> dict[str, str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return environ | {"OMP_NUM_THREADS": "1"}
+
+
+def _rehearse(call: str, results: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    command = [
+        sys.executable,
+        PROGRAM,
+        call,
+        "--device",
+        "cpu",
+        "--results",
+        str(results),
+        "--seconds",
+        "900",
+        *options,
+    ]
+    result = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=900, check=False)
+    return result, json.loads((results / f"{call}.json").read_text())
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_first_call_with_faults(tmp_path: Path) -> None:
+    """In each table a row fails, one hangs and one ends its process; all other rows are there, and right."""
+    result, record = _rehearse("first", tmp_path, "--faults")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert {"torch", "commit", "date", "backends"} <= record["machine"].keys()
+    rows = {(row["step"], row["row"]): row for row in record["rows"]}
+    tables = ("rates", "cpp-ops", "cpp-networks", "reference-ops", "reference-networks", "eager", "compiled")
+    for table in tables:
+        stage = table.rpartition("-")[2]
+        results = [rows[table, f"{stage} fault: {fault}"]["result"] for fault in (
+            "fails", "hangs", "ends its process", "is skipped",
+        )]  # fmt: skip
+        assert results == ["FAILED", "HUNG", "DIED", "skipped"], table
+    others = {key: row for key, row in rows.items() if "fault" not in key[1]}
+    assert {row["result"] for row in others.values()} == {"ok"}, [r for r in others.values() if r["result"] != "ok"]
+    for op in ("branch_conv2d", "fused_bottleneck", "branch_norm_conv2d-dense", "hierarchical_distillation_loss"):
+        for dtype, limit in (("float32", 1e-4), ("bfloat16", 3e-2)):
+            row = others["cpp-ops", f"cpp {dtype} {op}: odd"]
+            assert float(row["error"]) < limit
+            assert float(row["ms"]) > 0
+    assert others["cpp-networks", "cpp network, float32"]["error"]
+    assert others["eager", "channels-last training step, autocast bfloat16, batch 2"]["ms"]
+    table = (tmp_path / "first.tsv").read_text()
+    assert len(table.splitlines()) == 1 + len(rows)
+    assert {outcome["result"] for outcome in record["steps"].values()} == {"passed", "FAILED"}
+    assert "next: a kernel that does not end" in result.stdout[-6000:]
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_second_call(tmp_path: Path) -> None:
+    result, record = _rehearse("second", tmp_path)
+    steps = record["steps"]
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {name: outcome["result"] for name, outcome in steps.items()} == dict.fromkeys(
+        ("machine", "build", "tests-cuda", "tests-triton", "vast", "memcheck", "racecheck"), "passed"
+    )
+    assert " 0 failed" in steps["tests-cuda"]["note"]
+    assert "on cpp" in steps["tests-cuda"]["note"]
+    assert "on reference" in steps["tests-triton"]["note"]
+    assert {row["row"] for row in record["rows"]} >= {"cpp bfloat16 branch_conv2d", "reference float32 prefix_mean"}
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_third_call(tmp_path: Path) -> None:
+    result, record = _rehearse("third", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {outcome["result"] for outcome in record["steps"].values()} == {"passed"}
+    rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    sides = {row["name"]: set(row["others_ms"]) for row in rows}
+    assert sides["training step"] == {"eager", "channels_last", "compiled", "channels_last_compiled"}
+    assert sides["inference"] >= {"eager", "channels_last", "compiled", "channels_last_compiled"}
+    assert "comparisons, fused slower" in record["steps"]["others"]["note"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_rows_and_a_summary(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, PROGRAM, "first", "--device", "cpu", "--results", str(tmp_path)]
+    process = subprocess.Popen(command, env=_environ(), stdout=subprocess.PIPE, text=True)
+    table, end = tmp_path / "first.tsv", time.monotonic() + 300
+    while time.monotonic() < end and not (table.exists() and "cpp-ops" in table.read_text()):
+        time.sleep(0.2)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    record = json.loads((tmp_path / "first.json").read_text())
+    assert record["steps"]["rates"]["result"] == "passed"
+    assert record["steps"]["cuda-ops"]["result"] == "interrupted"
+    assert any(row["step"] == "cpp-ops" for row in record["rows"])
+    assert "not begun" in output
