@@ -57,7 +57,7 @@ bench: $(VENV)/.built ## compare the speed with that of others: tables and plots
 	$(BIN)/python benchmarks/plot.py benchmarks/results/$(RESULT).json
 
 .PHONY: gpu-check
-gpu-check: ## on a machine with a GPU: build, test, look for races, compare speed (GPU_CHECK=--help)
+gpu-check: ## on a machine with a GPU: GPU_CHECK=first, second, third (build and smoke table, tests, speed)
 	$(PYTHON) tools/gpu_check.py $(GPU_CHECK)
 
 .PHONY: lint

@@ -106,7 +106,7 @@ def _calls(rows: Sequence[Row]) -> Iterator[Line]:
     rows = [row for row in rows if row.name == CALL]
     dispatcher = {row.shape: row.fused_ms for row in rows if row.backend == DISPATCHER}
     for row in rows:
-        if row.backend != DISPATCHER:
+        if row.backend != DISPATCHER and row.shape in dispatcher:
             times = (row.fused_ms, dispatcher[row.shape], row.fused_ms - dispatcher[row.shape], row.naive_ms)
             yield row.shape, *(f"{ms * 1e3:.1f}" for ms in times)
 

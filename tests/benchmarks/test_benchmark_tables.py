@@ -63,6 +63,44 @@ def test_tables_grow_on_the_same_machine_and_commit(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 1
 
 
+def test_failed_sides_stand_in_the_table(tmp_path: Path) -> None:
+    from table import read_rows, save, summary
+
+    nan = float("nan")
+    failed = {"triton": "ValueError: why", "compiled": "no compiler"}
+    rows = [
+        _row(backend="cuda", others_ms={"eager": 3.0}, failed=failed),
+        _row(backend="triton", fused_ms=nan, images_per_s=nan, others_ms={"eager": 3.0}, failed=failed),
+    ]
+    save(tmp_path / "table", rows, {})
+    document = (tmp_path / "table.md").read_text()
+    lines = [line.split("|")[3:-1] for line in document.splitlines() if line.startswith("| op")]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["cuda", "1.000", "2.000", "3.000", "failed", "1", "2.00", ""],
+        ["triton", "failed", "2.000", "3.000", "failed", "", "", ""],
+    ]
+    assert "- op, 1 x 1: triton: ValueError: why" in document
+    assert summary(rows).endswith("slower than another side in 0; 2 sides failed")
+    record = json.loads((tmp_path / "table.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+    assert [row.failed for row in read_rows(record)] == [failed, failed]
+
+
+def test_earlier_cells_stay_beside_new_ones(tmp_path: Path) -> None:
+    """A second run with fewer sides, or that is cut off, loses no cell."""
+    from table import read_rows, save
+
+    nan = float("nan")
+    save(tmp_path / "table", [_row(backend="cuda", others_ms={"eager": 3.0}, failed={"compiled": "why"})], {})
+    save(tmp_path / "table", [_row(backend="cuda", fused_ms=nan, images_per_s=nan, naive_ms=2.5)], {})
+    (row,) = read_rows(json.loads((tmp_path / "table.json").read_text()))
+    assert (row.fused_ms, row.naive_ms, row.images_per_s, row.others_ms) == (1.0, 2.5, 1.0, {"eager": 3.0})
+    assert row.failed == {"compiled": "why"}
+    save(tmp_path / "table", [_row(backend="cuda", others_ms={"compiled": 4.0}, failed={"eager": "now"})], {})
+    (row,) = read_rows(json.loads((tmp_path / "table.json").read_text()))
+    assert row.others_ms == {"compiled": 4.0}
+    assert row.failed == {"eager": "now"}
+
+
 def test_small_tables() -> None:
     from derived import small_tables
     from table import markdown, text

@@ -37,6 +37,9 @@ def test_turns_take_as_long_for_every_side() -> None:
     class Meter:
         turn, before_turn = 0.05, 0.03
 
+        def works(self) -> bool:
+            return True
+
         def prepare(self, call: Any) -> Any:
             return call
 
@@ -68,3 +71,95 @@ def test_turns_take_as_long_for_every_side() -> None:
     assert turns[-3:] == [("fused", 5, True), ("naive", 1, False), ("quick", 500, True)]
     assert row.fused_ms == pytest.approx(10)
     assert row.others_ms == pytest.approx({"quick": 0.1})
+
+
+class _StandIn:
+    """A meter for which each call takes a second."""
+
+    turn, before_turn, usable = 0.05, 0.0, True
+
+    def prepare(self, call: Any) -> Any:
+        return call
+
+    def seconds(self, call: Any, calls: int, *, warm: bool = True) -> float:
+        return 1.0
+
+    def works(self) -> bool:
+        return self.usable
+
+
+def _compare(fused: dict[str, Any], naive: dict[str, Any], meter: _StandIn, **options: Any) -> list[Any]:
+    from comparison import Watch, compare
+
+    benchmark: Any = SimpleNamespace(
+        pedantic=lambda target, teardown, rounds: (target(), teardown()), disabled=False, extra_info={}
+    )
+    return compare(
+        benchmark, fused, naive, meter=meter, watch=Watch(), name="op", shape="1", images=1, precision="float32",
+        floor_ms=None, seconds=None, **options,
+    )  # fmt: skip
+
+
+def _right() -> torch.Tensor:
+    return torch.ones(2)
+
+
+def _wrong() -> torch.Tensor:
+    return torch.zeros(2)
+
+
+def _broken() -> torch.Tensor:
+    raise ValueError("no\nkernel")
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_failing_side_costs_its_own_cell(one_by_one: bool) -> None:
+    fused = {"cuda": _broken, "triton": _right, "other": _wrong}
+    naive = {"naive": _right, "eager": _right, "compiled": _broken}
+    groups = [[name] for name in (*naive, *fused)] if one_by_one else ()
+    reports: list[list[Any]] = []
+    rows = {row.backend: row for row in _compare(fused, naive, _StandIn(), groups=groups, report=reports.append)}
+    assert rows["triton"].fused_ms == rows["triton"].naive_ms == 1000
+    assert rows["triton"].others_ms == {"eager": 1000}
+    assert rows["triton"].ratio == 1
+    assert rows["cuda"].fused_ms != rows["cuda"].fused_ms, "NaN"
+    assert rows["cuda"].failed["cuda"] == rows["cuda"].failed["compiled"] == "ValueError: no kernel"
+    assert rows["cuda"].failed["other"].startswith("AssertionError: result 0: fused and naive differ by 1")
+    assert rows["cuda"].naive_ms == 1000
+    assert len(reports) == len(groups or [1]) + 1, "after each group, and at the end"
+    if one_by_one:
+        assert [set(rows[0].others_ms) for rows in reports[:2]] == [set(), {"eager"}]
+
+
+def test_without_the_naive_side_the_others_are_compared() -> None:
+    (row,) = _compare({"cuda": _right}, {"naive": _broken, "eager": _right}, _StandIn())
+    assert (row.fused_ms, row.others_ms, row.ratio) == (1000, {"eager": 1000}, 1)
+    assert set(row.failed) == {"naive"}
+
+
+def test_a_lost_device_ends_the_run_with_the_rows_so_far() -> None:
+    from comparison import LostDevice
+
+    meter, reports = _StandIn(), []
+
+    def loses() -> torch.Tensor:
+        meter.usable = False
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(LostDevice, match="cuda"):
+        _compare(
+            {"cuda": loses}, {"naive": _right, "compiled": _right}, meter,
+            groups=[["naive"], ["cuda"], ["compiled"]], report=reports.append,
+        )  # fmt: skip
+    assert reports[-1][0].naive_ms == 1000
+    assert reports[-1][0].failed == {"cuda": "RuntimeError: illegal memory access"}
+
+
+def test_on_a_gpu_compiled_sides_come_last() -> None:
+    from workload import CPU, GPU
+
+    peers, fused = ["naive", "eager", "compiled", "channels_last", "frozen"], ["cuda", "triton"]
+    assert GPU.groups(peers, fused) == [
+        ["naive"], ["eager"], ["channels_last"], ["cuda"], ["triton"], ["compiled"], ["frozen"],
+    ]  # fmt: skip
+    assert CPU.groups(peers, fused) == [[*peers, *fused]]
