@@ -5,6 +5,7 @@
 #include "cpu/fused_layers.h"
 #include "cpu/runtime/allocator.h"
 #include "cpu/runtime/capability.h"
+#include "state_record.h"
 
 namespace py = pybind11;
 
@@ -42,4 +43,5 @@ PYBIND11_MODULE(_C, module) {
              "Return idle buffers of the CPU ops to the system; the number of bytes.");
   module.def("poison_memory", &hne::poison_memory,
              "Whether the CPU ops fill large outputs with NaN before they write them (for tests).");
+  hne::bind_state_record(module);
 }

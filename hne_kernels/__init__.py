@@ -26,6 +26,7 @@ from .ops.hierarchical_distillation_loss import hierarchical_distillation_loss
 from .ops.prefix_logits import prefix_logits
 from .ops.prefix_mean import prefix_mean
 from .packing import pack_weight, unpack_weight
+from .state_record import StateRecord
 
 try:
     __version__ = _metadata.version("hne-kernels")
@@ -45,6 +46,7 @@ __all__ = [
     "FusedLayers",
     "LazyNorm",
     "LazyPointwise",
+    "StateRecord",
     "__version__",
     "autocast_dtype",
     "available_backends",

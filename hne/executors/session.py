@@ -41,14 +41,24 @@ class InferenceSession:
         # Without the network itself, whose hooks run around each call: the network refers to its session.
         below = (module for top in (network.blocks, network.head) for module in top.modules())
         self._modes = None if versions is None else ModuleModes(below)
+        called = [layer for block in self._blocks for layer, fused in block if fused is None]
+        #: Whether the session holds copies of all weights; otherwise it calls layers of the network.
+        self.holds_all_weights = not called
+        self._streams: set[torch.cuda.Stream] = set()  # those that have read the weights
+        if versions is not None:
+            self._copy_views(versions)
+            if called:  # they read their own parameters and attributes, which may change in every call
+                below_called = {module for layer in called for module in layer.modules()}
+                folded = [layer for block in self._blocks for layer, fused in block if fused is not None]
+                below_folded = {module for layer in (*folded, network.head) for module in layer.modules()}
+                versions.forget(below_called - below_folded)
         self._programs: dict[tuple[int, int, int, bool], list[_Step]] = {}
 
     def is_current(self) -> bool:
-        """Whether the parameters are unchanged since construction.
+        """Whether the network is unchanged since construction, so that the folded weights are right.
 
-        Changes in place and replaced tensors are noticed. Writes through ``parameter.data`` are hidden from PyTorch's
-        version counter: they are not noticed, and take effect with the next ``train()`` or ``eval()``. Parameters that
-        were made under ``torch.inference_mode()`` have no version counter, and count as changed in every call.
+        :meth:`hne.executors.ParameterVersions.is_current` lists the changes that are noticed. Those that are not take
+        effect with the next ``train()`` or ``eval()``.
         """
         return self._versions is not None and self._versions.is_current()
 
@@ -60,6 +70,8 @@ class InferenceSession:
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Compute a subtree; see :class:`~hne.executors.base.SubtreeRunner`."""
+        if x.is_cuda and self._versions is not None:
+            self._read_on_stream(torch.cuda.current_stream(x.device))
         key = leaves.start, leaves.stop, first, keep
         program = self._programs.get(key)
         if program is None:
@@ -73,6 +85,36 @@ class InferenceSession:
         if sizes is not None:
             results[-1] = K.prefix_mean(results[-1], sizes)
         return results
+
+    def _copy_views(self, versions: ParameterVersions) -> None:
+        """Copy folded weights that are views of parameters: a change in place would reach these and no others."""
+
+        storages = versions.storages()
+
+        def copied(layer: K.FusedLayer) -> K.FusedLayer:
+            weights = (
+                weight.clone() if weight is not None and weight.untyped_storage()._cdata in storages else weight
+                for weight in layer.weights
+            )
+            return layer._replace(weights=tuple(weights))
+
+        self._blocks = [
+            [_FoldedLayer(layer, None if fused is None else [*map(copied, fused)]) for layer, fused in block]
+            for block in self._blocks
+        ]
+        self._head = copied(self._head)
+
+    def _read_on_stream(self, stream: torch.cuda.Stream) -> None:
+        """Note that kernels on a stream read the weights: their memory is given to others only after these kernels."""
+        # The owner of a graph keeps the weights that it reads alive.
+        if stream in self._streams or torch.cuda.is_current_stream_capturing():
+            return
+        self._streams.add(stream)
+        layers = [self._head, *(part for block in self._blocks for _, fused in block for part in fused or ())]
+        for layer in layers:
+            for weight in layer.weights:
+                if weight is not None:
+                    weight.record_stream(stream)
 
     def _program(self, leaves: slice, first: int, keep: bool) -> list[_Step]:
         """The steps of a subtree. Consecutive fused layers form one step; a layer without a kernel path is a step."""

@@ -26,8 +26,8 @@ class GraphedHNE:
     which kernels run (backend, autocast, TF32, deterministic algorithms). The first call of a kind captures its graph.
     This takes as long as a few ordinary calls and, with Triton, the tuning of the kernels. The graphs share memory.
 
-    Any thread or stream may call; the GPU works on one call at a time. If parameters change, all graphs are captured
-    again; :meth:`hne.executors.InferenceSession.is_current` says which changes are noticed. Gradients are never
+    Any thread or stream may call; the GPU works on one call at a time. If the model changes, all graphs are captured
+    again; :meth:`hne.executors.ParameterVersions.is_current` says which changes are noticed. Gradients are never
     recorded.
 
     Args:
@@ -105,6 +105,7 @@ class GraphedHNE:
     def _capture(self, function: Function, x: Tensor) -> _Graph:
         self.model.check_images(x)
         graph = _Graph(function, x, self._memory)
+        self._versions.accept_attributes()  # the calls of the capture may have set some
         if self.model.graph_weights:  # from now on only the graph keeps the weights alive
             graph.session = self.model.graph_weights.pop()
         return graph

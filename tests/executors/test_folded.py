@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
+import threading
+import weakref
 from collections.abc import Callable
 
 import networks
@@ -96,7 +100,7 @@ def test_changes_are_noticed(change: Callable[[FusedHNE], object], rng: torch.Ge
     before = model(x)
     change(model)
     after = model(x)
-    assert not torch.equal(after, before)
+    assert after.shape != before.shape or not torch.equal(after, before)
     torch.testing.assert_close(after, with_gradients(model, x))
 
 
@@ -153,6 +157,97 @@ def test_frozen_parameters_may_overlap(rng: torch.Generator) -> None:
         assert model.freeze_depth
         block.__exit__(None, None, None)
     assert not model.freeze_depth
+
+
+@torch.no_grad()
+def test_nothing_of_a_change_takes_effect_in_frozen_parameters(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    before = model(x)
+    with model.frozen_parameters():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.mul_(2)
+        assert torch.equal(model(x), before)
+    torch.testing.assert_close(model(x), with_gradients(model, x))
+
+
+def test_threads_freeze_and_release(rng: torch.Generator) -> None:
+    """``+=`` of a module's attribute takes many steps: without a lock, some of the counts would be lost."""
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+
+    def work() -> None:
+        for _ in range(2000):
+            with model.frozen_parameters():
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert model.freeze_depth == 0
+
+
+@torch.no_grad()
+def test_entering_frozen_parameters_costs_one_check(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    x = images(rng)
+    model(x)
+    checks, check = [], ParameterVersions.is_current
+    monkeypatch.setattr(ParameterVersions, "is_current", lambda self: checks.append(self) or check(self))
+    monkeypatch.setattr(ParameterVersions, "__init__", lambda *_: pytest.fail("the modules were listed again"))
+    with model.frozen_parameters():
+        model(x)
+    assert len(checks) == 1
+
+
+@torch.no_grad()
+def test_memory_of_weights_waits_for_other_streams(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+    """Weights may be dropped while kernels on any stream still read them."""
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    model(images(rng))
+    session = model.folded
+    recorded: list[object] = []
+    monkeypatch.setattr(Tensor, "record_stream", lambda _, stream: recorded.append(stream))
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    for stream in ("first", "second", "first"):
+        session._read_on_stream(stream)
+    weights = len(recorded) // 2
+    assert recorded == ["first"] * weights + ["second"] * weights
+    assert weights >= 2 * count_folds(model)
+    capturing[0] = True
+    session._read_on_stream("third")
+    assert "third" not in recorded
+
+
+def test_a_dropped_model_is_freed_at_once(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    with torch.no_grad():
+        model(images(rng))
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_a_model_that_its_layer_refers_to_is_collected(rng: torch.Generator) -> None:
+    model = build(FusedHNE, networks.TREES["odd"], rng)
+    model.blocks[0][0].__dict__["network"] = [model]
+    model(images(rng))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_frozen_parameters_end_with_an_error(rng: torch.Generator) -> None:
