@@ -84,7 +84,9 @@ def images_below(folder: str | Path, left_out: LeftOut) -> list[str]:
     Raises:
         DataError: a folder cannot be read.
     """
-    paths = _walk(str(folder), left_out, ())
+    absolute = Path(folder).absolute()
+    above = {*absolute.parents, *absolute.resolve().parents}  # a link to one of them leads back here
+    paths = _walk(str(folder), left_out, tuple(map(_identity, above)))
     return sorted(paths, key=lambda path: path.split(os.sep))
 
 
@@ -103,7 +105,7 @@ def _walk(folder: str, left_out: LeftOut, above: tuple[tuple[int, int], ...]) ->
     return files
 
 
-def _identity(folder: str) -> tuple[int, int]:
+def _identity(folder: str | Path) -> tuple[int, int]:
     try:
         status = os.stat(folder)
     except OSError as error:
