@@ -69,7 +69,7 @@ def planned(call: str, seconds: float) -> list[Step]:
     """The steps of a call (``all``: of all calls in order), with shares that sum to less than ``seconds``."""
     steps = [step for name, steps in CALLS.items() if call in (name, "all") for step in steps]
     preparation = sum(step.share for step in PREPARATION)
-    scale = min(1.0, max(0.0, seconds - preparation) / (sum(step.share for step in steps) + 1))
+    scale = max(0.0, seconds - preparation) / (sum(step.share for step in steps) + 1)
     return [*PREPARATION, *(Step(step.name, step.function, step.share * scale) for step in steps)]
 
 

@@ -154,7 +154,7 @@ def _rehearse(call: str, results: Path, *options: str) -> tuple[subprocess.Compl
         "900",
         *options,
     ]
-    result = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=900, check=False)
+    result = subprocess.run(command, env=_environ(), capture_output=True, text=True, timeout=3000, check=False)
     return result, json.loads((results / f"{call}.json").read_text())
 
 
@@ -207,7 +207,7 @@ def test_rehearsal_of_the_third_call(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert {outcome["result"] for outcome in record["steps"].values()} == {"passed"}
     rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
-    sides = {row["name"]: set(row["others_ms"]) for row in rows}
+    sides = {row["name"]: set(row.get("others_ms", ())) for row in rows}
     assert sides["training step"] == {"eager", "channels_last", "compiled", "channels_last_compiled"}
     assert sides["inference"] >= {"eager", "channels_last", "compiled", "channels_last_compiled"}
     assert "comparisons, fused slower" in record["steps"]["others"]["note"]
@@ -216,7 +216,7 @@ def test_rehearsal_of_the_third_call(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_rows_and_a_summary(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, PROGRAM, "first", "--device", "cpu", "--results", str(tmp_path)]
+    command = [sys.executable, PROGRAM, "first", "--device", "cpu", "--results", str(tmp_path), "--seconds", "3000"]
     process = subprocess.Popen(command, env=_environ(), stdout=subprocess.PIPE, text=True)
     table, end = tmp_path / "first.tsv", time.monotonic() + 300
     while time.monotonic() < end and not (table.exists() and "cpp-ops" in table.read_text()):
