@@ -17,7 +17,6 @@ _MISSING = object()
 _NOTHING: frozenset[str] = frozenset()
 # Attributes that PyTorch needs itself. Hooks change within these dictionaries, which stay the same objects.
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-_CONV_CONSTANTS = frozenset(vars(nn.Conv2d(1, 1, 1))) - {"training"}  # ConvNorm and BranchLinear have their own
 _READABLE = (Tensor, nn.Parameter, nn.Buffer)  # subclasses, such as fake tensors, may have no memory
 
 
@@ -152,7 +151,7 @@ class ParameterVersions:
                     add(entry)
 
         for module in self._modules:
-            skipped = _INTERNAL | (_CONV_CONSTANTS if isinstance(module, nn.Conv2d) else _NOTHING)
+            skipped = _INTERNAL
             attributes = vars(module)
             if module._forward_pre_hooks:  # pruning and weight norm compute attributes anew, from parameters
                 skipped |= {name for name, value in attributes.items() if isinstance(value, Tensor)}

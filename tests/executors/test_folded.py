@@ -14,12 +14,14 @@ import pytest
 import torch
 from changes import CHANGES, step
 from networks import build, images
+from registries import restored_registries
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import hne.executors.session
-from hne import FusedHNE
+from hne import Conv, FusedHNE, Hierarchy
 from hne.executors import ParameterVersions
+from hne.layers import ConvNorm, Executor, Features, Layer, LayerSpec
 from hne_kernels.ops import fused_layers
 
 
@@ -169,6 +171,44 @@ def test_nothing_of_a_change_takes_effect_in_frozen_parameters(rng: torch.Genera
             tensor.mul_(2)
         assert torch.equal(model(x), before)
     torch.testing.assert_close(model(x), with_gradients(model, x))
+
+
+@torch.no_grad()
+def test_layers_without_a_kernel_path(rng: torch.Generator) -> None:
+    """They read their own parameters in each call, so that all changes take effect even in ``frozen_parameters()``."""
+    with restored_registries():
+
+        class Counting(LayerSpec):
+            """A layer without a kernel path, which sets an attribute in each call."""
+
+        class CountingLayer(Layer, spec=Counting):
+            def __init__(self, spec: Counting, in_channels: int, branches: int, replicate: int) -> None:
+                super().__init__(spec, in_channels, branches, replicate)
+                self.unit = ConvNorm(branches, in_channels, spec.channels)
+                self.calls = 0
+
+            def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
+                self.calls += 1
+                return executor.conv_norm(self.unit, x, branches, replicate, "relu")
+
+            def macs(self, size: tuple[int, int]) -> int:
+                return self.unit.macs(size)
+
+            def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+                return size
+
+        model = FusedHNE(Hierarchy((1, 2)), [[Conv(4)], [Counting(8)]], num_classes=3).double().eval()
+    x = images(rng)
+    before = model(x)
+    session = model.folded
+    model(x)
+    assert model.folded is session, "an attribute that the layer sets does not count"
+    with model.frozen_parameters():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        after = model(x)
+        assert not torch.equal(after, before)
+        torch.testing.assert_close(after, with_gradients(model, x))
 
 
 def test_threads_freeze_and_release(rng: torch.Generator) -> None:

@@ -10,7 +10,7 @@ import torch
 from networks import images
 from torch import nn
 
-from hne import FusedHNE
+from hne import FusedHNE, Hierarchy
 from hne.layers import BranchLinear
 
 
@@ -118,6 +118,11 @@ def set_spec(model: FusedHNE) -> None:
     layer.spec = dataclasses.replace(layer.spec, activation="none")
 
 
+def set_tree(model: FusedHNE) -> None:
+    """Another network behind each leaf: one leaf of each pair now comes from another branch."""
+    model.hierarchy = Hierarchy((1, 3, 3), num_models=6)
+
+
 def delete_shortcut(model: FusedHNE) -> None:
     del model.blocks[1][0].shortcut
     model.blocks[1][0].shortcut = None
@@ -179,6 +184,7 @@ CHANGES: dict[str, Callable[[FusedHNE], object]] = {
     "eps": set_eps,
     "stride": set_stride,
     "spec": set_spec,
+    "tree": set_tree,
     "deleted shortcut": delete_shortcut,
     "parametrization": parametrize,
     "attribute of a parametrization": set_in_parametrization,
