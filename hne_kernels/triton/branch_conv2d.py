@@ -45,7 +45,8 @@ def _kernel(
     gradient of ``output``, and the gradients of its statistics are added where it is read; with ``norm``, ``out`` is
     the gradient of ``input`` before the normalisation, and the partials are the gradients of shift and scale.
     """
-    in_channels, out_channels = tl.multiple_of(in_channels, MULTIPLE), tl.multiple_of(out_channels, MULTIPLE)
+    if MULTIPLE > 1:  # else a count may be 1, which is a constant to the compiler, and multiple_of takes none
+        in_channels, out_channels = tl.multiple_of(in_channels, MULTIPLE), tl.multiple_of(out_channels, MULTIPLE)
     rows = batch * out_height * out_width
     values = (tl.cast(batch, tl.float32) * height) * width
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_channels, BLOCK_N)
@@ -136,7 +137,8 @@ def _weight_kernel(
     With ``output``, the gradients of its statistics are added to ``grad``, and with ``norm``, the source is
     normalised, both where they are read.
     """
-    in_channels, out_channels = tl.multiple_of(in_channels, MULTIPLE), tl.multiple_of(out_channels, MULTIPLE)
+    if MULTIPLE > 1:  # else a count may be 1, which is a constant to the compiler, and multiple_of takes none
+        in_channels, out_channels = tl.multiple_of(in_channels, MULTIPLE), tl.multiple_of(out_channels, MULTIPLE)
     rows = batch * out_height * out_width
     length = tl.cdiv(tl.cdiv(rows, parts), BLOCK_K) * BLOCK_K
     tiles_m, tiles_n = tl.cdiv(out_channels, BLOCK_M), tl.cdiv(in_channels, BLOCK_N)
