@@ -1,8 +1,8 @@
 """Compilation of the C++ and CUDA libraries.
 
 Environment variables: `CXX` (compiler), `MAX_JOBS` (parallel compile jobs), `HNE_WERROR=1` (warnings are errors),
-`HNE_SANITIZE=address,undefined` (instrumented build), `HNE_CUDA=0|1` (CUDA library off | required),
-`TORCH_CUDA_ARCH_LIST` (GPU targets).
+`HNE_SANITIZE=address,undefined` (instrumented build), `HNE_CUDA=0|1` (CUDA library off | required; by default it is
+compiled where there is nvcc and torch has CUDA), `TORCH_CUDA_ARCH_LIST` (GPU targets).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from setuptools.errors import BaseError
 CPU_LIBRARY = "hne_kernels._C"  # a Python module that also registers the ops
 CUDA_LIBRARY = "hne_kernels._C_cuda"  # registers ops, no Python module
 TORCH_TARGET = (2, 11)  # oldest supported torch; its stable ABI is the one used
-CUDA_TARGETS = "8.0;9.0a"
+# Machine code for Ampere and Hopper, and PTX, which the driver compiles for every later GPU.
+CUDA_TARGETS = ("compute_80,code=sm_80", "compute_90,code=sm_90a", "compute_90,code=compute_90")
+OLDEST_TARGET = 80  # the kernels copy with cp.async and multiply bfloat16
 BYTES_PER_JOB = 3 << 29  # 1.5 GiB: peak memory of a compiler process, rounded up
 
 
@@ -57,11 +59,57 @@ def cpp_flags(environ: Mapping[str, str]) -> list[str]:
 
 
 def nvcc_flags(environ: Mapping[str, str]) -> list[str]:
-    """Flags for every CUDA file; torch's build helper adds the targets."""
+    """Flags for every CUDA file but the targets."""
     flags = ["-O3", "-DUSE_CUDA", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"]
     if environ.get("HNE_WERROR") == "1":
         flags += ["--Werror", "all-warnings", "--compiler-options", "-Werror"]
     return flags
+
+
+def target_flags(environ: Mapping[str, str], arch_flags: Callable[[], list[str]]) -> list[str]:
+    """Flags of nvcc for the targets: those of `TORCH_CUDA_ARCH_LIST`, else `CUDA_TARGETS`.
+
+    They are passed in full, as torch's build helper adds none where any flag, such as the path of a header, has the
+    letters "arch" in it.
+
+    Args:
+        environ: the environment variables.
+        arch_flags: torch's translation of `TORCH_CUDA_ARCH_LIST`.
+    """
+    asked = environ.get("TORCH_CUDA_ARCH_LIST")
+    if not asked:
+        return [f"-gencode=arch={target}" for target in CUDA_TARGETS]
+    try:
+        flags = arch_flags()
+    except (ValueError, IndexError):  # an unknown name; "native" without a GPU
+        flags = []
+    numbers = [int(number) for target in target_names(flags) for number in re.findall(r"\d+", target)]
+    if not numbers or min(numbers) < OLDEST_TARGET:
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST: expected compute capabilities from {OLDEST_TARGET // 10}.{OLDEST_TARGET % 10} on, "
+            f"such as '8.0;9.0+PTX', got {asked!r}."
+        )
+    return flags
+
+
+def target_names(flags: Sequence[str]) -> list[str]:
+    """Names of the targets in flags of nvcc: `sm_80` for machine code, `compute_90` for PTX."""
+    return [flag.rpartition("code=")[2] for flag in flags]
+
+
+def remove_stale_objects(folder: Path) -> None:
+    """Remove object files that are older than a file that they were compiled from, a header for example.
+
+    nvcc wrote the names of those files beside each object. Ninja reads them only where torch has CUDA.
+    """
+    for listing in folder.rglob("*.d"):
+        compiled = listing.with_suffix(".o")
+        names = re.split(r"(?<!\\)\s+", listing.read_text().replace("\\\n", " ").partition(": ")[2].strip())
+        sources = [Path(name.replace("\\ ", " ")) for name in names if name]
+        if compiled.exists() and any(
+            not source.exists() or source.stat().st_mtime > compiled.stat().st_mtime for source in sources
+        ):
+            compiled.unlink()
 
 
 def target_define() -> str:
@@ -112,10 +160,23 @@ def check_python_headers() -> None:
         )
 
 
-def cuda_toolkit(environ: Mapping[str, str]) -> Path | None:
-    """Folder of the CUDA toolkit: `CUDA_HOME`, else the toolkit that the nvcc on the PATH reports."""
-    if environ.get("HNE_CUDA") == "0":
-        return None
+def cuda_toolkit(environ: Mapping[str, str], torch_version: str, torch_cuda: str | None) -> tuple[Path | None, str]:
+    """Folder of the CUDA toolkit, or None and the reason why the CUDA library is not to be compiled.
+
+    The toolkit is that in `CUDA_HOME`, else the one that the nvcc on the PATH reports.
+
+    Args:
+        environ: the environment variables.
+        torch_version: the version of torch.
+        torch_cuda: `torch.version.cuda`; None for a torch without CUDA, which cannot load the library.
+    """
+    asked = environ.get("HNE_CUDA") or None
+    if asked not in (None, "0", "1"):
+        raise BuildError(f"HNE_CUDA must be 0 (no CUDA library) or 1 (it is required), got {asked!r}.")
+    if asked == "0":
+        return None, "HNE_CUDA=0 was set"
+    if asked is None and torch_cuda is None:
+        return None, f"torch {torch_version} is without CUDA and could not load it (HNE_CUDA=1 compiles it anyway)"
     if home := environ.get("CUDA_HOME"):
         nvcc: str | None = str(Path(home, "bin", "nvcc"))
     else:
@@ -124,13 +185,13 @@ def cuda_toolkit(environ: Mapping[str, str]) -> Path | None:
         # The nvcc on the PATH is often a wrapper outside the toolkit, so nvcc itself is asked.
         dry = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
         if match := re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE):
-            return Path(match.group(1)).resolve()
-    if environ.get("HNE_CUDA") == "1":
+            return Path(match.group(1)).resolve(), ""
+    if asked == "1":
         raise BuildError(
             "HNE_CUDA=1 asks for the CUDA library, but there is no nvcc. "
             "Install the CUDA toolkit and put nvcc on the PATH or its folder in CUDA_HOME."
         )
-    return None
+    return None, "there was no nvcc (install the CUDA toolkit, put nvcc on the PATH or its folder in CUDA_HOME)"
 
 
 def git_commit(root: Path) -> str:
@@ -188,15 +249,15 @@ def build_command(root: Path) -> type[build_ext]:
         return _BuildWithoutTorch
     from torch.utils import cpp_extension
 
-    toolkit = cuda_toolkit(os.environ)
+    toolkit, missing = cuda_toolkit(os.environ, torch.__version__, torch.version.cuda)
     if toolkit:
         cpp_extension.CUDA_HOME = str(toolkit)  # torch leaves it None in builds without CUDA
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_TARGETS)
 
     class Build(cpp_extension.BuildExtension):
         """Compiles the CUDA library if possible, then the CPU library, which stores the outcome."""
 
         extensions: list[Extension]
+        target_flags: list[str]
 
         def finalize_options(self) -> None:
             super().finalize_options()
@@ -222,20 +283,25 @@ def build_command(root: Path) -> type[build_ext]:
         def build_extensions(self) -> None:
             cpu = [extension for extension in self.extensions if extension.name == CPU_LIBRARY]
             cuda = [extension for extension in self.extensions if extension.name == CUDA_LIBRARY]
-            cuda_targets = ""
+            without, targets = missing, []
             if not cuda and os.environ.get("HNE_CUDA") == "1":
                 raise BuildError("HNE_CUDA=1, but this version has no CUDA sources (csrc/cuda).")
             if cuda and toolkit:
                 try:
+                    self.target_flags = target_flags(os.environ, cpp_extension._get_cuda_arch_flags)
+                    remove_stale_objects(Path(self.build_temp, "csrc", "cuda"))
                     self._build(cuda)
-                    cuda_targets = os.environ["TORCH_CUDA_ARCH_LIST"]
+                    targets = target_names(self.target_flags)
                 except BuildError as error:
                     if os.environ.get("HNE_CUDA") == "1":
                         raise
+                    without = "its compilation failed (HNE_CUDA=1 makes that an error)"
                     self.warn(f"going on without the CUDA library. {error}")
-            self._write_build_info(cuda_targets)
+            elif cuda:
+                print(f"hne_kernels: no CUDA library is compiled, as {without}.")
+            self._write_build_info(targets, without)
             self._build(cpu)
-            self.extensions = [*cpu, *cuda] if cuda_targets else cpu
+            self.extensions = cpu if without else [*cpu, *cuda]
 
         def _build(self, chosen: list[Extension]) -> None:
             self.extensions = chosen
@@ -245,7 +311,7 @@ def build_command(root: Path) -> type[build_ext]:
                 names = ", ".join(extension.name for extension in chosen)
                 raise BuildError(f"building {names} failed, see above: {error}") from None
 
-        def _write_build_info(self, cuda_targets: str) -> None:
+        def _write_build_info(self, cuda_targets: list[str], without_cuda: str) -> None:
             write_build_info(
                 Path(self.build_temp),
                 {
@@ -255,7 +321,8 @@ def build_command(root: Path) -> type[build_ext]:
                     "torch": torch.__version__,
                     "torch_target": ".".join(map(str, TORCH_TARGET)),
                     "sanitizers": os.environ.get("HNE_SANITIZE", "").replace(",", " "),
-                    "cuda_targets": cuda_targets.replace(";", " "),
+                    "cuda_targets": cuda_targets,
+                    "without_cuda": without_cuda,
                 },
             )
 
@@ -268,6 +335,10 @@ def build_command(root: Path) -> type[build_ext]:
                 "cxx": [*cpp_flags(os.environ), *common],
                 "nvcc": [*nvcc_flags(os.environ), *common],
             }
+            if extension.name == CUDA_LIBRARY:
+                extension.extra_compile_args["nvcc"] += self.target_flags
+                if torch.version.cuda is None:  # else torch lists the headers of an object for ninja
+                    extension.extra_compile_args["nvcc"].append("-MMD")  # for remove_stale_objects
             extension.include_dirs = [str(root / "csrc"), self.build_temp]
             extension.library_dirs = cpp_extension.library_paths()
             extension.libraries = ["torch_cpu"]

@@ -27,6 +27,7 @@ py::dict build_info() {
   info["torch_target"] = HNE_TORCH_TARGET;
   info["sanitizers"] = HNE_SANITIZERS;
   info["cuda_targets"] = HNE_CUDA_TARGETS;
+  info["without_cuda"] = HNE_WITHOUT_CUDA;
   return info;
 }
 

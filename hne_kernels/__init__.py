@@ -10,6 +10,7 @@ from . import extension as _extension  # noqa: F401  (loads the compiled ops; mu
 from .allocator import release_memory
 from .checks import autocast_dtype, default_sizes
 from .dispatch import BACKENDS, add_module, available_backends, backend_for, unavailable_backends, use_backend
+from .dispatch import is_loaded as _is_loaded
 from .environment import environment_report
 from .extension import build_info
 from .lazy import ConvStats, Features, LazyNorm, LazyPointwise, conv_stats, entry_conv_stats, materialize
@@ -33,7 +34,7 @@ try:
 except _metadata.PackageNotFoundError:  # built in place, not installed
     __version__ = str(build_info()["version"])
 
-if "triton" in available_backends():
+if _is_loaded("triton"):
     from . import triton as _triton
 
     add_module("triton", _triton)

@@ -68,14 +68,27 @@ def add_module(backend: str, module: Any) -> None:
     _MODULES[backend] = module
 
 
+def _unavailable(backend: str) -> str | None:
+    """Why ``backend`` serves no tensor in this process, or None. It asks the GPUs, which an import must not."""
+    if _UNUSABLE[backend] is None and _DEVICES.get(backend) == ("cuda",):
+        return extension.every_gpu_refused(backend)
+    return _UNUSABLE[backend]
+
+
+def is_loaded(backend: str) -> bool:
+    """Whether ``backend`` is there; it may still refuse the GPUs of this machine (:func:`available_backends`)."""
+    return _UNUSABLE[backend] is None
+
+
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that are usable in this process."""
-    return tuple(backend for backend in BACKENDS if _UNUSABLE[backend] is None)
+    """Names of the backends that are usable in this process, on at least one device."""
+    return tuple(backend for backend in BACKENDS if _unavailable(backend) is None)
 
 
 def unavailable_backends() -> dict[str, str]:
     """The other backends, each with the reason why it cannot be used."""
-    return {backend: reason for backend, reason in _UNUSABLE.items() if reason is not None}
+    reasons = {backend: _unavailable(backend) for backend in BACKENDS}
+    return {backend: reason for backend, reason in reasons.items() if reason is not None}
 
 
 def _check_name(name: str) -> None:
@@ -122,7 +135,7 @@ def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     kind, devices = device.type, _DEVICES[backend]
     if kind not in devices:
         return f"it serves tensors on {' and '.join(devices)}, got {device}"
-    if kind == "cuda" and (reason := _gpu_too_old(device)) is not None:
+    if kind == "cuda" and (reason := _gpu_refusal(backend, device)) is not None:
         return reason
     if dtype not in DTYPES[backend]:
         return f"it serves {', '.join(str(d) for d in DTYPES[backend])}, got {dtype}"
@@ -130,13 +143,13 @@ def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 @_constant_when_compiled
-def _gpu_too_old(device: torch.device) -> str | None:
-    return extension.gpu_too_old(torch.cuda.current_device() if device.index is None else device.index)
+def _gpu_refusal(backend: str, device: torch.device) -> str | None:
+    return extension.gpu_refusal(backend, torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"hne_kernels: {reason}; the reference implementation serves it, slowly", stacklevel=4)
+def _warn_once(reason: str, server: str) -> None:
+    warnings.warn(f"hne_kernels: {reason}; {server}", stacklevel=5)
 
 
 # The last value that the CUDA library was given (csrc/cuda/tf32.cu); it starts with exact products.
@@ -151,6 +164,19 @@ def _pass_on_tf32() -> None:
     if allowed != _tf32_passed_on:
         torch.ops.hne.allow_tf32(allowed)
         _tf32_passed_on = allowed
+
+
+@_constant_when_compiled
+def _warn_of_refusal(device: torch.device, chosen: str) -> None:
+    """Say once why a faster backend than ``chosen`` cannot run on this GPU."""
+    for backend in _PREFERENCE["cuda"]:
+        if backend == chosen:
+            return
+        if backend == "cuda" and not is_loaded("cuda"):
+            continue  # the targets of a library that is not there say nothing
+        if (reason := _gpu_refusal(backend, device)) is not None:
+            _warn_once(reason, f"the backend {chosen!r} serves it" + (", slowly" if chosen == "reference" else ""))
+            return
 
 
 def backend_for(tensor: Tensor) -> str:
@@ -168,12 +194,14 @@ def backend_for(tensor: Tensor) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {_chosen!r} cannot serve this call: {reason}")
         return _chosen
+    chosen = "reference"
     for backend in _PREFERENCE.get(kind, ()):
         if _rejects(backend, device, dtype) is None:
-            return backend
-    if kind == "cuda" and (reason := _gpu_too_old(device)) is not None:
-        _warn_once(reason)
-    return "reference"
+            chosen = backend
+            break
+    if kind == "cuda" and chosen != "cuda":
+        _warn_of_refusal(device, chosen)
+    return chosen
 
 
 # By backend and op: implementations other than the function of that name in the backend's module.

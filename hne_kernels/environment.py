@@ -22,8 +22,11 @@ def _version(package: str) -> str:
 def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use"
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join(names)
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        gpus.append(f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})")
+    return ", ".join(gpus)
 
 
 def environment_report() -> list[Section]:

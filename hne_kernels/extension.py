@@ -66,7 +66,8 @@ def load_cuda_library(folder: Path) -> str | None:
     """Register the CUDA ops from `folder`, and return None or the reason why that failed."""
     library = folder / "_C_cuda.so"
     if not library.exists():
-        return "this build has no CUDA library (HNE_CUDA=1 insists on one)"
+        reason = _CPU_LIBRARY.build_info().get("without_cuda")
+        return "this build has no CUDA library" + (f", as {reason}" if reason else f" in {folder}")
     if torch.version.cuda is None:
         return f"built, but torch {torch.__version__} is without CUDA"
     if not torch.cuda.is_available():
@@ -104,19 +105,50 @@ def cuda_unavailable() -> str | None:
     return _CUDA_UNAVAILABLE
 
 
+def can_run(target: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs code that was compiled for ``target``.
+
+    Machine code (``sm_80``) runs on the GPUs of that generation, from that capability on; ``sm_90a`` on that very
+    capability. The driver compiles PTX (``compute_90``) for all GPUs from that capability on, and ``compute_90a`` for
+    that very one. (CUDA C++ Programming Guide, 6.1.2 to 6.1.4)
+    """
+    kind, _, name = target.partition("_")
+    number = int(name.rstrip("af"))
+    least = (number // 10, number % 10)
+    if name.endswith("a"):
+        return capability == least
+    if kind == "sm" or name.endswith("f"):
+        return capability[0] == least[0] and capability >= least
+    return capability >= least
+
+
 @functools.cache
-def gpu_too_old(index: int) -> str | None:
-    """Why the GPU of this index cannot run the kernels, or None."""
-    if torch.cuda.get_device_capability(index) >= OLDEST_GPU:
-        return None
-    major, minor = torch.cuda.get_device_capability(index)
-    return (
-        f"the kernels need compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}, "
-        f"{torch.cuda.get_device_name(index)} has {major}.{minor}"
-    )
+def gpu_refusal(backend: str, index: int) -> str | None:
+    """Why the GPU of this index cannot run the kernels of ``backend``, ``cuda`` or ``triton``, or None."""
+    capability, name = torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index)
+    number = f"{capability[0]}.{capability[1]}"
+    if capability < OLDEST_GPU:
+        return f"the kernels need compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}, {name} has {number}"
+    targets = build_info()["cuda_targets"].split()
+    if backend == "cuda" and not any(can_run(target, capability) for target in targets):
+        return (
+            f"the CUDA library has code for {', '.join(targets) or 'no GPU'}, {name} has compute capability {number} "
+            f"(rebuild with TORCH_CUDA_ARCH_LIST={number})"
+        )
+    return None
+
+
+def every_gpu_refused(backend: str) -> str | None:
+    """Why none of the GPUs that torch can use runs the kernels of ``backend``, or None."""
+    refusals = [gpu_refusal(backend, index) for index in range(torch.cuda.device_count())]
+    return "; ".join(dict.fromkeys(filter(None, refusals))) if refusals and all(refusals) else None
 
 
 def build_info() -> dict[str, Any]:
-    """Version, commit, compiler, flags, torch and targets of the build."""
+    """How the libraries were built, as texts: version, commit, compiler, flags, torch, sanitizers.
+
+    ``cuda_targets`` has the targets of the CUDA library, ``sm_80`` for machine code, ``compute_90`` for PTX;
+    ``without_cuda`` is the reason why it was not compiled.
+    """
     info: dict[str, Any] = _CPU_LIBRARY.build_info()
     return info

@@ -112,7 +112,9 @@ def test_extension_folder_of_the_environment(tmp_path: Path) -> None:
 
 
 def test_cuda_library_says_why_it_is_not_there(tmp_path: Path) -> None:
-    assert "no CUDA library" in (extension.load_cuda_library(tmp_path) or "")
+    reason = extension.load_cuda_library(tmp_path) or ""
+    assert "this build has no CUDA library" in reason
+    assert (K.build_info()["without_cuda"] or str(tmp_path)) in reason
     (tmp_path / "_C_cuda.so").touch()
     reason = "built, but does not load" if torch.cuda.is_available() else "built, but torch"
     assert reason in (extension.load_cuda_library(tmp_path) or "")
@@ -204,16 +206,114 @@ def test_missing_compiler_is_one_line_that_says_what_to_install(environ: dict[st
     assert "\n" not in str(error.value)
 
 
-def test_cuda_toolkit_is_where_nvcc_says(tmp_path: Path) -> None:
+@pytest.fixture
+def nvcc(tmp_path: Path) -> dict[str, str]:
+    """Environment variables with an nvcc that says where its toolkit is."""
     executable(tmp_path / "nvcc", f"echo '#$ TOP={tmp_path}/cuda/bin/..' >&2")
     (tmp_path / "cuda" / "bin").mkdir(parents=True)
-    environ = {"PATH": str(tmp_path)}
-    assert native.cuda_toolkit(environ) == tmp_path / "cuda"
-    assert native.cuda_toolkit({**environ, "HNE_CUDA": "0"}) is None
-    nowhere = {"PATH": str(tmp_path / "cuda")}
-    assert native.cuda_toolkit(nowhere) is None
+    return {"PATH": str(tmp_path)}
+
+
+def test_cuda_toolkit_is_where_nvcc_says(nvcc: dict[str, str]) -> None:
+    toolkit = Path(nvcc["PATH"], "cuda")
+    assert native.cuda_toolkit(nvcc, "2.13.0", "13.0") == (toolkit, "")
+    assert native.cuda_toolkit({**nvcc, "HNE_CUDA": "0"}, "2.13.0", "13.0") == (None, "HNE_CUDA=0 was set")
+    nowhere = {"PATH": str(toolkit)}
+    found, reason = native.cuda_toolkit(nowhere, "2.13.0", "13.0")
+    assert found is None
+    assert "no nvcc" in reason
     with pytest.raises(SystemExit, match="HNE_CUDA=1 asks for the CUDA library, but there is no nvcc"):
-        native.cuda_toolkit({**nowhere, "HNE_CUDA": "1"})
+        native.cuda_toolkit({**nowhere, "HNE_CUDA": "1"}, "2.13.0", "13.0")
+
+
+@pytest.mark.parametrize("unset", [{}, {"HNE_CUDA": ""}])
+def test_a_torch_without_cuda_has_the_cuda_library_compiled_only_on_demand(
+    nvcc: dict[str, str], unset: dict[str, str]
+) -> None:
+    toolkit, reason = native.cuda_toolkit(nvcc | unset, "2.13.0+cpu", None)
+    assert toolkit is None
+    assert re.search(r"torch 2\.13\.0\+cpu is without CUDA .*HNE_CUDA=1", reason)
+    assert native.cuda_toolkit(nvcc | {"HNE_CUDA": "1"}, "2.13.0+cpu", None) == (Path(nvcc["PATH"], "cuda"), "")
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "off"])
+def test_bad_hne_cuda(value: str, nvcc: dict[str, str]) -> None:
+    with pytest.raises(SystemExit, match=f"HNE_CUDA must be 0 .* or 1 .*, got '{value}'"):
+        native.cuda_toolkit({**nvcc, "HNE_CUDA": value}, "2.13.0", None)
+
+
+def _targets(asked: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    return native.target_names(native.target_flags(os.environ, _get_cuda_arch_flags))
+
+
+def test_by_default_every_gpu_from_ampere_on_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs newer than the machine code are served by PTX."""
+    targets = _targets("", monkeypatch)
+    assert targets == ["sm_80", "sm_90a", "compute_90"]
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)):
+        assert any(extension.can_run(target, capability) for target in targets)
+    assert not any(extension.can_run(target, (7, 5)) for target in targets)
+
+
+@pytest.mark.parametrize(
+    ("asked", "targets"),
+    [
+        ("9.0a", ["sm_90a"]),
+        ("8.0;9.0+PTX", ["compute_90", "sm_80", "sm_90"]),
+        ("8.0 12.0", ["sm_120", "sm_80"]),
+        ("Hopper", ["compute_90", "sm_90"]),
+    ],
+)
+def test_torch_cuda_arch_list_is_followed(asked: str, targets: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sorted(_targets(asked, monkeypatch)) == targets
+
+
+@pytest.mark.parametrize("asked", ["7.5", "7.0;9.0", "Turing", "sm_90", "newest"])
+def test_bad_torch_cuda_arch_list(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST: expected .* from 8.0 on, .*got '{asked}'"):
+        _targets(asked, monkeypatch)
+
+
+def test_the_library_that_was_built_has_the_targets_of_the_build_info() -> None:
+    info = K.build_info()
+    library = Path(extension.cpu_library().__file__ or "").with_name("_C_cuda.so")
+    if not info["cuda_targets"]:
+        assert len(info["without_cuda"]) > 10
+        assert not library.exists()
+        return
+    assert info["without_cuda"] == ""
+    triton = pytest.importorskip("triton")
+    command = [triton.knobs.nvidia.cuobjdump.path, "--list-elf", "--list-ptx", str(library)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    machine_code = set(re.findall(r"ELF file.*\.(sm_\w+)\.cubin", listing))
+    ptx = {name.replace("sm_", "compute_") for name in re.findall(r"PTX file.*\.(sm_\w+)\.ptx", listing)}
+    assert machine_code | ptx == set(info["cuda_targets"].split())
+
+
+def test_an_object_older_than_its_header_is_compiled_again(tmp_path: Path) -> None:
+    names = ["plain.h", "a header.h", "main.cu"]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000, 1000))
+    plain, header, main = (str(tmp_path / name).replace(" ", "\\ ") for name in names)
+    compiled, other = tmp_path / "main.o", tmp_path / "other.o"
+    for path in (compiled, other):
+        path.touch()
+        os.utime(path, (2000, 2000))
+    (tmp_path / "main.d").write_text(f"{tmp_path}/main.o : {main} \\\n    {plain} \\\n    {header}\n")
+    (tmp_path / "other.d").write_text(f"{tmp_path}/other.o : {main}\n")
+    native.remove_stale_objects(tmp_path)
+    assert compiled.exists()
+    os.utime(tmp_path / "a header.h", (3000, 3000))
+    native.remove_stale_objects(tmp_path)
+    assert not compiled.exists()
+    assert other.exists()
+    (tmp_path / "main.cu").unlink()
+    native.remove_stale_objects(tmp_path)
+    assert not other.exists()
 
 
 def test_build_info_header_is_rewritten_only_when_it_changes(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,20 +107,118 @@ def test_automatic_choice_falls_back(rng: torch.Generator) -> None:
     torch.testing.assert_close(K.prefix_mean(logits), want)
 
 
-def test_an_old_gpu_is_served_by_the_reference_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_chosen", None)
-    for backend in ("cuda", "triton"):
-        monkeypatch.setitem(dispatch._UNUSABLE, backend, None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Turing")
-    on_gpu: Any = SimpleNamespace(device=torch.device("cuda:7"), dtype=torch.float32)
-    extension.gpu_too_old.cache_clear()
-    with pytest.warns(UserWarning, match=r"need compute capability 8\.0, Turing has 7\.5") as warned:
+# --- GPUs that a backend cannot serve ----------------------------------------------------------------------
+
+_DEFAULT_TARGETS = "sm_80 sm_90a compute_90"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Stands in for a GPU and a build: `gpu(capability, targets, triton)` returns a tensor on that GPU."""
+
+    def stand_in(capability: tuple[int, int], targets: str = _DEFAULT_TARGETS, triton: bool = True) -> Any:
+        monkeypatch.setattr(dispatch, "_chosen", None)
+        monkeypatch.setitem(dispatch._UNUSABLE, "cuda", None)
+        monkeypatch.setitem(dispatch._UNUSABLE, "triton", None if triton else "not installed")
+        monkeypatch.setattr(dispatch, "_DEVICES", {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)})
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Card")
+        monkeypatch.setattr(extension, "build_info", lambda: {"cuda_targets": targets})
+        extension.gpu_refusal.cache_clear()
+        dispatch._warn_once.cache_clear()
+        return SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
+
+    yield stand_in
+    extension.gpu_refusal.cache_clear()
+    dispatch._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "targets"),
+    [
+        ((8, 0), _DEFAULT_TARGETS),
+        ((8, 6), _DEFAULT_TARGETS),
+        ((8, 9), _DEFAULT_TARGETS),
+        ((9, 0), _DEFAULT_TARGETS),
+        ((10, 0), _DEFAULT_TARGETS),
+        ((10, 3), _DEFAULT_TARGETS),
+        ((12, 0), _DEFAULT_TARGETS),
+        ((12, 1), "sm_120"),
+        ((9, 0), "sm_90a"),
+        ((8, 9), "sm_86"),
+        ((10, 0), "sm_90 compute_90"),
+        ((10, 3), "sm_100f"),
+    ],
+)
+def test_a_gpu_that_the_cuda_library_has_code_for(gpu: Any, capability: tuple[int, int], targets: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.backend_for(gpu(capability, targets)) == "cuda"
+    assert {"cuda", "triton"} <= set(K.available_backends())
+
+
+@pytest.mark.parametrize(
+    ("capability", "targets"),
+    [
+        ((8, 0), "sm_90a"),
+        ((10, 0), "sm_90a"),
+        ((12, 0), "sm_90a"),
+        ((8, 0), "sm_86"),
+        ((9, 0), "sm_80"),
+        ((10, 0), "sm_80 sm_90a"),
+        ((12, 0), "sm_80 sm_90"),
+        ((12, 0), "sm_100"),
+        ((12, 0), "sm_100f"),
+        ((12, 1), "sm_120a"),
+        ((8, 6), "compute_90"),
+        ((10, 0), "compute_90a"),
+        ((9, 0), "compute_100"),
+    ],
+)
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_gpu_that_the_cuda_library_has_no_code_for(
+    gpu: Any, capability: tuple[int, int], targets: str, triton: bool
+) -> None:
+    """The next backend serves it, with one warning; `cuda` by name is an error. Both give the reason."""
+    on_gpu, other = gpu(capability, targets, triton), "triton" if triton else "reference"
+    number = ".".join(map(str, capability))
+    reason = f"the CUDA library has code for {', '.join(targets.split())}, Card has compute capability {number} "
+    reason = re.escape(f"{reason}(rebuild with TORCH_CUDA_ARCH_LIST={number})")
+    with pytest.warns(UserWarning, match=f"{reason}; the backend '{other}' serves it") as warned:
+        assert [dispatch.backend_for(on_gpu) for _ in range(3)] == [other] * 3
+    assert len(warned) == 1
+    with K.use_backend("cuda"), pytest.raises(RuntimeError, match=f"backend 'cuda' cannot serve this call: {reason}"):
+        dispatch.backend_for(on_gpu)
+    assert re.fullmatch(reason, K.unavailable_backends()["cuda"])
+    assert "cuda" not in K.available_backends()
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (5, 2)])
+@pytest.mark.parametrize("targets", [_DEFAULT_TARGETS, "sm_90a", ""])
+def test_an_old_gpu_is_served_by_the_reference_with_one_warning(
+    gpu: Any, capability: tuple[int, int], targets: str
+) -> None:
+    on_gpu = gpu(capability, targets)
+    reason = rf"need compute capability 8\.0, Card has {capability[0]}\.{capability[1]}"
+    with pytest.warns(UserWarning, match=f"{reason}; the backend 'reference' serves it, slowly") as warned:
         assert [dispatch.backend_for(on_gpu) for _ in range(3)] == ["reference"] * 3
     assert len(warned) == 1
-    with K.use_backend("cuda"), pytest.raises(RuntimeError, match=r"Turing has 7\.5"):
-        dispatch.backend_for(on_gpu)
-    extension.gpu_too_old.cache_clear()
+    for backend in ("cuda", "triton"):
+        with K.use_backend(backend), pytest.raises(RuntimeError, match=reason):
+            dispatch.backend_for(on_gpu)
+        assert re.search(reason, K.unavailable_backends()[backend])
+
+
+def test_one_of_two_gpus_is_served(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((9, 0), "sm_90a")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((8, 0), (9, 0))[index])
+    first, second = (SimpleNamespace(device=torch.device("cuda", i), dtype=torch.float32) for i in range(2))
+    with pytest.warns(UserWarning, match="has compute capability 8"):
+        assert dispatch.backend_for(first) == "triton"
+    assert dispatch.backend_for(second) == "cuda"
+    assert "cuda" in K.available_backends()
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
