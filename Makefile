@@ -9,6 +9,10 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := setup.py pyproject.toml $(wildcard build_backend/*.py)
 SANITIZED := build/sanitized
+# The CUDA library, where its compiler is; HNE_CUDA=0 turns it off. A torch without CUDA cannot load it, so that only the
+# table of the kernels asks for it then.
+NVCC := $(or $(if $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc)),$(shell command -v nvcc 2>/dev/null))
+CUDA_LIBRARY := $(if $(NVCC),$(if $(filter 0,$(HNE_CUDA)),,hne_kernels/_C_cuda.so))
 # A process for each core; pytest-benchmark, which would warn that it cannot measure so, stays away.
 PARALLEL := -x -q -n auto -p no:benchmark
 
@@ -47,7 +51,7 @@ levels: $(VENV)/.built ## test the reference with PyTorch's and oneDNN's kernels
 	done
 
 .PHONY: kernels
-kernels: $(VENV)/.built ## compile all GPU kernels, without a GPU: a table of what they take; spills are failures
+kernels: $(VENV)/.built $(CUDA_LIBRARY) ## compile all GPU kernels, without a GPU: a table of what they take; spills are failures
 	TRITON_INTERPRET=0 $(BIN)/python tools/gpu_kernels.py
 
 .PHONY: bench
@@ -112,6 +116,11 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILD_FILES)
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+# Objects that are up to date are not compiled again.
+hne_kernels/_C_cuda.so: $(VENV)/.built
+	HNE_CUDA=1 $(BIN)/python setup.py build_ext --inplace
 	@touch $@
 
 $(VENV)/.peers: $(BUILD_FILES)

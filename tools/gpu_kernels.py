@@ -1,8 +1,10 @@
 """``make kernels`` prints the registers and memory of every GPU kernel, Triton's and CUDA's. It needs no GPU.
 
-A kernel fails if it spills registers to memory or needs more shared memory than a block may have. The compiler does not
-know the shared memory that the launch of a CUDA kernel adds; the host code limits it, and the emulation in the tests
-has as much of it as the smallest GPU.
+A kernel fails if it does not compile, spills registers to memory or needs more shared memory than a block may have. The
+compiler does not know the shared memory that the launch of a CUDA kernel adds; the host code limits it, and the
+emulation in the tests has as much of it as the smallest GPU.
+
+The Triton kernels of every case of the parity suite are compiled as well, to Triton's IR; only failures have a row.
 """
 
 from __future__ import annotations
@@ -29,21 +31,34 @@ class CompiledKernel:
     backend: str
     target: str
     kernel: str
-    usage: cuda_resources.Usage
+    usage: cuda_resources.Usage | str  # or the error of the compilation
 
     @property
     def failure(self) -> str:
         """Why it cannot be used, or an empty text."""
+        if isinstance(self.usage, str):
+            return f"FAILED: {self.usage}"
         limit = SHARED_LIMIT[int(self.target.removeprefix("sm_").rstrip("a"))]
         if self.usage.spilled:
             return "FAILED: spills"
         return f"FAILED: more than {limit} bytes of shared memory" if self.usage.shared > limit else ""
 
 
-def of_triton() -> Iterator[CompiledKernel]:
-    workers = len(os.sched_getaffinity(0))
-    for job, usage in triton_resources.compile_all(tuple(SHARED_LIMIT), workers):
+def of_triton(workers: int) -> Iterator[CompiledKernel]:
+    jobs = triton_resources.network_launches(tuple(SHARED_LIMIT))
+    for job, usage in triton_resources.compile_all(triton_resources.usage, jobs, workers):
         yield CompiledKernel("triton", f"sm_{job.target}", f"{job.name} {job.dtype} {job.options}", usage)
+
+
+def of_parity_suite(workers: int) -> tuple[int, list[CompiledKernel]]:
+    """The number of specialisations of Triton kernels in the cases of the parity suite, and those that fail."""
+    target = max(SHARED_LIMIT)
+    jobs = triton_resources.parity_launches(target)
+    failed = []
+    for job, error in triton_resources.compile_all(triton_resources.to_ir, jobs, workers):
+        if error is not None:
+            failed.append(CompiledKernel("triton", f"sm_{target}", f"{job.name} {job.dtype} in {job.call}", error))
+    return len(jobs), failed
 
 
 def of_cuda(library: Path) -> Iterator[CompiledKernel]:
@@ -57,19 +72,24 @@ def table(rows: list[CompiledKernel]) -> list[str]:
     """One line per kernel, failures last."""
     lines = [f"{'backend':7}  {'target':6}  {'registers':>9}  {'spilled':>7}  {'shared':>6}  kernel"]
     for row in sorted(rows, key=lambda row: (bool(row.failure), row.backend, row.kernel, row.target)):
-        used = f"{row.usage.registers:9}  {row.usage.spilled:7}  {row.usage.shared:6}"
+        used = f"{'-':>9}  {'-':>7}  {'-':>6}"
+        if isinstance(row.usage, cuda_resources.Usage):
+            used = f"{row.usage.registers:9}  {row.usage.spilled:7}  {row.usage.shared:6}"
         lines.append(f"{row.backend:7}  {row.target:6}  {used}  {row.kernel}  {row.failure}".rstrip())
     return lines
 
 
 def main() -> int:
-    rows = list(of_triton())
+    workers = len(os.sched_getaffinity(0))
+    cases, failed = of_parity_suite(workers)
+    rows = [*of_triton(workers), *failed]
     library = next(Path(hne_kernels.__file__).parent.glob("_C_cuda*.so"), None)
     if library is not None:
         rows += of_cuda(library)
     print(*table(rows), sep="\n")
+    print(f"parity suite: {cases} specialisations of Triton kernels compiled to IR, {len(failed)} failed")
     if library is None:
-        print("Triton's kernels only: the extension was built without nvcc, so there is no CUDA library.")
+        print(f"Triton's kernels only: no CUDA library, as {hne_kernels.build_info()['without_cuda']}")
     failures = sum(bool(row.failure) for row in rows)
     print(f"{len(rows)} kernels, {failures} failed")
     return min(failures, 1)

@@ -1,14 +1,20 @@
-"""Registers and memory that the Triton kernels need, compiled without a GPU.
+"""Compiles the Triton kernels without a GPU: to machine code, with its registers and memory, or to Triton's IR.
 
-Every op is called with tensors that have a shape and no memory, in every dtype; each launch compiles its kernel in
-every configuration for the GPUs asked for, instead of running it.
+Ops are called with tensors that have a shape and no memory, in every dtype; a launch is recorded instead of running.
+Machine code is compiled of the layers of the networks, in every configuration. Triton's IR is compiled of every case of
+the parity suite, which takes a hundredth of the time and finds errors in the code of a kernel. The interpreter finds
+none that depend on what Triton specialises a kernel for: an argument of 1 is a constant to the compiler.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import multiprocessing
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +25,26 @@ import cuda_resources
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor
 
-from hne_kernels import default_sizes, pack_weight
+import hne_kernels
+from hne_kernels import default_sizes, dispatch, pack_weight
 from hne_kernels.triton import launch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _OPS = torch.ops.hne
+_HELPERS = Path(__file__).resolve().parents[1] / "tests" / "helpers"
 
 
 # --- calls -------------------------------------------------------------------------------------------------
+
+
+def _label(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -80,6 +94,15 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
     residual = (*pointwise(2, 144, 24), filters, bias, *pointwise(2, 24, 144), None, None)
     yield _OPS.triton_fused_bottleneck, (new(2, 8, 28, 28, 24), *residual, 1, 1, "relu6", True, "none")
 
+    # A grey image's stem and a head with one class, with their gradients: an argument of 1 is a constant.
+    for in_channels, out_channels, size in ((1, 16, 3), (16, 1, 1), (1, 1, 3)):
+        x, grad = new(2, 8, 16, 16, in_channels), new(2, 8, 16, 16, out_channels)
+        weight = new(2, out_channels, in_channels, size, size)
+        yield _OPS.triton_branch_conv2d, (x, weight, None, 1, size // 2, 1)
+        yield _OPS.triton_branch_conv2d_backward_input, (grad, weight, 16, 16, 1, size // 2, 1)
+        yield _OPS.triton_branch_conv2d_backward_weight, (grad, x, size, 1, size // 2, 1)
+        yield from _norm_conv(new, weight, (2, 16, in_channels), "relu", (1, size // 2, 1))
+
     # Training: a stem that reads the image as it is; branching 1x1 and 3x3 convolutions that normalise their input.
     yield from _norm_conv(new, new(1, 16, 3, 3, 3), (1, 16, 3), None, (1, 1, 1))
     yield from _norm_conv(new, new(8, 64, 128, 1, 1), (4, 16, 128), "relu", (1, 0, 2))
@@ -98,6 +121,32 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
         yield _OPS.triton_hierarchical_distillation_loss, (logits, target, 0.5, 2.0)
 
 
+@contextlib.contextmanager
+def _served_by_triton() -> Iterator[None]:
+    """The public functions call the Triton kernels for tensors without memory, which no backend serves."""
+    with (
+        mock.patch.dict(dispatch._UNUSABLE, triton=None),
+        mock.patch.dict(dispatch._DEVICES, triton=("meta",)),
+        mock.patch.dict(dispatch._MODULES, triton=importlib.import_module("hne_kernels.triton")),
+        hne_kernels.use_backend("triton"),
+    ):
+        yield
+
+
+def _differentiate(case: Any, inputs: dict[str, Any]) -> None:
+    """Call the op of a case of the parity suite and its gradients, with tensors that have no memory."""
+    inputs = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    for name in case.differentiable:
+        inputs[name].requires_grad_()
+    results = [result for result in case(inputs) if result.requires_grad]
+    if results:
+        grads = [torch.empty_like(result) for result in results]
+        torch.autograd.grad(results, [inputs[name] for name in case.differentiable], grads)
+
+
+# --- launches ----------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Launch:
     """The types, alignments and constants that a kernel is compiled for."""
@@ -108,6 +157,7 @@ class Launch:
     constants: dict[str, Any]
     dtype: str
     target: int
+    call: str  # the op, or the case of the parity suite
 
     @property
     def name(self) -> str:
@@ -120,35 +170,84 @@ class Launch:
         blocks = "x".join(str(size) for size in self.config.kwargs.values())
         return f"{constants} tile={blocks} warps={self.config.num_warps} stages={self.config.num_stages}".strip()
 
+    def warmup(self) -> Any:
+        """Compile to machine code."""
+        triton.runtime.driver.set_active(Driver(self.target))
+        return self.kernel.warmup(*self.arguments, grid=(1,), **self.constants, **self.config.all_kwargs())
 
-def launches(targets: tuple[int, ...]) -> list[Launch]:
-    """All kernels in all configurations, dtypes and calls, each once."""
-    found: dict[str, Launch] = {}
+    def specialization(self) -> dict[str, Any]:
+        """Triton's ``signature``, ``constants`` and attributes (``configs``) of the kernel, and a ``key`` of them."""
+        found: dict[str, Any] = {}
 
-    def record(kernel: launch.Kernel, *arguments: Any, **constants: Any) -> None:
+        def keep(*, compile: dict[str, Any], **_: Any) -> bool:
+            found.update(compile)
+            return True  # not to be compiled
+
+        with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", keep):
+            self.warmup()
+        return found
+
+
+class _Recorder:
+    """Keeps one launch of each specialisation of each kernel, instead of running any."""
+
+    def __init__(self, targets: tuple[int, ...], all_configs: bool) -> None:
+        self.targets, self.all_configs = targets, all_configs
+        self.found: dict[Any, Launch] = {}
+        self.dtype, self.call = "", ""
+
+    def __enter__(self) -> _Recorder:
+        def record(kernel: launch.Kernel, *arguments: Any, **constants: Any) -> None:
+            self._record(kernel, arguments, constants)
+
+        self._patch = mock.patch.object(launch.Kernel, "__call__", record)
+        self._patch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._patch.stop()
+
+    def _record(self, kernel: launch.Kernel, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
         mocked = tuple(MockTensor(a.dtype, a.shape) if isinstance(a, Tensor) else a for a in arguments)
-        types = [str(a.dtype) if isinstance(a, MockTensor) else _specialised(a) for a in mocked]
-        for target in targets:
-            for config in kernel.configs:
-                new = Launch(kernel.kernel, config, mocked, constants, label, target)
-                found.setdefault(f"{new.name} {new.options} {types} {target}", new)
+        for target in self.targets:
+            for config in kernel.configs if self.all_configs else kernel.configs[:1]:
+                new = Launch(kernel.kernel, config, mocked, constants, self.dtype, target, self.call)
+                self.found.setdefault((new.name, target, str(new.specialization()["key"])), new)
 
-    with mock.patch.object(launch.Kernel, "__call__", record):
-        for dtype in DTYPES:
-            label = str(dtype).removeprefix("torch.")
+
+def network_launches(targets: tuple[int, ...]) -> list[Launch]:
+    """All kernels in all configurations and dtypes, as the layers of the networks launch them."""
+    with _Recorder(targets, all_configs=True) as recorder:
+        precision = torch.backends.cuda.matmul.fp32_precision
+        for label, dtype in (*((_label(dtype), dtype) for dtype in DTYPES), ("tf32", torch.float32)):
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if label == "tf32" else precision
             for op, arguments in _calls(dtype):
+                recorder.dtype, recorder.call = label, op.__name__
                 op(*arguments)
-        label, before = "tf32", torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        for op, arguments in _calls(torch.float32):
-            op(*arguments)
-        torch.backends.cuda.matmul.fp32_precision = before
-    return list(found.values())
+        torch.backends.cuda.matmul.fp32_precision = precision
+    return list(recorder.found.values())
 
 
-def _specialised(value: Any) -> str:
-    """The properties of a number that Triton compiles for: its type, whether it is 1 or a multiple of 16."""
-    return "1" if value == 1 else f"{type(value).__name__}{isinstance(value, int) and value % 16 == 0}"
+def parity_launches(
+    target: int, cases: Sequence[Any] | None = None, dtypes: Sequence[torch.dtype] = DTYPES
+) -> list[Launch]:
+    """All kernels, in the first configuration, as the cases of the parity suite launch them, forward and backward.
+
+    Args:
+        target: compute capability of the GPU, times 10.
+        cases: cases of tests/helpers; all by default.
+        dtypes: of the features.
+    """
+    if cases is None:
+        sys.path.append(str(_HELPERS))
+        cases = importlib.import_module("cases").CASES
+    rng = torch.Generator().manual_seed(0)
+    with _served_by_triton(), _Recorder((target,), all_configs=False) as recorder:
+        for dtype in dtypes:
+            for case in cases:
+                recorder.dtype, recorder.call = _label(dtype), str(case)
+                _differentiate(case, case.inputs(rng, dtype))
+    return list(recorder.found.values())
 
 
 # --- compilation -------------------------------------------------------------------------------------------
@@ -172,8 +271,7 @@ class Driver:
 
 def usage(job: Launch) -> cuda_resources.Usage:
     """Compile to machine code and read its registers and memory."""
-    triton.runtime.driver.set_active(Driver(job.target))
-    compiled = job.kernel.warmup(*job.arguments, grid=(1,), **job.constants, **job.config.all_kwargs())
+    compiled = job.warmup()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -181,21 +279,53 @@ def usage(job: Launch) -> cuda_resources.Usage:
     return cuda_resources.Usage(taken.registers, taken.spilled, compiled.metadata.shared)
 
 
+def to_ir(job: Launch, **constants: int) -> None:
+    """Compile to Triton's IR.
+
+    Args:
+        job: the launch.
+        constants: arguments that become constants, as torch.compile makes of all that are 1, even where the kernel
+            asks Triton not to.
+    """
+    found, names = job.specialization(), job.kernel.arg_names
+    signature = found["signature"] | dict.fromkeys(constants, "constexpr")
+    values = found["constants"] | {(names.index(name),): value for name, value in constants.items()}
+    attributes = {path: value for path, value in found["configs"][0].items() if names[path[0]] not in constants}
+    source = ASTSource(job.kernel, signature, values, attributes)
+    target = GPUTarget("cuda", job.target, 32)
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options({"num_warps": job.config.num_warps, "num_stages": job.config.num_stages})
+    module = source.make_ir(
+        target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
+    stages: dict[str, Callable[..., Any]] = {}
+    backend.add_stages(stages, options, source.language)
+    stages["ttir"](module, {})
+
+
 _jobs: list[Launch] = []  # forked workers inherit them, as kernels cannot be pickled
 
 
-def _usage_of(index: int) -> cuda_resources.Usage:
-    return usage(_jobs[index])
+def _attempt(compile: Callable[[Launch], Any], index: int) -> Any:
+    """The result of ``compile``, or the error as one line."""
+    try:
+        return compile(_jobs[index])
+    except Exception as error:
+        cause = error.__cause__ or error
+        return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[-1]}"
 
 
-def compile_all(targets: tuple[int, ...], workers: int) -> list[tuple[Launch, cuda_resources.Usage]]:
-    """Every kernel in every configuration, dtype and call, for GPUs of these compute capabilities.
+def compile_all(compile: Callable[[Launch], Any], jobs: list[Launch], workers: int) -> list[tuple[Launch, Any]]:
+    """Each launch with the result of ``compile`` (:func:`usage` or :func:`to_ir`), or with an error as text.
 
     Raises:
         RuntimeError: Triton's interpreter is on, so that there is nothing to compile.
     """
     if launch.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
-    _jobs[:] = launches(targets)
+    _jobs[:] = jobs
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        return list(zip(_jobs, pool.map(_usage_of, range(len(_jobs))), strict=True))
+        results = pool.map(functools.partial(_attempt, compile), range(len(jobs)), chunksize=4)
+        return list(zip(jobs, results, strict=True))

@@ -1,4 +1,4 @@
-"""The Triton kernels under torch.compile. That needs no GPU, but the interpreter must be off."""
+"""The Triton kernels through Triton's compiler and torch.compile: no GPU is needed, but the interpreter must be off."""
 
 from __future__ import annotations
 
@@ -86,3 +86,55 @@ def test_the_compiler_looks_into_the_ops() -> None:
         "prefix_logits": "2",
         "hierarchical_distillation_loss": "1",
     }, result.stdout + result.stderr
+
+
+# Compiles kernels to Triton's IR: in every dtype for sizes of 1, and with arguments that are the constant 1, as
+# torch.compile makes them even where a kernel asks Triton not to.
+_SIZES_OF_ONE = """
+import sys
+sys.path[:0] = {folders!r}
+import torch
+from cases import CASES, representative, tensors
+import triton_resources
+
+def first(case):
+    return next(iter(tensors(case.inputs(torch.Generator())).values()))
+
+jobs = triton_resources.parity_launches(90, [case for case in CASES if first(case).numel() == 1])
+for job in jobs:
+    triton_resources.to_ir(job)
+print(len(jobs))
+
+kernels = {{}}
+for job in triton_resources.parity_launches(90, representative(), [torch.bfloat16]):
+    absent = tuple(argument is None for argument in job.arguments)
+    kernels.setdefault((job.name, absent, job.constants.get("TRANSPOSED")), job)
+for job in kernels.values():
+    sizes = [name for name, value in zip(job.kernel.arg_names, job.arguments) if type(value) is int]
+    for ones in (sizes, sizes[::2], sizes[1::2]):
+        multiple = job.constants.get("MULTIPLE", 1) > 1  # of the channels, which then are not 1
+        chosen = [name for name in ones if not (multiple and name.endswith("channels"))]
+        triton_resources.to_ir(job, **dict.fromkeys(chosen, 1))
+print(*sorted({{job.name for job in kernels.values()}}))
+"""
+
+
+@pytest.mark.slow
+def test_sizes_of_one_compile() -> None:
+    """An argument of 1 is a constant to the compiler, which the interpreter does not show."""
+    result = _python("-c", _SIZES_OF_ONE.format(folders=[str(ROOT / "tests" / "helpers"), str(ROOT / "tools")]))
+    assert result.returncode == 0, result.stderr
+    launches, kernels = result.stdout.splitlines()
+    assert int(launches) > 40
+    assert kernels.split() == [
+        "batch_statistics_combine_kernel",
+        "branch_conv2d_kernel",
+        "branch_conv2d_weight_kernel",
+        "branch_depthwise_conv2d_kernel",
+        "branch_depthwise_conv2d_weight_kernel",
+        "branch_normalize_backward_kernel",
+        "branch_normalize_kernel",
+        "hierarchical_distillation_loss_kernel",
+        "prefix_mean_backward_kernel",
+        "prefix_mean_kernel",
+    ]
