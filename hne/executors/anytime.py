@@ -59,13 +59,37 @@ class Anytime(Iterator[tuple[int, Tensor]]):
         """Continue with some samples of the batch. Later answers contain these samples, in the given order.
 
         Args:
-            samples: Indices of the samples in the current batch, ``[K]`` int64.
+            samples: Indices of the samples in the current batch, ``[K]`` int64, 0 to B - 1; or a mask ``[B]`` (bool).
 
         Raises:
             RuntimeError: There is no answer yet.
+            TypeError: ``samples`` are neither integers nor bool.
+            ValueError: ``samples`` has another shape, or an index is out of range. Nothing has changed then.
         """
         if self.member is None:
             raise RuntimeError("select() chooses by an answer: ask for the first one before")
-        self.member, self._total = self.member[samples], self._total[samples]
-        self._images = self._images[samples]
-        self._path = [self._executor.select_samples(x, samples) for x in self._path]
+        samples = _indices(samples, self.member)
+        member, total, images = self.member[samples], self._total[samples], self._images[samples]
+        path = [self._executor.select_samples(x, samples) for x in self._path]
+        self.member, self._total, self._images, self._path = member, total, images, path
+
+
+def _indices(samples: Tensor, member: Tensor) -> Tensor:
+    """Checked indices ``[K]`` int64 into the batch of ``member`` ``[B, L]``, on its device."""
+    batch = len(member)
+    if not isinstance(samples, Tensor):
+        raise TypeError(f"samples: expected a tensor of indices or a mask, got {type(samples).__name__}")
+    if samples.dtype == torch.bool:
+        if samples.shape != (batch,):
+            raise ValueError(f"samples: expected a mask of shape ({batch},), got {tuple(samples.shape)}")
+        return samples.to(member.device).nonzero()[:, 0]
+    if samples.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):  # torch takes uint8 for a mask
+        raise TypeError(f"samples: expected int64 indices or a mask of bool, got {samples.dtype}")
+    if samples.dim() != 1:
+        raise ValueError(f"samples: expected indices of shape (K,), got {tuple(samples.shape)}")
+    samples = samples.to(member.device, torch.int64)
+    if len(samples):
+        low, high = (int(bound) for bound in samples.aminmax())
+        if low < 0 or high >= batch:
+            raise ValueError(f"samples: expected indices from 0 to {batch - 1}, got {low if low < 0 else high}")
+    return samples

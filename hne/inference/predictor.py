@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -75,20 +76,20 @@ class AnytimePredictor:
         window: int = 400,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        for name, value, valid, expected in (
-            ("deadline_ms", deadline_ms, lambda ms: ms > 0, "a number above 0"),
-            ("confidence", confidence, lambda p: 0 < p <= 1, "a probability above 0"),
-            ("agreement", agreement, lambda k: 2 <= k <= model.num_models, f"2 to {model.num_models} models"),
-            ("quantile", quantile, lambda q: 0 < q <= 1, "a share above 0"),
-        ):
-            if value is not None and not valid(value):
-                raise ValueError(f"{name}: expected {expected}, got {value}")
+        _check("deadline_ms", deadline_ms, lambda ms: ms > 0, "a number above 0")
+        _check("confidence", confidence, lambda p: 0 < p <= 1, "a probability above 0")
+        _check("agreement", agreement, lambda k: 2 <= k <= model.num_models, f"2 to {model.num_models} models")
+        _check("quantile", quantile, lambda q: 0 < q <= 1, "a share above 0", required=True)
+        _check("window", window, lambda w: w >= 1, "a whole number above 0", required=True)
+        if agreement is not None:
+            _check_whole("agreement", agreement)
+        _check_whole("window", window)
         self.model = model
         self.deadline_ms = deadline_ms
         self.confidence = confidence
         self.agreement = agreement
         self.quantile = quantile
-        self._window = window
+        self._window = int(window)
         self._clock = clock
         self._times: dict[torch.Size, list[_Times]] = {}
 
@@ -106,7 +107,13 @@ class AnytimePredictor:
             x: Any images; the times depend only on their shape.
             runs: Number of measurements of each leaf.
             seconds: Time limit; no measurement starts after it.
+
+        Raises:
+            ValueError: ``runs`` is below 1, or ``seconds`` is not above 0.
         """
+        _check("runs", runs, lambda number: number >= 1, "a whole number above 0", required=True)
+        _check("seconds", seconds, lambda limit: limit > 0, "a number above 0", required=True)
+        _check_whole("runs", runs)
         for _ in self.model.anytime(x):
             pass  # warm up: folded weights, memory, threads
         self._times.setdefault(x.shape, [_Times(self._window) for _ in range(self.model.num_models)])
@@ -123,7 +130,12 @@ class AnytimePredictor:
         Args:
             x: Images ``[B, C, H, W]`` as in :meth:`HNE.forward`.
             deadline_ms: Milliseconds from the start of the call; the predictor's deadline by default.
+
+        Raises:
+            ValueError: ``deadline_ms`` is not a finite number above 0.
         """
+        if deadline_ms is not None:
+            _check("deadline_ms", deadline_ms, lambda ms: ms > 0, "a number above 0")
         if x.shape not in self._times:
             self.calibrate(x)
         limit = self.deadline_ms if deadline_ms is None else deadline_ms
@@ -179,6 +191,25 @@ class AnytimePredictor:
         if self.agreement is not None:
             certain |= votes.gather(1, label[:, None])[:, 0] >= self.agreement
         return certain
+
+
+def _check(
+    name: str, value: float | None, valid: Callable[[float], bool], expected: str, *, required: bool = False
+) -> None:
+    """Check that an option is a finite number in its range; None is valid unless it is required."""
+    if value is None and not required:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected {expected}, got {value} (it must be finite)")
+    if not valid(value):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def _check_whole(name: str, value: float) -> None:
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
 
 
 class _Times:

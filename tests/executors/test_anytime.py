@@ -134,6 +134,62 @@ def test_select_before_the_first_answer_is_refused(rng: torch.Generator) -> None
         steps.select(torch.tensor([0]))
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        torch.tensor([True, False, True, False, False]),
+        torch.tensor([False] * 5),
+        torch.tensor([4, 0, 4]),
+        torch.tensor([2], dtype=torch.int16),
+        torch.zeros(0, dtype=torch.long),
+    ],
+    ids=["mask", "empty mask", "twice", "int16", "empty"],
+)
+@pytest.mark.parametrize("grad", [False, True])
+@each_model
+def test_select_by_mask_or_indices(kind: type[HNE], grad: bool, choice: Tensor, rng: torch.Generator) -> None:
+    model = build(kind, networks.TREES["odd"], rng)
+    x = images(rng, 5)
+    samples = torch.arange(5)[choice if choice.dtype == torch.bool else choice.long()]
+    with torch.set_grad_enabled(grad):
+        leaves = model(x)
+        steps = model.anytime(x)
+        next(steps)
+        steps.select(choice)
+        rest = list(steps)
+    assert [n for n, _ in rest] == list(range(2, model.num_models + 1))
+    for n, y in rest:
+        torch.testing.assert_close(y, leaves[:n, samples].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (torch.tensor([True, False]), r"samples: expected a mask of shape \(5,\), got \(2,\)"),
+        (torch.ones(5, 1, dtype=torch.bool), r"samples: expected a mask of shape \(5,\), got \(5, 1\)"),
+        (torch.tensor([0, 5]), "samples: expected indices from 0 to 4, got 5"),
+        (torch.tensor([-1, 2]), "samples: expected indices from 0 to 4, got -1"),
+        (torch.tensor([[0, 1]]), r"samples: expected indices of shape \(K,\), got \(1, 2\)"),
+        (torch.tensor(2), r"samples: expected indices of shape \(K,\), got \(\)"),
+        (torch.tensor([0.0]), "samples: expected int64 indices or a mask of bool, got torch.float32"),
+        (torch.tensor([1, 0], dtype=torch.uint8), "samples: expected int64 indices or a mask of bool, got torch.uint8"),
+        ([0, 1], "samples: expected a tensor of indices or a mask, got list"),
+    ],
+)
+@each_model
+def test_a_refused_choice_changes_nothing(kind: type[HNE], choice: Any, message: str, rng: torch.Generator) -> None:
+    model = build(kind, networks.TREES["odd"], rng)
+    x = images(rng, 5)
+    with torch.no_grad():
+        leaves = model(x)
+        steps = model.anytime(x)
+        next(steps)
+        with pytest.raises((TypeError, ValueError), match=message):
+            steps.select(choice)
+        for n, y in steps:
+            torch.testing.assert_close(y, leaves[:n].mean(0))
+
+
 @each_model
 def test_training_mode_is_refused(kind: type[HNE], rng: torch.Generator) -> None:
     model = build(kind, networks.TREES["odd"], rng).train()

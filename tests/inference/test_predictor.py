@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from types import SimpleNamespace
@@ -237,8 +238,31 @@ def test_predicted_times_of_models_not_evaluated_stay(rng: torch.Generator) -> N
         ({"agreement": 1}, "agreement: expected 2 to 4 models, got 1"),
         ({"agreement": 5}, "agreement: expected 2 to 4 models, got 5"),
         ({"quantile": 0}, "quantile: expected a share above 0, got 0"),
+        *(
+            ({name: number}, f"{name}: expected .*, got '?{number}")
+            for name in ("deadline_ms", "confidence", "agreement", "quantile", "window")
+            for number in (math.nan, math.inf, -math.inf, -1, "much", True)
+        ),
+        ({"agreement": 2.5}, r"agreement: expected a whole number, got 2\.5"),
+        ({"window": 0}, "window: expected a whole number above 0, got 0"),
+        ({"window": 1.5}, r"window: expected a whole number, got 1\.5"),
+        ({"window": None}, "window: expected a whole number above 0, got None"),
     ],
 )
 def test_bad_limits(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AnytimePredictor(Ticking(1, 1, 1, 1), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("deadline", [math.nan, math.inf, -1.0, 0, "soon"])
+def test_bad_deadline_of_a_call(deadline: Any) -> None:
+    predictor = calibrated(Ticking(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="deadline_ms: expected a number above 0, got"):
+        predictor(X, deadline_ms=deadline)
+
+
+@pytest.mark.parametrize("options", [{"runs": 0}, {"runs": 1.5}, {"seconds": math.nan}, {"seconds": 0.0}])
+def test_bad_calibration(options: dict[str, Any]) -> None:
+    predictor = AnytimePredictor(Ticking(1, 1, 1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected a"):
+        predictor.calibrate(X, **options)
