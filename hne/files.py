@@ -175,6 +175,28 @@ def check_writable(path: str | Path) -> None:
             raise PermissionError(errno.EACCES, "", str(path))
 
 
+@contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """Yield a path to read ``path`` by, for libraries that refuse names that are not UTF-8."""
+    if is_utf8(path):
+        yield path
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield Path(f"/dev/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether all bytes of a path are UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 # Folders --------------------------------------------------------------------------------------------------------------
 
 

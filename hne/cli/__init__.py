@@ -7,11 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TextIO
 
 from ..distributed import is_main_process
-from ..errors import HNEError
 from . import anytime, bench, distill, evaluate, export, info, study, train
+from .console import Terminated, cleaning_up_on_signals, discard_output, explain, usable_streams
 
 __all__ = ["main"]
 
@@ -41,23 +42,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 2 for an error, 130 after an interruption, or a command's own code.
     """
-    args = _parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            return args.execute(args)
-    except BrokenPipeError:  # the reader of the output, for instance `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (HNEError, ValueError, TypeError, OSError, RuntimeError) as error:
-        if args.debug:
+    with usable_streams():
+        try:
+            args = _parser().parse_args(argv)
+        except SystemExit:
+            _flush()
             raise
-        hint = "" if isinstance(error, HNEError) else " (--debug shows where)"
-        _say(f"error: {' '.join(str(error).split())}{hint}")
-        return 2
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return 130
+        try:
+            with cleaning_up_on_signals(), warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                code = args.execute(args)
+                sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # the reader of the output, for instance `head`, has ended
+            discard_output()
+            return 1
+        except KeyboardInterrupt:
+            _say("interrupted")
+            return 130
+        except Terminated as signaled:
+            _flush()
+            os.kill(os.getpid(), signaled.number)  # its handler is the default one again
+            return 128 + signaled.number
+        except Exception as error:
+            text = explain(error)
+            if args.debug or text is None:
+                raise
+            _say(f"error: {text}")
+            _flush()
+            return 2
+
+
+def _flush() -> None:
+    """Write what is buffered, or drop it if the output cannot be written: Python would complain at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,4 +107,5 @@ def _show_warning(
 
 def _say(text: str) -> None:
     if is_main_process():
-        print(f"hne: {text}", file=sys.stderr)
+        with suppress(OSError):  # standard error may be closed
+            print(f"hne: {text}", file=sys.stderr, flush=True)

@@ -6,18 +6,17 @@ import argparse
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 
 import torch
 
 from ..data import Dataset, InputFormat, evaluation_batches, image_files
 from ..distributed import choose_device
-from ..errors import DataError
+from ..errors import DataError, ResultError
 from ..evaluation import measure_anytime
 from ..inference import Answer, AnytimePredictor
 from ..models import HNE
-from ..reporting import format_macs, plot_accuracy_against_time, show_table
+from ..reporting import check_plot_path, format_macs, plot_accuracy_against_time, show_table
 from . import options
 from .loading import checkpoint_path, load_model, load_test_data
 
@@ -61,9 +60,12 @@ def add_parser(commands: options.Subparsers) -> None:
         "--agreement", type=options.positive_int, metavar="K", help="agreeing members at which an image is done, from 2"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="file of the plot (default: anytime.png beside the checkpoint)"
+        "--plot",
+        type=options.path,
+        metavar="FILE",
+        help="file of the plot (default: anytime.png beside the checkpoint)",
     )
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="a folder of pictures")
+    parser.add_argument("--images", type=options.path, metavar="FOLDER", help="a folder of pictures")
     options.add_evaluation(parser, batch_size=1)
 
 
@@ -73,6 +75,8 @@ def execute(args: argparse.Namespace) -> int:
     limited = any(value is not None for value in limits.values())
     if args.plot is not None and (limited or args.images is not None):
         raise ValueError("--plot: expected without limits and --images, which give no curve to plot")
+    if args.plot is not None:
+        check_plot_path(args.plot)
     device = choose_device(args.device)
     with options.computing(args):
         model, stored = load_model(args.checkpoint, device)
@@ -136,6 +140,8 @@ def _answer_folder(
                 continue
             images = input_format.normalise(torch.stack(pixels).to(device))
             answer = predictor(images)
+            if not answer.logits.isfinite().all():
+                raise ResultError("the logits are not finite: the model has diverged, or its inputs are wrong")
             late += answer.late * len(paths)
             used = answer.num_models.tolist()
             for path, probabilities, num_models in zip(paths, answer.logits.softmax(-1), used, strict=True):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import choose_device
+from ..errors import ResultError
 from ..evaluation import seconds_per_call
 from ..losses import objective
 from ..models import HNE, PRESETS, FusedHNE
@@ -34,7 +35,9 @@ def add_parser(commands: options.Subparsers) -> None:
     parser.set_defaults(execute=execute)
     group = parser.add_argument_group("workload")
     group.add_argument("--preset", choices=tuple(PRESETS), default="hne_tiny", help="architecture (default: hne_tiny)")
-    group.add_argument("--width", type=float, default=1.0, metavar="F", help="factor on every channel count")
+    group.add_argument(
+        "--width", type=options.positive_float, default=1.0, metavar="F", help="factor on every channel count"
+    )
     group.add_argument(
         "--num-models", type=options.positive_int, metavar="N", help="evaluate the first N members (default: all)"
     )
@@ -56,7 +59,7 @@ def add_parser(commands: options.Subparsers) -> None:
     )
     group.add_argument(
         "--seconds",
-        type=float,
+        type=options.seconds,
         default=1.0,
         metavar="S",
         help="least time to spend on each measurement (default: 1)",
@@ -79,7 +82,7 @@ def execute(args: argparse.Namespace) -> int:
             images = torch.randn(batch, 3, size, size, device=device)
             images = images.to(memory_format=torch.channels_last)
             steps = [work(model, images, args.num_models) for model in (fused, naive)]
-            torch.testing.assert_close(steps[0](), steps[1](), rtol=1e-3, atol=1e-3)
+            _check_close(steps[0](), steps[1]())
             speeds = [batch / seconds_per_call(step, args.seconds) for step in steps]
             rows.append(
                 (
@@ -102,6 +105,14 @@ def execute(args: argparse.Namespace) -> int:
         ),
     )
     return 0
+
+
+def _check_close(fused: Tensor, naive: Tensor) -> None:
+    """Check that both implementations compute the same."""
+    try:
+        torch.testing.assert_close(fused, naive, rtol=1e-3, atol=1e-3)
+    except AssertionError as error:
+        raise ResultError(f"the fused and the naive implementation compute different outputs ({error})") from None
 
 
 def _inference(model: HNE, images: Tensor, num_models: int | None) -> Callable[[], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..data import Dataset, Images
 from ..distributed import World, choose_device, join_world
 from ..evaluation import evaluate_members
+from ..files import lock_folder
 from ..models import HNE
 from ..reporting import System, comparison_table, measure_system, show_table, write_comparison
 from ..training import DistillationTrainer, StudentConfig, Trainer, expand_branches, student_configs
@@ -53,7 +55,9 @@ def add_parser(commands: options.Subparsers) -> None:
     """Add the command to ``hne``."""
     parser = options.new_parser(commands, "distill", "distill an ensemble into a Hydra", _DESCRIPTION, _EXAMPLES)
     parser.set_defaults(execute=execute)
-    parser.add_argument("teacher", type=Path, metavar="TEACHER", help="a run of `hne train`, or a file of logits")
+    parser.add_argument(
+        "teacher", type=options.path, metavar="TEACHER", help="a run of `hne train`, or a file of logits"
+    )
     options.add_run(parser, out="runs/DATA-PRESET-hydra")
     student = parser.add_argument_group("student")
     helps = {
@@ -66,12 +70,12 @@ def add_parser(commands: options.Subparsers) -> None:
         "for the first K epochs, train one head on the members' average; then all heads start from it (default: 0)"
     )
     for flag, help in (("--own-blocks", own_blocks), ("--first-phase", first_phase)):
-        student.add_argument(flag, type=int, metavar="K", default=0, help=help)
+        student.add_argument(flag, type=options.whole_number, metavar="K", default=0, help=help)
     compare = "also train one network on the members' average (distilled) and one without a teacher (alone), as long"
     student.add_argument("--compare", action="store_true", help=compare)
     options.add_data(parser, default="the teacher's")
     ood = "compare on out-of-distribution images, too: a data set, or a folder of pictures (see `hne eval`)"
-    parser.add_argument("--ood", metavar="DATA", help=ood)
+    parser.add_argument("--ood", type=options.path_text, metavar="DATA", help=ood)
     for title, names in (
         ("training data", config_options.TRAINING_DATA),
         ("optimisation", (*config_options.OPTIMISATION, "seed")),
@@ -143,7 +147,7 @@ def _train(
         **run_options(args),
     )
     hint = f"`hne distill --resume --out {out}` with the same options continues after the last saved epoch"
-    with hint_on_interrupt(world, hint):
+    with hint_on_interrupt(world, hint), lock_folder(out) if world.main else nullcontext():
         for folder, trainer in runs:
             models[folder.name] = trainer.model
     return models

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ..data import Dataset, Images
 from ..distributed import choose_device
 from ..evaluation import Evaluation, evaluate, evaluate_ood, evaluate_regression
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..models import HNE
 from ..reporting import show_evaluation, show_ood, show_uncertainty
 from . import options
@@ -57,16 +56,19 @@ def add_parser(commands: options.Subparsers) -> None:
     options.add_checkpoint(parser)
     parser.add_argument(
         "--ood",
+        type=options.path_text,
         metavar="DATA",
         help="out-of-distribution images: a data set, or a folder of pictures",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to FILE")
+    parser.add_argument("--json", type=options.path, metavar="FILE", help="also write all results to FILE")
     parser.add_argument("--naive", action="store_true", help="compute with the plain PyTorch implementation")
     options.add_evaluation(parser, batch_size=256)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Evaluate, and print the tables."""
+    if args.json is not None:
+        check_writable(args.json)
     device = choose_device(args.device)
     with options.computing(args):
         model, stored = load_model(args.checkpoint, device, naive=args.naive)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 
 from ..data import InputFormat
-from ..files import replacing
-from ..inference import EnsembleMean, write_onnx, write_pt2
+from ..errors import ResultError
+from ..files import check_writable, replacing
+from ..inference import Ensemble, EnsembleMean, EnsembleMixture, write_onnx, write_pt2
 from . import options
 from .loading import checkpoint_path, load_model
 
 _DESCRIPTION = """\
 Export a trained ensemble as a program that runs without this package's Python code. Its input is
 normalised float32 images [batch, channels, height, width], its output the mean logits
-[batch, classes] of the first N members.
+[batch, classes] of the first N members. In a regression (diabetes) it is [batch, 2]: mean and variance
+of the mixture of the first N members, in the units of the target.
 
 pt2 is a program of torch.export: `torch.export.load("ensemble.pt2").module()(images)`. It consists
 of plain PyTorch operations and needs torch alone. With --kernels it consists of this package's
@@ -33,7 +36,7 @@ _EXAMPLES = """\
 """
 
 
-_FORMATS: dict[str, Callable[[EnsembleMean, Tensor, Path], Tensor]] = {"pt2": write_pt2, "onnx": write_onnx}
+_FORMATS: dict[str, Callable[[Ensemble, Tensor, Path], Tensor]] = {"pt2": write_pt2, "onnx": write_onnx}
 
 
 def add_parser(commands: options.Subparsers) -> None:
@@ -47,7 +50,10 @@ def add_parser(commands: options.Subparsers) -> None:
     )
     parser.add_argument("--kernels", action="store_true", help="use this package's kernels in the program")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the file (default: ensemble-N.FORMAT beside the checkpoint)"
+        "--output",
+        type=options.path,
+        metavar="FILE",
+        help="the file (default: ensemble-N.FORMAT beside the checkpoint)",
     )
 
 
@@ -57,17 +63,34 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError(f"--kernels: expected with --format pt2, got {args.format}, which has no such operations")
     model, stored = load_model(args.checkpoint, torch.device("cpu"), naive=not args.kernels)
     num_models = args.num_models or model.num_models
-    ensemble = EnsembleMean(model, num_models).eval()
+    target = stored["data"].get("target")
+    ensemble: Ensemble = EnsembleMean(model, num_models)
+    if target is not None:
+        ensemble = EnsembleMixture(model, num_models, target["mean"], target["std"])
+    ensemble.eval()
     input_format = InputFormat.from_dict(stored["data"]["input"])
     images = torch.randn(2, input_format.channels, *input_format.size)
     folder = checkpoint_path(args.checkpoint).parent
     output = args.output or folder / f"ensemble-{num_models}.{args.format}"
+    check_writable(output)
     with torch.no_grad(), replacing(output) as temporary:
         expected = ensemble(images)
         got = _FORMATS[args.format](ensemble, images, temporary)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        _check_close(got, expected)
+    to_stream = output.parts[1:2] in (("dev",), ("proc",))  # perhaps standard output, whose content is the program
     print(
         f"wrote {output}: {num_models} of {model.num_models} models, "
-        f"{model.macs(num_models, input_format.size) / 1e6:.2f} M MACs per image"
+        f"{model.macs(num_models, input_format.size) / 1e6:.2f} M MACs per image",
+        file=sys.stderr if to_stream else sys.stdout,
     )
     return 0
+
+
+def _check_close(got: Tensor, expected: Tensor) -> None:
+    """Check that the written program computes what the model computes."""
+    if not expected.isfinite().all():
+        raise ResultError("the outputs for random images are not finite: train again with a smaller lr")
+    try:
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    except AssertionError as error:
+        raise ResultError(f"nothing was written: the program computes other outputs than the model ({error})") from None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..data import Dataset, Images, load_dataset, ood_images
+from ..data import Dataset, Images, InputFormat, load_dataset, ood_images
 from ..errors import CheckpointError
 from ..models import HNE, checkpoint
 from ..training import CHECKPOINT, TrainConfig
@@ -20,9 +20,36 @@ def checkpoint_path(path: Path) -> Path:
 
 
 def load_model(path: Path, device: torch.device, *, naive: bool = False) -> tuple[HNE, dict[str, Any]]:
-    """The model of a checkpoint, in eval mode on ``device``, and the checkpoint's metadata."""
-    model, stored = checkpoint.load_model(checkpoint_path(path), naive=naive)
+    """The model of a checkpoint, in eval mode on ``device``, and the checkpoint's metadata.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, has numbers that are not finite, or was not written by a
+            training run, so that its metadata do not describe its data.
+    """
+    file = checkpoint_path(path)
+    model, stored = checkpoint.load_model(file, naive=naive)
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{file}: {name} is not finite: the training diverged; train again with a smaller lr")
+    _check_description(file, stored, model)
     return model.to(device), stored
+
+
+def _check_description(file: Path, stored: dict[str, Any], model: HNE) -> None:
+    """Check that metadata describe the data and the options of a training run."""
+    try:
+        data, recipe = stored["data"], stored["recipe"]
+        channels, classes = InputFormat.from_dict(data["input"]).channels, list(data["classes"])
+        if data.get("target") is None and (channels, len(classes)) != (model.in_channels, model.num_classes):
+            raise ValueError(f"{channels} channels and {len(classes)} classes")
+        for values, names in ((data, ("name",)), (recipe, ("data", "preset", "width", "image_size"))):
+            for name in names:
+                values[name]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file}: does not describe its data ({error!r}): this command needs a checkpoint of a training command; "
+            "a network that was saved in Python is used in Python (hne.evaluation, hne.inference)"
+        ) from error
 
 
 def load_test_data(args: argparse.Namespace, stored: dict[str, Any]) -> Dataset:

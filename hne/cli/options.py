@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         choices=BACKENDS,
         help="kernels to use, like HNE_BACKEND (default: the fastest usable ones; see `hne info`)",
     )
-    group.add_argument("--threads", type=positive_int, metavar="K", help="CPU threads (default: PyTorch's choice)")
+    group.add_argument("--threads", type=threads, metavar="K", help="CPU threads (default: PyTorch's choice)")
 
 
 def add_run(parser: argparse.ArgumentParser, *, out: str) -> None:
@@ -64,7 +65,7 @@ def add_run(parser: argparse.ArgumentParser, *, out: str) -> None:
         out: Default folder, for the help.
     """
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the run (default: {out})")
+    group.add_argument("--out", type=path, metavar="DIR", help=f"folder of the run (default: {out})")
     start = group.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",
@@ -93,7 +94,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the positional argument that names a checkpoint."""
     parser.add_argument(
         "checkpoint",
-        type=Path,
+        type=path,
         metavar="CHECKPOINT",
         help="a checkpoint of `hne train`, or the folder that holds it",
     )
@@ -112,6 +113,7 @@ def add_data(parser: argparse.ArgumentParser, *, default: str) -> None:
     )
     group.add_argument(
         "--data-dir",
+        type=path_text,
         metavar="DIR",
         help="folder of its files (default: $HNE_DATA, then the folders of system packages)",
     )
@@ -164,11 +166,45 @@ def progress_bar(images: int, args: argparse.Namespace) -> tqdm:
 # Argument types -------------------------------------------------------------------------------------------------------
 
 
+def path(text: str) -> Path:
+    """A path; ``~`` is the home folder, also in ``--out=~/runs``, which a shell does not expand."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    return Path(os.path.expanduser(text))
+
+
+def path_text(text: str) -> str:
+    """A path as text."""
+    return str(path(text))
+
+
 def positive_int(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
+    """A whole number above 0 and below 2^31."""
+    if not text.isdecimal() or len(text) > 20 or not 0 < int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def whole_number(text: str) -> int:
+    """A whole number from 0 to 2^31 - 1."""
+    if not text.isdecimal() or len(text) > 20 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """A number of threads; more than these end the process, where the system refuses to start them."""
+    most = max(64, 4 * (os.cpu_count() or 1))
+    if positive_int(text) > most:
+        raise argparse.ArgumentTypeError(f"expected at most {most} threads on this machine, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Seconds, above 0 and up to an hour."""
+    if positive_float(text) > 3600:
+        raise argparse.ArgumentTypeError(f"expected at most 3600 seconds, got {text!r}")
+    return float(text)
 
 
 def positive_ints(text: str) -> tuple[int, ...]:

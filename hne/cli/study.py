@@ -81,7 +81,7 @@ def add_parser(commands: options.Subparsers) -> None:
         ("--out", "folder of the reports (default: runs/study-DATA-PRESET)"),
         ("--runs", "folder of the training runs (default: runs in --out)"),
     ):
-        study.add_argument(flag, type=Path, metavar="DIR", help=help)
+        study.add_argument(flag, type=options.path, metavar="DIR", help=help)
     seeds = "train every config K times, with the seeds 0 to K - 1 (default: 3)"
     study.add_argument("--seeds", type=options.positive_int, metavar="K", help=seeds)
     dry_run = "train nothing: list the runs with their state, and report on the finished ones"

@@ -11,7 +11,7 @@ from ..distributed import choose_device, join_world
 from ..errors import CheckpointError
 from ..models import checkpoint
 from ..reporting import show_evaluation
-from ..training import CHECKPOINT, TrainConfig, Trainer, final_evaluation, run_title
+from ..training import CHECKPOINT, RUN_FILES, TrainConfig, Trainer, final_evaluation, run_title
 from . import config_options, options
 from .loading import load_training_data
 from .training_runs import RunReporter, check_unused, hint_on_interrupt, run_options, train_runs
@@ -73,7 +73,7 @@ def execute(args: argparse.Namespace) -> int:
             ((_, trainer),) = runs
         if world.main:
             show_evaluation(final_evaluation(trainer), run_title(trainer))
-            print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
+            print(f"wrote {', '.join(name for name in RUN_FILES if (folder / name).exists())} to {folder}")
     return 0
 
 
@@ -86,7 +86,10 @@ def _plan(args: argparse.Namespace) -> tuple[Path, TrainConfig]:
     path = folder / CHECKPOINT
     if not (args.resume and path.exists()):
         return folder, config
-    stored = TrainConfig.from_dict(checkpoint.load(path)[1]["recipe"])
+    try:
+        stored = TrainConfig.from_dict(checkpoint.load(path)[1]["recipe"])
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not of a training run ({error!r}): --overwrite replaces it") from error
     for name, value in given.items():
         if getattr(stored, name) != value:
             raise CheckpointError(

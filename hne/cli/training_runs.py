@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..distributed import World
 from ..errors import TrainingError
+from ..files import lock_folder
 from ..reporting import show_evaluation
-from ..training import CHECKPOINT, EpochRecord, TrainConfig, Trainer, remove_run, train_into
+from ..training import CHECKPOINT, EpochRecord, TrainConfig, Trainer, check_no_other_files, remove_run, train_into
+from .console import Terminated
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -21,16 +23,20 @@ def check_unused(folders: Iterable[Path], args: argparse.Namespace) -> None:
     """Check that no folder has a run already, unless ``--resume`` or ``--overwrite`` is given.
 
     Raises:
-        TrainingError: A folder has one.
+        TrainingError: A folder has one, or other files with the names of a run's.
     """
-    if args.resume or args.overwrite:
-        return
     for folder in folders:
-        if (folder / CHECKPOINT).exists():
-            raise TrainingError(
-                f"{folder} has a run already: --resume continues it, --overwrite replaces it, --out names another "
-                "folder"
-            )
+        if not args.resume and not args.overwrite:
+            _check_no_run(folder)
+        if not args.resume or not (folder / CHECKPOINT).exists():
+            check_no_other_files(folder)
+
+
+def _check_no_run(folder: Path) -> None:
+    if (folder / CHECKPOINT).exists():
+        raise TrainingError(
+            f"{folder} has a run already: --resume continues it, --overwrite replaces it, --out names another folder"
+        )
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,33 +96,37 @@ def train_runs(
     """
     for folder, config in configs.items():
         trainer = make_trainer(config)
-        path = folder / CHECKPOINT
-        if resume and path.exists():
-            trainer.restore(path)
-        if overwrite and trainer.world.main:
-            for old in configs:
-                remove_run(old)
-            overwrite = False
-        reporter.start(folder, trainer)
-        try:
-            for record in train_into(
-                folder, trainer, eval_every=eval_every, checkpoint_every=checkpoint_every, quiet=quiet
-            ):
-                reporter.epoch(trainer, record)
-        except TrainingError as error:
-            reporter.failure(folder, trainer, error)
-        else:
-            yield folder, trainer
+        path, main = folder / CHECKPOINT, trainer.world.main
+        with lock_folder(folder) if main else nullcontext():
+            if resume and path.exists():
+                trainer.restore(path)
+            if overwrite and main:
+                for old in configs:
+                    remove_run(old)
+                overwrite = False
+            if main and not resume:  # a run that ended while this one waited for its turn
+                _check_no_run(folder)
+            reporter.start(folder, trainer)
+            try:
+                for record in train_into(
+                    folder, trainer, eval_every=eval_every, checkpoint_every=checkpoint_every, quiet=quiet
+                ):
+                    reporter.epoch(trainer, record)
+            except TrainingError as error:
+                reporter.failure(folder, trainer, error)
+                continue
+        yield folder, trainer
 
 
 @contextmanager
 def hint_on_interrupt(world: World, hint: str) -> Iterator[None]:
-    """Print ``hint`` when the user interrupts the block."""
+    """Print ``hint`` when the block is interrupted by the user, a signal, or the end of the output's reader."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated, BrokenPipeError):
         if world.main:
-            print(hint, file=sys.stderr)
+            with suppress(OSError):
+                print(hint, file=sys.stderr, flush=True)
         raise
 
 

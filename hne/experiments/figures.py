@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from ..reporting import COST, HALO, log_cost_axis, new_figure, save_figure, style_axes
+from ..reporting import COST, HALO, log_cost_axis, new_figure, plain_text, save_figure, style_axes
 from .results import CurveResult, Estimate, PanelResult
 
 # The colours of Okabe and Ito can be told apart by the colour-blind. The same network has the same colour in every
@@ -43,7 +43,7 @@ def plot_against_cost(panels: Sequence[PanelResult], path: str | Path, title: st
     figure = new_figure(11.5, 4.4 * len(panels))
     figure.set_layout_engine("constrained", w_pad=0.15)
     grid = figure.subplots(len(panels), 2, squeeze=False, sharex="row")
-    figure.suptitle(title)
+    figure.suptitle(plain_text(title), parse_math=False)
     for panel, (accuracy, diversity) in zip(panels, grid, strict=True):
         prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
         for axes, quantity, factor, label in (
@@ -66,7 +66,7 @@ def plot_members(panels: Sequence[PanelResult], path: str | Path, title: str) ->
     """
     columns = max(len(panel.curves) for panel in panels)
     figure = new_figure(1 + 3.4 * columns, 3.9 * len(panels))
-    figure.suptitle(title)
+    figure.suptitle(plain_text(title), parse_math=False)
     figure.supxlabel("bars: each network by itself;  curve: the ensemble of the first n", fontsize=10)
     grid = figure.subplots(len(panels), columns, sharey="row", squeeze=False)
     for panel, row in zip(panels, grid, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from importlib.util import find_spec
@@ -10,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..losses import gaussians
+from ..metrics import mixture
 from ..models import HNE
 
 _ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)
@@ -33,7 +36,36 @@ class EnsembleMean(nn.Module):
         return self.model(images, self.num_models).mean(0)
 
 
-def write_pt2(ensemble: EnsembleMean, images: Tensor, path: Path) -> Tensor:
+class EnsembleMixture(nn.Module):
+    """The ensemble of the first ``num_models`` members of a regression as one network, for export.
+
+    Every member predicts a Gaussian. The mean of their outputs would leave out that the members' means differ, which is
+    a part of the variance of their mixture (Lakshminarayanan et al. 2017).
+
+    Args:
+        model: The model with two outputs, in eval mode.
+        num_models: Number of members of the ensemble.
+        target_mean: Mean of the targets that the model was trained on.
+        target_std: Their standard deviation.
+    """
+
+    def __init__(self, model: HNE, num_models: int, target_mean: float, target_std: float) -> None:
+        super().__init__()
+        self.model = model
+        self.num_models = num_models
+        self.target_mean = target_mean
+        self.target_std = target_std
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Mean and variance of the mixture in the units of the target: ``[B, C, 1, 1]`` to ``[B, 2]``."""
+        mean, variance = mixture(*gaussians(self.model(samples, self.num_models)))
+        return torch.stack([mean * self.target_std + self.target_mean, variance * self.target_std**2], -1)
+
+
+Ensemble = EnsembleMean | EnsembleMixture
+
+
+def write_pt2(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
     """Write a ``torch.export`` program for any batch size.
 
     A program of a :class:`FusedHNE` calls this package's ops: import ``hne_kernels`` before loading it.
@@ -44,16 +76,18 @@ def write_pt2(ensemble: EnsembleMean, images: Tensor, path: Path) -> Tensor:
         path: The file.
 
     Returns:
-        The logits ``[B, L]`` that the written program computes for ``images``.
+        The output ``[B, L]`` that the written program computes for ``images``.
     """
     program = torch.export.export(ensemble, (images,), dynamic_shapes=_ANY_BATCH)
-    torch.export.save(program, path)
-    logits: Tensor = torch.export.load(path).module()(images)
-    return logits
+    buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
+    output: Tensor = torch.export.load(io.BytesIO(path.read_bytes())).module()(images)
+    return output
 
 
-def write_onnx(ensemble: EnsembleMean, images: Tensor, path: Path) -> Tensor:
-    """Write an ONNX graph for any batch size, with input ``images`` and output ``logits``.
+def write_onnx(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
+    """Write an ONNX graph for any batch size, with input ``images`` and output ``logits`` (``gaussian`` in regression).
 
     Arguments and result as for :func:`write_pt2`; the model is a :class:`NaiveHNE`, since ONNX has no ops like the
     kernels. ONNX Runtime computes the logits if it is installed, otherwise the reference evaluator of ``onnx``.
@@ -71,7 +105,7 @@ def write_onnx(ensemble: EnsembleMean, images: Tensor, path: Path) -> Tensor:
             (images,),
             dynamic_shapes=_ANY_BATCH,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=["gaussian" if isinstance(ensemble, EnsembleMixture) else "logits"],
             verbose=False,
         )
     assert program is not None
@@ -80,9 +114,9 @@ def write_onnx(ensemble: EnsembleMean, images: Tensor, path: Path) -> Tensor:
     if find_spec("onnxruntime"):
         import onnxruntime
 
-        (logits,) = onnxruntime.InferenceSession(path).run(None, inputs)
+        (logits,) = onnxruntime.InferenceSession(path.read_bytes()).run(None, inputs)
     else:
         from onnx.reference import ReferenceEvaluator
 
-        (logits,) = ReferenceEvaluator(str(path)).run(None, inputs)
+        (logits,) = ReferenceEvaluator(path.read_bytes()).run(None, inputs)
     return torch.from_numpy(logits)

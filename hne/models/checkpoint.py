@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, FileError
-from ..files import replacing, to_json
+from ..files import is_utf8, replacing, to_json, utf8_path
 from .hne import HNE, FusedHNE, NaiveHNE
 
 FORMAT = "hne-checkpoint"
@@ -48,7 +49,10 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
     }
     with replacing(Path(path)) as temporary:
         try:
-            save_file(tensors, temporary, metadata)
+            if is_utf8(temporary):
+                save_file(tensors, temporary, metadata)
+            else:
+                temporary.write_bytes(to_bytes(tensors, metadata))
         except SafetensorError as error:
             full = "No space left" in str(error)
             reason = "the disk is full: free some space, or name another place" if full else str(error)
@@ -65,7 +69,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as name, safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
@@ -95,7 +99,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def is_checkpoint(path: str | Path) -> bool:
     """Whether the metadata of a file say that it is a checkpoint; the file may be damaged nevertheless."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(Path(path)) as name, safe_open(name, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except (SafetensorError, OSError):
         return False

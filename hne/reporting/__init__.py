@@ -6,8 +6,10 @@ from .comparison import System, comparison_table, measure_system, write_comparis
 from .plots import (
     COST,
     HALO,
+    check_plot_path,
     log_cost_axis,
     new_figure,
+    plain_text,
     plot_accuracy_against_macs,
     plot_accuracy_against_time,
     save_figure,

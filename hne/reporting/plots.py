@@ -8,11 +8,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 
 from ..evaluation import AnytimeStep, Evaluation
-from ..files import replacing
+from ..files import check_writable, replacing
 
 HALO = [withStroke(linewidth=3, foreground="white")]  # keeps text legible over lines
 COST = "cost per image (million multiply-adds)"
@@ -28,11 +29,12 @@ def plot_accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str 
     """
     figure = new_figure(7, 4.4)
     axes = figure.add_subplot()
-    for index, (name, evaluation) in enumerate(evaluations.items()):
+    curves: list[Line2D] = []
+    for index, evaluation in enumerate(evaluations.values()):
         color = f"C{index}"
         macs = [ensemble.macs / 1e6 for ensemble in evaluation.ensembles]
         accuracy = [100 * ensemble.accuracy for ensemble in evaluation.ensembles]
-        axes.plot(macs, accuracy, "o-", color=color, lw=2, ms=6, label=name)
+        curves += axes.plot(macs, accuracy, "o-", color=color, lw=2, ms=6)
         single = 100 * evaluation.mean_member_accuracy
         axes.axhline(single, color=color, ls="--", lw=1.2, alpha=0.7)
         axes.annotate(
@@ -51,11 +53,15 @@ def plot_accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str 
     log_cost_axis(axes, ticks if len(evaluations) == 1 else [ticks[0], ticks[-1]])
     axes.set_xlabel(COST)
     axes.set_ylabel("test accuracy (%)")
-    axes.set_title(title)
+    axes.set_title(plain_text(title), parse_math=False)
     axes.margins(0.12, 0.16)
     style_axes(axes)
     if len(evaluations) > 1:
-        axes.legend(frameon=False)
+        # matplotlib leaves labels out that begin with an underscore, and takes $ for mathematics: set the texts later.
+        legend = axes.legend(curves, ["name"] * len(curves), frameon=False)
+        for text, name in zip(legend.get_texts(), evaluations, strict=True):
+            text.set_parse_math(False)
+            text.set_text(plain_text(name))
     save_figure(figure, path)
 
 
@@ -75,7 +81,7 @@ def plot_accuracy_against_time(steps: Sequence[AnytimeStep], path: str | Path, t
     label_sizes(axes, [step.num_models for step in steps], milliseconds, accuracy, "C0")
     axes.set_xlabel("time until the answer is ready (ms, median)")
     axes.set_ylabel("test accuracy (%)")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(plain_text(title), fontsize=10, parse_math=False)
     axes.margins(0.12, 0.16)
     axes.set_xlim(left=0)
     style_axes(axes)
@@ -119,7 +125,31 @@ def style_axes(axes: Axes) -> None:
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure; the suffix of ``path`` chooses the format. Equal figures give equal files."""
     path = Path(path)
+    kind = _format(path)
     # No date and no random identifiers.
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}), replacing(path) as temporary:
-        figure.savefig(temporary, metadata=metadata)
+    metadata = {"Date": None} if kind in ("svg", "svgz") else None
+    with matplotlib.rc_context({"svg.hashsalt": plain_text(path.stem)}), replacing(path) as temporary:
+        figure.savefig(temporary, format=kind, metadata=metadata)
+
+
+def check_plot_path(path: Path) -> None:
+    """Check that a figure can be written to ``path``, before the work that gives its content.
+
+    Raises:
+        ValueError: The suffix is of no format that matplotlib writes.
+        FileError: The file cannot be written.
+    """
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    if _format(path) not in known:
+        raise ValueError(f"{path}: expected a file name that ends in one of .{', .'.join(sorted(known))}")
+    check_writable(path)
+
+
+def plain_text(text: str) -> str:
+    """The text with bytes of file names that are no UTF-8 as ``\\udcXX``, since fonts refuse them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _format(path: Path) -> str:
+    """The format of a figure by the suffix of its file; png without one."""
+    return path.suffix[1:].lower() or "png"

@@ -57,6 +57,8 @@ def show_table(
         caption: below the table.
         text_columns: number of leading columns to align left; all others are aligned right.
     """
+    if sys.stdout is None:  # closed
+        return
     table = RichTable(box=box.SIMPLE_HEAD, show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < text_columns else "right")

@@ -3,6 +3,15 @@
 from .config import DEFAULTS, PROTOCOLS, SCHEDULES, TrainConfig
 from .distillation import DistillationTrainer, StudentConfig, expand_branches, student_configs
 from .history import EpochRecord
-from .run_directory import CHECKPOINT, SUMMARY, final_evaluation, remove_run, run_title, train_into
+from .run_directory import (
+    CHECKPOINT,
+    RUN_FILES,
+    SUMMARY,
+    check_no_other_files,
+    final_evaluation,
+    remove_run,
+    run_title,
+    train_into,
+)
 from .teachers import Teacher, check_outputs, member_outputs, online_teacher, read_outputs, tabulated_teacher
 from .trainer import Trainer, check_same_run

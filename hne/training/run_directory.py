@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -12,8 +13,10 @@ import torch
 
 from hne_kernels import available_backends
 
+from ..errors import TrainingError
 from ..evaluation import Evaluation, RegressionEvaluation
 from ..files import lock_folder, remove_leftovers, write_json
+from ..models import checkpoint
 from ..reporting import plot_accuracy_against_macs
 from .history import EpochRecord, write_log
 from .trainer import Trainer, describe_dataset
@@ -22,6 +25,7 @@ CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.csv"
 SUMMARY = "summary.json"
 PLOT = "accuracy.png"
+RUN_FILES = (PLOT, CHECKPOINT, LOG, SUMMARY)
 
 
 def train_into(
@@ -59,10 +63,45 @@ def train_into(
             yield record
 
 
+def check_no_other_files(folder: Path) -> None:
+    """Check that a run in ``folder`` would replace only files of earlier runs.
+
+    Raises:
+        TrainingError: A file with a name of :data:`RUN_FILES` was not written by a training run.
+    """
+    for name, ours in ((CHECKPOINT, _is_checkpoint), (SUMMARY, _is_summary), (LOG, _is_log)):
+        path = folder / name
+        if path.exists() and not (path.is_file() and ours(path)):
+            raise TrainingError(
+                f"{path} was not written by a training run: remove or rename it, or name another folder by --out"
+            )
+
+
 def remove_run(folder: Path) -> None:
-    """Remove the files that mark a run as begun or finished, so that a new one starts in the folder."""
+    """Remove the files that mark a run as begun or finished, so that a new one starts in the folder.
+
+    Raises:
+        TrainingError: One of them was not written by a training run.
+    """
+    check_no_other_files(folder)
     for name in (CHECKPOINT, SUMMARY):
         (folder / name).unlink(missing_ok=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.stat().st_size == 0 or checkpoint.is_checkpoint(path)
+
+
+def _is_summary(path: Path) -> bool:
+    try:
+        return {"recipe", "evaluation"} <= json.loads(path.read_text("utf-8")).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
+def _is_log(path: Path) -> bool:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline().startswith("epoch,lr,loss,seconds,")
 
 
 def final_evaluation(trainer: Trainer) -> Evaluation | RegressionEvaluation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..data import Dataset, Images, InputFormat, evaluation_batches
 from ..errors import DataError
+from ..files import utf8_path
 from ..models import HNE
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
@@ -85,8 +87,9 @@ def read_outputs(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".npy":
             found = {"train": torch.from_numpy(np.load(path, allow_pickle=False))}
         else:
-            found = load_file(path)
-    except (OSError, ValueError, TypeError, EOFError, SafetensorError) as error:
+            with utf8_path(path) as name:
+                found = load_file(name)
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, BadZipFile, SafetensorError) as error:
         raise DataError(f"{path}: not a NumPy or safetensors file of outputs ({error})") from error
     if "train" not in found or not found.keys() <= {"train", "test"}:
         raise DataError(f"{path}: expected an array train, and perhaps test, found {', '.join(found) or 'none'}")
