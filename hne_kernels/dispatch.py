@@ -13,12 +13,15 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import autocast, checks, extension, reference
+from .tracing import constant_when_compiled as _constant_when_compiled
+from .tracing import is_transformed
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,8 +39,29 @@ DTYPES = {
     "triton": (torch.float32, torch.float16, torch.bfloat16),
 }
 
-# The explicit choice. It holds for the whole process, as torch.set_num_threads does.
-_chosen: str | None = os.environ.get("HNE_BACKEND") or None
+_DEFAULT: str | None = os.environ.get("HNE_BACKEND") or None
+
+_TRANSFORMED = (
+    "torch.func transforms and forward-mode derivatives are only implemented by the reference backend, "
+    'with hne_kernels.use_backend("reference")'
+)
+
+
+class _Choice:
+    """An open block of :func:`use_backend`."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.is_open = True  # False where the block was left in another context than it was entered in
+
+
+# The open blocks of this thread or asyncio task, the innermost last.
+_choices: ContextVar[tuple[_Choice, ...]] = ContextVar("choices", default=())
+# The backend of the block that was entered or left last, in any thread: a compiled program is compiled again when it
+# changes, since the compiler cannot watch a ContextVar.
+_latest: str | None = _DEFAULT
+# The choice of a block inside of a program that is being compiled.
+_compiled_choice: str | None = None
 
 
 def _unusable(backend: str) -> str | None:
@@ -101,7 +125,11 @@ def _check_name(name: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every call inside the ``with`` block by the backend ``name``, in the whole process.
+    """Serve every call inside the ``with`` block by the backend ``name``.
+
+    The choice holds in the thread or asyncio task that enters the block, and in tasks that are started inside of it.
+    Other threads keep theirs. The gradient of an op runs on the backend of the op, whenever ``backward()`` is called;
+    only layers that ``torch.utils.checkpoint`` computes again are served by the choice at that time.
 
     Args:
         name: one of ``reference``, ``cpp``, ``cuda``, ``triton``.
@@ -111,19 +139,42 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: it is not available here; the message says why. Calls inside the block that it cannot
             serve (another device or dtype) raise too.
     """
-    global _chosen
+    global _compiled_choice, _latest
     _check_name(name)
-    previous, _chosen = _chosen, name
+    if torch.compiler.is_compiling():
+        outer, _compiled_choice = _compiled_choice, name
+        try:
+            yield
+        finally:
+            _compiled_choice = outer
+        return
+    choice = _Choice(name)
+    _choices.set((*_choices.get(), choice))
+    _latest = name
     try:
         yield
     finally:
-        _chosen = previous
+        # Blocks may be left in any order, and a generator's block in another task than it was entered in.
+        choices = _choices.get()
+        if choice in choices:
+            _choices.set(tuple(other for other in choices if other is not choice))
+        else:
+            choice.is_open = False
+        _latest = _chosen()
 
 
-def _constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compiler.assume_constant_result``, without importing the compiler, which takes a second."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+def _chosen() -> str | None:
+    """The explicitly chosen backend, or None."""
+    for choice in reversed(_choices.get()):
+        if choice.is_open:
+            return choice.backend
+    return _DEFAULT
+
+
+@_constant_when_compiled
+def _chosen_when_compiled(latest: str | None) -> str | None:
+    """The chosen backend; a compiled program is valid for one value of ``latest``."""
+    return _chosen()
 
 
 def _rejects(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -188,12 +239,18 @@ def backend_for(tensor: Tensor) -> str:
     device = tensor.device
     kind = device.type
     dtype = checks.autocast_dtype(kind) or tensor.dtype
-    if _chosen is not None:
-        _check_name(_chosen)
-        reason = _rejects(_chosen, device, dtype)
+    compiling = torch.compiler.is_compiling()
+    chosen = (_compiled_choice or _chosen_when_compiled(_latest)) if compiling else _chosen()
+    if chosen is not None:
+        _check_name(chosen)
+        reason = _rejects(chosen, device, dtype)
+        if chosen != "reference" and is_transformed():
+            reason = _TRANSFORMED
         if reason is not None:
-            raise RuntimeError(f"backend {_chosen!r} cannot serve this call: {reason}")
-        return _chosen
+            raise RuntimeError(f"backend {chosen!r} cannot serve this call: {reason}")
+        return chosen
+    if is_transformed():
+        return "reference"
     chosen = "reference"
     for backend in _PREFERENCE.get(kind, ()):
         if _rejects(backend, device, dtype) is None:

@@ -117,7 +117,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Stands in for a GPU and a build: `gpu(capability, targets, triton)` returns a tensor on that GPU."""
 
     def stand_in(capability: tuple[int, int], targets: str = _DEFAULT_TARGETS, triton: bool = True) -> Any:
-        monkeypatch.setattr(dispatch, "_chosen", None)
+        monkeypatch.setattr(dispatch, "_DEFAULT", None)
         monkeypatch.setitem(dispatch._UNUSABLE, "cuda", None)
         monkeypatch.setitem(dispatch._UNUSABLE, "triton", None if triton else "not installed")
         monkeypatch.setattr(dispatch, "_DEVICES", {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)})
