@@ -28,6 +28,7 @@ from .ops.prefix_logits import prefix_logits
 from .ops.prefix_mean import prefix_mean
 from .packing import pack_weight, unpack_weight
 from .state_record import StateRecord
+from .tracing import is_traced
 
 try:
     __version__ = _metadata.version("hne-kernels")
@@ -38,6 +39,7 @@ if _is_loaded("triton"):
     from . import triton as _triton
 
     add_module("triton", _triton)
+
 
 __all__ = [
     "BACKENDS",
@@ -66,6 +68,7 @@ __all__ = [
     "fused_bottleneck",
     "fused_conv2d",
     "hierarchical_distillation_loss",
+    "is_traced",
     "materialize",
     "pack_weight",
     "prefix_logits",

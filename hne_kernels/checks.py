@@ -61,6 +61,8 @@ def same_kind(reference: str, first: Tensor, **others: Tensor | None) -> None:
 def at_least(name: str, value: int, minimum: int) -> None:
     """Raise unless ``value`` is a whole number that is not below ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if torch._C._get_tracing_state() is not None and isinstance(value, Tensor):
+            return  # torch.jit.trace has tensors in place of sizes
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")

@@ -75,7 +75,7 @@ class ConvStats(NamedTuple):
     def count(self) -> int:  # type: ignore[override]
         """The number of values that each mean is taken over."""
         x = self.x.x if isinstance(self.x, LazyNorm) else self.x
-        return x.shape[1:4].numel()
+        return x.shape[1] * x.shape[2] * x.shape[3]  # numel() would be a constant when traced
 
     def normalize(
         self, norm: Tensor, activation: str = "none", residual: Features | None = None

@@ -2,6 +2,7 @@
 
 #include <memory>
 #include <mutex>
+#include <random>
 #include <unordered_map>
 #include <variant>
 
@@ -293,14 +294,18 @@ class LayersRegistry {
  public:
   int64_t add(std::shared_ptr<const PreparedLayers> layers) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    layers_[++last_handle_] = std::move(layers);
-    return last_handle_;
+    int64_t handle = random_handle();
+    while (layers_.count(handle) != 0) handle = random_handle();
+    layers_[handle] = std::move(layers);
+    return handle;
   }
 
   std::shared_ptr<const PreparedLayers> get(int64_t handle) {
     const std::lock_guard<std::mutex> guard(mutex_);
     const auto found = layers_.find(handle);
-    STD_TORCH_CHECK(found != layers_.end(), "layers: expected a number of prepare_layers, got ", handle);
+    STD_TORCH_CHECK(found != layers_.end(), "layers: expected a number of prepare_layers, got ", handle,
+                    ", which belongs to another process or to layers that are gone; make hne_kernels.FusedLayers in "
+                    "this process");
     return found->second;
   }
 
@@ -314,9 +319,15 @@ class LayersRegistry {
   }
 
  private:
+  // 62 random bits: a handle that another process wrote into a program is none here. Every one is drawn from the
+  // system, since a forked process has a copy of all state.
+  static int64_t random_handle() {
+    std::random_device bits;  // 32 at a time
+    return (int64_t(bits() >> 2) << 32 | bits()) + 1;
+  }
+
   std::mutex mutex_;
   std::unordered_map<int64_t, std::shared_ptr<const PreparedLayers>> layers_;
-  int64_t last_handle_ = 0;
 };
 
 // Never destroyed: Python removes layers until the process ends.

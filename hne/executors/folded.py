@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+import hne_kernels as K
+
 from .base import SubtreeRunner
 from .kernels import KernelExecutor
 from .parameter_versions import ParameterVersions
@@ -16,16 +18,19 @@ class FoldedExecutor(KernelExecutor):
     """Computes without gradients, with batch norms folded into the weights. Features as in :class:`KernelExecutor`."""
 
     def runner(self, network: Any) -> SubtreeRunner:
+        if torch.jit.is_tracing():  # traced once more without gradients, as a check: both graphs must have the same ops
+            return super().runner(network)
         return self.session(network).run
 
     def session(self, network: Any) -> InferenceSession:
         """The session of a network (a :class:`FoldedWeightCache`), cached while its parameters stay unchanged.
 
         During the capture of a CUDA graph the cached session is used, and the network keeps it alive, because the graph
-        reads its weights. Without a cached session folding becomes part of the graph and is repeated in every replay;
-        it is also part of a compiled program and repeated in every call.
+        reads its weights. Without a cached session folding becomes part of the graph and is repeated in every replay.
+        It is also part of a call that PyTorch records or transforms (:func:`hne_kernels.is_traced`), which must read
+        the parameters themselves.
         """
-        if torch.compiler.is_compiling():
+        if K.is_traced():
             return InferenceSession(network)
         session: InferenceSession | None = network.current()
         capturing = is_capturing()

@@ -85,7 +85,7 @@ class KernelExecutor(SubtreeExecutor):
     def pool(self, x: Features) -> Tensor:
         x = K.materialize(x)
         # The gradient of a sum is expanded from one pixel and not stored; the gradient of a mean would be stored.
-        return x.sum((2, 3), keepdim=True) / x.shape[2:4].numel()
+        return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])  # numel() would be a constant when traced
 
     def replicate(self, x: Tensor, branches: slice, replicate: int, channels: int) -> Tensor:
         if replicate == 1:

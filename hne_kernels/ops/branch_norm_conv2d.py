@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import autocast, checks, dispatch
+from .. import autocast, autograd, checks, dispatch
 from .normalization import check_norm, no_double_backward, statistics_dtype
 
 MATERIALIZE = "branch_norm_conv2d with materialize"  # a fused kernel on a CPU, two ops elsewhere
@@ -184,7 +184,7 @@ def differentiate(op: str) -> None:
             *(None,) * 5,
         )
 
-    torch.library.register_autograd(f"hne::{op}", backward, setup_context=setup)
+    autograd.register(op, backward, setup)
     no_double_backward(f"{op}_backward", op)
     autocast.register(op, cast=("x", "weight", "residual"))
 

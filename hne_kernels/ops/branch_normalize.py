@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
+from .. import autograd, checks, dispatch
 from .normalization import check_norm
 
 
@@ -74,8 +74,8 @@ def differentiate(op: str) -> None:
         *tensors, ctx.activation = inputs
         ctx.save_for_backward(*tensors)
 
-    torch.library.register_autograd(f"hne::{op}", backward, setup_context=setup)
-    torch.library.register_autograd(f"hne::{op}_backward", _double_backward, setup_context=setup_backward)
+    autograd.register(op, backward, setup)
+    autograd.register(f"{op}_backward", _double_backward, setup_backward)
 
 
 def _double_backward(ctx: Any, of_x: Tensor, of_norm: Tensor, of_residual: Tensor) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .. import autocast, checks, dispatch
+from .. import autocast, autograd, checks, dispatch
 from .branch_pointwise_stats import check as check_convolution
 from .normalization import check_norm, no_double_backward, statistics_dtype
 
@@ -187,6 +187,6 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd("hne::branch_pointwise_norm_conv2d", _backward, setup_context=_setup)
+autograd.register("branch_pointwise_norm_conv2d", _backward, _setup)
 no_double_backward("branch_pointwise_norm_conv2d_backward", "branch_pointwise_norm_conv2d")
 autocast.register("branch_pointwise_norm_conv2d", cast=("x", "weight", "residual", "next_weight"))

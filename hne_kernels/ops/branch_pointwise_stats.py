@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import autocast, checks, dispatch
+from .. import autocast, autograd, checks, dispatch
 from .normalization import check_norm, no_double_backward, statistics_dtype
 
 
@@ -86,12 +86,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    *_, weight, norm = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them once
+    *_, weight, norm = saved
     grad_mean, grad_var = (norm.new_zeros(weight.shape[:2]) if grad is None else grad for grad in (grad_mean, grad_var))
-    gradients = torch.ops.hne.branch_pointwise_stats_backward(grad_mean, grad_var, *ctx.saved_tensors, ctx.activation)
+    gradients = torch.ops.hne.branch_pointwise_stats_backward(grad_mean, grad_var, *saved, ctx.activation)
     return *gradients, None
 
 
-torch.library.register_autograd("hne::branch_pointwise_stats", _backward, setup_context=_setup)
+autograd.register("branch_pointwise_stats", _backward, _setup)
 no_double_backward("branch_pointwise_stats_backward", "branch_pointwise_stats")
 autocast.register("branch_pointwise_stats", cast=("x", "weight"))

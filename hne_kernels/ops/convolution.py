@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import autocast, checks
+from .. import autocast, autograd, checks
 
 
 def register(op: str, *, depthwise: bool) -> None:
@@ -81,5 +81,5 @@ def differentiate(op: str) -> None:
         (f"{op}_backward_input", setup_input, differentiate_input),
         (f"{op}_backward_weight", setup_weight, differentiate_weight),
     ):
-        torch.library.register_autograd(f"hne::{name}", backward, setup_context=setup)
+        autograd.register(name, backward, setup)
         autocast.register(name)

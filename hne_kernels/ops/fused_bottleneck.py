@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import autocast, checks, dispatch
+from .. import autocast, autograd, checks, dispatch
 
 
 def fused_bottleneck(
@@ -135,3 +135,4 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 
 
 autocast.register("fused_bottleneck")
+autograd.register_inference("fused_bottleneck")

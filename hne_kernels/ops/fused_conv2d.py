@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import autocast, checks, dispatch
+from .. import autocast, autograd, checks, dispatch
 
 
 def fused_conv2d(
@@ -60,3 +60,4 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, replic
 
 
 autocast.register("fused_conv2d")
+autograd.register_inference("fused_conv2d")

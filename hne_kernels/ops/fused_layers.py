@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import checks, dispatch, extension
+from .. import autograd, checks, dispatch, extension
+from ..tracing import is_traced
 from .fused_bottleneck import check as check_bottleneck
 from .fused_bottleneck import fused_bottleneck
 from .fused_conv2d import check as check_convolution
@@ -25,20 +26,15 @@ _LARGE = 1 << 20  # height and width for checking layers before there is an inpu
 IMAGES, PIXELS = 8, 16 * 32 * 32
 
 
-def _may_be_prepared(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor in memory, outside traced programs and autocast."""
-    return (
-        type(x) in (Tensor, Parameter)  # subclasses, such as fake tensors, may have no memory
-        and not torch.compiler.is_compiling()
-        and checks.autocast_dtype("cpu") is None
-    )
+def _in_memory(tensor: Tensor | None) -> bool:
+    return tensor is None or type(tensor) in (Tensor, Parameter)  # subclasses, such as fake tensors, may have none
 
 
 def micro_batches(x: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
     """Parts of a batch of features ``[G, B, H, W, C]`` or images ``[B, C, H, W]``, small enough that on a CPU the
     features of one layer are in the cache when the next layer reads them."""
     # A traced program does not depend on the size of its batch.
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or is_traced():
         return (x,)
     height, width = x.shape[2:4]
     most = max(IMAGES, PIXELS // max(1, height * width))
@@ -123,8 +119,10 @@ class FusedLayers:
     """A sequence of layers.
 
     On a CPU it is one call of the library, which has checked and stored the weights: a small batch has no overhead, and
-    feature maps between bottlenecks never leave the cache. Elsewhere, and under autocast, the layers are called in
-    turn. The weights must not change. Of bfloat16 weights the library stores a copy in float32.
+    feature maps between bottlenecks never leave the cache. Elsewhere, under autocast, and where PyTorch records or
+    transforms the call (``torch.compile``, ``torch.jit.trace``, ``torch.func``, ...), the layers are called in turn, so
+    that a recorded program holds the weights. The weights must not change. Of bfloat16 weights the library stores a
+    copy in float32.
 
     Args:
         layers: the layers; each must fit the output of the one before.
@@ -157,8 +155,11 @@ class FusedLayers:
         self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]))
         self._prepared: int | None = None
         self._call = torch.ops.hne.fused_layers.default  # looked up once
-        if prepare and weight.is_cpu and weight.dtype in dispatch.DTYPES["cpp"]:
+        # A recorded program must hold the weights, so nothing is prepared while one is recorded.
+        in_memory = all(_in_memory(weight) for layer in self.layers for weight in layer.weights)
+        if prepare and in_memory and weight.is_cpu and weight.dtype in dispatch.DTYPES["cpp"] and not is_traced():
             self._prepared = self._prepare()
+            _PREPARED[self._prepared] = self
             weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -204,18 +205,26 @@ class FusedLayers:
         else:
             checks.rank("x", x, 5, checks.CONV_INPUT)
         checks.no_gradient("FusedLayers", x)
-        if self._prepared is None or not _may_be_prepared(x) or not dispatch.has_kernel("fused_layers", x):
-            batches = (x,) if len(self._result_indices) > 1 else micro_batches(x, 0 if self.images else 1)
-            results = []
-            for batch in batches:
-                results.append(self._in_turn(batch))
-            return results[0] if len(results) == 1 else [torch.cat([outputs[0] for outputs in results], 1)]
-        try:
-            outputs: list[Tensor] = self._call(x, self._prepared)
-        except Exception:
-            self._check(self._features(x))
-            raise
-        return outputs
+        if is_traced():
+            return self._in_turn(x)
+        with torch._C._AutoDispatchBelowAutograd():  # there is no gradient: the dispatcher need not look for one
+            if (
+                self._prepared is None
+                or checks.autocast_dtype("cpu") is not None
+                or not _in_memory(x)
+                or not dispatch.has_kernel("fused_layers", x)
+            ):
+                batches = (x,) if len(self._result_indices) > 1 else micro_batches(x, 0 if self.images else 1)
+                results = []
+                for batch in batches:
+                    results.append(self._in_turn(batch))
+                return results[0] if len(results) == 1 else [torch.cat([outputs[0] for outputs in results], 1)]
+            try:
+                outputs: list[Tensor] = self._call(x, self._prepared)
+            except Exception:
+                self._check(self._features(x))
+                raise
+            return outputs
 
     def _in_turn(self, x: Tensor) -> list[Tensor]:
         x = self._features(x)
@@ -242,4 +251,14 @@ class FusedLayers:
             x = x.new_empty(()).expand(shape)  # a tensor without memory, like the output
 
 
+# By handle: the sequences that are prepared.
+_PREPARED: weakref.WeakValueDictionary[int, FusedLayers] = weakref.WeakValueDictionary()
+
+
+def prepared_layers(handle: int) -> tuple[FusedLayer, ...]:
+    """The layers that a call of ``torch.ops.hne.fused_layers`` with this handle computes."""
+    return _PREPARED[handle].layers
+
+
 dispatch.register("fused_layers", FusedLayers._in_turn, "reference", "cuda", "triton")
+autograd.register_inference("fused_layers")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import autocast, checks, dispatch
+from .. import autocast, autograd, checks, dispatch
+from ..tracing import is_symbolic
 
 
 def hierarchical_distillation_loss(
@@ -63,7 +64,7 @@ def check(logits: Tensor, target: Tensor, alpha: float, temperature: float) -> N
 
 def _check_range(target: Tensor, classes: int) -> None:
     # On a GPU this would wait for the device, and traced and fake tensors have no values.
-    if type(target) is not Tensor or torch.compiler.is_compiling():
+    if type(target) is not Tensor or is_symbolic():
         return
     if target.device.type != "cpu" or target.numel() == 0:
         return
@@ -97,7 +98,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_grad: Tensor | None) -> t
 
 def differentiate(op: str) -> None:
     """Register autograd and autocast of ``op``."""
-    torch.library.register_autograd(f"hne::{op}", _backward, setup_context=_setup_context)
+    autograd.register(op, _backward, _setup_context)
     autocast.register(op, torch.float32)
 
 

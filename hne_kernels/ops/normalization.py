@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import autograd, checks
 
 LAYOUT = "[3 (mean, scale, shift), branches, channels]"
 PER_CHANNEL = "[branches, channels]"
@@ -42,4 +42,4 @@ def no_double_backward(backward_op: str, op: str) -> None:
             'with hne_kernels.use_backend("reference")'
         )
 
-    torch.library.register_autograd(f"hne::{backward_op}", refuse)
+    autograd.register(backward_op, refuse)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import autocast, checks, dispatch
+from .. import autocast, autograd, checks, dispatch
 
 
 def prefix_logits(
@@ -73,5 +73,5 @@ def _backward(ctx: Any, grad_member: Tensor | None, grad_prefix: Tensor | None) 
     return grad_features, grad_weight, grad.sum(1) if need_bias else None, None
 
 
-torch.library.register_autograd("hne::prefix_logits", _backward, setup_context=_setup_context)
+autograd.register("prefix_logits", _backward, _setup_context)
 autocast.register("prefix_logits")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
+from .. import autograd, checks, dispatch
 
 LAYOUT = "[models, batch, classes]"
 
@@ -60,8 +60,8 @@ def differentiate(op: str) -> None:
     def differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return forward(grad, ctx.sizes), None, None
 
-    torch.library.register_autograd(f"hne::{op}", differentiate_forward, setup_context=setup_forward)
-    torch.library.register_autograd(f"hne::{op}_backward", differentiate_backward, setup_context=setup_backward)
+    autograd.register(op, differentiate_forward, setup_forward)
+    autograd.register(f"{op}_backward", differentiate_backward, setup_backward)
 
 
 differentiate("prefix_mean")
