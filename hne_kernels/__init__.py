@@ -7,6 +7,7 @@ leading slice of features and weights, and the replication of a branching layer 
 from importlib import metadata as _metadata
 
 from . import extension as _extension  # noqa: F401  (loads the compiled ops; must come first)
+from . import flops as _flops
 from .allocator import release_memory
 from .checks import autocast_dtype, default_sizes
 from .dispatch import BACKENDS, add_module, available_backends, backend_for, unavailable_backends, use_backend
@@ -40,6 +41,7 @@ if _is_loaded("triton"):
 
     add_module("triton", _triton)
 
+_flops.register_when_imported()
 
 __all__ = [
     "BACKENDS",
