@@ -109,6 +109,8 @@ class _Frames(TorchDispatchMode):
             frame, files = sys._getframe(1), []
             while frame is not None:
                 files.append(frame.f_code.co_filename)
+                if files[-1].endswith("_ops.py"):
+                    files.clear()  # frames within PyTorch's dispatcher, as of the op's autograd kernel
                 frame = frame.f_back  # type: ignore[assignment]
             self.counts[func.name()] = sum(Path(K.__file__).parent in Path(file).parents for file in files)
         return func(*args, **(kwargs or {}))
