@@ -38,15 +38,15 @@ def register(op: str, backward: Callable[..., Any], setup_context: Callable[...,
 
 
 def register_inference(op: str) -> None:
-    """Let the op ``hne::op`` raise an error where a derivative of it is wanted."""
-    overload = getattr(torch.ops.hne, op).default
+    """Let every derivative of the op ``hne::op`` raise an error.
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        checks.no_gradient(op, *_tensors(args))
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    In reverse mode that is the backward pass, since an exported program may be called with gradients switched on.
+    """
 
-    _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(checks.NO_GRADIENT.format(op))
+
+    register(op, refuse)
 
 
 def _check_transform(op: str, arguments: tuple[Any, ...]) -> None:

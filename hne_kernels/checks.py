@@ -15,6 +15,7 @@ from torch import Tensor
 ACTIVATIONS = ("none", "relu", "relu6")
 PANEL = 16  # output channels in a panel of a packed weight
 
+NO_GRADIENT = "{} is for inference and has no gradient: call it under torch.no_grad(), or use the unfused ops"
 CONV_INPUT = "[branches, batch, height, width, channels]"
 
 
@@ -181,9 +182,7 @@ def packed(name: str, weight: Tensor, bias_name: str, bias: Tensor, channels: in
 def no_gradient(op: str, *tensors: Tensor | None) -> None:
     """Raise if autograd would record an op for inference."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            f"{op} is for inference and has no gradient: call it under torch.no_grad(), or use the unfused ops"
-        )
+        raise RuntimeError(NO_GRADIENT.format(op))
 
 
 def prefix_sizes(sizes: Sequence[int] | None, num_models: int) -> list[int]:
