@@ -8,6 +8,7 @@ time that a step does not use goes to the next one. Interrupted, the check keeps
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -74,8 +75,14 @@ def planned(call: str, seconds: float) -> list[Step]:
 
 
 def run(check: GpuCheck, steps: list[Step]) -> dict[str, Outcome]:
-    """Run the steps, and write the outcomes after each one."""
+    """Run the steps until one is interrupted, and write the outcomes after each one."""
     done: dict[str, Outcome] = {}
+    with contextlib.suppress(KeyboardInterrupt):  # between two steps
+        _run(check, steps, done)
+    return done
+
+
+def _run(check: GpuCheck, steps: list[Step], done: dict[str, Outcome]) -> None:
     facts: dict[str, str] = {}
     for step in steps:
         print(f"--- {step.name}", flush=True)
@@ -87,7 +94,6 @@ def run(check: GpuCheck, steps: list[Step]) -> dict[str, Outcome]:
         unusable = unusable or (step.name == "build" and (outcome.result == "ran out" or not check.backends))
         if outcome.result == "interrupted" or unusable:
             break
-    return done
 
 
 def _write(check: GpuCheck, facts: dict[str, str], done: dict[str, Outcome]) -> None:
@@ -197,7 +203,9 @@ The exit status is 1 if a step failed or ran out of time, 130 after an interrupt
     parser.add_argument("--seconds", type=float, default=560.0, help="total time (default: 560)")
     parser.add_argument("--results", type=Path, help="folder of the results (default: benchmarks/results/<gpu>)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
-    parser.add_argument("--faults", action="store_true", help="begin tables with rows that fail, hang and crash")
+    parser.add_argument(
+        "--faults", action="store_true", help="begin the tables of ops with rows that fail, hang and crash"
+    )
     return parser.parse_args()
 
 

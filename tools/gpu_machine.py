@@ -56,7 +56,7 @@ class GpuCheck(Check):
         results: folder of the results; None for a folder of the GPU's name below ``benchmarks/results``.
         device: ``cuda``, or ``cpu`` for a rehearsal.
         call: name of the call, which its files have.
-        faults: begin each table with rows that fail, hang and end their process.
+        faults: begin the tables of ops with rows that fail, hang and end their process.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ def _worker(check: GpuCheck, stage: str, backend: str | None = None) -> list[str
     command = [sys.executable, "tools/gpu_smoke.py", "--device", check.device, "--stage", stage]
     command += ["--backend", backend] if backend else []
     command += ["--bytes-per-s", str(check.bytes_per_s)] if check.bytes_per_s else []
-    return [*command, *(["--faults"] if check.faults else [])]
+    return [*command, *(["--faults"] if check.faults and stage == "ops" else [])]
 
 
 def _table(check: GpuCheck, stage: str, position: int | None = None) -> str:
