@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..errors import HNEError
 
@@ -83,7 +84,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         reason = "the disk is full: free some space" if error.errno == errno.ENOSPC else error.strerror or text
         return f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, str | bytes) else reason
-    if isinstance(error, ValueError | TypeError | RuntimeError | ImportError) and not isinstance(
+    if isinstance(error, ValueError | TypeError | RuntimeError | ImportError | SafetensorError) and not isinstance(
         error, NotImplementedError | RecursionError
     ):
         return f"{text or type(error).__name__} (--debug shows where)"

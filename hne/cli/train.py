@@ -88,7 +88,9 @@ def _plan(args: argparse.Namespace) -> tuple[Path, TrainConfig]:
         return folder, config
     try:
         stored = TrainConfig.from_dict(checkpoint.load(path)[1]["recipe"])
-    except (LookupError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not of a training run ({error!r}): --overwrite replaces it") from error
     for name, value in given.items():
         if getattr(stored, name) != value:

@@ -87,8 +87,8 @@ def read_outputs(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".npy":
             found = {"train": torch.from_numpy(np.load(path, allow_pickle=False))}
         else:
-            with utf8_path(path) as name:
-                found = load_file(name)
+            with utf8_path(path) as readable:
+                found = load_file(readable)
     except (OSError, ValueError, TypeError, EOFError, MemoryError, BadZipFile, SafetensorError) as error:
         raise DataError(f"{path}: not a NumPy or safetensors file of outputs ({error})") from error
     if "train" not in found or not found.keys() <= {"train", "test"}:
