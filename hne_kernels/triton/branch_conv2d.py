@@ -193,6 +193,8 @@ _TILES = [
 _convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
 _convolve_tf32 = Kernel(_kernel, _TILES[:1], [])  # with twice the bytes, the other tile would spill
 _convolve_small = Kernel(_kernel, [config(4, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16)], [])
+# A channel count of 1 is a constant to the compiler, and the tile above would spill.
+_convolve_single = Kernel(_kernel, [config(2, BLOCK_M=64, BLOCK_N=16, BLOCK_K=16)], [])
 _weigh = Kernel(_weight_kernel, [_TILES[0], config(8, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)], _KEY)
 _weigh_small = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
 
@@ -261,7 +263,7 @@ def launch(
     precision, multiple = _precision(source), _multiple(source.shape[4], out.shape[4])
     kernel = _convolve_tf32 if precision == "tf32" else _convolve
     if _is_small(precision, multiple, source):
-        kernel = _convolve_small
+        kernel = _convolve_single if 1 in (source.shape[4], out.shape[4]) else _convolve_small
     kernel(
         source.contiguous(), weight, contiguous(bias), contiguous(residual), out,
         *conv_norm.output, conv_norm.input, conv_norm.norm, *conv_norm.partials,
