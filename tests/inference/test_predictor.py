@@ -171,7 +171,7 @@ def one_by_one(model: HNE, x: Tensor, certain: Any) -> tuple[Tensor, Tensor]:
 def undecided(tree: str, rng: torch.Generator, kind: type[HNE] = FusedHNE) -> tuple[HNE, Tensor]:
     """A model, and samples for which it predicts different classes, since the logits of each leaf are centred."""
     model = build(kind, TREES[tree], rng)
-    x = images(rng, 24)
+    x = images(rng, 96)
     model.head.conv.bias.data -= model(x).mean(1).flatten()
     return model, x
 
