@@ -14,7 +14,7 @@ SANITIZED := build/sanitized
 NVCC := $(or $(if $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc)),$(shell command -v nvcc 2>/dev/null))
 CUDA_LIBRARY := $(if $(NVCC),$(if $(filter 0,$(HNE_CUDA)),,hne_kernels/_C_cuda.so))
 # A process for each core; pytest-benchmark, which would warn that it cannot measure so, stays away.
-PARALLEL := -x -q -n auto -p no:benchmark
+PARALLEL := -x -q -n auto --dist worksteal -p no:benchmark
 
 # The first is for what pip installs, and with older versions of pip for what it builds with as well.
 export PIP_CONSTRAINT := constraints.txt
@@ -90,8 +90,9 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address an
 	for level in $$levels; do \
 		echo "sanitizers, $$level instructions"; \
 		case $$level in portable) oldest="$(OLDEST)" ;; *) oldest= ;; esac; \
+		case "$$levels" in *$$level) tests= ;; *) tests="not any_level" ;; esac; \
 		env $$oldest HNE_CPU_CAPABILITY=$$level LD_PRELOAD="$$preload" \
-			$(BIN)/pytest $(PARALLEL) -s -k 'cpp or fused_layers' \
+			$(BIN)/pytest $(PARALLEL) -s -k 'cpp or fused_layers' -m "$$tests" \
 			tests/kernels/test_parity.py tests/kernels/test_properties.py tests/kernels/test_fused_layers.py || exit 1; \
 	done
 

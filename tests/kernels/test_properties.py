@@ -194,6 +194,7 @@ def _convolution_inputs(g: Geometry, place: Placement, number: int) -> tuple[Ten
     return inputs["x"], inputs["weight"], options
 
 
+@pytest.mark.any_level
 @property_test(25)
 @given(geometry=geometries(), number=SEEDS, leaves=st.integers(1, 16))
 def test_smaller_ensemble_is_a_leading_slice(backend: Placement, geometry: Geometry, number: int, leaves: int) -> None:
@@ -205,6 +206,7 @@ def test_smaller_ensemble_is_a_leading_slice(backend: Placement, geometry: Geome
     _close(K.branch_conv2d(x[:parents], weight[:leaves], **options), whole[:leaves])
 
 
+@pytest.mark.any_level
 @property_test(25)
 @given(geometry=geometries(), number=SEEDS)
 def test_replication_is_a_copy_that_is_not_made(backend: Placement, geometry: Geometry, number: int) -> None:
@@ -214,6 +216,7 @@ def test_replication_is_a_copy_that_is_not_made(backend: Placement, geometry: Ge
     _close(K.branch_conv2d(x, weight, **options), want)
 
 
+@pytest.mark.any_level
 @property_test(25)
 @given(geometry=geometries(), number=SEEDS)
 def test_images_do_not_see_each_other(backend: Placement, geometry: Geometry, number: int) -> None:
@@ -224,6 +227,7 @@ def test_images_do_not_see_each_other(backend: Placement, geometry: Geometry, nu
         _close(K.branch_conv2d(x[:, i : i + 1], weight, **options), together[:, i : i + 1])
 
 
+@pytest.mark.any_level
 @property_test(20)
 @given(models=st.integers(1, 20), number=SEEDS)
 def test_ensembles_in_between(backend: Placement, models: int, number: int) -> None:
@@ -237,6 +241,7 @@ def test_ensembles_in_between(backend: Placement, models: int, number: int) -> N
             _close(means[n - 1], (means[n - 2] * (n - 1) + logits[n - 1]) / n)
 
 
+@pytest.mark.any_level
 @property_test(30)
 @given(models=st.integers(1, 17), classes=st.integers(1, 20), number=SEEDS)
 def test_loss_looks_at_differences_of_logits(backend: Placement, models: int, classes: int, number: int) -> None:
@@ -257,6 +262,7 @@ def test_loss_looks_at_differences_of_logits(backend: Placement, models: int, cl
     _close(shuffled, value)
 
 
+@pytest.mark.any_level
 @property_test(30)
 @given(alpha=st.floats(0, 1), models=st.integers(1, 9), number=SEEDS)
 def test_loss_is_a_blend(backend: Placement, alpha: float, models: int, number: int) -> None:
@@ -269,6 +275,7 @@ def test_loss_is_a_blend(backend: Placement, alpha: float, models: int, number: 
     _close(blend, (1 - alpha) * ends[0] + alpha * ends[1])
 
 
+@pytest.mark.any_level
 @property_test(25)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 4), SIZES, SIZES, CHANNELS),
@@ -293,6 +300,7 @@ def test_statistics_follow_scale_and_offset(
     _close(var2, var * factor**2, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.any_level
 @property_test(20)
 @given(geometry=geometries(), number=SEEDS)
 def test_the_three_convolutions_are_one_form(backend: Placement, geometry: Geometry, number: int) -> None:
