@@ -4,8 +4,8 @@ from .anytime import Anytime
 from .base import SubtreeExecutor, SubtreeRunner
 from .folded import FoldedExecutor, is_capturing
 from .folding import fused_conv, fused_pool_linear, kernel_path, to_fused_layers
+from .hook_versions import HookVersions
 from .kernels import KernelExecutor
-from .module_modes import ModuleModes
 from .naive import NaiveExecutor
 from .parameter_versions import ParameterVersions
 from .session import InferenceSession

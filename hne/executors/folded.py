@@ -34,7 +34,7 @@ class FoldedExecutor(KernelExecutor):
             return InferenceSession(network)
         session: InferenceSession | None = network.current()
         capturing = is_capturing()
-        if session is None or not session.has_current_modes():
+        if session is None or not session.has_current_hooks():
             with torch.no_grad():
                 if capturing:  # the folded weights exist only when the graph is replayed, so they cannot be cached
                     return InferenceSession(network)

@@ -14,8 +14,8 @@ import hne_kernels as K
 from ..layers import Layer, SkippedModuleError, global_hook_dicts, has_hooks
 from .base import Network, check_containers
 from .folding import fused_pool_linear, to_fused_layers
+from .hook_versions import HookVersions
 from .kernels import KernelExecutor
-from .module_modes import ModuleModes
 from .parameter_versions import ParameterVersions
 
 
@@ -40,7 +40,7 @@ class InferenceSession:
             raise error.within(network) from None
         # Without the network itself, whose hooks run around each call: the network refers to its session.
         below = (module for top in (network.blocks, network.head) for module in top.modules())
-        self._modes = None if versions is None else ModuleModes(below)
+        self._hooks = None if versions is None else HookVersions(below)
         called = [layer for block in self._blocks for layer, fused in block if fused is None]
         #: Whether the session holds copies of all weights; otherwise it calls layers of the network.
         self.holds_all_weights = not called
@@ -62,9 +62,9 @@ class InferenceSession:
         """
         return self._versions is not None and self._versions.is_current()
 
-    def has_current_modes(self) -> bool:
-        """Whether the hooks and modes of the modules below the network are unchanged since construction."""
-        return self._modes is not None and self._modes.is_current()
+    def has_current_hooks(self) -> bool:
+        """Whether the hooks of the modules below the network are unchanged since construction."""
+        return self._hooks is not None and self._hooks.is_current()
 
     def run(
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hne_kernels import autocast_dtype, backend_for
 
-from ..executors import InferenceSession, ModuleModes, ParameterVersions
+from ..executors import HookVersions, InferenceSession, ParameterVersions
 from ..layers import only_recomputes_parameters
 from ..models import HNE
 
@@ -78,14 +78,14 @@ class GraphedHNE:
 
     def _is_current(self) -> bool:
         sessions = (graph.session for graph in self._graphs.values() if graph.session is not None)
-        if not self._modes.is_current():
+        if not self._hooks.is_current():
             return False
         return self._versions.is_current() and all(self.model.folded is session for session in sessions)
 
     def _reset(self) -> None:
         """Drop all graphs, since the parameters have changed."""
-        modes = ModuleModes(m for m in self.model.modules() if not only_recomputes_parameters(m))
-        if modes.has_hooks:
+        hooks = HookVersions(m for m in self.model.modules() if not only_recomputes_parameters(m))
+        if hooks.has_hooks:
             raise RuntimeError(
                 "GraphedHNE replays kernels and would not run hooks: remove the hooks of the model, its layers and of "
                 "all modules, or call the model itself"
@@ -100,7 +100,7 @@ class GraphedHNE:
             )
         torch.cuda.synchronize(device)  # graphs that are being replayed still use their memory
         self._graphs.clear()
-        self._versions, self._modes, self._memory = versions, modes, _Memory()
+        self._versions, self._hooks, self._memory = versions, hooks, _Memory()
 
     def _capture(self, function: Function, x: Tensor) -> _Graph:
         self.model.check_images(x)

@@ -110,7 +110,8 @@ def set_eps(model: FusedHNE) -> None:
 
 
 def set_stride(model: FusedHNE) -> None:
-    model.blocks[0][0].unit.stride = 1
+    unit = model.blocks[0][0].unit
+    unit.stride, unit.conv.stride = 1, (1, 1)
 
 
 def set_spec(model: FusedHNE) -> None:

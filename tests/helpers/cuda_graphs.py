@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import hne.executors.folded
 import hne.inference.cuda_graphs
+import hne_kernels.ops.fused_layers
+from hne_kernels import is_traced
 
 
 class Graph:
@@ -96,4 +98,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(hne.inference.cuda_graphs, "_check_device", lambda device: None)
     monkeypatch.setattr(hne.executors.folded, "is_capturing", lambda: capturing[0])
+    # The recorder is a dispatch mode, which a real capture is not.
+    for module in (hne_kernels, hne_kernels.ops.fused_layers):
+        monkeypatch.setattr(module, "is_traced", lambda: not capturing[0] and is_traced())
     return Graph
