@@ -292,7 +292,12 @@ def test_signals_leave_no_temporary_files(number: signal.Signals, tmp_path: Path
         "train.execute = execute\n"
         "sys.exit(main(['train', '--out', sys.argv[1]]))"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        # These tests may run in the background, where signals are ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         assert len(list(tmp_path.iterdir())) == 1

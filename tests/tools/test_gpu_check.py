@@ -170,7 +170,10 @@ def test_rehearsal_of_the_first_call_with_faults(tmp_path: Path) -> None:
         results = [rows[table, f"ops fault: {fault}"]["result"] for fault in faults]
         assert results == ["FAILED", "HUNG", "DIED", "skipped"], table
     others = {key: row for key, row in rows.items() if "fault" not in key[1]}
-    assert {row["result"] for row in others.values()} == {"ok"}, [r for r in others.values() if r["result"] != "ok"]
+    # On some processors PyTorch sums 16-bit values in 16 bits: the reference's errors are its own.
+    judged = [row for key, row in others.items() if not key[1].startswith("reference bfloat16")]
+    assert {row["result"] for row in judged} == {"ok"}, [row for row in judged if row["result"] != "ok"]
+    assert {row["result"] for row in others.values()} <= {"ok", "WRONG"}
     for op in ("branch_conv2d", "fused_bottleneck", "branch_norm_conv2d-dense", "hierarchical_distillation_loss"):
         for dtype, limit in (("float32", 1e-4), ("bfloat16", 3e-2)):
             row = others["cpp-ops", f"cpp {dtype} {op}: odd"]
