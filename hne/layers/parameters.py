@@ -45,8 +45,7 @@ class BranchModule(nn.Module, ABC):
         Raises:
             SkippedModuleError: It has hooks, which would never run.
         """
-        if self._forward_pre_hooks or self._forward_hooks or self._backward_pre_hooks or self._backward_hooks:
-            check_never_called(self, "register the hook on the layer or the model")
+        check_never_called(self, "register the hook on the layer or the model")
 
     def __getstate__(self) -> dict[str, Any]:
         for module in self.children():

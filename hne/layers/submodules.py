@@ -116,7 +116,7 @@ def prepare_to_read(module: nn.Module, *kinds: type[nn.Module]) -> None:
         got = cls.__name__ + (" with a forward of its own" if isinstance(module, kinds) else "")
         reason = f"expected {expected}, because its parameters are read and it is not called; got {got}. "
         raise SkippedModuleError(module, reason + CALLED_BY_NAIVE)
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+    if has_hooks(module):
         _recompute_parameters(module)
 
 
