@@ -35,7 +35,7 @@ FUNCTIONS: dict[str, Function] = {
     "grad": lambda model, x: torch.func.grad(lambda x: _sum(model, x))(x),
     "jacrev": lambda model, x: torch.func.jacrev(lambda x: model(x).sum((1, 2)))(x),
     "jacfwd": lambda model, x: torch.func.jacfwd(lambda x: model(x).sum((1, 2)))(x[..., :3, :3]),
-    "hessian": lambda model, x: torch.func.hessian(lambda x: _sum(model, x))(x[:1, :, :2, :2]),
+    "hessian": lambda model, x: torch.func.hessian(lambda x: _sum(model, x))(x[..., :3, :3]),
     "vmap": lambda model, x: torch.func.vmap(model)(torch.stack([x, x.cos()])),
     "vmap of samples": lambda model, x: torch.func.vmap(lambda x: model(x[None]))(x),
     "gradients of samples": lambda model, x: torch.func.vmap(torch.func.grad(lambda x: _sum(model, x[None])))(x),
