@@ -74,6 +74,7 @@ _OPTIONS: dict[str, _Option] = {
     "amp": _Option("compute in bfloat16 where it is safe (autocast)"),
     "channels_last": _Option("give the model contiguous NCHW images instead of channels-last ones"),
     "sync_bn": _Option("with torchrun: batch statistics over all processes, for the result of a single process"),
+    "cuda_graph": _Option("launch each training step as one CUDA graph, to the same result; needs a GPU"),
 }
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
@@ -84,6 +85,7 @@ OPTIMISATION = (
     *("momentum", "weight_decay", "clip_grad_norm"),
 )
 NUMERICS = ("amp", "channels_last", "sync_bn")
+LAUNCHES = ("cuda_graph",)
 
 
 def add_options(group: Any, *names: str, helps: Mapping[str, str] | None = None) -> None:

@@ -52,6 +52,7 @@ def add_parser(commands: options.Subparsers) -> None:
         ("objective", ("objective", "alpha", "temperature")),
         ("optimisation", (*config_options.OPTIMISATION, "seed")),
         ("numerics", config_options.NUMERICS),
+        ("GPU", config_options.LAUNCHES),
     ):
         config_options.add_options(parser.add_argument_group(title), *names)
     options.add_computing(parser)

@@ -7,6 +7,6 @@ from .folding import fused_conv, fused_pool_linear, kernel_path, to_fused_layers
 from .hook_versions import HookVersions
 from .kernels import KernelExecutor
 from .naive import NaiveExecutor
-from .parameter_versions import ParameterVersions
+from .parameter_versions import ParameterVersions, note_optimizer_step
 from .session import InferenceSession
 from .weight_cache import FoldedWeightCache

@@ -194,10 +194,12 @@ _RECORDS: weakref.WeakValueDictionary[int, ParameterVersions] = weakref.WeakValu
 @functools.cache
 def _watch_optimizers() -> None:
     """Let all optimisers note their steps in the records. Fused ones write without a new version of the tensors."""
-    register_optimizer_step_post_hook(_note_step)
+    register_optimizer_step_post_hook(note_optimizer_step)
 
 
-def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def note_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Note in all records that an optimiser has changed its parameters. Its own step does so by itself; the replay of a
+    CUDA graph that contains the step does not."""
     if torch.compiler.is_compiling():
         return
     if records := _RECORDS.valuerefs():

@@ -64,7 +64,7 @@ class GraphedHNE:
             raise RuntimeError("GraphedHNE is for inference: call model.eval() first")
         # A graph's buffers that were made in inference mode could not be written to outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            key = arguments, x.shape, x.dtype, x.device, _setting(x)
+            key = arguments, x.shape, x.dtype, x.device, kernel_settings(x)
             graph = self._graphs.get(key)
             # The GPU works on the replay while the parameters are checked for changes.
             y = None if graph is None else graph(x)
@@ -153,8 +153,8 @@ def _check_device(device: torch.device) -> None:
         raise ValueError(f"model must be on a GPU to be captured in CUDA graphs, got {device}")
 
 
-def _setting(x: Tensor) -> Hashable:
-    """The settings that decide which kernels a call runs."""
+def kernel_settings(x: Tensor) -> Hashable:
+    """The settings that decide which kernels a call with the tensor ``x`` runs."""
     return (
         backend_for(x),
         autocast_dtype(x.device.type),

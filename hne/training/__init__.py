@@ -1,5 +1,6 @@
-"""Training: configs, the loop, distillation from a teacher, and the folder that a run leaves."""
+"""Training: configs, the loop, steps by CUDA graphs, distillation from a teacher, and the folder that a run leaves."""
 
+from .captured_step import CapturedStep, training_step
 from .config import DEFAULTS, PROTOCOLS, SCHEDULES, TrainConfig
 from .distillation import DistillationTrainer, StudentConfig, expand_branches, student_configs
 from .history import EpochRecord

@@ -51,6 +51,9 @@ SCHEDULES = ("cosine", "halving")
 # Shares of the epochs after which the "halving" schedule halves the learning rate: 60, 90, 110, 125, 135, 145 of 150.
 _HALVINGS = tuple(epoch / 150 for epoch in (60, 90, 110, 125, 135, 145))
 
+# Options that checkpoints of earlier versions do not have, with the values that their runs had.
+LATER_OPTIONS: dict[str, Any] = {"cuda_graph": False}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -85,11 +88,12 @@ class TrainConfig:
     amp: bool = False
     channels_last: bool = True
     sync_bn: bool = False
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        for name in ("naive", "augment", "amp", "channels_last", "sync_bn"):
+        for name in ("naive", "augment", "amp", "channels_last", "sync_bn", "cuda_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("epochs", "batch_size"):
@@ -165,6 +169,7 @@ class TrainConfig:
             ValueError: An option is missing or unknown.
         """
         names = {field.name for field in fields(cls)}
+        values = {**LATER_OPTIONS, **values}
         if values.keys() != names:
             raise ValueError(f"a training config has the options {sorted(names)}, got {sorted(values)}")
         branches = values["branches"]

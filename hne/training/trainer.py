@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Dataset, training_batches
@@ -20,7 +21,8 @@ from ..errors import CheckpointError, ResultError, TrainingError
 from ..evaluation import Evaluation, RegressionEvaluation, evaluate, evaluate_regression
 from ..losses import Objective, likelihood_objective, objective
 from ..models import checkpoint
-from .config import TrainConfig
+from .captured_step import CapturedStep, check_can_capture, training_step
+from .config import LATER_OPTIONS, TrainConfig
 from .history import EpochRecord
 
 _MOMENTUM = "momentum/"  # prefix of the optimizer's tensors in a checkpoint
@@ -32,6 +34,9 @@ class Trainer:
     With several processes, the batch size of the config is the global one. All processes draw the same order and the
     same augmentation and compute equal shares of each batch, so the mean of their gradients is the gradient of the
     global batch's loss. The last batch of an epoch is left out where it is incomplete.
+
+    On a GPU, SGD is PyTorch's fused one, with the learning rate in a tensor. A run of ordinary steps and one by CUDA
+    graphs (``cuda_graph`` of the config) therefore launch the same kernels.
 
     Args:
         config: The model and how it is trained.
@@ -45,10 +50,13 @@ class Trainer:
         history: One record per finished epoch.
 
     Raises:
-        TrainingError: The processes cannot share the batch equally, or the objective does not suit the data.
+        TrainingError: The processes cannot share the batch equally, the objective does not suit the data, or
+            ``cuda_graph`` is not possible: without a GPU, or with several processes.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, world: World) -> None:
+        if config.cuda_graph:
+            check_can_capture(world)
         self.config = config
         self.dataset = dataset.to(world.device)
         self.world = world
@@ -58,13 +66,16 @@ class Trainer:
         if config.sync_bn and world.size > 1:
             self.model.sync_batch_norm_()
         self.parallel = world.parallel(self.model)
+        fused = world.device.type == "cuda" or config.cuda_graph
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
-            config.lr,
+            torch.tensor(config.lr, dtype=torch.float32, device=world.device) if fused else config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=fused,
         )
         self.objective = self._objective()
+        self._step = self._make_step()
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
         self.epoch = 0
         self.history: list[EpochRecord] = []
@@ -131,19 +142,10 @@ class Trainer:
             device=world.device,
         )
         for step, (images, target) in enumerate(batches):
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate(self.epoch + step / self.steps_per_epoch)
+            self._set_learning_rate(config.learning_rate(self.epoch + step / self.steps_per_epoch))
             if not config.channels_last:
                 images = images.contiguous()
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.amp):
-                logits = self.parallel(images)
-            loss = self._loss(logits, images, target)
-            self.optimizer.zero_grad()
-            loss.backward()
-            if config.clip_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
-            self.optimizer.step()
-            total += loss.detach()
+            total += self._step(images, target)
             if bar.update(self.batch_size):  # item() waits for the device: call it only where the bar was redrawn
                 bar.set_postfix(loss=f"{total.item() / (step + 1):.3f}", refresh=False)
         mean = world.sum(total).item() / (world.size * self.steps_per_epoch)
@@ -153,6 +155,25 @@ class Trainer:
             if not tensor.isfinite().all():
                 raise TrainingError(f"{name} is not finite after epoch {self.epoch + 1}: {self._advice()}")
         return mean
+
+    def _make_step(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function that takes a training step with a batch and returns its loss."""
+        clip = self.config.clip_grad_norm
+        if self.config.cuda_graph:
+            return CapturedStep(self.model, self._compute_loss, self.optimizer, clip_grad_norm=clip)
+        return functools.partial(training_step, self._compute_loss, self.optimizer, clip_grad_norm=clip)
+
+    def _compute_loss(self, images: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.amp):
+            logits = self.parallel(images)
+        return self._loss(logits, images, target)
+
+    def _set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # a CUDA graph reads it anew
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def _objective(self) -> Objective:
         """The objective as a function of logits and targets."""
@@ -249,6 +270,8 @@ def check_same_run(path: str | Path, stored: Mapping[str, Any], config: TrainCon
         found = stored.get(entry)
         if not isinstance(found, Mapping):
             raise CheckpointError(f"{path}: not of a training run of this package: it has no entry {entry!r}")
+        if entry == "recipe":
+            found = {**LATER_OPTIONS, **found}
         for name in sorted(values.keys() | found.keys()):
             if values.get(name) != found.get(name):
                 kind = "option" if entry == "recipe" else entry

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import hne_kernels as K
 from hne import FusedHNE, GraphedHNE
-from hne.inference.cuda_graphs import _setting
+from hne.inference import kernel_settings
 
 
 @pytest.fixture
@@ -74,17 +74,17 @@ def test_one_capture_for_each_kind_of_call(model: FusedHNE, graphs: type[Graph],
 
 def test_settings_that_choose_kernels() -> None:
     x = torch.ones(1)
-    settings = [_setting(x)]
+    settings = [kernel_settings(x)]
     with torch.autocast("cpu", torch.bfloat16):
-        settings.append(_setting(x))
+        settings.append(kernel_settings(x))
     with K.use_backend("reference"):
-        settings.append(_setting(x))
+        settings.append(kernel_settings(x))
     deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision
     try:
         torch.use_deterministic_algorithms(not deterministic)
-        settings.append(_setting(x))
+        settings.append(kernel_settings(x))
         torch.backends.cuda.matmul.fp32_precision = "ieee" if precision == "tf32" else "tf32"
-        settings.append(_setting(x))
+        settings.append(kernel_settings(x))
     finally:
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cuda.matmul.fp32_precision = precision
