@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..executors import HookVersions, InferenceSession, ParameterVersions
 from ..layers import only_recomputes_parameters
 from ..models import HNE
 
-Function = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor, Any], Tensor]
 
 _WARM_UPS = 3  # calls before a capture, to load libraries, tune kernels and fold weights
 
@@ -27,8 +28,8 @@ class GraphedHNE:
     This takes as long as a few ordinary calls and, with Triton, the tuning of the kernels. The graphs share memory.
 
     Any thread or stream may call; the GPU works on one call at a time. If the model changes, all graphs are captured
-    again; :meth:`hne.executors.ParameterVersions.is_current` says which changes are noticed. Gradients are never
-    recorded.
+    again; :meth:`hne.executors.ParameterVersions.is_current` says which changes are noticed. Within
+    :meth:`HNE.frozen_parameters` none are looked for. Gradients are never recorded.
 
     Args:
         model: A model on a GPU, in eval mode. It must be made outside of ``torch.inference_mode()``, because changes of
@@ -51,20 +52,17 @@ class GraphedHNE:
 
     def __call__(self, x: Tensor, num_models: int | None = None) -> Tensor:
         """The logits of :meth:`HNE.forward` in new memory; same arguments and errors."""
-        n = self.model.num_models if num_models is None else num_models
-        return self._replay(lambda images: self.model(images, n), x, n)
+        return self._replay(self.model, x, self.model.num_models if num_models is None else num_models)
 
     def prefix_logits(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
         """The logits of :meth:`HNE.prefix_logits` in new memory; same arguments and errors."""
-        wanted = self.model.prefix_sizes if sizes is None else tuple(sizes)
-        return self._replay(lambda images: self.model.prefix_logits(images, wanted), x, wanted)
+        return self._replay(self.model.prefix_logits, x, self.model.prefix_sizes if sizes is None else tuple(sizes))
 
-    def _replay(self, function: Function, x: Tensor, arguments: Hashable) -> Tensor:
+    def _replay(self, function: Function, x: Tensor, argument: Hashable) -> Tensor:
         if self.model.training:
             raise RuntimeError("GraphedHNE is for inference: call model.eval() first")
-        # A graph's buffers that were made in inference mode could not be written to outside of it.
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            key = arguments, x.shape, x.dtype, x.device, kernel_settings(x)
+        with self._lock:
+            key = argument, x.shape, x.dtype, x.device, kernel_settings(x)
             graph = self._graphs.get(key)
             # The GPU works on the replay while the parameters are checked for changes.
             y = None if graph is None else graph(x)
@@ -72,15 +70,19 @@ class GraphedHNE:
                 self._reset()
                 y = None
             if y is None:
-                graph = self._graphs[key] = self._capture(function, x)
+                graph = self._capture(function, x, argument)
+                self._graphs[key] = graph
                 y = graph(x)
             return y
 
     def _is_current(self) -> bool:
-        sessions = (graph.session for graph in self._graphs.values() if graph.session is not None)
+        """Whether the graphs are still right: the parameters are read once, or not at all while they are frozen."""
         if not self._hooks.is_current():
             return False
-        return self._versions.is_current() and all(self.model.folded is session for session in sessions)
+        session = self._session
+        if session is not None and session.holds_all_weights:
+            return self.model.current() is session
+        return self._versions.is_current() and (session is None or self.model.folded is session)
 
     def _reset(self) -> None:
         """Drop all graphs, since the parameters have changed."""
@@ -101,13 +103,19 @@ class GraphedHNE:
         torch.cuda.synchronize(device)  # graphs that are being replayed still use their memory
         self._graphs.clear()
         self._versions, self._hooks, self._memory = versions, hooks, _Memory()
+        self._session: InferenceSession | None = None
 
-    def _capture(self, function: Function, x: Tensor) -> _Graph:
+    def _capture(self, function: Function, x: Tensor, argument: Hashable) -> _Graph:
         self.model.check_images(x)
-        graph = _Graph(function, x, self._memory)
+        # A graph's buffers that were made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            graph = _Graph(lambda images: function(images, argument), x, self._memory)
         self._versions.accept_attributes()  # the calls of the capture may have set some
         if self.model.graph_weights:  # from now on only the graph keeps the weights alive
             graph.session = self.model.graph_weights.pop()
+            if self._session is not None and self._session is not graph.session:
+                self._reset()  # another thread has changed the parameters since the other graphs were captured
+            self._session = graph.session
         return graph
 
 
@@ -116,13 +124,13 @@ class _Memory:
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self.free = torch.cuda.Event()  # recorded after each replay
+        self.free = torch.cuda.Event()  # recorded after each replay, on the stream of the call
 
 
 class _Graph:
     """A CUDA graph of a function of images, for the shape and dtype of ``x``."""
 
-    def __init__(self, function: Function, x: Tensor, memory: _Memory) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, memory: _Memory) -> None:
         self.session: InferenceSession | None = None  # every replay reads its weights
         self._memory = memory
         with torch.cuda.device(x.device):
@@ -138,13 +146,13 @@ class _Graph:
                 self._logits = function(self._images)
 
     def __call__(self, x: Tensor) -> Tensor:
-        with torch.cuda.device(self._images.device):
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self._memory.free)
-            self._images.copy_(x)
-            self._graph.replay()
-            y = self._logits.clone()
-            self._memory.free.record(stream)
+        # The ops below run on the device of their tensors and its current stream, whichever device is current.
+        free, stream = self._memory.free, torch.cuda.current_stream(self._images.device)
+        free.wait(stream)
+        self._images.copy_(x.detach() if x.requires_grad else x)
+        self._graph.replay()
+        y = self._logits.clone()
+        free.record(stream)
         return y
 
 

@@ -5,8 +5,11 @@ The graphs are emulated on the CPU (cuda_graphs.py). test_gpu.py captures real o
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 
 import networks
 import pytest
@@ -16,9 +19,13 @@ from cuda_graphs import Graph, emulate
 from networks import build, each_model, images
 from torch import Tensor
 
+import hne
 import hne_kernels as K
 from hne import FusedHNE, GraphedHNE
+from hne.executors import ParameterVersions
 from hne.inference import kernel_settings
+
+PACKAGES = tuple(str(Path(package.__file__ or "").parent) for package in (hne, K))
 
 
 @pytest.fixture
@@ -104,6 +111,87 @@ def test_changes_are_noticed(
         y = graphed(x, n)
         assert y.shape != old.shape or not torch.equal(y, old)
         close(y, model(x, n))
+
+
+@each_model
+def test_frozen_parameters(
+    kind: type, graphs: type[Graph], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the block nothing is read; a change takes effect at its end. A :class:`NaiveHNE` has no folded weights
+    and looks for changes in every call."""
+    model = build(kind, networks.TREES["odd"], rng)
+    graphed, x = GraphedHNE(model), images(rng)
+    before = graphed(x)
+    checks = count_checks(monkeypatch)
+    with model.frozen_parameters():
+        entered = len(checks)
+        graphed(x), graphed(x)
+        assert len(checks) - entered == (0 if kind is FusedHNE else 2)
+        with torch.no_grad():
+            model.head.conv.bias.add_(1)
+        assert torch.equal(graphed(x), before) == (kind is FusedHNE)
+    with torch.no_grad():
+        close(graphed(x), model(x))
+    assert not torch.allclose(graphed(x), before)
+    with torch.no_grad():
+        model.head.conv.bias.add_(1)
+    with model.frozen_parameters(), torch.no_grad():  # a change before the block takes effect in it
+        close(graphed(x), model(x))
+
+
+def test_parameters_are_read_once_per_call(
+    model: FusedHNE, graphs: type[Graph], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphed, x = GraphedHNE(model), images(rng)
+    graphed(x, 2), graphed(x)
+    checks = count_checks(monkeypatch)
+    for n in (2, None):
+        graphed(x, n)
+    assert len(checks) == 2
+
+
+def test_hooks_are_noticed_while_parameters_are_frozen(
+    model: FusedHNE, graphs: type[Graph], rng: torch.Generator
+) -> None:
+    graphed, x = GraphedHNE(model), images(rng)
+    graphed(x)
+    with model.frozen_parameters():
+        graphed(x)
+        model.blocks[0][0].register_forward_hook(lambda *_: None)
+        with pytest.raises(RuntimeError, match="would not run hooks"):
+            graphed(x)
+
+
+def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """A list that gets an entry whenever parameters are compared with their record."""
+    checks: list[None] = []
+    is_current = ParameterVersions.is_current
+
+    def counted(versions: ParameterVersions) -> bool:
+        checks.append(None)
+        return is_current(versions)
+
+    monkeypatch.setattr(ParameterVersions, "is_current", counted)
+    return checks
+
+
+def test_a_replay_takes_few_steps_in_python(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
+    """At batch 1 the launch of the graph has to wait for them. PyTorch's own do not count."""
+    graphed, x = GraphedHNE(model), images(rng, 1)
+    graphed(x)
+    frames: list[str] = []
+
+    def watch(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGES):
+            frames.append(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try:
+        graphed(x)
+    finally:
+        sys.setprofile(None)
+    # The ops of the emulated replay call no Python of ours below the op.
+    assert len(frames) <= 18, frames
 
 
 def test_results_are_in_new_memory(model: FusedHNE, graphs: type[Graph], rng: torch.Generator) -> None:
