@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_graphs import emulate
 from PIL import Image
 
 from hne.cli import main
@@ -97,6 +98,21 @@ def test_train_leaves_everything(run: Path) -> None:
     with Image.open(run / "accuracy.png") as image:
         assert min(image.size) > 500
         assert len(image.convert("RGB").getcolors(10**6)) > 50, "something is drawn"
+
+
+def test_train_by_cuda_graphs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The graphs are emulated. A resumed run keeps the option, and needs a GPU as well."""
+    flags = ["train", "--out", str(tmp_path / "run"), "--quiet", "--device", "cpu"]
+    options = ["--epochs", "2", "--cuda-graph", *SMALL]
+    assert error_of(capsys, *flags, *options) == "hne: error: cuda_graph: needs a GPU, got cpu\n"
+    assert not (tmp_path / "run").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        graphs = emulate(patch)
+        assert main([*flags, *options]) == 0
+        assert graphs.captures == 1
+        assert main([*flags, "--resume"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["recipe"]["cuda_graph"] is True
+    assert "cuda_graph: needs a GPU" in error_of(capsys, *flags, "--resume")
 
 
 def test_train_talks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
