@@ -6,6 +6,8 @@ The other files test the results of the ops on every backend.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import threading
 from collections.abc import Iterator
 
@@ -19,6 +21,7 @@ from torch import Tensor
 import hne_kernels as K
 from hne import FusedHNE, GraphedHNE
 from hne.losses import objective
+from hne.training import CapturedStep, training_step
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 needs_two = pytest.mark.skipif(
@@ -303,6 +306,44 @@ def test_a_graphed_model_in_threads_on_streams(backend: str, rng: torch.Generato
         thread.join()
     if errors:
         raise errors[0]
+
+
+@needs_gpu
+@pytest.mark.parametrize("amp", [False, True])
+def test_captured_training_steps(amp: bool, backend: str, rng: torch.Generator) -> None:
+    """Graphs of two shapes give the losses and networks of ordinary steps, and their replay waits for nothing."""
+    losses, states = [], []
+    work = [
+        (images_on_gpu(rng, size), torch.randint(networks.NUM_CLASSES, (size,), generator=rng).cuda())
+        for _ in range(6)
+        for size in (4, 3)
+    ]
+    network = model_on_gpu(rng).train()
+    for captured in (False, True):
+        model = copy.deepcopy(network)
+        optimizer = torch.optim.SGD(
+            model.parameters(), torch.tensor(0.05, device="cuda"), momentum=0.9, weight_decay=1e-3, fused=True
+        )
+        compute_loss = functools.partial(_loss, model, amp)
+        step = functools.partial(training_step, compute_loss, optimizer, clip_grad_norm=5.0)
+        if captured:
+            step = CapturedStep(model, compute_loss, optimizer, clip_grad_norm=5.0)  # type: ignore[assignment]
+        found = []
+        for index, (x, target) in enumerate(work):
+            optimizer.param_groups[0]["lr"].fill_(0.05 / (1 + index))
+            waiting = no_waiting() if captured and index >= 8 else contextlib.nullcontext()
+            with waiting:
+                found.append(step(x, target))
+        losses.append(torch.stack(found))
+        states.append(model.state_dict())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(states[1], states[0], rtol=1e-2, atol=1e-3)
+
+
+def _loss(model: FusedHNE, amp: bool, x: Tensor, target: Tensor) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        logits = model(x)
+    return objective("I+HD")(logits, target)
 
 
 @needs_gpu
