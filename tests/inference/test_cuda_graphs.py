@@ -22,8 +22,9 @@ from torch import Tensor
 import hne
 import hne_kernels as K
 from hne import FusedHNE, GraphedHNE
-from hne.executors import ParameterVersions
+from hne.executors import ParameterVersions, folding
 from hne.inference import kernel_settings
+from hne.layers import BottleneckLayer
 
 PACKAGES = tuple(str(Path(package.__file__ or "").parent) for package in (hne, K))
 
@@ -136,6 +137,25 @@ def test_frozen_parameters(
     with torch.no_grad():
         model.head.conv.bias.add_(1)
     with model.frozen_parameters(), torch.no_grad():  # a change before the block takes effect in it
+        close(graphed(x), model(x))
+
+
+@torch.no_grad()
+def test_frozen_parameters_of_layers_without_a_kernel_path(
+    model: FusedHNE, graphs: type[Graph], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such layers read their parameters in every call, and so changes are looked for in every call."""
+    monkeypatch.delitem(folding._KERNEL_PATHS, BottleneckLayer)
+    graphed, x = GraphedHNE(model), images(rng)
+    graphed(x)
+    with model.frozen_parameters():
+        for folded in (model.head.conv.bias, model.blocks[0][0].unit.bn.weight):
+            before = graphed(x)
+            folded.add_(0.5)
+            close(graphed(x), model(x))
+            assert not torch.allclose(graphed(x), before)
+        called = model.blocks[1][1].expand.conv.weight
+        called.data = called + 0.5  # other memory, which the graph does not read
         close(graphed(x), model(x))
 
 
