@@ -70,7 +70,8 @@ class CapturedStep:
 
     Random numbers on the GPU (dropout) come from PyTorch's generator of the device, which ``torch.cuda.graph``
     registers: each replay draws new ones. Augment batches before the call. Other Python code in ``compute_loss`` runs
-    only in ordinary steps and captures.
+    only in ordinary steps and captures; its numbers are constants of the graph, and tensors that it reads besides the
+    batch and the model must stay in their memory.
 
     Args:
         model: The model, on a GPU. Where its parameters are recorded (:class:`hne.executors.ParameterVersions`), each
