@@ -47,6 +47,14 @@ STABLE_TORCH_LIBRARY(hne, m) {
       "str out_activation, Tensor? residual, Tensor? residual_norm, Tensor? next_weight, bool has_residual) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm, Tensor grad_out_norm, Tensor grad_residual, "
       "Tensor grad_residual_norm, Tensor grad_next_weight)");
+  // mean and var are statistics of a batch; total replaces count where only the device knows it.
+  m.def(
+      "batch_norm_scale_shift(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? total, SymInt count, float momentum, "
+      "float eps) -> Tensor");
+  m.def(
+      "batch_norm_scale_shift_backward(Tensor grad, Tensor var, Tensor? weight, bool has_bias, float eps) "
+      "-> (Tensor grad_mean, Tensor grad_var, Tensor grad_weight, Tensor grad_bias)");
   m.def("branch_normalize(Tensor x, Tensor norm, Tensor? residual, str activation) -> Tensor");
   m.def(
       "branch_normalize_backward(Tensor grad, Tensor x, Tensor y, Tensor norm, str activation) "

@@ -15,6 +15,7 @@ from .dispatch import is_loaded as _is_loaded
 from .environment import environment_report
 from .extension import build_info
 from .lazy import ConvStats, Features, LazyNorm, LazyPointwise, conv_stats, entry_conv_stats, materialize
+from .ops.batch_norm_scale_shift import batch_norm_scale_shift
 from .ops.branch_conv2d import branch_conv2d
 from .ops.branch_depthwise_conv2d import branch_depthwise_conv2d
 from .ops.branch_norm_conv2d import branch_norm_conv2d
@@ -56,6 +57,7 @@ __all__ = [
     "autocast_dtype",
     "available_backends",
     "backend_for",
+    "batch_norm_scale_shift",
     "branch_conv2d",
     "branch_depthwise_conv2d",
     "branch_norm_conv2d",

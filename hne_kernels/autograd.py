@@ -6,6 +6,7 @@ it. A tangent of forward mode would be dropped there, and the result would look 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,53 @@ _LIBRARY = _Library("hne", "FRAGMENT")
 def register(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
     """``torch.library.register_autograd`` for the op ``hne::op``; forward mode and ``torch.func.grad`` are errors."""
     torch.library.register_autograd(f"hne::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def register_mutable(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """:func:`register` for an op that writes to some of its arguments, which ``torch.library`` does not support.
+
+    The written arguments must have no derivative, and must not be saved for the backward pass.
+    """
+    overload = getattr(torch.ops.hne, op).default
+    arguments = overload._schema.arguments
+    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    after = torch._C._after_ADInplaceOrView_keyset
+
+    def increment_versions(args: tuple[Any, ...]) -> None:
+        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
+
+    class Differentiated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                result = overload.redispatch(keyset & after, *args)
+            setup_context(ctx, args, result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            needed = ctx.needs_input_grad
+            ctx.needs_input_grad = needed[1:]  # without the key set
+            try:
+                return None, *backward(ctx, *grads)
+            finally:
+                ctx.needs_input_grad = needed
+
+    def autograd_kernel(keyset: Any, *args: Any) -> Any:
+        increment_versions(args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Differentiated.apply(keyset, *args)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return overload.redispatch(keyset & after, *args)
+
+    def inference_kernel(keyset: Any, *args: Any) -> Any:  # torch.inference_mode() passes by the kernel above
+        increment_versions(args)
+        return overload.redispatch(keyset & after, *args)
+
+    with warnings.catch_warnings():  # torch.library.custom_op has registered kernels without a derivative
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        for key, kernel in (("Autograd", autograd_kernel), ("ADInplaceOrView", inference_kernel)):
+            _LIBRARY.impl(op, kernel, key, with_keyset=True, allow_override=True)
 
 
 def register_inference(op: str) -> None:

@@ -103,6 +103,8 @@ def _none(*_: Any, **__: Any) -> int:
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
+    "batch_norm_scale_shift": _none,
+    "batch_norm_scale_shift_backward": _none,
     "branch_conv2d": _branch_conv2d,
     "branch_conv2d_backward_input": _backward_input,
     "branch_conv2d_backward_weight": _backward_weight,

@@ -113,6 +113,11 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
     for activation, added in (("relu", x), ("none", None)):
         yield _OPS.triton_branch_normalize, (x, norm, added, activation)
         yield _OPS.triton_branch_normalize_backward, (x, x, x, norm, activation)
+    rows = [new(4 * 64) for _ in range(4)]
+    batches = _tensor(1, dtype=torch.int64)
+    for parameters in ((*rows, batches), (None,) * 5):
+        yield _OPS.triton_batch_norm_scale_shift, (norm[0], norm[1], *parameters, None, 2048, 0.1, 1e-5)
+        yield _OPS.triton_batch_norm_scale_shift_backward, (norm, norm[1], parameters[0], True, 1e-5)
     for models, classes in ((16, 100), (8, 1000), (100, 100)):
         logits, target = new(models, 8, classes), _tensor(8, dtype=torch.int64)
         sizes = default_sizes(models)

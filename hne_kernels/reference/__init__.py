@@ -3,6 +3,7 @@
 Differentiable by autograd, for any device and dtype that PyTorch's own operators serve.
 """
 
+from .batch_norm_scale_shift import batch_norm_scale_shift
 from .branch_conv2d import branch_conv2d
 from .branch_depthwise_conv2d import branch_depthwise_conv2d
 from .branch_norm_conv2d import branch_norm_conv2d
@@ -14,6 +15,7 @@ from .prefix_logits import prefix_logits
 from .prefix_mean import prefix_mean
 
 __all__ = [
+    "batch_norm_scale_shift",
     "branch_conv2d",
     "branch_depthwise_conv2d",
     "branch_norm_conv2d",

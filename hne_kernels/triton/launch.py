@@ -25,16 +25,22 @@ _INTERPRETER = threading.Lock()  # the interpreter replaces parts of triton.lang
 _PROGRAMS_PER_PROCESSOR = 4  # so that one computes while another waits for memory
 
 
-def op(function: Callable[..., Any]) -> Any:
+def op(function: Callable[..., Any] | None = None, *, mutates_args: Sequence[str] = ()) -> Any:
     """Register ``function`` as the op ``hne::triton_<its name>``, which the compiler can trace into.
 
     Shape inference calls ``function``, without the launches.
+
+    Args:
+        function: the op; without it, the result is a decorator.
+        mutates_args: names of the arguments that the op writes to.
     """
+    if function is None:
+        return functools.partial(op, mutates_args=mutates_args)
     name = f"triton_{function.__name__}"
     if INTERPRETED:  # there is no kernel that the compiler could trace
-        torch.library.custom_op(f"hne::{name}", function, mutates_args=()).register_fake(function)
+        torch.library.custom_op(f"hne::{name}", function, mutates_args=mutates_args).register_fake(function)
     else:
-        torch.library.triton_op(f"hne::{name}", function, mutates_args=())
+        torch.library.triton_op(f"hne::{name}", function, mutates_args=mutates_args)
     return getattr(torch.ops.hne, name)
 
 

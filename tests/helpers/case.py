@@ -15,6 +15,8 @@ Inputs = dict[str, Any]
 # Ops of training around a convolution; differentiable once.
 TRAINING_OPS = ("branch_norm_conv2d", "branch_pointwise_stats", "branch_pointwise_norm_conv2d")
 NORMS = ("norm", "out_norm", "residual_norm")  # inputs that are normalisations [3, G, C]
+STATISTICS = ("mean", "var", "total")  # inputs that are statistics of a batch, float32 at least
+STATE = ("running_mean", "running_var", "num_batches_tracked")  # inputs that an op writes to
 KINK = 0.05  # gradients are not compared this close to where an activation bends
 
 
@@ -30,6 +32,7 @@ class Case:
     roundings: int = 1  # how often a value is rounded to the dtype on its way to a result or gradient
     naive_roundings: int = 1  # the same in plain PyTorch, which stores the result of each step
     arguments: Callable[[Inputs], Inputs] = field(default=dict, repr=False)  # the op's arguments, from the inputs
+    plain_results: int = 0  # the last results, which have no gradient
     variant: str = ""  # for an op with several kernels: which one
 
     @property
@@ -41,20 +44,43 @@ class Case:
         return f"{self.label}-{self.name}"
 
     def inputs(self, rng: torch.Generator, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
-        """New inputs; normalisations are float32 at least."""
+        """New inputs; normalisations and statistics are float32 at least."""
         made = cast(self.make(rng), dtype, device)
         if dtype.itemsize < 4:
-            made |= {name: made[name].float() for name in NORMS if made.get(name) is not None}
+            made |= {name: made[name].float() for name in (*NORMS, *STATISTICS) if made.get(name) is not None}
         return made
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        op = _fused_layers if self.op == "FusedLayers" else getattr(K, self.op)
+        op = _CALLS.get(self.op) or getattr(K, self.op)
         result = op(**self.arguments(inputs))
         return tuple(r for r in result if r is not None) if isinstance(result, tuple) else (result,)
 
 
 def _fused_layers(x: Tensor, layers: Sequence[K.FusedLayer], keep: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(K.FusedLayers(layers, keep)(x))
+
+
+def _batch_norm_scale_shift(**inputs: Any) -> tuple[Tensor, ...]:
+    """The normalisation and the new state; the given state stays unchanged."""
+    state = {name: _copy(inputs[name]) for name in STATE if isinstance(inputs[name], Tensor)}
+    norm = K.batch_norm_scale_shift(**{**inputs, **state})
+    return norm, *(value if value.is_floating_point() else value.double() for value in state.values())
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy of the same strides and alignment; contiguous if the tensor is expanded and so cannot be written to."""
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if expanded or tensor.numel() == 0 or torch.compiler.is_compiling():
+        return tensor.clone()
+    start = tensor.storage_offset()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((start + last + 1,), (1,), 0).clone().as_strided(tensor.shape, tensor.stride(), start)
+
+
+_CALLS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "FusedLayers": _fused_layers,
+    "batch_norm_scale_shift": _batch_norm_scale_shift,
+}
 
 
 def normal(rng: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:

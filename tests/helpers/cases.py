@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from case import NORMS, TRAINING_OPS, Case, Inputs, cast, tensors
+from case import NORMS, STATE, TRAINING_OPS, Case, Inputs, cast, tensors
 from checking import Outcome, check, cotangents, evaluate, expected, magnitude
 from conv_cases import GEOMETRIES, Geometry, convolution
 from ensemble_cases import loss, prefix_logits, prefix_mean
 from inference_cases import BOTTLENECKS, LAYERS, Bottleneck, bottleneck, fused_convolution, layers
 from norm_cases import (
+    BATCH_NORMS,
     MATERIALIZING,
     NORM_CONV_ACTIVATIONS,
     NORMALIZES,
     POINTWISE_NORM_CONVS,
     POINTWISE_STATS,
+    batch_norm,
     materializing_norm_conv,
     norm_conv,
     normalize,
@@ -25,6 +27,7 @@ __all__ = [
     "CASES",
     "GEOMETRIES",
     "NORMS",
+    "STATE",
     "TRAINING_OPS",
     "Bottleneck",
     "Case",
@@ -63,6 +66,7 @@ CASES = [
     *POINTWISE_STATS,
     *POINTWISE_NORM_CONVS,
     *NORMALIZES,
+    *BATCH_NORMS,
     prefix_mean(1, 1, 1, None),
     prefix_mean(2, 3, 5, None),
     prefix_mean(3, 1, 17, None),
@@ -104,6 +108,7 @@ def representative(*, differentiable: bool = False) -> list[Case]:
         pointwise_stats((2, 2, 3, 2, 3), 4, "relu"),
         pointwise_norm_conv((2, 2, 3, 2, 3), 4, 2, ("relu", "relu"), "normalised"),
         normalize((2, 2, 3, 2, 3), "relu", True),
+        batch_norm(2, 3, flat=False, total=True, momentum=0.25, least_var=8.0),
         fused_convolution(Geometry(2, 2, 2, 5, 4, 3, 18, 3, 2, 1), "relu"),
         bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
         prefix_mean(5, 2, 3, (1, 2, 4)),

@@ -206,6 +206,67 @@ POINTWISE_NORM_CONVS = [
 ]
 
 
+def batch_norm(
+    branches: int,
+    channels: int,
+    count: int = 12,
+    *,
+    flat: bool = True,
+    affine: bool = True,
+    tracked: bool = True,
+    total: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    least_var: float = 0.1,
+) -> Case:
+    """A batch norm over ``count`` values per channel, with parameters ``[G * C]`` or, if not ``flat``, ``[G, C]``."""
+    shape = (branches * channels,) if flat else (branches, channels)
+
+    def make(rng: torch.Generator) -> Inputs:
+        return {
+            "mean": normal(rng, branches, channels),
+            "var": normal(rng, branches, channels).square() + least_var,
+            "weight": normal(rng, *shape) if affine else None,
+            "bias": normal(rng, *shape) if affine else None,
+            "running_mean": normal(rng, *shape) if tracked else None,
+            "running_var": normal(rng, *shape).square() if tracked else None,
+            "num_batches_tracked": torch.tensor([5]) if tracked else None,
+            "total": torch.tensor([float(count)], dtype=torch.float64) if total else None,
+            "count": 3 if total else count,
+            "momentum": momentum,
+            "eps": eps,
+        }
+
+    options = {"matrix": not flat, "plain": not affine, "untracked": not tracked, "total": total}
+    name = "-".join([f"{branches}x{channels}", f"count{count}", *(key for key, used in options.items() if used)])
+    return Case(
+        "batch_norm_scale_shift",
+        f"{name}-momentum{momentum:g}-eps{eps:g}",
+        make,
+        ("mean", "var", "weight", "bias") if affine else ("mean", "var"),
+        16,
+        roundings=2,
+        naive_roundings=4,
+        plain_results=3 if tracked else 0,
+    )
+
+
+BATCH_NORMS = [
+    batch_norm(1, 1),
+    batch_norm(2, 3, flat=False),
+    batch_norm(3, 17, 2, momentum=0.9),
+    batch_norm(5, 33, 1),
+    batch_norm(2, 8, 0),
+    batch_norm(1, 130, 128 * 64, total=True, flat=False, eps=1e-3),
+    batch_norm(2, 20, affine=False, momentum=0.0),
+    batch_norm(3, 6, tracked=False, eps=0.1),
+    batch_norm(7, 16, affine=False, tracked=False),
+    batch_norm(4, 257, total=True, momentum=1.0),
+    batch_norm(0, 4),
+    batch_norm(1, 16, 2, total=True),
+]
+
+
 def normalize(shape: Sequence[int], activation: str, residual: bool, offset: float = 0.0) -> Case:
     """A normalisation with or without a residual; ``offset`` moves the mean of ``x``."""
 

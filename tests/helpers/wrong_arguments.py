@@ -224,6 +224,57 @@ _wrong(
     ("residual", lambda r: r.double(), r"residual: expected the dtype of x"),
 )
 
+_BATCH_NORM = "batch_norm_scale_shift"
+_wrong(
+    _BATCH_NORM,
+    ValueError,
+    ("mean", lambda t: t[0], r"mean: expected 2 dimensions .*got 1"),
+    ("mean", lambda t: _wider(t, 0), r"var: expected shape \(3, 3\).*got \(2, 3\)"),
+    ("var", lambda t: t[:1], r"var: expected shape \(2, 3\).*got \(1, 3\)"),
+    ("var", lambda t: t.to("meta"), r"var: expected to be on the device of mean"),
+    ("running_mean", None, r"running_mean: expected both running_mean and running_var, or neither"),
+    ("running_var", None, r"running_mean: expected both running_mean and running_var, or neither"),
+    ("bias", lambda t: t.flatten(), r"bias: expected shape and dtype of weight, \(2, 3\).*got \(6,\)"),
+    ("bias", lambda t: t.half(), r"bias: expected shape and dtype of weight, .*got .*torch.float16"),
+    ("num_batches_tracked", lambda t: t.repeat(2), r"num_batches_tracked: expected one number, got shape \(2,\)"),
+    ("num_batches_tracked", lambda t: t.to("meta"), r"num_batches_tracked: expected to be on the device of mean"),
+    ("total", lambda t: t[:0], r"total: expected one number, got shape \(0,\)"),
+    ("total", lambda t: t.to("meta"), r"total: expected to be on the device of mean"),
+    ("count", -1, r"count: expected at least 0, got -1"),
+    ("eps", -1e-5, r"eps: expected a number that is not negative, got -1e-05"),
+    ("eps", float("nan"), r"eps: expected a number that is not negative, got nan"),
+    ("momentum", float("nan"), r"momentum: expected a number, got nan"),
+)
+_wrong(
+    _BATCH_NORM,
+    TypeError,
+    ("mean", None, r"mean: expected a tensor.*got NoneType"),
+    ("mean", lambda t: t.long(), r"mean: expected torch.float32 or torch.float64, got torch.int64"),
+    ("mean", lambda t: t.bfloat16(), r"mean: expected torch.float32 or torch.float64, got torch.bfloat16"),
+    ("var", lambda t: t.double(), r"var: expected torch.float32, got torch.float64"),
+    ("var", None, r"var: expected a tensor.*got NoneType"),
+    ("num_batches_tracked", lambda t: t.int(), r"num_batches_tracked: expected torch.int64, got torch.int32"),
+    ("total", lambda t: t.double(), r"total: expected torch.float32, got torch.float64"),
+    ("count", 2.0, r"count: expected an int, got float"),
+    ("count", True, r"count: expected an int, got bool"),
+)
+for _name in ("weight", "bias", "running_mean", "running_var"):
+    _wrong(
+        _BATCH_NORM,
+        ValueError,
+        (_name, lambda t: t[0], rf"\b{_name}: expected shape \(2, 3\) .* or \(6,\), got \(3,\)"),
+        (_name, lambda t: t[:, :2], rf"\b{_name}: expected shape .*got \(2, 2\)"),
+        (_name, lambda t: t.t(), rf"\b{_name}: expected shape .*got \(3, 2\)"),
+        (_name, lambda t: t.to("meta"), rf"\b{_name}: expected to be on the device of mean"),
+    )
+    _wrong(
+        _BATCH_NORM,
+        TypeError,
+        (_name, lambda t: t.double(), rf"\b{_name}: expected torch.float32 or a narrower .*got torch.float64"),
+        (_name, lambda t: t.short(), rf"\b{_name}: expected torch.float32 or a narrower .*got torch.int16"),
+        (_name, lambda t: t.tolist(), rf"\b{_name}: expected a tensor .*got list"),
+    )
+
 # Ensembles.
 for _op, _first in (("prefix_mean", "logits"), ("prefix_logits", "features")):
     _wrong(
@@ -337,6 +388,14 @@ UNCHECKED = [
     ("branch_pointwise_norm_conv2d", "next_weight", lambda w: w[:1]),
     ("branch_pointwise_norm_conv2d", "next_weight", lambda w: w[:, :, :2]),
     ("branch_pointwise_norm_conv2d", "next_weight", lambda w: w.double()),
+    *((_BATCH_NORM, name, lambda t: t[:, :2]) for name in ("var", "weight", "bias", "running_mean", "running_var")),
+    *((_BATCH_NORM, name, lambda t: t[0]) for name in ("mean", "var", "weight", "bias", "running_mean")),
+    *((_BATCH_NORM, name, lambda t: t.double()) for name in ("var", "total", "weight", "running_mean", "running_var")),
+    *((_BATCH_NORM, name, lambda t: t[:1].expand_as(t)) for name in ("running_mean", "running_var")),
+    *((_BATCH_NORM, name, None) for name in ("running_mean", "running_var")),
+    (_BATCH_NORM, "num_batches_tracked", lambda t: t.int()),
+    (_BATCH_NORM, "num_batches_tracked", lambda t: t[:0]),
+    (_BATCH_NORM, "total", lambda t: t[:0]),
     ("prefix_mean", "sizes", [1, 6]),
     ("prefix_mean", "sizes", [0]),
     ("prefix_logits", "sizes", [6]),

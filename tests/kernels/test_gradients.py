@@ -27,7 +27,14 @@ def _tiny(op: str) -> list[Case]:
 
 SMOOTH = [
     case
-    for op in ("branch_conv2d", "branch_depthwise_conv2d", "branch_normalize", "prefix_mean", "prefix_logits")
+    for op in (
+        "branch_conv2d",
+        "branch_depthwise_conv2d",
+        "branch_normalize",
+        "batch_norm_scale_shift",
+        "prefix_mean",
+        "prefix_logits",
+    )
     for case in _tiny(op)
 ]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import TRAINING_OPS, Case, representative
+from cases import STATE, TRAINING_OPS, Case, representative
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -21,6 +21,7 @@ each_case = pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: cas
 def _function(case: Case, rng: torch.Generator) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The sum of squares of an op's results as a function of its differentiable inputs, these, and tangents."""
     inputs = case.inputs(rng, torch.float64)
+    inputs |= {name: None for name in STATE if name in inputs}  # vmap does not write to tensors that it does not batch
     names = case.differentiable
 
     def function(*values: Tensor) -> Tensor:

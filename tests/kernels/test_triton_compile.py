@@ -75,6 +75,7 @@ def test_the_compiler_looks_into_the_ops() -> None:
     result = _python("-c", _TRACE.format(folders=[str(ROOT / "tests" / "helpers"), str(ROOT / "tools")]))
     kernels = dict(line.split() for line in result.stdout.splitlines())
     assert kernels == {
+        "batch_norm_scale_shift": "1",
         "branch_conv2d": "1",
         "branch_depthwise_conv2d": "1",
         "branch_norm_conv2d-dense": "2",
@@ -127,6 +128,8 @@ def test_sizes_of_one_compile() -> None:
     launches, kernels = result.stdout.splitlines()
     assert int(launches) > 40
     assert kernels.split() == [
+        "batch_norm_scale_shift_backward_kernel",
+        "batch_norm_scale_shift_kernel",
         "batch_statistics_combine_kernel",
         "branch_conv2d_kernel",
         "branch_conv2d_weight_kernel",
