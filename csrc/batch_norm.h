@@ -37,6 +37,26 @@ inline void check_counter(const std::optional<Tensor>& t) {
                   "num_batches_tracked: expected one int64");
 }
 
+// Checks of the numbers, and of what one tensor has in common with another.
+inline void check_batch_norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var,
+                             const std::optional<Tensor>& total, int64_t count, double momentum, double eps) {
+  if (weight.has_value() && bias.has_value()) {
+    const auto sizes = weight->sizes();
+    check_shape("bias", *bias, {sizes.begin(), sizes.end()});
+    STD_TORCH_CHECK(bias->scalar_type() == weight->scalar_type(), "bias: expected the dtype of weight");
+  }
+  STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
+                  "running_mean: expected with running_var, or neither");
+  STD_TORCH_CHECK(!total.has_value() || total->numel() == 1, "total: expected one number");
+  STD_TORCH_CHECK(count >= 0, "count: expected at least 0");
+  STD_TORCH_CHECK(eps >= 0, "eps: expected a number that is not negative");
+  STD_TORCH_CHECK(momentum == momentum, "momentum: expected a number");
+}
+
+// `t` in contiguous memory. Asking first takes less time than a call of PyTorch.
+inline Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // Factor of the unbiased variance, count / (count - 1).
 inline double unbiased_factor(int64_t count) { return count > 1 ? double(count) / double(count - 1) : 1.0; }
 

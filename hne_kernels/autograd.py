@@ -49,11 +49,12 @@ def register_mutable(op: str, backward: Callable[..., Any], setup_context: Calla
     after = torch._C._after_ADInplaceOrView_keyset
 
     def increment_versions(args: tuple[Any, ...]) -> None:
-        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
+        torch._C._increment_version([args[i] for i in written if args[i] is not None])
 
     class Differentiated(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        def forward(ctx: Any, *args_and_keyset: Any) -> Any:
+            args, keyset = args_and_keyset[:-1], args_and_keyset[-1]
             with torch._C._AutoDispatchBelowADInplaceOrView():
                 result = overload.redispatch(keyset & after, *args)
             setup_context(ctx, args, result)
@@ -61,17 +62,12 @@ def register_mutable(op: str, backward: Callable[..., Any], setup_context: Calla
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            needed = ctx.needs_input_grad
-            ctx.needs_input_grad = needed[1:]  # without the key set
-            try:
-                return None, *backward(ctx, *grads)
-            finally:
-                ctx.needs_input_grad = needed
+            return *backward(ctx, *grads), None
 
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
         increment_versions(args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return Differentiated.apply(keyset, *args)
+            return Differentiated.apply(*args, keyset)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return overload.redispatch(keyset & after, *args)
 
@@ -83,6 +79,14 @@ def register_mutable(op: str, backward: Callable[..., Any], setup_context: Calla
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for key, kernel in (("Autograd", autograd_kernel), ("ADInplaceOrView", inference_kernel)):
             _LIBRARY.impl(op, kernel, key, with_keyset=True, allow_override=True)
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """The result of a backward op; without the detour through its own derivative where nothing is recorded."""
+    if torch.is_grad_enabled():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def register_inference(op: str) -> None:

@@ -59,9 +59,7 @@ void check_statistics(const Tensor& mean, const Tensor& var, const std::optional
   check_kind("mean", mean, mean);
   check_kind("var", var, mean);
   check_shape("var", var, {mean.size(0), mean.size(1)});
-  if (!total.has_value()) return;
-  check_kind("total", *total, mean);
-  STD_TORCH_CHECK(total->numel() == 1, "total: expected one number");
+  if (total.has_value()) check_kind("total", *total, mean);
 }
 
 Tensor batch_norm_scale_shift(const Tensor& mean_in, const Tensor& var_in, const std::optional<Tensor>& weight_in,
@@ -70,12 +68,11 @@ Tensor batch_norm_scale_shift(const Tensor& mean_in, const Tensor& var_in, const
                               const std::optional<Tensor>& num_batches_tracked, const std::optional<Tensor>& total,
                               int64_t count, double momentum, double eps) {
   check_statistics(mean_in, var_in, total);
-  STD_TORCH_CHECK(running_mean_in.has_value() == running_var_in.has_value(),
-                  "running_mean: expected with running_var, or neither");
+  check_batch_norm(weight_in, bias_in, running_mean_in, running_var_in, total, count, momentum, eps);
   check_counter(num_batches_tracked);
   STD_TORCH_CHECK(!num_batches_tracked.has_value() || num_batches_tracked->is_cpu(),
                   "num_batches_tracked: expected a CPU tensor");
-  const Tensor mean = torch::stable::contiguous(mean_in), var = torch::stable::contiguous(var_in);
+  const Tensor mean = in_order(mean_in), var = in_order(var_in);
   const ChannelValues weight("weight", weight_in, mean), bias("bias", bias_in, mean);
   ChannelValues running_mean("running_mean", running_mean_in, mean, true);
   ChannelValues running_var("running_var", running_var_in, mean, true);
@@ -121,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_scale_shift_backward(const
   check_kind("grad", grad_in, var_in);
   const int64_t branches = var_in.size(0), channels = var_in.size(1), values = branches * channels;
   check_shape("grad", grad_in, {3, branches, channels});
-  const Tensor grad = torch::stable::contiguous(grad_in), var = torch::stable::contiguous(var_in);
+  const Tensor grad = in_order(grad_in), var = in_order(var_in);
   const ChannelValues weight("weight", weight_in, var);
   const Tensor& like = weight_in.has_value() ? *weight_in : var_in;
   const Tensor grad_mean = empty(var, {branches, channels}), grad_var = empty(var, {branches, channels});

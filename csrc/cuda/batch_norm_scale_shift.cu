@@ -164,16 +164,14 @@ Tensor batch_norm_scale_shift(const Tensor& mean_in, const Tensor& var_in, const
   check_kind("mean", mean_in, mean_in);
   check_statistics(mean_in, var_in);
   check_kind("total", total, mean_in);
-  STD_TORCH_CHECK(!total.has_value() || total->numel() == 1, "total: expected one number");
-  STD_TORCH_CHECK(running_mean_in.has_value() == running_var_in.has_value(),
-                  "running_mean: expected with running_var, or neither");
+  check_batch_norm(weight_in, bias_in, running_mean_in, running_var_in, total, count, momentum, eps);
   check_counter(num_batches_tracked);
   STD_TORCH_CHECK(
       !num_batches_tracked.has_value() ||
           (on_device(*num_batches_tracked) && num_batches_tracked->get_device_index() == mean_in.get_device_index()),
       "num_batches_tracked: expected the device of the first tensor");
   const Device device(mean_in);
-  const Tensor mean = torch::stable::contiguous(mean_in), var = torch::stable::contiguous(var_in);
+  const Tensor mean = in_order(mean_in), var = in_order(var_in);
   Parameter weight("weight", weight_in, mean), bias("bias", bias_in, mean);
   Parameter running_mean("running_mean", running_mean_in, mean, true);
   Parameter running_var("running_var", running_var_in, mean, true);
@@ -214,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_scale_shift_backward(const
   const int64_t branches = var_in.size(0), channels = var_in.size(1);
   check_shape("grad", grad_in, {3, branches, channels});
   const Device device(var_in);
-  const Tensor grad = torch::stable::contiguous(grad_in), var = torch::stable::contiguous(var_in);
+  const Tensor grad = in_order(grad_in), var = in_order(var_in);
   const Parameter weight("weight", weight_in, var);
   const Tensor& like = weight_in.has_value() ? *weight_in : var_in;
   const Grid grid(branches, channels);

@@ -58,8 +58,17 @@ def batch_norm_scale_shift(
         *(mean, var, weight, bias, running_mean, running_var, num_batches_tracked, total),
         *(count, momentum, eps),
     )
-    check(*arguments)
-    norm: Tensor = dispatch.implementation("batch_norm_scale_shift", mean)(*arguments)
+    checked = torch.compiler.is_compiling()  # shape inference checks
+    try:
+        op = dispatch.implementation("batch_norm_scale_shift", mean)
+        if not checked and (isinstance(count, bool) or not isinstance(op, torch._ops.OpOverloadPacket)):
+            checked = True
+            check(*arguments)
+        norm: Tensor = op(*arguments)
+    except Exception:
+        if not checked:
+            check(*arguments)  # the registered ops check faster; this one says more
+        raise
     return norm
 
 
@@ -182,8 +191,9 @@ def differentiate(op: str) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         var, weight = ctx.saved_tensors
-        gradients = backward_op(grad, var, weight, ctx.bias is not None, ctx.eps)
-        of_mean, of_var, of_weight, of_bias = gradients
+        of_mean, of_var, of_weight, of_bias = autograd.call(
+            backward_op, grad, var, weight, ctx.bias is not None, ctx.eps
+        )
         if weight is None:
             of_weight = None
             if ctx.bias is not None:
