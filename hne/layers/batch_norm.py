@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+import hne_kernels as K
+
 from .parameters import ConvNorm
 from .submodules import prepare_to_read
 
@@ -38,14 +40,36 @@ def batch_normalization(module: ConvNorm, branches: slice, mean: Tensor, var: Te
     Raises:
         ValueError: There is only one value per channel, in all processes together if they are synchronised.
     """
-    total: int | Tensor = count
+    total = None
     if is_synchronised(module):
-        mean, var, total = _statistics_of_all_processes(mean, var, count, _process_group(module))
-    if not isinstance(total, Tensor) and total == 1:
+        mean, var, count, total = _statistics_of_all_processes(_wide(mean), _wide(var), count, _process_group(module))
+    # torch.jit.trace has a tensor in place of a number, and would make the comparison a constant.
+    if total is None and not isinstance(count, Tensor) and count == 1:
         raise ValueError("batch norm: expected more than 1 value per channel when training, got 1")
-    if module.bn.training:
-        _update_running_statistics(module, branches, mean.detach(), var.detach(), total)
-    return _normalization(module, branches, mean, var)
+    bn = module.bn
+    running_mean = running_var = batches = None
+    momentum = 0.0
+    if bn.training and bn.track_running_stats:
+        if bn.momentum is None:  # a cumulative average, whose weight depends on the number of batches
+            momentum = count_batch(module)
+        else:
+            momentum, batches = bn.momentum, bn.num_batches_tracked
+        running_mean, running_var = bn.running_mean, bn.running_var
+        if running_mean is None or running_var is None:
+            running_mean = running_var = None
+    return K.batch_norm_scale_shift(
+        mean,
+        var,
+        _select(module, bn.weight, branches),
+        _select(module, bn.bias, branches),
+        _select(module, running_mean, branches),
+        _select(module, running_var, branches),
+        batches,
+        total,
+        count=count,
+        momentum=momentum,
+        eps=bn.eps,
+    )
 
 
 def running_normalization(module: ConvNorm, branches: slice) -> Tensor:
@@ -54,7 +78,11 @@ def running_normalization(module: ConvNorm, branches: slice) -> Tensor:
     assert bn.running_mean is not None
     assert bn.running_var is not None
     mean, var = (module.select_branches(t, branches) for t in (bn.running_mean, bn.running_var))
-    return _normalization(module, branches, _wide(mean), _wide(var))
+    mean, scale = _wide(mean), (_wide(var) + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = _wide(module.select_branches(bn.weight, branches)) * scale
+    shift = torch.zeros_like(scale) if bn.bias is None else _wide(module.select_branches(bn.bias, branches))
+    return torch.stack([mean, scale, shift])
 
 
 def count_batch(module: ConvNorm) -> float:
@@ -87,48 +115,31 @@ def _process_group(module: ConvNorm) -> Any:
     return module.bn.process_group if isinstance(module.bn, nn.SyncBatchNorm) else None
 
 
-def _normalization(module: ConvNorm, branches: slice, mean: Tensor, var: Tensor) -> Tensor:
-    bn = module.bn
-    scale = (var + bn.eps).rsqrt()
-    if bn.weight is not None:
-        scale = _wide(module.select_branches(bn.weight, branches)) * scale
-    shift = torch.zeros_like(scale) if bn.bias is None else _wide(module.select_branches(bn.bias, branches))
-    return torch.stack([mean, scale, shift])
-
-
-def _update_running_statistics(
-    module: ConvNorm, branches: slice, mean: Tensor, var: Tensor, count: int | Tensor
-) -> None:
-    """Move the running statistics towards those of a batch, as ``nn.BatchNorm2d`` does."""
-    bn = module.bn
-    weight = count_batch(module)
-    if not isinstance(count, Tensor) and count == 0:
-        return  # an empty batch has no statistics
-    if not bn.track_running_stats or bn.running_mean is None or bn.running_var is None:
-        return
-    unbiased = var * (count / (count - 1))
-    with torch.no_grad():
-        for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
-            module.select_branches(running, branches).lerp_(batch.to(running.dtype), weight)
+def _select(module: ConvNorm, tensor: Tensor | None, branches: slice) -> Tensor | None:
+    """The part of a parameter or buffer ``[all branches * channels]`` that belongs to some branches."""
+    if tensor is None or branches == slice(0, module.branches):
+        return tensor
+    return tensor[branches.start * module.channels : branches.stop * module.channels]
 
 
 def _statistics_of_all_processes(
     mean: Tensor, var: Tensor, count: int, group: Any
-) -> tuple[Tensor, Tensor, int | Tensor]:
+) -> tuple[Tensor, Tensor, int, Tensor | None]:
     """Mean, variance and count over the batches of the processes of ``group``.
 
     Two sums are exchanged; the second is of squared distances from the common mean, so the variance does not cancel.
-    The count is a tensor only if it is above 1: a number would have to be copied from the GPU.
+    The last result is the count as a tensor, which replaces the number; None if the count is below 2. A number would
+    have to be copied from the GPU.
     """
     sums = _AllReduce.apply(torch.cat([(mean * count).flatten(), mean.new_full((1,), count)]), group)
     total = sums[-1].detach()
     if count <= 1:
         number = int(total.item())
         if number <= 1:  # then all processes return here
-            return mean, var, number
+            return mean, var, number, None
     common = sums[:-1].view_as(mean) / total
     squares = _AllReduce.apply((var + (mean - common).square()) * count, group)
-    return common, squares / total, total
+    return common, squares / total, count, total
 
 
 class _AllReduce(torch.autograd.Function):

@@ -54,6 +54,9 @@ def batch_norm_scale_shift(
         ValueError: a shape, device or number does not fit; the message names the argument.
         TypeError: a dtype does not fit.
     """
+    if isinstance(count, Tensor) and torch._C._get_tracing_state() is not None:
+        # torch.jit.trace has tensors in place of sizes; as a number, the size would be a constant of the program.
+        total, count = count.to(mean) if total is None else total, 0
     arguments = (
         *(mean, var, weight, bias, running_mean, running_var, num_batches_tracked, total),
         *(count, momentum, eps),
