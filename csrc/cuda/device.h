@@ -1,5 +1,23 @@
 // The machine operations that kernels use. nvcc compiles them to the GPU's instructions. Tests compile the same kernels
 // for the host, where emulation.h (tests/cuda_emulation) implements each operation as documented here.
+//
+// Programmatic dependent launch. A small kernel takes about as long to start as to run. Device::launch_early lets its
+// blocks start before the previous kernel of the stream has ended: as soon as each block of that kernel has called
+// launch_next_kernel or has ended. Memory stays right under three rules. The emulation checks the first, the third, and
+// asynchronous copies for the second.
+//
+//   1. Every thread of such a kernel calls wait_for_previous_kernel before it ends. It returns when the previous kernel
+//      has ended and its writes are visible. That kernel has waited for its own predecessor, so all kernels before have
+//      ended, too.
+//   2. Before the wait, a thread neither reads nor writes device memory. An earlier kernel may still write the input;
+//      also weights: where they are folded in the same stream, the folding kernel can be the direct predecessor. And it
+//      may still read memory that the allocator has meanwhile given to the output. Only `prefetch` is allowed: it
+//      brings values to the L2 cache, which all multiprocessors share, so that a later write updates them.
+//   3. launch_next_kernel comes after the wait. So at most two kernels overlap, and the chain of rule 1 holds.
+//
+// Kernels of others, such as PyTorch's, need no rules: a kernel that is launched as usual starts after all earlier ones
+// have ended, and one that never calls launch_next_kernel counts as having called it at its end. A captured CUDA graph
+// has programmatic edges in the same places (from CUDA 12.3 on).
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -17,6 +35,9 @@ using half = torch::headeronly::Half;
 
 // Bytes of shared memory per block on the smallest supported GPU, compute capability 8.0.
 constexpr int kLeastShared = 163 * 1024;
+// Blocks that give every multiprocessor of a large GPU work. The choice of a kernel depends on the shapes alone: the
+// same order of additions on every GPU.
+constexpr int64_t kManyBlocks = 132;
 
 }  // namespace hne
 
@@ -28,6 +49,9 @@ constexpr int kLeastShared = 163 * 1024;
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+
+#include <array>
+#include <atomic>
 
 #define HNE_DISPATCH_KEY CUDA
 #define HNE_DEVICE __device__ __forceinline__
@@ -44,6 +68,24 @@ HNE_DEVICE void* shared_memory() {
 
 HNE_DEVICE void block_sync() { __syncthreads(); }
 HNE_DEVICE void warp_sync() { __syncwarp(); }
+
+// Programmatic dependent launch, see above. Without effect in a kernel that was launched as usual.
+HNE_DEVICE void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+HNE_DEVICE void launch_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Brings the 128 bytes around an address in device memory to the L2 cache.
+HNE_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Keeps a value in its register: the compiler cannot decide to compute it again.
+HNE_DEVICE void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
 HNE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 HNE_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
@@ -107,7 +149,7 @@ inline bool on_device(const Tensor& t) { return t.is_cuda(); }
 // Guard: while it lives, launches go to the device of `t` and to its current stream.
 class Device {
  public:
-  explicit Device(const Tensor& t) : guard_(t.get_device_index()) {
+  explicit Device(const Tensor& t) : guard_(t.get_device_index()), device_(t.get_device_index()) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -121,6 +163,20 @@ class Device {
   template <typename... Parameters>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
               const std::type_identity_t<Parameters>&... parameters) const {
+    start(false, kernel, blocks, threads, shared_bytes, parameters...);
+  }
+
+  // Launches a kernel that may start before the previous one has ended. It must keep the rules above.
+  template <typename... Parameters>
+  void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+                    const std::type_identity_t<Parameters>&... parameters) const {
+    start(true, kernel, blocks, threads, shared_bytes, parameters...);
+  }
+
+ private:
+  template <typename... Parameters>
+  void start(bool early, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+             const Parameters&... parameters) const {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= INT32_MAX, "too many elements for one launch");
     STD_TORCH_CHECK(shared_bytes <= shared_limit_, "more shared memory than a block may have");
@@ -132,11 +188,34 @@ class Device {
     configuration.blockDim = dim3(static_cast<unsigned>(threads));
     configuration.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     configuration.stream = stream_;
+    cudaLaunchAttribute attribute{};
+    if (early && waits(reinterpret_cast<const void*>(kernel))) {
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+      configuration.attrs = &attribute, configuration.numAttrs = 1;
+    }
     STD_CUDA_CHECK(cudaLaunchKernelEx(&configuration, kernel, parameters...));
   }
 
- private:
+  // Whether `kernel` has the instruction that waits, and the driver can capture such launches. All kernels are compiled
+  // for the same targets, so the answer depends on the device alone. The GPU's own compute capability does not tell:
+  // the driver can translate code for an older GPU, which lacks the instruction.
+  bool waits(const void* kernel) const {
+    static std::array<std::atomic<int>, 64> known{};  // by device: 0 unknown, 1 no, 2 yes
+    if (device_ >= int64_t(known.size())) return false;
+    std::atomic<int>& answer = known[device_];
+    if (answer == 0) {
+      int driver = 0;
+      cudaFuncAttributes attributes{};
+      STD_CUDA_CHECK(cudaDriverGetVersion(&driver));
+      STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+      answer = driver >= 12030 && attributes.ptxVersion >= 90 ? 2 : 1;
+    }
+    return answer == 2;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
+  int64_t device_;
   cudaStream_t stream_ = nullptr;
   int shared_limit_ = 0;
 };

@@ -18,11 +18,14 @@ Tensor prefix_mean(const Tensor& logits_in, const std::vector<int64_t>& sizes) {
   return out;
 }
 
-// A member's gradient is the sum over the ensembles that contain it: add up from the last member down.
+// A member's gradient is the sum over the ensembles that contain it: add up from the last member down. Launched early
+// (device.h).
 template <typename T, int width>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMeanThreads)
     prefix_means_backward(const T* grad, T* out, const int64_t values, const int models, const Sizes sizes) {
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
+  const int64_t at = (int64_t(blockIdx.x) * kMeanThreads + threadIdx.x) * width;
+  wait_for_previous_kernel();
+  launch_next_kernel();
   if (at >= values) return;
   float sum[width] = {};
   int p = sizes.count - 1;
@@ -50,8 +53,8 @@ Tensor prefix_mean_backward(const Tensor& grad_in, const std::vector<int64_t>& s
     using T = decltype(type);
     dispatch_width<T>(whole_vectors<T>({values}, {data<T>(grad), data<T>(out)}), [&](auto vector) {
       constexpr int w = decltype(vector)::value;
-      device.launch(prefix_means_backward<T, w>, ceil_div(values / w, kThreads), kThreads, 0, data<T>(grad),
-                    mutable_data<T>(out), values, int(models), checked);
+      device.launch_early(prefix_means_backward<T, w>, ceil_div(values / w, kMeanThreads), kMeanThreads, 0,
+                          data<T>(grad), mutable_data<T>(out), values, int(models), checked);
     });
   });
   return out;

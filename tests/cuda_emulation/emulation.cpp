@@ -34,6 +34,7 @@ struct Fiber {
   WarpInstruction instruction = nullptr;
   void* operands = nullptr;
   std::vector<std::vector<Copy>> groups;  // asynchronous copies; the last group is still open
+  bool waited = false;                    // for the previous kernel
 };
 
 struct Block {
@@ -43,6 +44,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> shared;
   const std::function<void()>* kernel = nullptr;
   Fiber* current = nullptr;
+  bool early = false;  // launched before the previous kernel has ended
 
   void start(int threads, int64_t shared_bytes, const std::function<void()>& function) {
     fibers.resize(threads);
@@ -95,6 +97,7 @@ void fiber_main() {
   (*block->kernel)();
   for (const auto& group : block->current->groups)
     if (!group.empty()) stop("a thread ended without waiting for its copies");
+  if (block->early && !block->current->waited) stop("a thread ended without waiting for the previous kernel");
   block->wait(State::done);
 }
 
@@ -109,6 +112,7 @@ void Block::run_all() {
     makecontext(&fiber.context, fiber_main, 0);
     fiber.state = State::ready;
     fiber.groups.assign(1, {});
+    fiber.waited = false;
   }
   for (bool backwards = false;; backwards = !backwards) {
     for (int w = 0; w < threads / kWarp; ++w) run_warp((backwards ? threads / kWarp - 1 - w : w) * kWarp, backwards);
@@ -220,7 +224,14 @@ void warp_sync() {
   run_with_warp([](void* const(&)[32]) {}, nullptr);
 }
 
+void wait_for_previous_kernel() { block->current->waited = true; }
+void launch_next_kernel() {
+  if (block->early && !block->current->waited) stop("the next kernel is launched before the wait for the previous one");
+}
+void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }  // of addresses in range
+
 void copy16(void* shared, const void* from, bool valid) {
+  if (block->early && !block->current->waited) stop("a copy starts before the wait for the previous kernel");
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) stop("a copy to shared memory is not aligned to 16 bytes");
   if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)
     stop("a copy from device memory is not aligned to 16 bytes");
@@ -289,11 +300,12 @@ int64_t Device::shared_limit() const {
   return limit != nullptr ? std::atoll(limit) : kLeastShared;
 }
 
-void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
+void run_blocks(bool early, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % kWarp != 0) stop("the threads of a block do not fill its warps");
   if (shared_bytes > kLeastShared) stop("a block asks for more shared memory than the GPU has");
   if (blocks == 0) return;
   Block memory;
+  memory.early = early;
   memory.start(threads, shared_bytes, kernel);
   block = &memory;
   for (int64_t i = 0; i < blocks; ++i) {

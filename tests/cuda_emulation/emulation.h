@@ -28,6 +28,10 @@ extern thread_local Index threadIdx, blockIdx;
 void* shared_memory();
 void block_sync();
 void warp_sync();
+void wait_for_previous_kernel();
+void launch_next_kernel();
+void prefetch(const void* p);
+inline void keep(uint32_t&) {}
 void copy16(void* shared, const void* from, bool valid);
 void copy_commit();
 void copy_wait_for(int pending);
@@ -48,7 +52,9 @@ void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, ui
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float);
 uint32_t round_to_tf32(float value);
 
-void run_blocks(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+// With `early`, a thread that breaks a rule of programmatic dependent launch (csrc/cuda/device.h) ends the process.
+// Reads and writes before the wait are noticed in asynchronous copies alone.
+void run_blocks(bool early, int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
 
 inline bool on_device(const Tensor& t) { return t.is_cpu(); }
 
@@ -61,7 +67,12 @@ class Device {
   template <typename... Parameters>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
               const std::type_identity_t<Parameters>&... parameters) const {
-    run_blocks(blocks, threads, shared_bytes, [&] { kernel(parameters...); });
+    run_blocks(false, blocks, threads, shared_bytes, [&] { kernel(parameters...); });
+  }
+  template <typename... Parameters>
+  void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+                    const std::type_identity_t<Parameters>&... parameters) const {
+    run_blocks(true, blocks, threads, shared_bytes, [&] { kernel(parameters...); });
   }
 };
 
