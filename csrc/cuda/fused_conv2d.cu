@@ -3,6 +3,7 @@
 //   G branches, M output pixels each   bytes moved at least    multiply-adds
 //   forward                            x + weight + out        G M C_out C_in k^2
 #include "dense_forward.h"
+#include "few_channels.h"
 
 namespace hne {
 
@@ -30,17 +31,25 @@ Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& b
   check_kind("bias", bias_in, x_in);
   const Shape shape(g);
   const Device device(x_in);
-  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
-  const Tensor bias = torch::stable::contiguous(bias_in);
-  Tensor out = torch::stable::new_empty(x, g.out_shape());
-  dispatch(x, [&](auto type) {
+  const Tensor weight = torch::stable::contiguous(weight_in), bias = torch::stable::contiguous(bias_in);
+  Tensor out = torch::stable::new_empty(x_in, g.out_shape());
+  dispatch(x_in, [&](auto type) {
     using T = decltype(type);
-    dense_forward_packed(device, Convolution<T>{.s = shape,
-                                                .range = Clamp<float>::named(activation),
-                                                .x = data<T>(x),
-                                                .filters = data<T>(weight),
-                                                .bias = data<T>(bias),
-                                                .out = mutable_data<T>(out)});
+    Convolution<T> d{.s = shape,
+                     .range = Clamp<float>::named(activation),
+                     .x = data<T>(x_in),
+                     .filters = data<T>(weight),
+                     .bias = data<T>(bias),
+                     .out = mutable_data<T>(out)};
+    // Images are read as they are, in either memory format.
+    if (!whole_vectors<T>({g.in_channels}, {d.x})) {
+      int64_t strides[5];
+      std::copy_n(x_in.strides().begin(), 5, strides);
+      if (run_few_channels(device, d, strides)) return;
+    }
+    const Tensor x = torch::stable::contiguous(x_in);
+    d.x = data<T>(x);
+    dense_forward_packed(device, d);
   });
   return out;
 }

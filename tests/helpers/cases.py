@@ -6,7 +6,7 @@ from case import NORMS, STATE, TRAINING_OPS, Case, Inputs, cast, tensors
 from checking import Outcome, check, cotangents, evaluate, expected, magnitude
 from conv_cases import GEOMETRIES, Geometry, convolution
 from ensemble_cases import loss, prefix_logits, prefix_mean
-from inference_cases import BOTTLENECKS, LAYERS, Bottleneck, bottleneck, fused_convolution, layers
+from inference_cases import BOTTLENECKS, FUSED_CONVOLUTIONS, LAYERS, Bottleneck, bottleneck, fused_convolution, layers
 from norm_cases import (
     BATCH_NORMS,
     MATERIALIZING,
@@ -55,7 +55,7 @@ __all__ = [
 CASES = [
     *(convolution("branch_conv2d", g, bool(i % 2)) for i, g in enumerate(GEOMETRIES)),
     *(convolution("branch_depthwise_conv2d", g, not i % 2) for i, g in enumerate(GEOMETRIES)),
-    *(fused_convolution(g, ("none", "relu", "relu6")[i % 3]) for i, g in enumerate(GEOMETRIES)),
+    *(fused_convolution(g, ("none", "relu", "relu6")[i % 3]) for i, g in enumerate([*GEOMETRIES, *FUSED_CONVOLUTIONS])),
     *(bottleneck(b) for b in BOTTLENECKS),
     *LAYERS,
     *(norm_conv(g, NORM_CONV_ACTIVATIONS[i % 4]) for i, g in enumerate(GEOMETRIES)),
@@ -85,6 +85,9 @@ CASES = [
     prefix_logits(16, 5, 64, 10, None, True),
     prefix_logits(2, 50, 8, 5, None, True),
     prefix_logits(4, 0, 8, 3, None, True),
+    prefix_logits(16, 1, 264, 100, None, True),
+    prefix_logits(12, 40, 64, 66, (1, 5), False),
+    prefix_logits(48, 17, 16, 66, (20,), True),
     loss(1, 1, 1, 0.5, 2.0),
     loss(1, 3, 5, 0.5, 2.0),
     loss(2, 4, 10, 0.5, 2.0),
@@ -109,7 +112,7 @@ def representative(*, differentiable: bool = False) -> list[Case]:
         pointwise_norm_conv((2, 2, 3, 2, 3), 4, 2, ("relu", "relu"), "normalised"),
         normalize((2, 2, 3, 2, 3), "relu", True),
         batch_norm(2, 3, flat=False, total=True, momentum=0.25, least_var=8.0),
-        fused_convolution(Geometry(2, 2, 2, 5, 4, 3, 18, 3, 2, 1), "relu"),
+        fused_convolution(Geometry(2, 2, 2, 31, 4, 3, 18, 3, 2, 1), "relu"),
         bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
         prefix_mean(5, 2, 3, (1, 2, 4)),
         prefix_logits(5, 2, 3, 4, None, True),

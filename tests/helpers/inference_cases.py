@@ -12,6 +12,26 @@ from torch import Tensor
 
 import hne_kernels as K
 
+# Few input channels, as of images: tiles of 128, 256 and 512 pixels, several panels of 16 outputs. Then products of
+# few rows, in small tiles of both sizes: several strips of the depth, outputs that fill vectors and outputs that fill
+# pairs; and a product of many tiles.
+FUSED_CONVOLUTIONS = [
+    Geometry(1, 2, 1, 33, 35, 3, 24, 3, 2, 1),
+    Geometry(2, 2, 2, 11, 9, 1, 8, 3, 1, 1, missing=1),
+    Geometry(1, 3, 2, 13, 13, 4, 40, 3, 2, 1),
+    Geometry(1, 1, 3, 19, 23, 4, 17, 4, 2, 2),
+    Geometry(1, 1, 1, 24, 25, 1, 16, 7, 3, 3),
+    Geometry(1, 70, 2, 15, 32, 3, 16, 3, 1, 1),
+    Geometry(1, 70, 2, 8, 31, 2, 8, 3, 1, 1),
+    Geometry(1, 1, 0, 16, 16, 3, 16, 3, 1, 1),
+    Geometry(2, 2, 3, 1, 1, 264, 100, 1, 1, 0),
+    Geometry(16, 1, 1, 1, 1, 256, 16, 1, 1, 0),
+    Geometry(3, 2, 40, 1, 1, 520, 176, 1, 1, 0, missing=1),
+    Geometry(24, 1, 17, 1, 1, 264, 176, 1, 1, 0),
+    Geometry(24, 2, 17, 1, 1, 16, 66, 1, 1, 0),
+    Geometry(33, 2, 33, 1, 1, 16, 72, 1, 1, 0),
+]
+
 
 def fused_convolution(geometry: Geometry, activation: str) -> Case:
     g = geometry
