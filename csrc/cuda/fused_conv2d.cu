@@ -4,11 +4,13 @@
 //   forward                            x + weight + out        G M C_out C_in k^2
 #include "dense_forward.h"
 #include "few_channels.h"
+#include "small_product.h"
 
 namespace hne {
 
 template <typename T>
 void dense_forward_packed(const Device& device, const Convolution<T>& d, const T* add, int add_replicate) {
+  if (run_small_product<T, true>(device, d, add, add_replicate)) return;
   DenseForward<T, true> problem(d, nullptr);
   problem.add = add, problem.add_replicate = add_replicate;
   run_gemm<T>(device, problem);

@@ -4,6 +4,7 @@
 //                                                              (B C + L C + B L (2 + P / N)) N values    N B L C
 #include "convolution.h"
 #include "prefix.h"
+#include "small_product.h"
 
 namespace hne {
 namespace {
@@ -23,11 +24,12 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
   Tensor prefix = torch::stable::new_empty(features, {int64_t(sizes.size()), g.batch, g.out_channels});
   dispatch(features, [&](auto type) {
     using T = decltype(type);
-    dense_forward(device, Convolution<T>{.s = shape,
-                                         .x = data<T>(features),
-                                         .filters = data<T>(weight),
-                                         .bias = data<T>(bias),
-                                         .out = mutable_data<T>(member)});
+    const Convolution<T> heads{.s = shape,
+                               .x = data<T>(features),
+                               .filters = data<T>(weight),
+                               .bias = data<T>(bias),
+                               .out = mutable_data<T>(member)};
+    if (!run_small_product<T, false>(device, heads)) dense_forward(device, heads);
     run_prefix_means<T>(device, member, prefix, checked);
   });
   return {member, prefix};
