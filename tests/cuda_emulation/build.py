@@ -35,15 +35,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def build(folder: Path, flags: tuple[str, ...]) -> Path:
-    """Compile into ``folder`` and return the library; files that are up to date are not compiled again.
-
-    Raises:
-        RuntimeError: A compilation failed; the message is the compiler's output.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def _command(flags: tuple[str, ...]) -> list[str]:
     includes = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
-    command = [
+    return [
         *(compiler() or "g++").split(),
         *(
             "-std=c++20",
@@ -59,18 +53,45 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
         ),
         *("-ffp-contract=off", f"-I{ROOT / 'csrc'}", f"-I{HERE}", native.target_define(), *includes, *flags),
     ]
+
+
+def _run(arguments: list[str]) -> None:
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}\n{result.stderr}")
+
+
+def _libraries() -> list[str]:
+    return [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-lpthread"]
+
+
+def build_program(source: Path, flags: tuple[str, ...] = ()) -> Path:
+    """Compile a program that calls the emulation itself, into the folder of ``source``; return its path.
+
+    Raises:
+        RuntimeError: The compilation failed; the message is the compiler's output.
+    """
+    program = source.with_suffix("")
+    search = [f"-Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
+    _run([*_command(flags), str(source), str(HERE / "emulation.cpp"), "-o", str(program), *_libraries(), *search])
+    return program
+
+
+def build(folder: Path, flags: tuple[str, ...]) -> Path:
+    """Compile into ``folder`` and return the library; files that are up to date are not compiled again.
+
+    Raises:
+        RuntimeError: A compilation failed; the message is the compiler's output.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = _command(flags)
     headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *HERE.glob("*.h"), Path(__file__)]
     newest = max(path.stat().st_mtime for path in headers)
-
-    def run(arguments: list[str]) -> None:
-        result = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(f"{' '.join(arguments)}\n{result.stderr}")
 
     def compile_one(source: Path) -> Path:
         output = folder / f"{source.name}.o"
         if not output.exists() or output.stat().st_mtime < max(newest, source.stat().st_mtime):
-            run([*command, "-x", "c++", "-c", str(source), "-o", str(output)])
+            _run([*command, "-x", "c++", "-c", str(source), "-o", str(output)])
         return output
 
     sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), HERE / "emulation.cpp"]
@@ -79,8 +100,7 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             objects = list(pool.map(compile_one, sources))
         if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in objects):
-            search = [f"-L{path}" for path in cpp_extension.library_paths()]
-            run([*command, "-shared", *map(str, objects), "-o", str(library), *search, "-ltorch_cpu", "-lpthread"])
+            _run([*command, "-shared", *map(str, objects), "-o", str(library), *_libraries()])
     return library
 
 

@@ -204,3 +204,54 @@ for wanted in ((True, False), (False, True), (False, False)):
 def test_norm_conv_stores_no_normalised_input(library: Path) -> None:
     """The op refuses to; results that are not asked for are empty."""
     assert _run(library, "-c", _MATERIALIZED).split() == ["refused"] * 4
+
+
+_EARLY = """
+#include <cstring>
+
+#include "cuda/device.h"
+
+using namespace hne;
+
+int main(int, char** arguments) {
+  const auto is = [&](const char* name) { return std::strcmp(arguments[1], name) == 0; };
+  alignas(16) static char memory[16];
+  run_blocks(!is("usual launch"), 2, 32, 16, [&] {
+    if (is("usual launch") || (is("no wait") && threadIdx.x == 31)) return;
+    if (is("next kernel before the wait")) launch_next_kernel();
+    if (is("copy before the wait")) copy16(shared_memory(), memory, true);
+    prefetch(memory);
+    wait_for_previous_kernel();
+    launch_next_kernel();
+    copy16(shared_memory(), memory, true);
+    copy_commit();
+    copy_wait<0>();
+  });
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def early(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that launches a kernel before the previous one has ended."""
+    if emulation.compiler() is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path_factory.mktemp("early") / "early.cpp"
+    source.write_text(_EARLY)
+    return emulation.build_program(source)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stopped"),
+    [
+        ("usual launch", ""),
+        ("right", ""),
+        ("no wait", "a thread ended without waiting for the previous kernel"),
+        ("next kernel before the wait", "the next kernel is launched before the wait for the previous one"),
+        ("copy before the wait", "a copy starts before the wait for the previous kernel"),
+    ],
+)
+def test_the_emulation_stops_kernels_that_start_too_early(kernel: str, stopped: str, early: Path) -> None:
+    result = subprocess.run([early, kernel], capture_output=True, text=True, check=False)
+    assert (result.returncode != 0) == bool(stopped)
+    assert stopped in result.stderr
