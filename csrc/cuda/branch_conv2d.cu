@@ -4,12 +4,13 @@
 //   plain                              x + weight + out                                   G M C_out C_in k^2
 //   training                           x + weight + y (+ statistics of 128 pixels each)   the same
 #include "dense_forward.h"
+#include "few_channels.h"
 
 namespace hne {
 
 template <typename T>
 void dense_forward(const Device& device, const Convolution<T>& d, ChannelReduction* moments) {
-  run_gemm<T>(device, DenseForward<T, false>(d, moments));
+  if (!run_few_channels(device, d, moments)) run_gemm<T>(device, DenseForward<T, false>(d, moments));
 }
 template void dense_forward(const Device&, const Convolution<float>&, ChannelReduction*);
 template void dense_forward(const Device&, const Convolution<half>&, ChannelReduction*);

@@ -1,15 +1,17 @@
-// Convolution of few input channels by tensor cores (inference).
+// Convolution of few input channels by tensor cores; in training it sums up statistics of its result.
 //
-//   G branches, M output pixels each, N input pixels, depth D = C_in k^2   bytes moved at least    multiply-adds
-//                                                                          x + weight + out        G M C_out D
+//   G branches, M output pixels each, depth D = C_in k^2   bytes moved at least                      multiply-adds
+//   inference                                              x + weight + out                          G M C_out D
+//   training                                               x + weight + out (+ statistics of each    the same
+//                                                          tile of 128 to 512 pixels)
 //
 // Three channels are no whole vector of 16 bytes, so the general matrix product (gemm.h) would load each value of each
 // row of the product by itself, nine times for a 3x3 filter. Here, a block computes a tile of 128 to 512 output pixels.
 // It loads the input pixels under the tile once, a line of memory at a time, from images in either memory format, and
 // keeps them in shared memory. The depth of the product is (filter row, filter column, channel); columns and channels
 // lie side by side in the tile's input, so a thread finds its values of the product's left operand by a few fixed
-// offsets. A warp gathers the operand of 16 pixels once, and multiplies it with one panel of 16 output channels after
-// the other. It turns the results of a panel to 16-byte vectors in shared memory.
+// offsets. A warp has 16 pixels at a time, and one panel of 16 output channels after the other. It turns the results to
+// 16-byte vectors in shared memory.
 //
 //   instructions of a warp for 16 pixels of 3 channels, 3x3 filters, 16-bit: 16 loads of the operand, 8 to pack it,
 //   4 products for each 16 output channels
@@ -17,6 +19,8 @@
 // float32 is multiplied exactly, also where tf32 is allowed: 27 multiply-adds a value are few.
 //
 // Launched early (device.h).
+#include <cstring>
+
 #include "few_channels.h"
 #include "matrix.h"
 
@@ -38,6 +42,8 @@ struct FewChannels {
   int tiles_x, tiles_y, panels;
   int reciprocal;  // of the values in a row of the filter, times 2^16: for divisions of numbers below kMostDepth
   int rows;        // of a panel of weights; beyond the depth they are zero
+  int channel_reciprocal = 0;  // of the input channels, as above
+  Partials partials = {};      // for the statistics of the result
 
   HNE_BOTH int depth() const { return d.s.taps() * d.s.in_channels; }
   HNE_BOTH int row_values() const { return d.s.kernel_size * d.s.in_channels; }  // of the filter
@@ -86,7 +92,7 @@ struct Gathered {
         masks[step][h] = 0;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int k = 16 * step + 8 * h + int(threadIdx.x) % 4 * 2 + i, row = k * c.reciprocal >> 16;
+          const int k = 16 * step + 8 * h + int(threadIdx.x % 4) * 2 + i, row = k * c.reciprocal >> 16;
           const bool inside = k < c.depth();
           offsets[step][h][i] = inside ? row * (c.input_pitch() - c.row_values()) + k : 0;
           masks[step][h] |= inside ? 0xffffu << (16 * i) : 0u;
@@ -110,7 +116,7 @@ struct Gathered {
       }
   }
   HNE_DEVICE void multiply(PanelSums& sums, const T* panel) const {
-    const int lane = int(threadIdx.x) % kWarp, eight = lane / 8, within = lane % 8;
+    const int lane = int(threadIdx.x % kWarp), eight = lane / 8, within = lane % 8;
 #pragma unroll
     for (int step = 0; step < steps; ++step) {
       uint32_t right[4];
@@ -132,7 +138,7 @@ struct Gathered<float, steps> {
       : rows(c.d.s.kernel_size), row_values(c.row_values()), pitch(c.input_pitch()) {}
   HNE_DEVICE void gather(const float* first_, const float* second_) { first = first_, second = second_; }
   HNE_DEVICE void multiply(PanelSums& sums, const float* panel) const {
-    const float* right = panel + int(threadIdx.x) % 4 * 2;
+    const float* right = panel + int(threadIdx.x % 4) * 2;
     for (int row = 0; row < rows; ++row)
       for (int i = 0; i < row_values; ++i, right += FewChannels<float>::kWeightPitch) {
         const float left[2] = {first[row * pitch + i], second[row * pitch + i]};
@@ -144,11 +150,62 @@ struct Gathered<float, steps> {
   }
 };
 
-template <typename T, int steps, bool vectors>
-__global__ void __launch_bounds__(kThreads) few_channels(const FewChannels<T> c) {
+// Adds the mean and the squared deviations of `count` more values (Chan et al.).
+HNE_DEVICE void combine(float& count, float& mean, float& squares, float other_count, float other_mean,
+                        float other_squares) {
+  const float total = count + other_count, part = total > 0 ? other_count / total : 0.0f, distance = other_mean - mean;
+  mean += distance * part;
+  squares += other_squares + distance * distance * part * count;
+  count = total;
+}
+
+// Writes the statistics of a panel from those of every lane, which has columns 8 j + 2 t + i of the panel in place
+// 2 j + i. `scratch` has room for 33 values of each warp.
+HNE_DEVICE void put(const Moments<4>& lanes, const Partials& partials, const Place& place, float* scratch) {
+  const int warp = int(threadIdx.x / kWarp), lane = int(threadIdx.x % kWarp);
+  float count = lanes.count, mean[4], squares[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) mean[i] = lanes.mean[i], squares[i] = lanes.squares[i];
+#pragma unroll
+  for (int mask = 4; mask < kWarp; mask *= 2) {  // lanes with the same columns
+    const float other_count = shuffle_xor(count, mask), before = count;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float other_mean = shuffle_xor(mean[i], mask), other_squares = shuffle_xor(squares[i], mask);
+      count = before;
+      combine(count, mean[i], squares[i], other_count, other_mean, other_squares);
+    }
+  }
+  block_sync();  // every warp has finished with the memory of scratch
+  if (lane < 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float* const to = scratch + warp * 33 + 2 * (i / 2 * 8 + sum_column(lane, i));
+      to[0] = mean[i], to[1] = squares[i];
+    }
+    scratch[warp * 33 + 32] = count;
+  }
+  block_sync();
+  const int channel = place.channel + int(threadIdx.x);
+  if (int(threadIdx.x) < int(kPanel) && channel < partials.channels) {
+    float all = 0, all_mean = 0, all_squares = 0;
+    for (int from = 0; from < kWarps; ++from) {
+      const float* const of = scratch + from * 33;
+      combine(all, all_mean, all_squares, of[32], of[2 * int(threadIdx.x)], of[2 * int(threadIdx.x) + 1]);
+    }
+    partials.put(0, place.branch, place.split, channel, all_mean);
+    partials.put(1, place.branch, place.split, channel, all_squares);
+    partials.put(2, place.branch, place.split, channel, all);
+  }
+  block_sync();
+}
+
+// Packed weights are for inference; others are [branch][tap][out][in].
+template <typename T, int steps, bool vectors, bool packed>
+__global__ void __launch_bounds__(kThreads, packed ? 3 : 2) few_channels(const FewChannels<T> c) {
   constexpr int kPitch = FewChannels<T>::kWeightPitch;
   const Shape& s = c.d.s;
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  const int warp = int(threadIdx.x / kWarp), lane = int(threadIdx.x % kWarp);
   const int row_of_tiles = int(blockIdx.x) / c.tiles_x, tile_x = int(blockIdx.x) - row_of_tiles * c.tiles_x;
   const int at = row_of_tiles / c.tiles_y, tile_y = row_of_tiles - at * c.tiles_y;
   const int branch = at / s.batch, sample = at - branch * s.batch;
@@ -163,22 +220,30 @@ __global__ void __launch_bounds__(kThreads) few_channels(const FewChannels<T> c)
   launch_next_kernel();
 
   for (int panel = 0; panel < c.panels; ++panel) {
-    const T* from = c.d.filters + (int64_t(branch) * c.panels + panel) * depth * kPanel;
     T* const to = weights + panel * c.panel_size();
-    constexpr int piece = vectors ? 16 / int(sizeof(T)) : 1, pieces = int(kPanel) / piece;
+    constexpr int piece = packed && vectors ? 16 / int(sizeof(T)) : 1, pieces = int(kPanel) / piece;
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < c.rows * pieces; i += kThreads) {
       const int k = i / pieces, column = i % pieces * piece;
-      if constexpr (vectors)
-        copy16(to + k * kPitch + column, k < depth ? from + i * piece : c.d.filters, k < depth);
-      else
-        to[k * kPitch + column] = k < depth ? from[i] : T(0.0f);
+      if constexpr (packed) {
+        const T* const from = c.d.filters + (int64_t(branch) * c.panels + panel) * depth * kPanel;
+        if constexpr (vectors)
+          copy16(to + k * kPitch + column, k < depth ? from + i * piece : c.d.filters, k < depth);
+        else
+          to[k * kPitch + column] = k < depth ? from[i] : T(0.0f);
+      } else {
+        const int tap = k * c.channel_reciprocal >> 16, in_channel = k - tap * s.in_channels;
+        const int out_channel = panel * int(kPanel) + column;
+        const int64_t filter = (int64_t(branch) * s.taps() + tap) * s.out_channels + out_channel;
+        const bool inside = k < depth && out_channel < s.out_channels;
+        to[k * kPitch + column] = inside ? c.d.filters[filter * s.in_channels + in_channel] : T(0.0f);
+      }
     }
   }
   copy_commit();
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < c.panels * int(kPanel); i += kThreads)
-    bias[i] = i < s.out_channels ? float(c.d.bias[int64_t(branch) * s.out_channels + i]) : 0.0f;
+    bias[i] = c.d.bias != nullptr && i < s.out_channels ? float(c.d.bias[int64_t(branch) * s.out_channels + i]) : 0.0f;
 
   const int run_scale = c.planes == 1 ? s.in_channels : 1;  // values of a pixel in a run
   const int first = in_x * run_scale, limit = s.width * run_scale;
@@ -201,14 +266,19 @@ __global__ void __launch_bounds__(kThreads) few_channels(const FewChannels<T> c)
   Gathered<T, steps> left(c);
   T* const out = c.d.out + (int64_t(branch) * s.batch + sample) * s.out_pixels() * s.out_channels;
   constexpr int width = vectors ? 16 / int(sizeof(T)) : 1, across = int(kPanel) / width;
-  for (int first_pixel = 16 * warp; first_pixel < kGroup * c.groups; first_pixel += kGroup) {
-    const auto input_of = [&](int pixel) {
-      const int y = pixel >> c.tile_shift, x = pixel & (c.tile_width() - 1);
-      return input + y * s.stride * c.input_pitch() + x * s.stride * s.in_channels;
-    };
-    left.gather(input_of(first_pixel + lane / 4), input_of(first_pixel + lane / 4 + 8));
-    for (int panel = 0; panel < c.panels; ++panel) {
-      const int first_channel = panel * int(kPanel);
+  for (int panel = 0; panel < c.panels; ++panel) {
+    const int first_channel = panel * int(kPanel);
+    Moments<4> moments;
+    for (int first_pixel = 16 * warp; first_pixel < kGroup * c.groups; first_pixel += kGroup) {
+      const auto y_of = [&](int pixel) { return pixel >> c.tile_shift; };
+      const auto x_of = [&](int pixel) { return pixel & (c.tile_width() - 1); };
+      const auto inside = [&](int pixel) {
+        return out_y + y_of(pixel) < s.out_height && out_x + x_of(pixel) < s.out_width;
+      };
+      const auto input_of = [&](int pixel) {
+        return input + y_of(pixel) * s.stride * c.input_pitch() + x_of(pixel) * s.stride * s.in_channels;
+      };
+      left.gather(input_of(first_pixel + lane / 4), input_of(first_pixel + lane / 4 + 8));
       PanelSums sums = {};
       left.multiply(sums, weights + panel * c.panel_size());
 #pragma unroll
@@ -217,24 +287,35 @@ __global__ void __launch_bounds__(kThreads) few_channels(const FewChannels<T> c)
         float added[2];
         load<2>(added, bias + first_channel + column);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float pair[2];
+        for (int e = 0; e < 4; ++e) sums[j][e] = clamp(sums[j][e] + added[e % 2], c.d.range);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) pair[i] = clamp(sums[j][2 * h + i] + added[i], c.d.range);
+        for (int h = 0; h < 2; ++h) {
+          const float pair[2] = {sums[j][2 * h], sums[j][2 * h + 1]};
           store<2>(results + sum_row(lane, 2 * h) * FewChannels<T>::kResultPitch + column, pair);
         }
       }
-      warp_sync();
+      if constexpr (!packed) {
 #pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (inside(first_pixel + sum_row(lane, 2 * h)))
+            moments.add({sums[0][2 * h], sums[0][2 * h + 1], sums[1][2 * h], sums[1][2 * h + 1]});
+      }
+      warp_sync();
+#pragma unroll 2
       for (int i = lane; i < 16 * across; i += kWarp) {
         const int row = i / across, column = i % across * width, pixel = first_pixel + row;
-        const int y = out_y + (pixel >> c.tile_shift), x = out_x + (pixel & (c.tile_width() - 1));
-        if (y >= s.out_height || x >= s.out_width || first_channel + column >= s.out_channels) continue;
-        *reinterpret_cast<Vector<T, width>*>(out + int64_t(y * s.out_width + x) * s.out_channels + first_channel +
-                                             column) =
+        if (!inside(pixel) || first_channel + column >= s.out_channels) continue;
+        const int64_t at_pixel = (out_y + y_of(pixel)) * s.out_width + out_x + x_of(pixel);
+        *reinterpret_cast<Vector<T, width>*>(out + at_pixel * s.out_channels + first_channel + column) =
             *reinterpret_cast<const Vector<T, width>*>(results + row * FewChannels<T>::kResultPitch + column);
       }
       warp_sync();
+    }
+    if constexpr (!packed) {
+      if (c.partials.values != nullptr) {
+        const int split = int(blockIdx.x) - branch * s.batch * c.tiles_x * c.tiles_y;
+        put(moments, c.partials, {branch, split, first_channel}, reinterpret_cast<float*>(weights + c.results_at()));
+      }
     }
   }
 }
@@ -261,18 +342,17 @@ void choose_tile(FewChannels<T>& c) {
   fewest(1);
 }
 
-}  // namespace
-
-template <typename T>
-bool run_few_channels(const Device& device, const Convolution<T>& d, const int64_t (&x_strides)[5]) {
+template <typename T, bool packed>
+bool run(const Device& device, const Convolution<T>& d, const std::array<int64_t, 5>& strides,
+         ChannelReduction* moments) {
   const Shape& s = d.s;
   if (s.kernel_size > kMostDepth || s.taps() * s.in_channels > kMostDepth || s.stride > kMostDepth) return false;
   FewChannels<T> c{.d = d,
-                   .branch_stride = x_strides[0],
-                   .sample_stride = x_strides[1],
-                   .row_stride = x_strides[2],
-                   .plane_stride = x_strides[4],
-                   .inner_stride = x_strides[3],
+                   .branch_stride = strides[0],
+                   .sample_stride = strides[1],
+                   .row_stride = strides[2],
+                   .plane_stride = strides[4],
+                   .inner_stride = strides[3],
                    .planes = s.in_channels,
                    .run = 0,
                    .groups = 1,
@@ -281,30 +361,52 @@ bool run_few_channels(const Device& device, const Convolution<T>& d, const int64
                    .tiles_y = 0,
                    .panels = int(ceil_div(s.out_channels, kPanel)),
                    .reciprocal = 0,
-                   .rows = 0};
+                   .rows = 0,
+                   .channel_reciprocal = 65536 / s.in_channels + 1};
   c.reciprocal = 65536 / c.row_values() + 1;
   c.rows = sizeof(T) == 4 ? c.depth() : c.depth() <= 32 ? 32 : 64;
   choose_tile(c);
   // Where less than a quarter of a tile is filled, and for filters of many outputs, the matrix product is better.
   const int64_t pixels = c.tiles() * c.groups * kGroup;
   if (int64_t(s.out_pixels()) * 4 < pixels || !c.fits(device.shared_limit())) return false;
-  const bool contiguous_pixels = x_strides[4] == 1 && x_strides[3] == s.in_channels;
+  const bool contiguous_pixels = strides[4] == 1 && strides[3] == s.in_channels;
   if (contiguous_pixels) c.planes = 1, c.inner_stride = 1;
   c.run = contiguous_pixels ? c.input_pitch() : c.input_width();
-  const bool vectors = whole_vectors<T>({s.out_channels}, {d.filters, d.out});
-  const auto run = [&](auto kernel) {
+  if (moments != nullptr) c.partials = moments->allocate(Moments<1>::kPlanes, s.batch * c.tiles());
+  const auto launch = [&](auto kernel) {
     device.launch_early(kernel, c.blocks(), kThreads, c.shared_bytes(), c);
     return true;
   };
-  if constexpr (sizeof(T) == 4) {
-    return vectors ? run(few_channels<T, 1, true>) : run(few_channels<T, 1, false>);
-  } else {
-    if (c.rows == 32) return vectors ? run(few_channels<T, 2, true>) : run(few_channels<T, 2, false>);
-    return vectors ? run(few_channels<T, 4, true>) : run(few_channels<T, 4, false>);
-  }
+  const auto launch_steps = [&](auto vectors) {
+    constexpr bool v = decltype(vectors)::value;
+    if constexpr (sizeof(T) == 4)
+      return launch(few_channels<T, 1, v, packed>);
+    else
+      return c.rows == 32 ? launch(few_channels<T, 2, v, packed>) : launch(few_channels<T, 4, v, packed>);
+  };
+  const bool vectors = whole_vectors<T>({s.out_channels}, {packed ? d.filters : nullptr, d.out});
+  return vectors ? launch_steps(std::true_type{}) : launch_steps(std::false_type{});
 }
-template bool run_few_channels(const Device&, const Convolution<float>&, const int64_t (&)[5]);
-template bool run_few_channels(const Device&, const Convolution<half>&, const int64_t (&)[5]);
-template bool run_few_channels(const Device&, const Convolution<bfloat16>&, const int64_t (&)[5]);
+
+}  // namespace
+
+template <typename T>
+bool run_few_channels(const Device& device, const Convolution<T>& d, const std::array<int64_t, 5>& x_strides) {
+  return run<T, true>(device, d, x_strides, nullptr);
+}
+template bool run_few_channels(const Device&, const Convolution<float>&, const std::array<int64_t, 5>&);
+template bool run_few_channels(const Device&, const Convolution<half>&, const std::array<int64_t, 5>&);
+template bool run_few_channels(const Device&, const Convolution<bfloat16>&, const std::array<int64_t, 5>&);
+
+template <typename T>
+bool run_few_channels(const Device& device, const Convolution<T>& d, ChannelReduction* moments) {
+  const Shape& s = d.s;
+  if (d.normalization.present() || whole_vectors<T>({s.in_channels}, {d.x})) return false;
+  const int64_t pixel = s.in_channels, row = pixel * s.width, sample = row * s.height;
+  return run<T, false>(device, d, {sample * s.batch, sample, row, pixel, 1}, moments);
+}
+template bool run_few_channels(const Device&, const Convolution<float>&, ChannelReduction*);
+template bool run_few_channels(const Device&, const Convolution<half>&, ChannelReduction*);
+template bool run_few_channels(const Device&, const Convolution<bfloat16>&, ChannelReduction*);
 
 }  // namespace hne

@@ -45,8 +45,8 @@ Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight_in, const Tensor& b
                      .out = mutable_data<T>(out)};
     // Images are read as they are, in either memory format.
     if (!whole_vectors<T>({g.in_channels}, {d.x})) {
-      int64_t strides[5];
-      std::copy_n(x_in.strides().begin(), 5, strides);
+      std::array<int64_t, 5> strides;
+      std::copy_n(x_in.strides().begin(), 5, strides.begin());
       if (run_few_channels(device, d, strides)) return;
     }
     const Tensor x = torch::stable::contiguous(x_in);

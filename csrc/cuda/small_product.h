@@ -51,7 +51,7 @@ struct SmallTile {
   // multiple of 16, are zero.
   static HNE_DEVICE void fill_rows(T* strip, const T* from, int rows, int depth, int begin, int end) {
     constexpr int across = kDepth / kVector, together = kThreads / across;
-    const int k = int(threadIdx.x) % across * kVector, first = int(threadIdx.x) / across;
+    const int k = int(threadIdx.x % across) * kVector, first = int(threadIdx.x / across);
     if (begin + k >= (end + 15) / 16 * 16) return;
     const T* at = from + int64_t(first) * depth + begin + k;
 #pragma unroll
@@ -64,7 +64,7 @@ struct SmallTile {
   // multiple of 16, are zero.
   static HNE_DEVICE void fill_panels(T* strip, const T* from, int panels, int depth, int begin, int end) {
     constexpr int across = int(kPanel) / kVector, together = kThreads / across;
-    const int column = int(threadIdx.x) % across * kVector, first = int(threadIdx.x) / across;
+    const int column = int(threadIdx.x % across) * kVector, first = int(threadIdx.x / across);
 #pragma unroll
     for (int panel = 0; panel < side_; ++panel) {
       const T* at = from + (int64_t(panel) * depth + begin + first) * kPanel + column;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 3) small_product(const SmallProduct<
   const int column_tiles = (p.columns + kSide - 1) / kSide, row_tiles = (p.rows + kSide - 1) / kSide;
   const int outer = int(blockIdx.x) / column_tiles, first_column = (int(blockIdx.x) - outer * column_tiles) * kSide;
   const int branch = outer / row_tiles, first_row = (outer - branch * row_tiles) * kSide;
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  const int warp = int(threadIdx.x / kWarp), lane = int(threadIdx.x % kWarp);
   const int split = warp / (side * side), warp_row = warp / side % side * 16, warp_column = warp % side * 16;
   const T* const x = p.x + (int64_t(branch / p.replicate) * p.rows + first_row) * p.depth;
   const T* const weight = packed ? p.weight + (int64_t(branch) * p.panels() * kPanel + first_column) * p.depth
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 3) small_product(const SmallProduct<
   // A thread's values of the result; its bias is on the way during the product.
   constexpr int across = kSide / width, kResults = kSide * across;
   static_assert(kThreads % across == 0, "a thread's results lie in the same columns");
-  const int column = int(threadIdx.x) % across * width;
+  const int column = int(threadIdx.x % across) * width;
   const bool inside = first_column + column < p.columns;
   float bias[width] = {};
   if (p.bias != nullptr && inside) load<width>(bias, p.bias + int64_t(branch) * p.columns + first_column + column);

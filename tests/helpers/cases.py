@@ -60,6 +60,9 @@ CASES = [
     *LAYERS,
     *(norm_conv(g, NORM_CONV_ACTIVATIONS[i % 4]) for i, g in enumerate(GEOMETRIES)),
     *(norm_conv(g, NORM_CONV_ACTIVATIONS[(i + 1) % 4], depthwise=True) for i, g in enumerate(GEOMETRIES)),
+    # Statistics of few input channels: several panels of 16 outputs, tiles that the map does not fill.
+    norm_conv(Geometry(1, 2, 2, 13, 15, 3, 24, 3, 2, 1), None),
+    norm_conv(Geometry(2, 1, 2, 21, 9, 1, 5, 5, 1, 2), None),
     # Where a mean of squares minus a squared mean would cancel.
     *(norm_conv(Geometry(2, 2, 2, 6, 5, 17, 17, 1, 1, 0), None, depthwise=d, offset=300.0) for d in (False, True)),
     *MATERIALIZING,

@@ -136,6 +136,29 @@ def test_float32_is_exact_unless_torch_allows_tf32(library: Path) -> None:
     assert "checked" in _run(library, "-c", _TF32)
 
 
+_STATISTICS = """
+import torch, hne_kernels as K
+rng = torch.Generator().manual_seed(7)
+for height, width, channels in ((15, 32, 3), (8, 31, 1), (3, 70, 4)):
+    x = torch.randn(1, 2, height, width, channels, generator=rng) + 100
+    weight = torch.randn(70, 20, channels, 3, 3, generator=rng)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = x.to(dtype), weight.to(dtype), None, None, "none", 1, 1, 70, False
+        y, mean, var, _ = torch.ops.hne.branch_norm_conv2d(*given)
+        with K.use_backend("reference"):
+            want = K.branch_conv2d(given[0].double(), given[1].double(), padding=1, replicate=70)
+        torch.testing.assert_close(y.double(), want, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+        torch.testing.assert_close(mean.double(), want.mean((1, 2, 3)), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(var.double(), want.var((1, 2, 3), correction=0), rtol=1e-4, atol=1e-3)
+print("checked")
+"""
+
+
+def test_statistics_of_few_input_channels(library: Path) -> None:
+    """Tiles of all sizes, and values with a large mean."""
+    assert "checked" in _run(library, "-c", _STATISTICS)
+
+
 _VAST = {
     "pixels in the padding": "K.branch_depthwise_conv2d(torch.ones(1, 2**20, 1, 1, 1), one[None, None], padding=2**10)",
     "pixels": "K.branch_normalize(one.expand(1, 2**31, 1, 1, 1), one.expand(3, 1, 1))",
