@@ -24,13 +24,15 @@ STABLE_TORCH_LIBRARY(hne, m) {
 
   // The normalisation of a feature map is one tensor [3, branches, channels]: mean, scale, shift.
   m.def(
-      "branch_norm_conv2d(Tensor x, Tensor weight, Tensor? norm, Tensor? residual, str activation, int stride, "
-      "int padding, int replicate, bool materialize) -> (Tensor y, Tensor mean, Tensor var, Tensor z)");
+      "branch_norm_conv2d(Tensor x, Tensor weight, Tensor? norm, Tensor? residual, Tensor? residual_norm, "
+      "str activation, int stride, int padding, int replicate, bool materialize) "
+      "-> (Tensor y, Tensor mean, Tensor var, Tensor z)");
   m.def(
       "branch_norm_conv2d_backward(Tensor grad_y, Tensor grad_mean, Tensor grad_var, Tensor? grad_z, Tensor y, "
-      "Tensor y_mean, Tensor? z, Tensor x, Tensor weight, Tensor? norm, str activation, int stride, int padding, "
-      "int replicate, bool has_residual, bool need_input, bool need_weight) "
-      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm, Tensor grad_residual)");
+      "Tensor y_mean, Tensor? z, Tensor x, Tensor weight, Tensor? norm, Tensor? residual, Tensor? residual_norm, "
+      "str activation, int stride, int padding, int replicate, bool has_residual, bool need_input, "
+      "bool need_weight) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm, Tensor grad_residual, "
+      "Tensor grad_residual_norm)");
   m.def(
       "branch_pointwise_stats(Tensor x, Tensor weight, Tensor norm, str activation) "
       "-> (Tensor mean, Tensor var, Tensor x_mean, Tensor product)");
@@ -55,10 +57,11 @@ STABLE_TORCH_LIBRARY(hne, m) {
   m.def(
       "batch_norm_scale_shift_backward(Tensor grad, Tensor var, Tensor? weight, bool has_bias, float eps) "
       "-> (Tensor grad_mean, Tensor grad_var, Tensor grad_weight, Tensor grad_bias)");
-  m.def("branch_normalize(Tensor x, Tensor norm, Tensor? residual, str activation) -> Tensor");
+  m.def("branch_normalize(Tensor x, Tensor norm, Tensor? residual, Tensor? residual_norm, str activation) -> Tensor");
   m.def(
-      "branch_normalize_backward(Tensor grad, Tensor x, Tensor y, Tensor norm, str activation) "
-      "-> (Tensor grad_x, Tensor grad_norm, Tensor grad_residual)");
+      "branch_normalize_backward(Tensor grad, Tensor x, Tensor y, Tensor norm, Tensor? residual, "
+      "Tensor? residual_norm, str activation, bool has_residual) "
+      "-> (Tensor grad_x, Tensor grad_norm, Tensor grad_residual, Tensor grad_residual_norm)");
 
   m.def(
       "fused_conv2d(Tensor x, Tensor weight, Tensor bias, int stride, int padding, int replicate, "

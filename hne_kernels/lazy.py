@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import dispatch
-from .ops.branch_norm_conv2d import MATERIALIZE, branch_norm_conv2d
+from .ops.branch_norm_conv2d import branch_norm_conv2d
 from .ops.branch_normalize import branch_normalize
 from .ops.branch_pointwise_norm_conv2d import branch_pointwise_norm_conv2d
 from .ops.branch_pointwise_stats import branch_pointwise_stats
@@ -26,12 +26,14 @@ class LazyNorm(NamedTuple):
         norm: ``[3, G, C]``, the rows mean, scale and shift, float32 (float64 for a float64 ``x``).
         activation: ``none``, ``relu`` or ``relu6``.
         residual: like ``x``, or None.
+        residual_norm: like ``norm``, for a residual that is normalised where it is added; or None.
     """
 
     x: Tensor
     norm: Tensor
     activation: str = "none"
     residual: Tensor | None = None
+    residual_norm: Tensor | None = None
 
 
 class LazyPointwise(NamedTuple):
@@ -90,15 +92,16 @@ class ConvStats(NamedTuple):
         added: Tensor | LazyNorm | None
         if isinstance(residual, LazyPointwise):
             added = branch_pointwise_norm_conv2d(**_arguments(residual))[0]
-        # A deferred convolution normalises its residual where it reads it, but has no activation for it.
-        elif isinstance(residual, LazyNorm) and (self.weight is None or not _is_affine(residual)):
+        # The op that adds a residual normalises it, too, but has no activation for it.
+        elif isinstance(residual, LazyNorm) and not _is_affine(residual):
             added = branch_normalize(**residual._asdict())
         else:
             added = residual
         if isinstance(self.x, LazyNorm):
             assert self.weight is not None
             return LazyPointwise(self.x, self.weight, norm, activation, added)
-        assert not isinstance(added, LazyNorm)
+        if isinstance(added, LazyNorm):
+            return LazyNorm(self.x, norm, activation, added.x, added.norm)
         return LazyNorm(self.x, norm, activation, added)
 
 
@@ -140,18 +143,25 @@ def entry_conv_stats(
 ) -> tuple[Tensor, ConvStats]:
     """:func:`conv_stats` of features that have other readers, too: the first result is ``x`` as a tensor.
 
-    On a CPU, a 1x1 convolution and the computation of ``x`` are one pass over memory.
+    The gradients of the readers are added where the convolution's is computed. That takes features that are not
+    computed yet, as those of a block are, and a dense convolution.
     """
-    pointwise = _is_pointwise(weight, stride, padding, replicate)
     if isinstance(x, Tensor):
         z = x
     elif isinstance(x, LazyPointwise):
-        if pointwise:
+        if _is_pointwise(weight, stride, padding, replicate):
             z, y, mean, var = branch_pointwise_norm_conv2d(**_arguments(x), next_weight=weight)
             return z, ConvStats(y, None, mean, var)
         z = branch_pointwise_norm_conv2d(**_arguments(x))[0]
-    elif pointwise and dispatch.has_kernel(MATERIALIZE, x.x):
-        z, y, mean, var = branch_norm_conv2d(weight=weight, **x._asdict(), materialize=True)
+    elif weight.dim() == 5:
+        z, y, mean, var = branch_norm_conv2d(
+            weight=weight,
+            **x._asdict(),
+            stride=stride,
+            padding=padding,
+            replicate=replicate,
+            materialize=True,
+        )
         return z, ConvStats(y, None, mean, var)
     else:
         z = branch_normalize(**x._asdict())

@@ -53,18 +53,23 @@ def _tensor(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _norm_conv(
     new: Callable[..., Tensor], weight: Tensor, source: tuple[int, int, int], activation: str | None,
-    geometry: tuple[int, int, int],
+    geometry: tuple[int, int, int], *, stored: bool = False,
 ) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:  # fmt: skip
-    """A convolution between two batch norms and its gradients; ``source`` is (branches, height, channels)."""
+    """A convolution between two batch norms and its gradients; ``source`` is (branches, height, channels).
+
+    With ``stored``, its normalised input is stored, and includes a shortcut that is normalised, too.
+    """
     branches, size, channels = source
     x = new(branches, 8, size, size, channels)
     y = new(weight.shape[0], 8, size, size, weight.shape[1])
     vector = _tensor(y.shape[0], y.shape[4], dtype=torch.float32)
     norm = None if activation is None else _tensor(3, branches, channels, dtype=torch.float32)
-    options = (activation or "none", *geometry)
-    yield _OPS.triton_branch_norm_conv2d, (x, weight, norm, None, *options, False)
-    grads = (y, vector, vector, None, y, vector, None)
-    yield _OPS.triton_branch_norm_conv2d_backward, (*grads, x, weight, norm, *options, False, True, True)
+    shortcut = (x, norm) if stored else (None, None)
+    z = x if stored else None
+    options = (*shortcut, activation or "none", *geometry)
+    yield _OPS.triton_branch_norm_conv2d, (x, weight, norm, *options, stored)
+    grads = (y, vector, vector, z, y, vector, z)
+    yield _OPS.triton_branch_norm_conv2d_backward, (*grads, x, weight, norm, *options, stored, True, True)
 
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -107,12 +112,14 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
     yield from _norm_conv(new, new(1, 16, 3, 3, 3), (1, 16, 3), None, (1, 1, 1))
     yield from _norm_conv(new, new(8, 64, 128, 1, 1), (4, 16, 128), "relu", (1, 0, 2))
     yield from _norm_conv(new, new(2, 144, 24, 1, 1), (2, 16, 24), "none", (1, 0, 1))
+    yield from _norm_conv(new, new(4, 64, 256, 1, 1), (4, 16, 256), "relu", (1, 0, 1), stored=True)
     yield from _norm_conv(new, new(4, 64, 3, 3), (4, 16, 64), "relu6", (1, 1, 1))
     x = new(4, 8, 16, 16, 64)
     norm = _tensor(3, 4, 64, dtype=torch.float32)
-    for activation, added in (("relu", x), ("none", None)):
-        yield _OPS.triton_branch_normalize, (x, norm, added, activation)
-        yield _OPS.triton_branch_normalize_backward, (x, x, x, norm, activation)
+    for activation, added, added_norm in (("relu", x, None), ("none", None, None), ("relu", x, norm)):
+        options = (added, added_norm, activation)
+        yield _OPS.triton_branch_normalize, (x, norm, *options)
+        yield _OPS.triton_branch_normalize_backward, (x, x, x, norm, *options, added is not None)
     rows = [new(4 * 64) for _ in range(4)]
     batches = _tensor(1, dtype=torch.int64)
     for parameters in ((*rows, batches), (None,) * 5):

@@ -61,32 +61,37 @@ void check_like(const char* name, const Tensor& t, const Tensor& x) {
   check_kind(name, t, x);
 }
 
-void check_materialize(const Geometry& g, const Tensor& weight, bool normalized) {
-  STD_TORCH_CHECK(normalized && weight.dim() == 5 && g.pointwise() && g.replicate == 1,
-                  "materialize: expected a normalisation and a dense 1x1 convolution, stride 1, replicate 1");
+void check_materialize(const Tensor& weight, bool normalized) {
+  STD_TORCH_CHECK(normalized && weight.dim() == 5, "materialize: expected a normalisation and a dense convolution");
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // y, its mean and variance, and z, the normalised input, which is empty unless it is to be materialised.
 template <typename Convolution>
 Results forward(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& norm,
-                const std::optional<Tensor>& residual_in, const std::string& activation, int64_t stride,
-                int64_t padding, int64_t replicate, bool materialize) {
+                const std::optional<Tensor>& residual_in, const std::optional<Tensor>& residual_norm,
+                const std::string& activation, int64_t stride, int64_t padding, int64_t replicate, bool materialize) {
   const Normalization normalization("norm", x_in, norm, activation);
   check_kind("x", x_in, x_in);
   check_kind("weight", weight_in, x_in);
   const Geometry g = Convolution::geometry(x_in, weight_in, stride, padding, replicate);
-  if (materialize) check_materialize(g, weight_in, norm.has_value());
+  if (materialize) check_materialize(weight_in, norm.has_value());
   STD_TORCH_CHECK(materialize || !residual_in.has_value(), "residual: expected none unless z is materialised");
-  if (residual_in.has_value()) check_like("residual", *residual_in, x_in);
+  const Residual residual(residual_in, residual_norm, x_in);
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
-  const std::optional<Tensor> residual = contiguous(widen(residual_in));
   const Tensor y = empty(x, g.out_shape()), z = materialize ? empty(x, x_in.sizes()) : empty(x, {0});
   const auto [mean, var] = dispatch(x, [&](auto type) {
     using T = decltype(type);
     PrologueInput<T> input = normalization.input<T>(x);
-    if (materialize) input.add = data<T>(residual), input.store = mutable_data<T>(z);
+    residual.add_to(input);
+    if (materialize && g.pointwise() && g.replicate == 1) {  // the convolution reads a row once, and may store it
+      input.store = mutable_data<T>(z);
+    } else if (materialize) {
+      input.write(g.parents, mutable_data<T>(z));
+      input = {data<T>(z), input.rows, input.channels};
+    }
     return statistics<T>(g, y, Convolution::block_rows(g.out_pixels()), [&](const RowsWritten& written) {
       Convolution::forward(g, input, weight, mutable_data<T>(y), written);
     });
@@ -95,13 +100,15 @@ Results forward(const Tensor& x_in, const Tensor& weight_in, const std::optional
   return {round_to(y, dtype), mean, var, round_to(z, dtype)};
 }
 
-// Gradients of x, weight, norm and residual. `need_input` is for all but the weight.
+// Gradients of x, weight, norm, residual and residual_norm. `need_input` is for all but the weight. The residual is
+// only given together with its normalisation.
 template <typename Convolution>
-Results backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var,
-                 const std::optional<Tensor>& grad_z_in, const Tensor& y_in, const Tensor& y_mean,
-                 const std::optional<Tensor>& z_in, const Tensor& x_in, const Tensor& weight_in,
-                 const std::optional<Tensor>& norm, const std::string& activation, int64_t stride, int64_t padding,
-                 int64_t replicate, bool has_residual, bool need_input, bool need_weight) {
+Gradients backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var,
+                   const std::optional<Tensor>& grad_z_in, const Tensor& y_in, const Tensor& y_mean,
+                   const std::optional<Tensor>& z_in, const Tensor& x_in, const Tensor& weight_in,
+                   const std::optional<Tensor>& norm, const std::optional<Tensor>& residual_in,
+                   const std::optional<Tensor>& residual_norm, const std::string& activation, int64_t stride,
+                   int64_t padding, int64_t replicate, bool has_residual, bool need_input, bool need_weight) {
   const Normalization normalization("norm", x_in, norm, activation);
   const OutputGradient output(grad_y, grad_mean, grad_var, y_in, y_mean);
   check_kind("x", x_in, y_in);
@@ -110,9 +117,11 @@ Results backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& gr
   check_shape("y", y_in, g.out_shape());
   const bool materialized = z_in.has_value();
   STD_TORCH_CHECK(materialized == grad_z_in.has_value(), "grad_z: expected with z");
-  STD_TORCH_CHECK(materialized || !has_residual, "has_residual: expected false without z");
+  STD_TORCH_CHECK(materialized || !(has_residual || residual_in.has_value()), "residual: expected none without z");
+  STD_TORCH_CHECK(has_residual || !residual_norm.has_value(), "has_residual: expected true with residual_norm");
+  const Residual residual(residual_in, residual_norm, x_in);
   if (materialized) {
-    check_materialize(g, weight_in, norm.has_value());
+    check_materialize(weight_in, norm.has_value());
     check_like("z", *z_in, x_in);
     check_like("grad_z", *grad_z_in, x_in);
   }
@@ -123,53 +132,71 @@ Results backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& gr
   const Tensor grad_weight = need_weight ? empty(weight, weight_in.sizes()) : empty(weight, {0});
   const Tensor grad_norm = need_norm ? empty(*norm, norm->sizes()) : empty(y_mean, {0});
   const Tensor grad_residual = need_input && has_residual ? empty(x, x_in.sizes()) : empty(x, {0});
+  const bool need_residual_norm = need_input && residual.norm.has_value();
+  const Tensor grad_residual_norm = need_residual_norm ? empty(*norm, norm->sizes()) : empty(y_mean, {0});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const PrologueInput<T> input = normalization.input<T>(x);
+    PrologueInput<T> input = normalization.input<T>(x);
+    residual.add_to(input);
     const Tensor* const to_weight = need_weight ? &grad_weight : nullptr;
     T* const to_x = need_input ? mutable_data<T>(grad_x) : nullptr;
     T* const to_residual = need_input && has_residual ? mutable_data<T>(grad_residual) : nullptr;
     // The gradient of the convolution's input, until it is taken back through the normalisation.
     T* const to_input = to_residual != nullptr ? to_residual : to_x;
     const int64_t block = Convolution::block_rows(g.pixels());
-    ChannelSums<T> sums(g.parents, need_norm ? ceil_div(input.rows, block) : 0, g.in_channels);
+    const int64_t blocks = ceil_div(input.rows, block);
+    ChannelSums<T> sums(g.parents, need_norm ? blocks : 0, g.in_channels);
+    ChannelSums<T> residual_sums(g.parents, need_residual_norm ? blocks : 0, g.in_channels);
+    const T* const add_after = g.pointwise() ? nullptr : data<T>(grad_z);  // else the product adds it
     const auto normalize_backward = [&](int64_t branch, int64_t first, int64_t count) {
       const int64_t at = (branch * input.rows + first) * g.in_channels;
+      if (add_after != nullptr) kernels<T>().add_scaled(to_input + at, add_after + at, T(1), count * g.in_channels);
       NormRows<T> r = input.norm(branch, first, count);
       r.grad = to_input + at, r.y = materialized ? data<T>(*z) + at : nullptr;
       r.out = to_x + at, r.out_masked = to_residual != nullptr ? to_residual + at : nullptr;
       sums.add(branch, first / block, r, kernels<T>().normalize_backward);
+      if (!need_residual_norm) return;
+      r = input.added_norm(branch, first, count);
+      r.grad = to_residual + at, r.out = to_residual + at;
+      residual_sums.add(branch, first / block, r, kernels<T>().normalize_backward);
     };
     const RowsWritten written = need_norm ? RowsWritten(normalize_backward) : RowsWritten();
-    if (materialized) {
-      const PrologueInput<T> stored{data<T>(*z), input.rows, g.in_channels};
+    const PrologueInput<T> stored{data<T>(z), input.rows, g.in_channels};
+    if (materialized && g.pointwise()) {
       pointwise_backward(g, output.input<T>(), stored, weight, data<T>(grad_z), to_input, to_weight, written);
     } else {
-      Convolution::backward(g, output.input<T>(), input, weight, to_input, to_weight, written);
+      const PrologueInput<T>& source = materialized ? stored : input;
+      Convolution::backward(g, output.input<T>(), source, weight, to_input, to_weight, written);
     }
     if (need_norm) sums.finish_norm(*normalization.norm, grad_norm);
+    if (need_residual_norm) residual_sums.finish_norm(*residual.norm, grad_residual_norm);
   });
   const ScalarType dtype = x_in.scalar_type();
-  return {round_to(grad_x, dtype), round_to(grad_weight, dtype), grad_norm, round_to(grad_residual, dtype)};
+  return {round_to(grad_x, dtype), round_to(grad_weight, dtype), grad_norm, round_to(grad_residual, dtype),
+          grad_residual_norm};
 }
 
 Results branch_norm_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& norm,
-                           const std::optional<Tensor>& residual, const std::string& activation, int64_t stride,
-                           int64_t padding, int64_t replicate, bool materialize) {
+                           const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_norm,
+                           const std::string& activation, int64_t stride, int64_t padding, int64_t replicate,
+                           bool materialize) {
   return by_kind(weight, [&](auto kind) {
-    return forward<decltype(kind)>(x, weight, norm, residual, activation, stride, padding, replicate, materialize);
+    return forward<decltype(kind)>(x, weight, norm, residual, residual_norm, activation, stride, padding, replicate,
+                                   materialize);
   });
 }
 
-Results branch_norm_conv2d_backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var,
-                                    const std::optional<Tensor>& grad_z, const Tensor& y, const Tensor& y_mean,
-                                    const std::optional<Tensor>& z, const Tensor& x, const Tensor& weight,
-                                    const std::optional<Tensor>& norm, const std::string& activation, int64_t stride,
-                                    int64_t padding, int64_t replicate, bool has_residual, bool need_input,
-                                    bool need_weight) {
+Gradients branch_norm_conv2d_backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var,
+                                      const std::optional<Tensor>& grad_z, const Tensor& y, const Tensor& y_mean,
+                                      const std::optional<Tensor>& z, const Tensor& x, const Tensor& weight,
+                                      const std::optional<Tensor>& norm, const std::optional<Tensor>& residual,
+                                      const std::optional<Tensor>& residual_norm, const std::string& activation,
+                                      int64_t stride, int64_t padding, int64_t replicate, bool has_residual,
+                                      bool need_input, bool need_weight) {
   return by_kind(weight, [&](auto kind) {
-    return backward<decltype(kind)>(grad_y, grad_mean, grad_var, grad_z, y, y_mean, z, x, weight, norm, activation,
-                                    stride, padding, replicate, has_residual, need_input, need_weight);
+    return backward<decltype(kind)>(grad_y, grad_mean, grad_var, grad_z, y, y_mean, z, x, weight, norm, residual,
+                                    residual_norm, activation, stride, padding, replicate, has_residual, need_input,
+                                    need_weight);
   });
 }
 

@@ -5,30 +5,28 @@ namespace hne {
 namespace {
 
 Tensor branch_normalize(const Tensor& x_in, const Tensor& norm, const std::optional<Tensor>& residual_in,
-                        const std::string& activation) {
+                        const std::optional<Tensor>& residual_norm, const std::string& activation) {
   const Normalization normalization("norm", x_in, norm, activation);
   check_kind("x", x_in, x_in);
-  const auto sizes = x_in.sizes();
-  if (residual_in.has_value()) {
-    check_shape("residual", *residual_in, {sizes.begin(), sizes.end()});
-    check_kind("residual", *residual_in, x_in);
-  }
+  const Residual residual(residual_in, residual_norm, x_in);
   const Tensor x = torch::stable::contiguous(widen(x_in));
-  const std::optional<Tensor> residual = contiguous(widen(residual_in));
-  const Tensor y = empty(x, sizes);
+  const Tensor y = empty(x, x_in.sizes());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     PrologueInput<T> input = normalization.input<T>(x);
-    input.add = data<T>(residual);
+    residual.add_to(input);
     input.write(x.size(0), mutable_data<T>(y));
   });
   return round_to(y, x_in.scalar_type());
 }
 
-// The gradient of the residual is `grad` itself where there is no activation; it is left empty then.
-std::tuple<Tensor, Tensor, Tensor> branch_normalize_backward(const Tensor& grad_in, const Tensor& x_in,
-                                                             const Tensor& y_in, const Tensor& norm,
-                                                             const std::string& activation) {
+// The gradient of a residual without a normalisation is `grad` itself where there is no activation; it is left empty
+// then. The residual is only given together with its normalisation.
+std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                                     const Tensor& y_in, const Tensor& norm,
+                                                                     const std::optional<Tensor>& residual_in,
+                                                                     const std::optional<Tensor>& residual_norm,
+                                                                     const std::string& activation, bool has_residual) {
   const Normalization normalization("norm", x_in, norm, activation);
   check_kind("x", x_in, x_in);
   const auto sizes = x_in.sizes();
@@ -36,29 +34,41 @@ std::tuple<Tensor, Tensor, Tensor> branch_normalize_backward(const Tensor& grad_
     check_shape(name, *t, {sizes.begin(), sizes.end()});
     check_kind(name, *t, x_in);
   }
-  const bool activates = activation != "none";
+  const Residual residual(residual_in, residual_norm, x_in);
+  const bool activates = activation != "none", normalized = residual.norm.has_value();
+  STD_TORCH_CHECK(has_residual || !normalized, "has_residual: expected true with residual_norm");
   const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
   const Tensor y = activates ? torch::stable::contiguous(widen(y_in)) : x;
   const Tensor grad_x = empty(x, sizes), grad_norm = empty(norm, norm.sizes());
-  const Tensor grad_residual = activates ? empty(x, sizes) : empty(x, {0});
+  const Tensor grad_residual = has_residual && (activates || normalized) ? empty(x, sizes) : empty(x, {0});
+  const Tensor grad_residual_norm = normalized ? empty(norm, norm.sizes()) : empty(norm, {0});
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     constexpr int64_t kRows = 512;
-    const PrologueInput<T> input = normalization.input<T>(x);
+    PrologueInput<T> input = normalization.input<T>(x);
+    residual.add_to(input);
     const int64_t branches = x.size(0), blocks = ceil_div(input.rows, kRows);
     ChannelSums<T> sums(branches, blocks, input.channels);
+    ChannelSums<T> residual_sums(branches, normalized ? blocks : 0, input.channels);
+    T* const to_residual = mutable_data<T>(grad_residual);
     parallel_tasks(branches * blocks, [&](int64_t task) {
       const int64_t branch = task / blocks, first = task % blocks * kRows;
       const int64_t at = (branch * input.rows + first) * input.channels;
-      NormRows<T> r = input.norm(branch, first, std::min(kRows, input.rows - first));
+      const int64_t count = std::min(kRows, input.rows - first);
+      NormRows<T> r = input.norm(branch, first, count);
       r.y = data<T>(y) + at, r.grad = data<T>(grad) + at, r.out = mutable_data<T>(grad_x) + at;
-      r.out_masked = activates ? mutable_data<T>(grad_residual) + at : nullptr;
+      r.out_masked = grad_residual.numel() > 0 ? to_residual + at : nullptr;
       sums.add(branch, task % blocks, r, kernels<T>().normalize_backward);
+      if (!normalized) return;
+      r = input.added_norm(branch, first, count);
+      r.grad = to_residual + at, r.out = to_residual + at;
+      residual_sums.add(branch, task % blocks, r, kernels<T>().normalize_backward);
     });
     sums.finish_norm(*normalization.norm, grad_norm);
+    if (normalized) residual_sums.finish_norm(*residual.norm, grad_residual_norm);
   });
   const ScalarType dtype = x_in.scalar_type();
-  return {round_to(grad_x, dtype), grad_norm, round_to(grad_residual, dtype)};
+  return {round_to(grad_x, dtype), grad_norm, round_to(grad_residual, dtype), grad_residual_norm};
 }
 
 }  // namespace

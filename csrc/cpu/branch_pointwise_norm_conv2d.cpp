@@ -35,12 +35,12 @@ struct ExpandableGradient {
 };
 
 // The residual, if there is one, with its own normalisation, if it has one.
-struct Residual {
+struct OutResidual {
   std::optional<Tensor> values;
   std::optional<Normalization> normalization;
 
-  Residual(const std::optional<Tensor>& given, const std::optional<Tensor>& norm, const PointwiseSizes& s,
-           const Tensor& x)
+  OutResidual(const std::optional<Tensor>& given, const std::optional<Tensor>& norm, const PointwiseSizes& s,
+              const Tensor& x)
       : values(contiguous(widen(given))) {
     STD_TORCH_CHECK(given.has_value() || !norm.has_value(), "residual_norm: expected with a residual");
     if (!given.has_value()) return;
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
                                                    const std::optional<Tensor>& next_in) {
   const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in, next_in);
-  const Residual residual(residual_in, residual_norm, s, x_in);
+  const OutResidual residual(residual_in, residual_norm, s, x_in);
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
   const std::optional<Tensor> next = contiguous(widen(next_in));
   const Folded folded(s, weight, contiguous_norm("out_norm", out_norm_in, x_in, s));
@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor z = torch::stable::contiguous(widen(z_in));
   const ExpandableGradient grad_z(grad_z_in, s);
   STD_TORCH_CHECK(has_residual || !residual_in.has_value(), "residual: expected none");
-  const Residual residual(residual_in, residual_norm, s, x_in);
+  const OutResidual residual(residual_in, residual_norm, s, x_in);
   const std::optional<Tensor> next = contiguous(widen(next_in));
   const Tensor out_norm = contiguous_norm("out_norm", out_norm_in, x_in, s);
   const Folded folded(s, weight, out_norm);

@@ -30,6 +30,30 @@ struct Normalization {
   }
 };
 
+// The feature map that is added to a normalised x before the activation, and its own normalisation; both may be absent.
+struct Residual {
+  std::optional<Tensor> values, norm;
+
+  Residual(const std::optional<Tensor>& given, const std::optional<Tensor>& norm_in, const Tensor& x)
+      : values(contiguous(widen(given))), norm(contiguous(norm_in)) {
+    STD_TORCH_CHECK(given.has_value() || !norm.has_value(), "residual_norm: expected with a residual");
+    if (given.has_value()) {
+      const auto sizes = x.sizes();
+      check_shape("residual", *given, {sizes.begin(), sizes.end()});
+      check_kind("residual", *given, x);
+    }
+    if (norm.has_value()) check_norm("residual_norm", *norm, x, x.size(0), x.size(4));
+  }
+
+  template <typename T>
+  void add_to(PrologueInput<T>& input) const {
+    input.add = data<T>(values);
+    if (!norm.has_value()) return;
+    input.add_mean = norm_row<T>(*norm, kMean), input.add_scale = norm_row<T>(*norm, kScale);
+    input.add_shift = norm_row<T>(*norm, kShift);
+  }
+};
+
 // The whole gradient of a feature map y with n rows, of which mean and variance are results, too:
 // grad + grad_mean / n + 2 grad_var (y - mean) / n. It is computed where it is read, as a normalisation of y.
 struct OutputGradient {

@@ -41,7 +41,8 @@ Prefetch<T> rows_after(const T* feature_map, int64_t rows, int64_t channels, int
 }
 
 // The feature map [branch][row][channel] that a convolution reads: x as it lies in memory or, with a normalisation,
-// clamp((x - mean) * scale + shift + add), computed where it is read. Vectors are [branch][channel].
+// clamp((x - mean) * scale + shift + add), computed where it is read; `add` may have a normalisation of its own.
+// Vectors are [branch][channel].
 template <typename T>
 struct PrologueInput {
   const T* x;
@@ -52,6 +53,7 @@ struct PrologueInput {
   const T* add = nullptr;
   Clamp<T> clamp = {};
   T* store = nullptr;  // a feature map for the computed rows, or null; each row is then to be read once
+  const T *add_mean = nullptr, *add_scale = nullptr, *add_shift = nullptr;  // of `add`, or null
 
   bool computed() const { return mean != nullptr; }
 
@@ -68,9 +70,21 @@ struct PrologueInput {
   const T* read(int64_t branch, int64_t first, int64_t count, T* memory) const {
     if (!computed()) return x + (branch * rows + first) * channels;
     NormRows<T> r = norm(branch, first, count);
+    if (add_mean != nullptr) {
+      NormRows<T> added = added_norm(branch, first, count);
+      added.out = scratch<T>(9, count * channels);
+      kernels<T>().normalize(added);
+      r.add = added.out;
+    }
     r.out = store != nullptr ? store + (branch * rows + first) * channels : memory;
     kernels<T>().normalize(r);
     return r.out;
+  }
+
+  // The rows of `add` and their normalisation.
+  NormRows<T> added_norm(int64_t branch, int64_t first, int64_t count) const {
+    const PrologueInput added{add, rows, channels, add_mean, add_scale, add_shift};
+    return added.norm(branch, first, count);
   }
 
   void write(int64_t branches, T* out) const {

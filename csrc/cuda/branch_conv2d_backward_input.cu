@@ -3,6 +3,8 @@
 //   G branches, M output pixels each   bytes moved at least       multiply-adds
 //   plain                              grad + weight + x          G M C_out C_in k^2
 //   training                           grad + y + weight + 2 x    the same
+//   training, x stored with a residual and read by others, too:
+//                                      grad + y + weight + 3 x + grad_x + grad_residual (+ residual)
 #include "convolution.h"
 #include "gemm.h"
 
@@ -67,6 +69,13 @@ struct DenseInputGradient : GemmProblem<T, T, false, true> {
     sample = rest / w.height;
     iy = rest % w.height * d.s.stride + w.y, ix = within_row * d.s.stride + w.x;
   }
+  // The input pixel, counted over all parents.
+  HNE_DEVICE int64_t pixel(const Work& w, int row) const {
+    if (d.s.pointwise()) return int64_t(w.parent) * d.s.in_rows() + row;
+    int sample, iy, ix;
+    locate(w, row, sample, iy, ix);
+    return (int64_t(w.parent) * d.s.batch + sample) * d.s.pixels() + iy * d.s.width + ix;
+  }
   // Branch, tap and channel of step k of the depth.
   HNE_DEVICE void term(const Work& w, int k, int& branch, int& ky, int& kx, int& channel) const {
     const int at = k / d.s.out_channels, child = at / w.taps, tap = at - child * w.taps;
@@ -109,15 +118,13 @@ struct DenseInputGradient : GemmProblem<T, T, false, true> {
 
   template <int width>
   HNE_DEVICE void finish(const Work& w, int64_t row, int64_t column, float (&values)[width], Pair<width>& sums) const {
-    int sample, iy, ix;
-    locate(w, int(row), sample, iy, ix);
-    const int64_t pixel = (int64_t(w.parent) * d.s.batch + sample) * d.s.pixels() + iy * d.s.width + ix;
+    const int64_t at = pixel(w, int(row)) * d.s.in_channels + column;
     if (d.normalization.present()) {
       float x[width];
-      load<width>(x, d.x + pixel * d.s.in_channels + column);
+      load<width>(x, d.x + at);
       d.normalization.backward(d.normalization.template at<width>(w.parent, int(column)), x, values, sums);
     }
-    store<width>(d.out + pixel * d.s.in_channels + column, values);
+    store<width>(d.out + at, values);
   }
 
   template <int width>
@@ -126,7 +133,61 @@ struct DenseInputGradient : GemmProblem<T, T, false, true> {
   }
 };
 
+// The same where the input is stored and has other readers: their gradient is added to the product.
+template <typename T, bool normalized>
+struct DenseSumGradient : DenseInputGradient<T> {
+  using Work = typename DenseInputGradient<T>::Work;
+  template <int width>
+  using Sums = SumGradients<width, normalized>;
+
+  const T* grad_z;
+  NormalizedSum<T> sum;
+  Partials residual_partials = {};
+
+  DenseSumGradient(const InputGradient<T>& d_, const T* grad_z_, const NormalizedSum<T>& sum_, ChannelReduction& sums,
+                   ChannelReduction* residual_sums)
+      : DenseInputGradient<T>(d_, &sums), grad_z(grad_z_), sum(sum_) {
+    if (normalized) residual_partials = residual_sums->allocate(Pair<1>::kPlanes, this->splits());
+  }
+
+  bool vectors() const { return this->d.vectors() && aligned(grad_z) && sum.vectors(); }
+
+  template <int width>
+  HNE_DEVICE void finish(const Work& w, int64_t row, int64_t column, float (&values)[width], Sums<width>& sums) const {
+    const int64_t at = this->pixel(w, int(row)) * this->d.s.in_channels + column;
+    float others[width];
+    load<width>(others, grad_z + at);
+#pragma unroll
+    for (int i = 0; i < width; ++i) values[i] += others[i];
+    const auto of_x = Slope<width>::at(sum.normalization, w.parent, int(column));
+    Slope<width> of_residual;
+    if constexpr (normalized) of_residual = Slope<width>::at(sum.residual_normalization, w.parent, int(column));
+    sum.backward(of_x, of_residual, at, values, sums);
+  }
+
+  template <int width>
+  HNE_DEVICE void reduce(const Work& w, const Sums<width>& sums, float* scratch, int across) const {
+    sums.put(this->partials, residual_partials, {w.parent, w.split, int(w.column)}, scratch, across);
+  }
+};
+
 }  // namespace
+
+template <typename T>
+void dense_backward_sum(const Device& device, const InputGradient<T>& d, const T* grad_z, const NormalizedSum<T>& sum,
+                        ChannelReduction& sums, ChannelReduction* residual_sums) {
+  if (residual_sums != nullptr)
+    run_gemm<T>(device, DenseSumGradient<T, true>(d, grad_z, sum, sums, residual_sums));
+  else
+    run_gemm<T>(device, DenseSumGradient<T, false>(d, grad_z, sum, sums, nullptr));
+}
+#define HNE_INSTANTIATE(T)                                                                                    \
+  template void dense_backward_sum(const Device&, const InputGradient<T>&, const T*, const NormalizedSum<T>&, \
+                                   ChannelReduction&, ChannelReduction*);
+HNE_INSTANTIATE(float)
+HNE_INSTANTIATE(half)
+HNE_INSTANTIATE(bfloat16)
+#undef HNE_INSTANTIATE
 
 template <typename T>
 void dense_backward_input(const Device& device, const InputGradient<T>& d, ChannelReduction* sums) {

@@ -1,6 +1,7 @@
 // Convolution between two batch norms in training, dense or depthwise: it normalises its input as it reads it and gives
-// the batch statistics of its output. The kernels are those of the plain convolutions, whose files list bytes and
-// operations; each gradient has a kernel of its own.
+// the batch statistics of its output. Where the input has other readers, too, it is stored; its gradient is then the
+// sum over the readers. The kernels are those of the plain convolutions, whose files list bytes and operations; each
+// gradient has a kernel of its own.
 #include "branch_conv.h"
 
 namespace hne {
@@ -13,62 +14,121 @@ auto by_kind(const Tensor& weight, const F& f) {
   return weight.dim() == 5 ? f(Dense{}) : f(Depthwise{});
 }
 
-// The schemas also allow a fused kernel that stores its normalised input z; only the CPU library has one.
-void check_not_materialized(bool materialize) {
-  STD_TORCH_CHECK(!materialize, "materialize, residual, z: not supported on CUDA; ",
-                  "hne_kernels.branch_norm_conv2d calls branch_normalize first instead");
+void check_materialize(const Tensor& weight, bool normalized) {
+  STD_TORCH_CHECK(normalized && weight.dim() == 5, "materialize: expected a normalisation and a dense convolution");
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// y, its mean and variance, and an empty z.
+// y, its mean and variance, and z, the normalised input, which is empty unless it is to be materialised.
 Results branch_norm_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& norm,
-                           const std::optional<Tensor>& residual, const std::string& activation, int64_t stride,
-                           int64_t padding, int64_t replicate, bool materialize) {
-  check_not_materialized(materialize || residual.has_value());
+                           const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_norm,
+                           const std::string& activation, int64_t stride, int64_t padding, int64_t replicate,
+                           bool materialize) {
+  STD_TORCH_CHECK(materialize || !(residual.has_value() || residual_norm.has_value()),
+                  "residual: expected none unless z is materialised");
+  if (materialize) check_materialize(weight, norm.has_value());
   return by_kind(weight, [&](auto kind) -> Results {
     using Kind = decltype(kind);
     const Geometry g = check_forward<Kind>(x, weight, stride, padding, replicate);
     const NormalizationArguments arguments(norm, activation, x);
+    const ResidualArguments added(residual, residual_norm, x);
     const Device device(x);
+    const Tensor z = materialize ? normalize_sum(device, torch::stable::contiguous(x), arguments.normalization, added)
+                                 : torch::stable::new_empty(x, {0});
     ChannelReduction moments(x, g.branches, g.out_channels);
-    const Tensor y = convolve<Kind>(device, g, x, weight, std::nullopt, arguments.normalization, &moments);
+    const Tensor y = materialize
+                         ? convolve<Kind>(device, g, z, weight, std::nullopt, {}, &moments)
+                         : convolve<Kind>(device, g, x, weight, std::nullopt, arguments.normalization, &moments);
     const auto [mean, var] = combine_moments(device, moments, g.batch * g.out_pixels());
-    return {y, mean, var, torch::stable::new_empty(x, {0})};
+    return {y, mean, var, z};
   });
 }
 
-// Gradients of x, weight and norm, and an empty one of the residual. `need_input` is for all but the weight; a gradient
-// that is not needed is an empty tensor.
-Results branch_norm_conv2d_backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var,
-                                    const std::optional<Tensor>& grad_z, const Tensor& y, const Tensor& y_mean,
-                                    const std::optional<Tensor>& z, const Tensor& x, const Tensor& weight,
-                                    const std::optional<Tensor>& norm, const std::string& activation, int64_t stride,
-                                    int64_t padding, int64_t replicate, bool has_residual, bool need_input,
-                                    bool need_weight) {
-  check_not_materialized(grad_z.has_value() || z.has_value() || has_residual);
+// The gradient of a stored input's x, with the results of the other readers' gradients in one pass.
+struct SumResults {
+  Tensor grad_x, grad_norm, grad_residual, grad_residual_norm;
+
+  SumResults(const Device& device, const Geometry& g, const OutputGradientArguments& output, const Tensor& weight_in,
+             const Tensor& x_in, const Tensor& z_in, const Tensor& grad_z_in, const Normalization& normalization,
+             const ResidualArguments& added, bool has_residual)
+      : grad_x(torch::stable::new_empty(x_in, x_in.sizes())),
+        grad_norm(grad_x),
+        grad_residual(has_residual ? torch::stable::new_empty(x_in, x_in.sizes())
+                                   : torch::stable::new_empty(x_in, {0})),
+        grad_residual_norm(torch::stable::new_empty(x_in, {0}, ScalarType::Float)) {
+    const Tensor weight = torch::stable::contiguous(weight_in), x = torch::stable::contiguous(x_in);
+    const Tensor z = torch::stable::contiguous(z_in), grad_z = torch::stable::contiguous(grad_z_in);
+    const bool normalized = added.normalization.present();
+    ChannelReduction sums(x, g.parents, g.in_channels), residual_sums(x, g.parents, g.in_channels);
+    dispatch(x, [&](auto type) {
+      using T = decltype(type);
+      const Tensor filters = taps_first(device, weight, g);
+      const InputGradient<T> d{
+          .s = Shape(g), .output = output.operands<T>(), .filters = data<T>(filters), .out = nullptr};
+      const NormalizedSum<T> sum{.normalization = normalization,
+                                 .x = data<T>(x),
+                                 .z = normalization.range.active() ? data<T>(z) : nullptr,
+                                 .residual = data<T>(added.values),
+                                 .residual_normalization = added.normalization,
+                                 .grad_x = mutable_data<T>(grad_x),
+                                 .grad_residual = has_residual ? mutable_data<T>(grad_residual) : nullptr};
+      dense_backward_sum(device, d, data<T>(grad_z), sum, sums, normalized ? &residual_sums : nullptr);
+    });
+    grad_norm = combine_norm_gradient(device, sums, normalization.scale);
+    if (normalized) grad_residual_norm = combine_norm_gradient(device, residual_sums, added.normalization.scale);
+  }
+};
+
+// Gradients of x, weight, norm, residual and residual_norm. `need_input` is for all but the weight; a gradient that is
+// not needed is an empty tensor. The residual is only given together with its normalisation.
+Gradients branch_norm_conv2d_backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var,
+                                      const std::optional<Tensor>& grad_z, const Tensor& y, const Tensor& y_mean,
+                                      const std::optional<Tensor>& z, const Tensor& x, const Tensor& weight,
+                                      const std::optional<Tensor>& norm, const std::optional<Tensor>& residual,
+                                      const std::optional<Tensor>& residual_norm, const std::string& activation,
+                                      int64_t stride, int64_t padding, int64_t replicate, bool has_residual,
+                                      bool need_input, bool need_weight) {
+  const bool materialized = z.has_value();
+  STD_TORCH_CHECK(materialized == grad_z.has_value(), "grad_z: expected with z");
+  STD_TORCH_CHECK(materialized || !(has_residual || residual.has_value()), "residual: expected none without z");
+  STD_TORCH_CHECK(has_residual || !residual_norm.has_value(), "has_residual: expected true with residual_norm");
   STD_TORCH_CHECK(x.dim() == 5, "x: expected 5 dimensions");
-  return by_kind(weight, [&](auto kind) -> Results {
+  if (materialized) check_materialize(weight, norm.has_value());
+  return by_kind(weight, [&](auto kind) -> Gradients {
     using Kind = decltype(kind);
     const Geometry g = check_backward<Kind>(grad_y, x.size(4), x.size(2), x.size(3), kernel_size_of<Kind>(weight),
                                             stride, padding, replicate);
     check_input(x, g, grad_y);
     check_weight<Kind>(weight, g, grad_y);
+    if (materialized) {
+      check_like("z", *z, x);
+      check_like("grad_z", *grad_z, x);
+    }
     const OutputGradientArguments output(grad_y, grad_mean, grad_var, y, y_mean);
     const NormalizationArguments arguments(norm, activation, x);
+    const ResidualArguments added(residual, residual_norm, x);
     const Normalization& normalization = arguments.normalization;
     const Device device(x);
-    Tensor grad_x = torch::stable::new_empty(x, {0}), grad_weight = torch::stable::new_empty(weight, {0});
-    Tensor grad_norm = torch::stable::new_empty(x, {0}, ScalarType::Float);
-    if (need_input && norm.has_value()) {
+    const Tensor none = torch::stable::new_empty(x, {0}), no_norm = torch::stable::new_empty(x, {0}, ScalarType::Float);
+    Tensor grad_x = none, grad_weight = none, grad_norm = no_norm, grad_residual = none, grad_residual_norm = no_norm;
+    if (need_input && materialized) {
+      const SumResults results(device, g, output, weight, x, *z, *grad_z, normalization, added, has_residual);
+      grad_x = results.grad_x, grad_norm = results.grad_norm;
+      grad_residual = results.grad_residual, grad_residual_norm = results.grad_residual_norm;
+    } else if (need_input && norm.has_value()) {
       ChannelReduction sums(x, g.parents, g.in_channels);
       grad_x = input_gradient<Kind>(device, g, output, weight, x, normalization, &sums);
       grad_norm = combine_norm_gradient(device, sums, normalization.scale);
     } else if (need_input) {
       grad_x = input_gradient<Kind>(device, g, output, weight);
     }
-    if (need_weight) grad_weight = weight_gradient<Kind>(device, g, output, x, normalization);
-    return {grad_x, grad_weight, grad_norm, torch::stable::new_empty(x, {0})};
+    if (need_weight) {
+      grad_weight = materialized ? weight_gradient<Kind>(device, g, output, *z)
+                                 : weight_gradient<Kind>(device, g, output, x, normalization);
+    }
+    return {grad_x, grad_weight, grad_norm, grad_residual, grad_residual_norm};
   });
 }
 

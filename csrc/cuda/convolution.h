@@ -1,7 +1,7 @@
 // Branch convolutions, dense and depthwise: operands and launches of their kernels.
 #pragma once
 
-#include "normalization.h"
+#include "normalized_sum.h"
 #include "shape.h"
 
 namespace hne {
@@ -54,6 +54,11 @@ template <typename T>
 void dense_backward_input(const Device& device, const InputGradient<T>& d, ChannelReduction* sums);
 template <typename T>
 void depthwise_backward_input(const Device& device, const InputGradient<T>& d, ChannelReduction* sums);
+// Gradient of the x of a stored input z; `grad_z` is the gradient of z's other readers. `d` has neither normalisation
+// nor result. `residual_sums` is null unless the residual is normalised.
+template <typename T>
+void dense_backward_sum(const Device& device, const InputGradient<T>& d, const T* grad_z, const NormalizedSum<T>& sum,
+                        ChannelReduction& sums, ChannelReduction* residual_sums);
 
 // Gradient of the weight.
 template <typename T>

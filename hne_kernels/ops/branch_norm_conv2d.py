@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import autocast, autograd, checks, dispatch
+from .branch_normalize import check_residual
 from .normalization import check_norm, no_double_backward, statistics_dtype
-
-MATERIALIZE = "branch_norm_conv2d with materialize"  # a fused kernel on a CPU, two ops elsewhere
 
 
 @overload
@@ -20,6 +19,7 @@ def branch_norm_conv2d(
     norm: Tensor | None = None,
     *,
     residual: None = None,
+    residual_norm: None = None,
     activation: str = "none",
     stride: int = 1,
     padding: int = 0,
@@ -35,6 +35,7 @@ def branch_norm_conv2d(
     norm: Tensor,
     *,
     residual: Tensor | None = None,
+    residual_norm: Tensor | None = None,
     activation: str = "none",
     stride: int = 1,
     padding: int = 0,
@@ -49,6 +50,7 @@ def branch_norm_conv2d(
     norm: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    residual_norm: Tensor | None = None,
     activation: str = "none",
     stride: int = 1,
     padding: int = 0,
@@ -62,7 +64,8 @@ def branch_norm_conv2d(
     the second one normalises its input where it reads it. The padding is zero after the activation.
 
     With ``materialize``, ``z`` is a result, too, for other readers, and may include a residual: the end of one
-    bottleneck and the convolution that begins the next, in one pass over memory on a CPU.
+    bottleneck and the convolution that begins the next. The backward pass adds the gradient of ``z`` to the
+    convolution's where it writes it, so that the two need no pass over memory of their own.
 
     Args:
         x: features ``[G, B, H, W, C_in]``.
@@ -70,10 +73,10 @@ def branch_norm_conv2d(
         norm: ``[3, G, C_in]``, the rows mean, scale and shift, float32 (float64 for a float64 ``x``); or None to read
             ``x`` as it is.
         residual: added before the activation, shape and dtype of ``x``, or None; only with ``materialize``.
+        residual_norm: like ``norm``, for a residual that is normalised where it is added; or None.
         activation: ``none``, ``relu`` or ``relu6`` of the normalised ``x``.
         stride, padding, replicate: as in :func:`branch_conv2d`.
-        materialize: also return ``z``; needs a ``norm`` and a dense 1x1 convolution with stride 1, padding 0 and
-            replicate 1.
+        materialize: also return ``z``; needs a ``norm`` and a dense convolution.
 
     Returns:
         ``(y, mean, var)``, or ``(z, y, mean, var)`` with ``materialize``. y ``[G', B, H', W', C_out]``; its mean and
@@ -85,9 +88,9 @@ def branch_norm_conv2d(
         TypeError: a dtype does not fit.
         RuntimeError: on double backward, which is not implemented.
     """
-    check(x, weight, norm, residual, activation, stride, padding, replicate, materialize)
-    op = dispatch.implementation(MATERIALIZE if materialize else "branch_norm_conv2d", x)
-    y, mean, var, z = op(x, weight, norm, residual, activation, stride, padding, replicate, materialize)
+    arguments = (x, weight, norm, residual, residual_norm, activation, stride, padding, replicate, materialize)
+    check(*arguments)
+    y, mean, var, z = dispatch.implementation("branch_norm_conv2d", x)(*arguments)
     return (z, y, mean, var) if materialize else (y, mean, var)
 
 
@@ -96,6 +99,7 @@ def check(
     weight: Tensor,
     norm: Tensor | None,
     residual: Tensor | None,
+    residual_norm: Tensor | None,
     activation: str,
     stride: int,
     padding: int,
@@ -103,9 +107,7 @@ def check(
     materialize: bool,
 ) -> tuple[int, int, int, int, int]:
     """Check the arguments of :func:`branch_norm_conv2d` and return the shape of ``y``."""
-    if materialize:
-        checks.pointwise("weight", weight)
-    depthwise = isinstance(weight, Tensor) and weight.dim() == 4
+    depthwise = isinstance(weight, Tensor) and weight.dim() == 4 and not materialize
     shape = checks.convolution(x, weight, None, stride, padding, replicate, depthwise=depthwise)
     checks.activation("activation", activation)
     if norm is not None:
@@ -115,28 +117,12 @@ def check(
     if materialize:
         if norm is None:
             raise ValueError("norm: expected a tensor with materialize, got None")
-        for name, value, wanted in (("stride", stride, 1), ("padding", padding, 0), ("replicate", replicate, 1)):
-            if value != wanted:
-                raise ValueError(f"{name}: expected {wanted} with materialize, got {value}")
-        if residual is not None:
-            checks.shape("residual", residual, tuple(x.shape), "as x")
-            checks.same_kind("x", x, residual=residual)
-    elif residual is not None:
-        raise ValueError("residual: expected None without materialize, got a tensor")
+        check_residual(x, residual, residual_norm)
+        return shape
+    for name, tensor in (("residual", residual), ("residual_norm", residual_norm)):
+        if tensor is not None:
+            raise ValueError(f"{name}: expected None without materialize, got a tensor")
     return shape
-
-
-def _compose(
-    x: Tensor, weight: Tensor, norm: Tensor, residual: Tensor | None, activation: str, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z = dispatch.implementation("branch_normalize", x)(x, norm, residual, activation)
-    convolve = dispatch.implementation("branch_norm_conv2d", x)
-    y, mean, var, _ = convolve(z, weight, None, None, "none", 1, 0, 1, False)
-    return y, mean, var, z
-
-
-dispatch.register(MATERIALIZE, torch.ops.hne.branch_norm_conv2d, "cpp")
-dispatch.register(MATERIALIZE, _compose, "reference", "cuda", "triton")
 
 
 @torch.library.register_fake("hne::branch_norm_conv2d")
@@ -147,14 +133,15 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("hne::branch_norm_conv2d_backward")
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, weight, norm = arguments[7:10]
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, weight, norm, _, residual_norm = arguments[7:12]
     has_residual, need_input, need_weight = arguments[-3:]
     return (
         x.new_empty(x.shape if need_input else 0),
         weight.new_empty(weight.shape if need_weight else 0),
         x.new_empty(0 if norm is None or not need_input else norm.shape, dtype=statistics_dtype(x)),
         x.new_empty(x.shape if need_input and has_residual else 0),
+        x.new_empty(0 if residual_norm is None or not need_input else residual_norm.shape, dtype=statistics_dtype(x)),
     )
 
 
@@ -163,24 +150,26 @@ def differentiate(op: str) -> None:
     backward_op = getattr(torch.ops.hne, f"{op}_backward")
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, norm, residual, *ctx.options, materialize = inputs
+        x, weight, norm, residual, residual_norm, *ctx.options, materialize = inputs
         y, y_mean, _, z = output
         ctx.has_residual = residual is not None
-        ctx.save_for_backward(y, y_mean, z if materialize else None, x, weight, norm)
+        needed = None if residual_norm is None else residual  # the gradient of a plain sum does not need its terms
+        ctx.save_for_backward(y, y_mean, z if materialize else None, x, weight, norm, needed, residual_norm)
 
     def backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor, grad_z: Tensor) -> tuple[Any, ...]:
-        need_x, need_weight, need_norm, need_residual = ctx.needs_input_grad[:4]
-        need_input = need_x or need_norm or need_residual
-        y, y_mean, z, x, weight, norm = ctx.saved_tensors
-        grad_x, grad_weight, grad_norm, grad_residual = backward_op(
+        need_x, need_weight, *need_others = ctx.needs_input_grad[:5]
+        need_input = need_x or any(need_others)
+        y, y_mean, z, x, weight, norm, residual, residual_norm = ctx.saved_tensors
+        grad_x, grad_weight, grad_norm, grad_residual, grad_residual_norm = backward_op(
             *(grad_y, grad_mean, grad_var, None if z is None else grad_z, y, y_mean, z, x, weight, norm),
-            *(*ctx.options, ctx.has_residual, need_input, need_weight),
+            *(residual, residual_norm, *ctx.options, ctx.has_residual, need_input, need_weight),
         )
         return (
             grad_x if need_input else None,
             grad_weight if need_weight else None,
             grad_norm if need_input and norm is not None else None,
             grad_residual if need_input and ctx.has_residual else None,
+            grad_residual_norm if need_input and residual_norm is not None else None,
             *(None,) * 5,
         )
 

@@ -129,12 +129,12 @@ def _compose(
     next_weight: Tensor | None,
 ) -> tuple[Tensor, ...]:
     convolve = dispatch.implementation("branch_norm_conv2d", x)
-    normalize = dispatch.implementation("branch_normalize", x)
-    wide = convolve(x, weight, norm, None, activation, 1, 0, 1, False)[0]
-    if residual_norm is not None:
-        residual = normalize(residual, residual_norm, None, "none")
-    z = normalize(wide, out_norm, residual, out_activation)
-    return (z,) if next_weight is None else (z, *convolve(z, next_weight, None, None, "none", 1, 0, 1, False)[:3])
+    wide = convolve(x, weight, norm, None, None, activation, 1, 0, 1, False)[0]
+    end = (residual, residual_norm, out_activation)
+    if next_weight is None:
+        return (dispatch.implementation("branch_normalize", x)(wide, out_norm, *end),)
+    y, mean, var, z = convolve(wide, next_weight, out_norm, *end, 1, 0, 1, True)
+    return z, y, mean, var
 
 
 dispatch.register("branch_pointwise_norm_conv2d", _compose, "reference", "cuda", "triton")

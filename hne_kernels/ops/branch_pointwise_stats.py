@@ -52,7 +52,7 @@ def check(x: Tensor, weight: Tensor, norm: Tensor, activation: str) -> tuple[int
 
 def _compose(x: Tensor, weight: Tensor, norm: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     convolve = dispatch.implementation("branch_norm_conv2d", x)
-    _, mean, var, _ = convolve(x, weight, norm, None, activation, 1, 0, 1, False)
+    _, mean, var, _ = convolve(x, weight, norm, None, None, activation, 1, 0, 1, False)
     return mean, var
 
 

@@ -15,6 +15,7 @@ def branch_norm_conv2d(
     weight: Tensor,
     norm: Tensor | None,
     residual: Tensor | None,
+    residual_norm: Tensor | None,
     activation: str,
     stride: int,
     padding: int,
@@ -22,7 +23,7 @@ def branch_norm_conv2d(
     materialize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`hne_kernels.branch_norm_conv2d`; the last result is empty unless ``materialize``."""
-    z = x if norm is None else branch_normalize(x, norm, residual, activation)
+    z = x if norm is None else branch_normalize(x, norm, residual, residual_norm, activation)
     convolve = branch_depthwise_conv2d if weight.dim() == 4 else branch_conv2d
     y = convolve(z, weight, None, stride, padding, replicate)
     wide = y.to(torch.promote_types(y.dtype, torch.float32))

@@ -39,12 +39,20 @@ def write_partials(
 
     With REPEAT, all entries of the tile in ``first`` are ``one``.
     """
+    write_partial(first, one, tile, rows, branch, branches, c, channels, REPEAT, BLOCK)
+    write_partial(second, other, tile, rows, branch, branches, c, channels, False, BLOCK)
+
+
+@triton.jit
+def write_partial(
+    partial, value, tile, rows, branch, branches, c, channels, REPEAT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write ``value`` of a tile to the first of its entries in ``partial``, then zeros or, with REPEAT, ``value``."""
     for group in tl.static_range(BLOCK // _GROUP):
         number = tile * (BLOCK // _GROUP) + group
         entry = (number.to(tl.int64) * branches + branch) * channels + c
         mask = (c < channels) & (number < tl.cdiv(rows, _GROUP))
-        tl.store(first + entry, one if group == 0 or REPEAT else tl.zeros_like(one), mask=mask)
-        tl.store(second + entry, other if group == 0 else tl.zeros_like(other), mask=mask)
+        tl.store(partial + entry, value if group == 0 or REPEAT else tl.zeros_like(value), mask=mask)
 
 
 @triton.jit

@@ -19,9 +19,20 @@ from torch import Tensor
 
 from .. import checks
 from ..ops import convolution
-from .batch_statistics import deviations, write_partials
+from .batch_statistics import deviations, write_partial, write_partials
 from .conv_norm import PLAIN, ConvNorm
-from .device import activate, denormalize, dot, norm_of, normalize, per_channel, split_row, total_gradient, window
+from .device import (
+    activate,
+    denormalize,
+    denormalize_sum,
+    dot,
+    norm_of,
+    normalize,
+    per_channel,
+    split_row,
+    total_gradient,
+    window,
+)
 from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
 
 _PANEL = tl.constexpr(checks.PANEL)
@@ -31,6 +42,7 @@ _PANEL = tl.constexpr(checks.PANEL)
 def _kernel(
     source, weight, bias, residual, out,
     output, output_mean, grad_mean, grad_var, input, norm, first_part, second_part,
+    stored, grad_added, added, added_norm, added_part,
     parents, branches, replicate, residual_replicate,
     batch, height, width, out_height, out_width, in_channels, out_channels,
     weight_branch, weight_panel, weight_out, weight_in, weight_y, weight_x,
@@ -43,7 +55,9 @@ def _kernel(
     For :mod:`.branch_norm_conv2d`, forward: with ``norm``, the source is normalised where it is read, with the
     activation NORMAL, and the partials are statistics of ``out``. Transposed: with ``output``, the source is the
     gradient of ``output``, and the gradients of its statistics are added where it is read; with ``norm``, ``out`` is
-    the gradient of ``input`` before the normalisation, and the partials are the gradients of shift and scale.
+    the gradient of ``input`` before the normalisation, and the partials are the gradients of shift and scale. With
+    ``stored``, the normalised ``input`` with something added, ``residual`` is the gradient of its other readers;
+    ``grad_added`` is the gradient of what was added, ``added``, if ``added_norm`` normalised it.
     """
     if MULTIPLE > 1:  # else a count may be 1, which is a constant to the compiler, and multiple_of takes none
         in_channels, out_channels = tl.multiple_of(in_channels, MULTIPLE), tl.multiple_of(out_channels, MULTIPLE)
@@ -109,11 +123,26 @@ def _kernel(
             if norm is not None and TRANSPOSED:
                 mean, scale, shift = norm_of(norm, branch, parents, n, out_channels)
                 original = tl.load(input + at, mask=mask, other=0.0)
-                sums, by_shift, by_scale = denormalize(sums, original, mean, scale, shift, NORMAL)
+                if stored is not None:
+                    result = tl.load(stored + at, mask=mask, other=0.0)
+                    sums, by_shift, by_scale = denormalize_sum(sums, original, result, mean, scale, NORMAL)
+                else:
+                    sums, by_shift, by_scale = denormalize(sums, original, mean, scale, shift, NORMAL)
                 write_partials(
                     first_part, second_part, tl.sum(by_shift, 0), tl.sum(by_scale, 0),
                     tile_m, rows, branch, parents, n, out_channels, False, BLOCK_M,
                 )  # fmt: skip
+                if grad_added is not None:
+                    of_added = by_shift
+                    if added_norm is not None:
+                        mean, scale, shift = norm_of(added_norm, branch, parents, n, out_channels)
+                        values_added = tl.load(added + at, mask=mask, other=0.0).to(tl.float32)
+                        write_partial(
+                            added_part, tl.sum(by_shift * (values_added - mean), 0),
+                            tile_m, rows, branch, parents, n, out_channels, False, BLOCK_M,
+                        )  # fmt: skip
+                        of_added = by_shift * scale
+                    tl.store(grad_added + at, of_added.to(grad_added.dtype.element_ty), mask=mask)
             written = sums.to(out.dtype.element_ty)
             tl.store(out + at, written, mask=mask)
             if first_part is not None and not TRANSPOSED:
@@ -267,6 +296,8 @@ def launch(
     kernel(
         source.contiguous(), weight, contiguous(bias), contiguous(residual), out,
         *conv_norm.output, conv_norm.input, conv_norm.norm, *conv_norm.partials,
+        conv_norm.stored, conv_norm.grad_residual, conv_norm.residual, conv_norm.residual_norm,
+        conv_norm.residual_partial,
         parents, branches, replicate, residual_replicate, *source.shape[1:4], *out.shape[2:4],
         source.shape[4], out.shape[4], *layout,
         KERNEL=kernel_size, STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,

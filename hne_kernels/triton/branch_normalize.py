@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
-from ..ops.branch_normalize import check, differentiate
+from ..ops.branch_normalize import check, check_residual, differentiate, writes_residual
 from ..ops.normalization import check_norm
 from .conv_norm import norm_gradient
-from .device import activate, before_activation, norm_of, normalize
+from .device import activate, denormalize_sum, norm_of, normalize
 from .launch import SIZES, Kernel, config, contiguous, op, split
 
 
@@ -33,10 +33,10 @@ def part_of_rows(tile, rows, channels, branches, parts, BLOCK_M: tl.constexpr, B
 
 @triton.jit(do_not_specialize=SIZES)
 def _kernel(
-    x, norm, residual, out, rows, branches, channels,
+    x, norm, residual, residual_norm, out, rows, branches, channels,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``out = activation((x - mean) * scale + shift + residual)``."""
+    """``out = activation((x - mean) * scale + shift + residual)``; with ``residual_norm``, it is normalised, too."""
     rows = tl.cast(rows, tl.int64)
     tiles_m, tiles_c = tl.cdiv(rows, BLOCK_M), tl.cdiv(channels, BLOCK_C)
     for tile in range(tl.program_id(0), (branches * tiles_m * tiles_c).to(tl.int32), tl.num_programs(0)):
@@ -48,36 +48,56 @@ def _kernel(
         mean, scale, shift = norm_of(norm, branch, branches, c, channels)
         y = normalize(tl.load(x + at, mask=mask, other=0.0), mean, scale, shift)
         if residual is not None:
-            y += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+            added = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+            if residual_norm is not None:
+                mean, scale, shift = norm_of(residual_norm, branch, branches, c, channels)
+                added = normalize(added, mean, scale, shift)
+            y += added
         tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    grad, x, y, norm, grad_x, grad_residual, part_scale, part_shift, rows, branches, channels, parts,
+    grad, x, y, norm, residual, residual_norm, grad_x, grad_residual, part_scale, part_shift, part_residual,
+    rows, branches, channels, parts,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of x and residual, and those of scale and shift for each part of the rows."""
+    """The gradients of x and residual, and those of scale and shift for each part of the rows.
+
+    With ``residual_norm``, ``part_residual`` has the gradients of its scale; those of its shift are the same as of the
+    other shift.
+    """
     for tile in range(tl.program_id(0), tl.cdiv(channels, BLOCK_C) * branches * parts, tl.num_programs(0)):
         branch, c, part, start, end = part_of_rows(
             tile, tl.cast(rows, tl.int64), channels, branches, parts, BLOCK_M, BLOCK_C
         )
         mean, scale, _ = norm_of(norm, branch, branches, c, channels)
         along, total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32), tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        if residual_norm is not None:
+            residual_mean, residual_scale, _ = norm_of(residual_norm, branch, branches, c, channels)
+            along_residual = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for step in range(tl.cdiv(end - start, BLOCK_M).to(tl.int32)):
             row = start + step * BLOCK_M + tl.arange(0, BLOCK_M)
             mask = (row < end)[:, None] & (c < channels)[None, :]
             at = (branch * rows + row)[:, None] * channels + c[None, :]
             above = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-            if ACTIVATION != "none":
-                above = before_activation(above, tl.load(y + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-                tl.store(grad_residual + at, above.to(grad_residual.dtype.element_ty), mask=mask)
-            tl.store(grad_x + at, (above * scale).to(grad_x.dtype.element_ty), mask=mask)
-            along += above * (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean)
+            result = above if ACTIVATION == "none" else tl.load(y + at, mask=mask, other=0.0)
+            original = tl.load(x + at, mask=mask, other=0.0)
+            of_x, above, by_scale = denormalize_sum(above, original, result, mean, scale, ACTIVATION)
+            tl.store(grad_x + at, of_x.to(grad_x.dtype.element_ty), mask=mask)
+            along += by_scale
             total += above
+            if residual_norm is not None:
+                added = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+                along_residual += above * (added - residual_mean)
+                above *= residual_scale
+            if grad_residual is not None:
+                tl.store(grad_residual + at, above.to(grad_residual.dtype.element_ty), mask=mask)
         entry = (part * branches + branch) * channels + c
         tl.store(part_scale + entry, tl.sum(along, 0), mask=c < channels)
         tl.store(part_shift + entry, tl.sum(total, 0), mask=c < channels)
+        if residual_norm is not None:
+            tl.store(part_residual + entry, tl.sum(along_residual, 0), mask=c < channels)
 
 
 # Contiguous channels, for accesses of 16 bytes.
@@ -87,26 +107,36 @@ _normalize = Kernel(_kernel, _CONFIGS, _KEY)
 _backward = Kernel(_backward_kernel, _CONFIGS, _KEY)
 
 
-@op
-def branch_normalize(x: Tensor, norm: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """See :func:`hne_kernels.branch_normalize`."""
-    check(x, norm, residual, activation)
+def compute(x: Tensor, norm: Tensor, residual: Tensor | None, residual_norm: Tensor | None, activation: str) -> Tensor:
+    """``activation((x - mean) * scale + shift + residual)`` in one kernel."""
     branches, batch, height, width, channels = x.shape
     y = x.new_empty(x.shape)
     _normalize(
-        x.contiguous(), norm.contiguous(), contiguous(residual), y, batch * height * width, branches, channels,
-        ACTIVATION=activation,
+        x.contiguous(), norm.contiguous(), contiguous(residual), contiguous(residual_norm), y,
+        batch * height * width, branches, channels, ACTIVATION=activation,
     )  # fmt: skip
     return y
 
 
 @op
-def branch_normalize_backward(
-    grad: Tensor, x: Tensor, y: Tensor, norm: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, norm and residual of :func:`branch_normalize`.
+def branch_normalize(
+    x: Tensor, norm: Tensor, residual: Tensor | None, residual_norm: Tensor | None, activation: str
+) -> Tensor:
+    """See :func:`hne_kernels.branch_normalize`."""
+    check(x, norm, residual, residual_norm, activation)
+    return compute(x, norm, residual, residual_norm, activation)
 
-    Without an activation that of the residual is ``grad`` itself, and left empty.
+
+@op
+def branch_normalize_backward(
+    grad: Tensor, x: Tensor, y: Tensor, norm: Tensor, residual: Tensor | None, residual_norm: Tensor | None,
+    activation: str, has_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of x, norm, residual and residual_norm of :func:`branch_normalize`; of the last two empty if not
+    there.
+
+    Without an activation that of a residual without a normalisation is ``grad`` itself, and left empty. The residual
+    is only read together with its normalisation.
     """
     checks.rank("x", x, 5, checks.CONV_INPUT)
     checks.activation("activation", activation)
@@ -114,16 +144,25 @@ def branch_normalize_backward(
     for name, tensor in (("grad", grad), ("y", y)):
         checks.shape(name, tensor, tuple(x.shape), "as x")
     check_norm("norm", norm, x, x.shape[4])
+    check_residual(x, residual, residual_norm)
+    if residual_norm is not None and not has_residual:
+        raise ValueError("has_residual: expected True with residual_norm, got False")
     branches, batch, height, width, channels = x.shape
     parts = split(branches * -(-channels // 64), x.device)
     part_scale, part_shift = (x.new_empty((parts, branches, channels), dtype=torch.float32) for _ in range(2))
-    grad_x, grad_residual = x.new_empty(x.shape), x.new_empty(0 if activation == "none" else x.shape)
+    part_residual = None if residual_norm is None else torch.empty_like(part_scale)
+    grad_x = x.new_empty(x.shape)
+    grad_residual = x.new_empty(x.shape) if writes_residual(residual_norm, activation, has_residual) else None
     _backward(
         grad.contiguous(), x.contiguous(), y.contiguous(), norm.contiguous(),
-        grad_x, grad_residual, part_scale, part_shift, batch * height * width, branches, channels, parts,
-        ACTIVATION=activation,
+        contiguous(residual), contiguous(residual_norm), grad_x, grad_residual, part_scale, part_shift, part_residual,
+        batch * height * width, branches, channels, parts, ACTIVATION=activation,
     )  # fmt: skip
-    return grad_x, norm_gradient(norm, part_shift, part_scale), grad_residual
+    grad_residual_norm = norm.new_empty(0)
+    if residual_norm is not None and part_residual is not None:
+        grad_residual_norm = norm_gradient(residual_norm, part_shift, part_residual)
+    grad_residual = x.new_empty(0) if grad_residual is None else grad_residual
+    return grad_x, norm_gradient(norm, part_shift, part_scale), grad_residual, grad_residual_norm
 
 
 differentiate("triton_branch_normalize")

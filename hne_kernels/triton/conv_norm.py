@@ -27,6 +27,10 @@ class ConvNorm:
         norm: the normalisation of x, ``[3, G, C]``.
         activation: of the normalised x.
         partials: memory for two numbers per channel and tile (:func:`.batch_statistics.partial_statistics`).
+        stored: the normalised x with its residual, if it lies in memory, for the kernel that writes the gradient of x.
+        grad_residual: memory for the gradient of the residual.
+        residual, residual_norm: the residual, if it is normalised, and its normalisation ``[3, G, C]``.
+        residual_partial: memory for one more number per channel and tile, for the gradient of its scale.
     """
 
     output: Sequence[Tensor | None] = (None,) * 4
@@ -34,6 +38,11 @@ class ConvNorm:
     norm: Tensor | None = None
     activation: str = "none"
     partials: Partials | tuple[None, None] = (None, None)
+    stored: Tensor | None = None
+    grad_residual: Tensor | None = None
+    residual: Tensor | None = None
+    residual_norm: Tensor | None = None
+    residual_partial: Tensor | None = None
 
 
 PLAIN = ConvNorm()

@@ -61,6 +61,13 @@ def denormalize(grad, x, mean, scale, shift, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def denormalize_sum(grad, x, y, mean, scale, ACTIVATION: tl.constexpr):
+    """Backward of ``y = activation(normalize(x) + residual)``: as :func:`denormalize`; the second is the residual's."""
+    by_shift = before_activation(grad, y.to(tl.float32), ACTIVATION)
+    return by_shift * scale, by_shift, by_shift * (x.to(tl.float32) - mean)
+
+
+@triton.jit
 def total_gradient(grad, y, mean, grad_mean, grad_var, count):
     """The gradient of a feature map ``y`` with ``count`` values per channel: its own, and through mean and variance."""
     return grad.to(tl.float32) + grad_mean / count + grad_var * (2.0 / count) * (y.to(tl.float32) - mean)

@@ -40,7 +40,8 @@ def norm_conv(geometry: Geometry, activation: str | None, *, depthwise: bool = F
     def make(rng: torch.Generator) -> Inputs:
         x = normal(rng, g.G, g.B, g.H, g.W, g.ci) + offset
         inputs: Inputs = {"x": x, "weight": normal(rng, g.branches, *channels, g.k, g.k), **g.options()}
-        inputs |= {"norm": None, "residual": None, "activation": activation or "none", "materialize": False}
+        inputs |= {"norm": None, "residual": None, "residual_norm": None}
+        inputs |= {"activation": activation or "none", "materialize": False}
         if activation is not None:
             norm = normalization(rng, g.G, g.ci)
             norm[0] += offset
@@ -65,46 +66,75 @@ def norm_conv(geometry: Geometry, activation: str | None, *, depthwise: bool = F
 NORM_CONV_ACTIVATIONS = ("relu", None, "relu6", "none")
 
 
-def materializing_norm_conv(shape: Sequence[int], out_channels: int, activation: str, residual: bool) -> Case:
-    """The end of one bottleneck and the 1x1 convolution that begins the next."""
-    branches, batch, height, width, channels = shape
+RESIDUALS = {"none": (), "plain": ("residual",), "normalised": ("residual", "residual_norm")}  # inputs by kind
+
+
+def _residual(rng: torch.Generator, shape: Sequence[int], kind: str) -> tuple[Inputs, Tensor | float]:
+    """The inputs of a residual of this kind, and the values that are added."""
+    if kind == "none":
+        return {"residual": None, "residual_norm": None}, 0.0
+    residual = normal(rng, *shape)
+    if kind == "plain":
+        return {"residual": residual, "residual_norm": None}, residual
+    norm = normalization(rng, shape[0], shape[-1])
+    mean, scale, shift = norm[:, :, None, None, None].unbind()
+    return {"residual": residual, "residual_norm": norm}, (residual - mean) * scale + shift
+
+
+def materializing_norm_conv(geometry: Geometry, activation: str, residual: str) -> Case:
+    """The end of one bottleneck and the convolution that begins the next.
+
+    The residual is ``plain``, ``normalised`` or ``none``.
+    """
+    g = geometry
 
     def make(rng: torch.Generator) -> Inputs:
-        norm = normalization(rng, branches, channels)
-        added = normal(rng, *shape) if residual else None
+        shape = (g.G, g.B, g.H, g.W, g.ci)
+        norm = normalization(rng, g.G, g.ci)
+        inputs, added = _residual(rng, shape, residual)
         return {
-            "x": _away_from_kinks(normal(rng, *shape), norm, 0.0 if added is None else added),
-            "weight": normal(rng, branches, out_channels, channels, 1, 1),
+            "x": _away_from_kinks(normal(rng, *shape), norm, added),
+            "weight": normal(rng, g.branches, g.co, g.ci, g.k, g.k),
             "norm": norm,
-            "residual": added,
+            **inputs,
             "activation": activation,
-            "stride": 1,
-            "padding": 0,
-            "replicate": 1,
+            **g.options(),
             "materialize": True,
         }
 
-    positions = batch * height * width
+    pointwise = (g.k, g.stride, g.padding, g.r) == (1, 1, 0, 1)
     return Case(
         "branch_norm_conv2d",
-        f"{'x'.join(map(str, shape))}to{out_channels}-{activation}{'-residual' if residual else ''}",
+        f"{g}-{activation}-{residual}",
         make,
-        ("x", "weight", "norm", *(("residual",) if residual else ())),
-        channels + out_channels + 2 * positions + 16,
+        ("x", "weight", "norm", *RESIDUALS[residual]),
+        g.k**2 * (g.ci + g.r * g.co) + g.positions + g.B * g.H * g.W + 16,
         roundings=5,
         naive_roundings=8,
-        variant="materialize",
+        variant="materialize" if pointwise else "materialize-window",
     )
 
 
 MATERIALIZING = [
-    materializing_norm_conv((1, 1, 1, 1, 1), 1, "none", True),
-    materializing_norm_conv((1, 2, 2, 1, 3), 2, "relu", True),
-    materializing_norm_conv((3, 1, 7, 7, 33), 17, "relu", True),
-    materializing_norm_conv((2, 3, 8, 7, 16), 40, "relu6", True),
-    materializing_norm_conv((2, 0, 4, 4, 8), 3, "relu", True),
-    materializing_norm_conv((1, 2, 9, 13, 64), 16, "relu6", False),
-    materializing_norm_conv((5, 2, 5, 3, 5), 33, "none", False),
+    materializing_norm_conv(Geometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0), "none", "plain"),
+    materializing_norm_conv(Geometry(1, 1, 2, 2, 1, 3, 2, 1, 1, 0), "relu", "plain"),
+    materializing_norm_conv(Geometry(3, 1, 1, 7, 7, 33, 17, 1, 1, 0), "relu", "plain"),
+    materializing_norm_conv(Geometry(2, 1, 3, 8, 7, 16, 40, 1, 1, 0), "relu6", "plain"),
+    materializing_norm_conv(Geometry(2, 1, 0, 4, 4, 8, 3, 1, 1, 0), "relu", "plain"),
+    materializing_norm_conv(Geometry(1, 1, 2, 9, 13, 64, 16, 1, 1, 0), "relu6", "none"),
+    materializing_norm_conv(Geometry(5, 1, 2, 5, 3, 5, 33, 1, 1, 0), "none", "none"),
+    # The residual is a shortcut that is normalised where it is added.
+    materializing_norm_conv(Geometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0), "relu", "normalised"),
+    materializing_norm_conv(Geometry(2, 1, 3, 8, 7, 16, 72, 1, 1, 0), "relu6", "normalised"),
+    materializing_norm_conv(Geometry(3, 1, 1, 7, 7, 33, 17, 1, 1, 0), "none", "normalised"),
+    materializing_norm_conv(Geometry(2, 1, 0, 4, 4, 8, 3, 1, 1, 0), "relu", "normalised"),
+    # Children, strides and windows.
+    materializing_norm_conv(Geometry(2, 2, 2, 6, 5, 72, 40, 1, 1, 0), "relu", "plain"),
+    materializing_norm_conv(Geometry(3, 4, 1, 7, 7, 3, 17, 1, 2, 0, missing=3), "relu", "normalised"),
+    materializing_norm_conv(Geometry(1, 2, 3, 7, 9, 16, 24, 3, 2, 1), "relu6", "normalised"),
+    materializing_norm_conv(Geometry(2, 3, 1, 9, 5, 5, 3, 5, 3, 2), "none", "plain"),
+    materializing_norm_conv(Geometry(2, 1, 2, 6, 7, 17, 33, 2, 2, 0), "relu", "none"),
+    materializing_norm_conv(Geometry(5, 2, 0, 7, 7, 5, 3, 3, 1, 1), "relu", "normalised"),
 ]
 
 
@@ -182,12 +212,11 @@ def pointwise_norm_conv(
 
     positions = batch * height * width
     following = ("next_weight",) if next_channels else ()
-    added = {"none": (), "plain": ("residual",), "normalised": ("residual", "residual_norm")}[residual]
     return Case(
         "branch_pointwise_norm_conv2d",
         f"{'x'.join(map(str, shape))}to{out_channels}to{next_channels}-{activation}-{out_activation}-{residual}",
         make,
-        ("x", "weight", "norm", "out_norm", *added, *following),
+        ("x", "weight", "norm", "out_norm", *RESIDUALS[residual], *following),
         2 * channels + 2 * out_channels + next_channels + 2 * positions + 16,
         roundings=6,
         naive_roundings=12,
@@ -267,39 +296,48 @@ BATCH_NORMS = [
 ]
 
 
-def normalize(shape: Sequence[int], activation: str, residual: bool, offset: float = 0.0) -> Case:
-    """A normalisation with or without a residual; ``offset`` moves the mean of ``x``."""
+def normalize(shape: Sequence[int], activation: str, residual: str, offset: float = 0.0) -> Case:
+    """A normalisation; ``offset`` moves the mean of ``x``. The residual is ``plain``, ``normalised`` or ``none``."""
 
     def make(rng: torch.Generator) -> Inputs:
         branches, channels = shape[0], shape[-1]
         mean, scale, shift = (normal(rng, branches, channels, scale=factor) for factor in (1, 2, 2))
+        inputs, _ = _residual(rng, shape, residual)
+        if inputs["residual"] is not None:
+            inputs["residual"] *= 2
         return {
             "x": normal(rng, *shape) + offset,
             "norm": torch.stack([mean + offset, scale, shift]),
-            "residual": normal(rng, *shape) * 2 if residual else None,
+            **inputs,
             "activation": activation,
         }
 
-    name = "x".join(map(str, shape)) + f"-{activation}{'-residual' if residual else ''}"
+    name = "x".join(map(str, shape)) + f"-{activation}-{residual}"
     return Case(
         "branch_normalize",
         f"{name}-offset{offset:g}" if offset else name,
         make,
-        ("x", "norm", "residual") if residual else ("x", "norm"),
-        shape[1] * shape[2] * shape[3] + 4,
-        naive_roundings=2,
+        ("x", "norm", *RESIDUALS[residual]),
+        shape[1] * shape[2] * shape[3] + 6,
+        naive_roundings=2 if residual != "normalised" else 4,
     )
 
 
 NORMALIZES = [
-    normalize((1, 1, 1, 1, 1), "none", False),
-    normalize((1, 2, 1, 1, 3), "none", True),
-    normalize((2, 3, 5, 4, 17), "relu", False),
-    normalize((3, 1, 7, 7, 33), "relu", True),
-    normalize((5, 2, 4, 3, 5), "relu6", False),
-    normalize((2, 2, 8, 8, 16), "relu6", True),
-    normalize((2, 0, 4, 4, 8), "relu", True),
-    normalize((1, 4, 9, 7, 64), "relu", True),
+    normalize((1, 1, 1, 1, 1), "none", "none"),
+    normalize((1, 2, 1, 1, 3), "none", "plain"),
+    normalize((2, 3, 5, 4, 17), "relu", "none"),
+    normalize((3, 1, 7, 7, 33), "relu", "plain"),
+    normalize((5, 2, 4, 3, 5), "relu6", "none"),
+    normalize((2, 2, 8, 8, 16), "relu6", "plain"),
+    normalize((2, 0, 4, 4, 8), "relu", "plain"),
+    normalize((1, 4, 9, 7, 64), "relu", "plain"),
     # The gradient of the scale is a sum of deviations, not a difference of sums.
-    normalize((2, 2, 6, 5, 17), "none", False, offset=300.0),
+    normalize((2, 2, 6, 5, 17), "none", "none", offset=300.0),
+    # The residual is a shortcut that is normalised where it is added.
+    normalize((1, 1, 1, 1, 1), "relu", "normalised"),
+    normalize((3, 1, 7, 7, 33), "relu", "normalised"),
+    normalize((2, 2, 8, 8, 16), "relu6", "normalised"),
+    normalize((2, 0, 4, 4, 8), "none", "normalised"),
+    normalize((1, 4, 9, 7, 64), "none", "normalised"),
 ]

@@ -29,6 +29,7 @@ DENSE, DEPTHWISE = "branch_norm_conv2d-dense", "branch_norm_conv2d-depthwise"
 MATERIALIZE = "branch_norm_conv2d-materialize"
 NORM_CONVS = (DENSE, DEPTHWISE)
 RESIDUAL = (MATERIALIZE, "branch_normalize")
+NORMALIZED_RESIDUAL = (*RESIDUAL, "branch_pointwise_norm_conv2d")
 POINTWISE = ("branch_pointwise_stats", "branch_pointwise_norm_conv2d")
 NORMALIZING = (*NORM_CONVS, *RESIDUAL, *POINTWISE)
 MAPS = (*CONVOLUTIONS, *NORM_CONVS, "fused_bottleneck", *RESIDUAL, *POINTWISE)
@@ -152,7 +153,11 @@ _wrong(
 )
 
 # Normalisation.
-for _ops, _name in ((NORMALIZING, "norm"), (("branch_pointwise_norm_conv2d",), "out_norm residual_norm")):
+for _ops, _name in (
+    (NORMALIZING, "norm"),
+    (("branch_pointwise_norm_conv2d",), "out_norm"),
+    (NORMALIZED_RESIDUAL, "residual_norm"),
+):
     for _argument in _name.split():
         _wrong(
             _ops,
@@ -181,25 +186,37 @@ for _op in (*NORM_CONVS, MATERIALIZE, *POINTWISE):
     )
     _wrong(_op, TypeError, ("weight", lambda w: w.double(), r"weight: expected .*torch.float32.* got torch.float64"))
 _wrong(
-    (MATERIALIZE, *POINTWISE),
+    POINTWISE,
     ValueError,
     ("weight", lambda w: w.expand(-1, -1, -1, 3, 3), r"weight: expected a 1x1 kernel, got shape"),
 )
 _wrong(
     MATERIALIZE,
     ValueError,
-    ("stride", 2, r"stride: expected 1 with materialize, got 2"),
-    ("padding", 1, r"padding: expected 0 with materialize, got 1"),
+    ("stride", 0, r"stride: expected at least 1, got 0"),
+    ("padding", -1, r"padding: expected at least 0, got -1"),
+    ("replicate", 0, r"replicate: expected at least 1, got 0"),
+    ("replicate", 3, r"weight: expected 6 branches .*got 2"),
     ("materialize", False, r"residual: expected None without materialize, got a tensor"),
     ("weight", lambda w: w[:, :3, 0], r"weight: expected 5 dimensions .*got 4"),
+    ("weight", lambda w: w.expand(-1, -1, -1, 2, 3), r"weight: expected a square kernel"),
 )
-_wrong(NORM_CONVS, ValueError, ("residual", lambda r: torch.ones(1), r"residual: expected None without materialize"))
+_wrong(
+    NORM_CONVS,
+    ValueError,
+    ("residual", lambda r: torch.ones(1), r"residual: expected None without materialize"),
+    ("residual_norm", lambda r: torch.ones(1), r"residual_norm: expected None without materialize"),
+)
 _wrong(POINTWISE, TypeError, ("norm", None, r"norm: expected a tensor .*got NoneType"))
 _wrong("branch_normalize", TypeError, ("norm", None, r"norm: expected a tensor .*got NoneType"))
 _wrong(
-    "branch_pointwise_norm_conv2d",
+    NORMALIZED_RESIDUAL,
     ValueError,
     ("residual", None, r"residual: expected a tensor where residual_norm is given, got None"),
+)
+_wrong(
+    "branch_pointwise_norm_conv2d",
+    ValueError,
     ("out_activation", "gelu", r"out_activation: expected one of none, relu, relu6, got 'gelu'"),
     ("next_weight", lambda w: w[0], r"next_weight: expected 5 dimensions"),
     ("next_weight", lambda w: _wider(w, 0), r"next_weight: expected shape"),
@@ -213,13 +230,13 @@ _wrong(
     ("next_weight", lambda w: w.double(), r"next_weight: expected the dtype of x"),
 )
 _wrong(
-    (*RESIDUAL, "branch_pointwise_norm_conv2d"),
+    NORMALIZED_RESIDUAL,
     ValueError,
     ("residual", lambda r: r[:, :1], r"residual: expected shape"),
     ("residual", lambda r: r.to("meta"), r"residual: expected to be on the device"),
 )
 _wrong(
-    (*RESIDUAL, "branch_pointwise_norm_conv2d"),
+    NORMALIZED_RESIDUAL,
     TypeError,
     ("residual", lambda r: r.double(), r"residual: expected the dtype of x"),
 )
@@ -365,25 +382,32 @@ UNCHECKED = [
     *((op, "weight", lambda w: w[0, 0, 0]) for op in NORM_CONVS),
     *((op, "weight", lambda w: w.double()) for op in NORM_CONVS),
     *((op, "stride", 0) for op in NORM_CONVS),
-    *((op, "materialize", True) for op in NORM_CONVS),
+    (DEPTHWISE, "materialize", True),
     *((op, "residual", lambda r: torch.ones(2, 2, 5, 4, 3)) for op in NORM_CONVS),
+    *((op, "residual_norm", lambda r: torch.ones(3, 2, 3)) for op in NORM_CONVS),
     *((op, "activation", "gelu") for op in NORMALIZING),
     (DENSE, "weight", lambda w: w[:, :, :2]),
     (DEPTHWISE, "weight", lambda w: w[:, :2]),
     (MATERIALIZE, "weight", lambda w: w[:1]),
     (MATERIALIZE, "weight", lambda w: w[:, :, :2]),
     (MATERIALIZE, "weight", lambda w: w.double()),
-    (MATERIALIZE, "stride", 2),
-    (MATERIALIZE, "padding", 1),
-    *((op, "residual", lambda r: r[:, :1]) for op in (*RESIDUAL, "branch_pointwise_norm_conv2d")),
+    (MATERIALIZE, "weight", lambda w: w[..., 0]),
+    (MATERIALIZE, "stride", 0),
+    (MATERIALIZE, "padding", -1),
+    (MATERIALIZE, "replicate", 0),
+    (MATERIALIZE, "replicate", 3),
+    *((op, "residual", lambda r: r[:, :1]) for op in NORMALIZED_RESIDUAL),
+    *((op, "residual", None) for op in NORMALIZED_RESIDUAL),
+    *((op, "residual_norm", lambda v: v[:, :, :1]) for op in NORMALIZED_RESIDUAL),
+    *((op, "residual_norm", lambda v: v[:2]) for op in NORMALIZED_RESIDUAL),
+    *((op, "residual_norm", lambda v: v.double()) for op in NORMALIZED_RESIDUAL),
     *((op, "weight", lambda w: w[:1]) for op in POINTWISE),
     *((op, "weight", lambda w: w[:, :, :2]) for op in POINTWISE),
     *((op, "weight", lambda w: w.double()) for op in POINTWISE),
-    *(("branch_pointwise_norm_conv2d", name, lambda v: v[:, :, :1]) for name in ("out_norm", "residual_norm")),
-    *(("branch_pointwise_norm_conv2d", name, lambda v: v[:2]) for name in ("out_norm", "residual_norm")),
-    *(("branch_pointwise_norm_conv2d", name, lambda v: v.double()) for name in ("out_norm", "residual_norm")),
+    ("branch_pointwise_norm_conv2d", "out_norm", lambda v: v[:, :, :1]),
+    ("branch_pointwise_norm_conv2d", "out_norm", lambda v: v[:2]),
+    ("branch_pointwise_norm_conv2d", "out_norm", lambda v: v.double()),
     ("branch_pointwise_norm_conv2d", "out_norm", None),
-    ("branch_pointwise_norm_conv2d", "residual", None),
     ("branch_pointwise_norm_conv2d", "out_activation", "gelu"),
     ("branch_pointwise_norm_conv2d", "next_weight", lambda w: w[:1]),
     ("branch_pointwise_norm_conv2d", "next_weight", lambda w: w[:, :, :2]),

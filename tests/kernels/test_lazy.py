@@ -92,6 +92,44 @@ def test_a_wide_1x1_convolution_is_deferred_where_it_has_kernels(double: Placeme
     )
 
 
+def test_a_normalised_shortcut_is_added_where_it_is_normalised(double: Placement, rng: torch.Generator) -> None:
+    w = _weights(rng, double)
+    shortcut = K.conv_stats(w["x"], w["shortcut"]).normalize(w["norm"])
+    end = K.conv_stats(w["x"], w["shortcut"]).normalize(w["norm"], "relu", shortcut)
+    assert isinstance(end, K.LazyNorm)
+    assert isinstance(shortcut, K.LazyNorm)
+    assert (end.residual, end.residual_norm) == (shortcut.x, w["norm"])
+    activated = K.conv_stats(w["x"], w["shortcut"]).normalize(w["norm"], "relu", shortcut._replace(activation="relu"))
+    assert isinstance(activated, K.LazyNorm)
+    assert activated.residual_norm is None  # the op that adds a residual has no activation for it
+
+
+class _Additions(TorchDispatchMode):
+    """Counts the additions of feature maps by PyTorch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            self.count += args[0].dim() == 5
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_gradients_of_two_readers_are_added_by_the_op(replicate: int, backend: Placement, rng: torch.Generator) -> None:
+    """The features at the end of a block are read by the next block's first convolution and by its shortcut."""
+    if backend.backend == "reference":
+        pytest.skip("plain PyTorch adds them")
+    w = {name: t.detach().to(backend.dtype) for name, t in _weights(rng, backend).items()}
+    first, second, entry = (w[name].clone().requires_grad_() for name in ("shortcut", "shortcut", "branching"))
+    ends = [K.conv_stats(w["x"], weight) for weight in (first, second)]
+    end = ends[0].normalize(_norm(ends[0]), "relu", ends[1].normalize(_norm(ends[1])))
+    z, conv = K.entry_conv_stats(end, entry[: 2 * replicate], replicate=replicate)
+    with _Additions() as additions:
+        torch.autograd.grad([z.square().sum(), conv.mean.sum(), conv.var.sum()], [first, second, entry])
+    assert additions.count == 0
+
+
 def test_a_tensor_is_its_own_materialisation(double: Placement, rng: torch.Generator) -> None:
     x = _weights(rng, double)["x"]
     assert K.materialize(x) is x

@@ -141,8 +141,8 @@ def raw(rng: torch.Generator) -> dict[str, Any]:
     return {
         "branch_conv2d": lambda x: ops.branch_conv2d(x, weight, None, 1, 0, 1),
         "branch_conv2d_backward_weight": lambda x: ops.branch_conv2d_backward_weight(x, x, 1, 1, 0, 1),
-        "branch_norm_conv2d": lambda x: ops.branch_norm_conv2d(x, weight, None, None, "none", 1, 0, 1, False)[0],
-        "branch_normalize": lambda x: ops.branch_normalize(x, norm, None, "none"),
+        "branch_norm_conv2d": lambda x: ops.branch_norm_conv2d(x, weight, None, None, None, "none", 1, 0, 1, False)[0],
+        "branch_normalize": lambda x: ops.branch_normalize(x, norm, None, None, "none"),
         "branch_pointwise_stats": lambda x: ops.branch_pointwise_stats(x, weight, norm, "none")[0],
         "prefix_mean": lambda x: ops.prefix_mean(x[0, 0], [1]),
         "fused_conv2d": lambda x: ops.fused_conv2d(x, packed, bias, 1, 0, 1, "none"),
