@@ -89,8 +89,8 @@ class SubtreeExecutor(Executor):
                     else:
                         features = layer(self, features, branches, children)
                     children = 1  # only the first layer of a block branches
-                features = self.materialize(features)
                 if keep:
+                    features = self.materialize(features)
                     results.append(features)
             pooled = self.pool(features)
             if sizes is None:
