@@ -26,7 +26,7 @@ from .base import SubtreeExecutor
 class KernelExecutor(SubtreeExecutor):
     """Features are ``[branches, batch, height, width, channels]``.
 
-    Inside a block, features may not be normalised yet: the next kernel does so while reading them
+    Features may not be normalised yet: the next kernel does so while reading them
     (:mod:`hne_kernels.lazy`). Convolutions read a parent's features for all its children, without copies.
     """
 
@@ -76,18 +76,19 @@ class KernelExecutor(SubtreeExecutor):
         return K.materialize(x)
 
     def linear(
-        self, module: BranchLinear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
+        self, module: BranchLinear, x: Features, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
         check_kind(module, BranchLinear)
         weight, bias = module.weight_and_bias(branches)
-        return ACTIVATIONS[activation](K.branch_conv2d(x, weight, bias, replicate=replicate))
+        return ACTIVATIONS[activation](K.branch_conv2d(K.materialize(x), weight, bias, replicate=replicate))
 
     def pool(self, x: Features) -> Tensor:
         x = K.materialize(x)
         # The gradient of a sum is expanded from one pixel and not stored; the gradient of a mean would be stored.
         return x.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])  # numel() would be a constant when traced
 
-    def replicate(self, x: Tensor, branches: slice, replicate: int, channels: int) -> Tensor:
+    def replicate(self, x: Features, branches: slice, replicate: int, channels: int) -> Tensor:
+        x = K.materialize(x)
         if replicate == 1:
             return x
         return x.repeat_interleave(replicate, 0)[: branches.stop - branches.start]

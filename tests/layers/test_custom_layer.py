@@ -14,8 +14,9 @@ from networks import each_model
 from registries import restored_registries
 
 import hne
-from hne import HNE, FusedHNE
+from hne import HNE, Conv, FusedHNE, Hierarchy
 from hne.executors import folding
+from hne.layers import BranchLinear, Executor, Features, Layer, LayerSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,3 +83,31 @@ def test_config(kind: type[HNE], model: FusedHNE) -> None:
 def test_cost(model: FusedHNE) -> None:
     first, second = 9 * 3 * 8 * 81, 9 * 8 * 8 * 81
     assert model.layers_of_blocks()[0][0].macs((9, 9)) == first + second
+
+
+def test_a_layer_that_only_copies_and_multiplies(rng: torch.Generator) -> None:
+    """Features that a convolution at the end of the previous block has left unnormalised are copied and multiplied."""
+    with restored_registries():
+
+        class Mixing(LayerSpec):
+            """A linear map of each pixel, and the identity."""
+
+        class MixingLayer(Layer, spec=Mixing):
+            def __init__(self, spec: Mixing, in_channels: int, branches: int, replicate: int) -> None:
+                super().__init__(spec, in_channels, branches, replicate)
+                self.mix = BranchLinear(branches, in_channels, spec.channels)
+
+            def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
+                copies = executor.replicate(x, branches, replicate, self.spec.channels)
+                return copies + executor.linear(self.mix, x, branches, replicate)
+
+            def macs(self, size: tuple[int, int]) -> int:
+                return self.mix.macs(size)
+
+            def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+                return size
+
+        torch.manual_seed(0)
+        model = FusedHNE(Hierarchy((1, 2)), [[Conv(4)], [Mixing(4)]], num_classes=3).double().train()
+        x = torch.randn(3, 3, 5, 4, generator=rng, dtype=torch.float64)
+        torch.testing.assert_close(model(x), copy.deepcopy(model).to_naive()(x))
