@@ -67,6 +67,8 @@ HNE_DEVICE void* shared_memory() {
 }
 
 HNE_DEVICE void block_sync() { __syncthreads(); }
+// A barrier that returns whether any thread of the block passed true.
+HNE_DEVICE bool block_sync_or(bool value) { return __syncthreads_or(value) != 0; }
 HNE_DEVICE void warp_sync() { __syncwarp(); }
 
 // Programmatic dependent launch, see above. Without effect in a kernel that was launched as usual.
@@ -140,6 +142,51 @@ HNE_DEVICE uint32_t round_to_tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
+}
+
+// sum += a b: 16x8 times 8x8 in 16 bits. Lane 4g + t has values 2t and 2t + 1 of rows g (a0) and
+// g + 8 (a1) of a, and of column g of b.
+HNE_DEVICE void multiply_half_fragments(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, half) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+HNE_DEVICE void multiply_half_fragments(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, bfloat16) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+
+// Pairs of 16-bit values in one word, the first in its low half. `pack_pair` rounds to nearest even.
+HNE_DEVICE uint32_t pack_pair(float first, float second, half) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+HNE_DEVICE uint32_t pack_pair(float first, float second, bfloat16) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+// NaN stays NaN.
+HNE_DEVICE uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, half) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(low));
+  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(high));
+  return pair;
+}
+HNE_DEVICE uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, bfloat16) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(low));
+  asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(high));
+  return pair;
+}
+// Adds zero times each value to `sum`, which becomes NaN at the first value that is not finite.
+HNE_DEVICE uint32_t add_zero_times_pair(uint32_t pair, uint32_t sum, half) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  return sum;
+}
+HNE_DEVICE uint32_t add_zero_times_pair(uint32_t pair, uint32_t sum, bfloat16) {
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  return sum;
 }
 
 // --- on the host -------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ struct Fiber {
   void* operands = nullptr;
   std::vector<std::vector<Copy>> groups;  // asynchronous copies; the last group is still open
   bool waited = false;                    // for the previous kernel
+  size_t votes = 0;                       // calls of block_sync_or
 };
 
 struct Block {
@@ -45,6 +46,7 @@ struct Block {
   const std::function<void()>* kernel = nullptr;
   Fiber* current = nullptr;
   bool early = false;  // launched before the previous kernel has ended
+  std::vector<char> votes;  // result of each block_sync_or
 
   void start(int threads, int64_t shared_bytes, const std::function<void()>& function) {
     fibers.resize(threads);
@@ -103,6 +105,7 @@ void fiber_main() {
 
 void Block::run_all() {
   const int threads = static_cast<int>(fibers.size());
+  votes.clear();
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     getcontext(&fiber.context);
@@ -113,6 +116,7 @@ void Block::run_all() {
     fiber.state = State::ready;
     fiber.groups.assign(1, {});
     fiber.waited = false;
+    fiber.votes = 0;
   }
   for (bool backwards = false;; backwards = !backwards) {
     for (int w = 0; w < threads / kWarp; ++w) run_warp((backwards ? threads / kWarp - 1 - w : w) * kWarp, backwards);
@@ -149,6 +153,21 @@ void add_product(const float (&a)[16][depth], const float (&b)[depth][8], void* 
       m.sum[i] += sum;
     }
   }
+}
+
+// m16n8k8 in 16 bits: lane (g, t) holds a[row g + 8 i][k = 2t, 2t + 1] and b[k = 2t, 2t + 1][column g].
+template <typename T>
+void multiply_half_16_bit(void* const (&operands)[32]) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& m = *static_cast<const Multiply*>(operands[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int half_word = 0; half_word < 2; ++half_word) {
+      for (int i = 0; i < 2; ++i) a[g + 8 * i][2 * t + half_word] = float(value_of<T>(m.a[i], half_word));
+      b[2 * t + half_word][g] = float(value_of<T>(m.b[0], half_word));
+    }
+  }
+  add_product(a, b, operands);
 }
 
 // m16n8k16: lane (g, t) holds a[row g + 8 * (i % 2)][k = 2t, 2t + 1 (+ 8 for i > 1)] and b[k = 2t, 2t + 1 (+ 8 for the
@@ -213,6 +232,13 @@ struct Shuffle {
 
 void* shared_memory() { return block->shared.get(); }
 void block_sync() { block->wait(State::at_barrier); }
+bool block_sync_or(bool value) {
+  const size_t vote = block->current->votes++;
+  block->votes.resize(std::max(block->votes.size(), vote + 1));
+  block->votes[vote] |= value;
+  block_sync();
+  return block->votes[vote];
+}
 
 void run_with_warp(WarpInstruction instruction, void* operands) {
   block->current->instruction = instruction;
@@ -285,6 +311,16 @@ void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, ui
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
   Multiply mine{sum, a, {b0, b1}};
   run_with_warp(multiply_tf32, &mine);
+}
+void multiply_half_fragments(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, half) {
+  const uint32_t a[2] = {a0, a1};
+  Multiply mine{sum, a, {b, 0}};
+  run_with_warp(multiply_half_16_bit<half>, &mine);
+}
+void multiply_half_fragments(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, bfloat16) {
+  const uint32_t a[2] = {a0, a1};
+  Multiply mine{sum, a, {b, 0}};
+  run_with_warp(multiply_half_16_bit<bfloat16>, &mine);
 }
 
 uint32_t round_to_tf32(float value) {

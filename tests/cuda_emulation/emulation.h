@@ -27,6 +27,7 @@ extern thread_local Index threadIdx, blockIdx;
 
 void* shared_memory();
 void block_sync();
+bool block_sync_or(bool value);
 void warp_sync();
 void wait_for_previous_kernel();
 void launch_next_kernel();
@@ -51,6 +52,41 @@ void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, ui
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16);
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float);
 uint32_t round_to_tf32(float value);
+void multiply_half_fragments(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, half);
+void multiply_half_fragments(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, bfloat16);
+
+// Calls f with the two values of each word and returns the two results.
+template <typename T, typename F, typename... Words>
+uint32_t for_pair(const F& f, Words... words) {
+  uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    const auto value = [&](uint32_t word) {
+      const uint16_t bits = static_cast<uint16_t>(word >> (16 * i));
+      T typed;
+      std::memcpy(&typed, &bits, sizeof typed);
+      return float(typed);
+    };
+    const T typed(f(value(words)...));
+    uint16_t bits;
+    std::memcpy(&bits, &typed, sizeof bits);
+    result |= uint32_t(bits) << (16 * i);
+  }
+  return result;
+}
+template <typename T>
+uint32_t pack_pair(float first, float second, T) {
+  int i = 0;
+  return for_pair<T>([&] { return i++ == 0 ? first : second; });
+}
+template <typename T>
+uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, T) {
+  const auto clamp = [](float v, float lo, float hi) { return std::isnan(v) ? v : std::min(std::max(v, lo), hi); };
+  return for_pair<T>(clamp, pair, low, high);
+}
+template <typename T>
+uint32_t add_zero_times_pair(uint32_t pair, uint32_t sum, T) {
+  return for_pair<T>([](float v, float s) { return v * 0.0f + s; }, pair, sum);
+}
 
 // With `early`, a thread that breaks a rule of programmatic dependent launch (csrc/cuda/device.h) ends the process.
 // Reads and writes before the wait are noticed in asynchronous copies alone.
