@@ -15,7 +15,13 @@ class Divisor {
     while ((int64_t(1) << shift_) < d) ++shift_;
     multiplier_ = uint32_t((uint64_t(1) << (31 + shift_)) / uint64_t(d) + 1);
   }
-  HNE_BOTH int divide(int n) const { return int(uint32_t(uint64_t(2 * uint32_t(n)) * multiplier_ >> 32) >> shift_); }
+  HNE_BOTH int divide(int n) const {
+#ifdef __CUDA_ARCH__
+    return int(__umulhi(2 * uint32_t(n), multiplier_) >> shift_);
+#else
+    return int(uint32_t(uint64_t(2 * uint32_t(n)) * multiplier_ >> 32) >> shift_);
+#endif
+  }
   HNE_BOTH int divisor() const { return divisor_; }
   // Replaces n by n / d and returns n % d.
   HNE_BOTH int split(int& n) const {
@@ -27,6 +33,12 @@ class Divisor {
  private:
   int divisor_ = 1, shift_ = 0;
   uint32_t multiplier_ = 0x80000001u;
+};
+
+// The place of a thread in its block, for one phase of a kernel. It divides unsigned numbers, since a signed division
+// by a power of two takes three instructions more.
+struct ThreadPlace {
+  int thread = recompute(int(threadIdx.x)), warp = int(unsigned(thread) / kWarp), lane = int(unsigned(thread) % kWarp);
 };
 
 // Copies 16 bytes of values from device to shared memory: `valid` values, then zeros. `base` is any valid address.
@@ -41,27 +53,38 @@ HNE_DEVICE void copy_vector(T* to, const T* from, int valid, const T* base) {
   }
 }
 
+// Copies 16 bytes of values from from[offset], or zeros. `from` is a valid address.
+template <typename T, bool vectors>
+HNE_DEVICE void copy_present(T* to, const T* from, int offset, bool present) {
+  if constexpr (vectors)
+    copy16(to, from + (present ? offset : 0), present);
+  else
+    copy_vector<T, false>(to, from + offset, present ? 16 / int(sizeof(T)) : 0, from);
+}
+
 // Copies `rows` rows, of which the first `present` exist and the others become zeros, of consecutive panels of a packed
 // 1x1 filter [panel][depth][16]. `from` is the first row of the first panel. Threads [first, first + step, ...) of the
 // rows of panels [first_panel, + panel_step, ...): few panels are split by rows, many by panels.
 template <typename T, bool vectors>
 HNE_DEVICE void copy_panel_rows(T* to, int pitch, const T* from, int64_t depth, int rows, int present, int panels,
                                 int first_panel, int panel_step, int first, int step) {
-  constexpr int width = 16 / int(sizeof(T)), per_row = int(kPanel) / width;
+  constexpr unsigned width = 16 / sizeof(T), per_row = unsigned(kPanel) / width;
+  to += unsigned(first) / per_row * pitch + unsigned(first) % per_row * width;
+  const int64_t source_step = panel_step * depth * kPanel;
+  const T* source = from + first_panel * depth * kPanel;
+  if constexpr (vectors) source = recompute(source);
 #pragma unroll 1
-  for (int panel = first_panel; panel < panels; panel += panel_step) {
-    const T* const source = from + panel * depth * kPanel;
-    T* const target = to + panel * int(kPanel);
-#pragma unroll 2
-    for (int i = first; i < rows * per_row; i += step)
-      copy_vector<T, vectors>(target + i / per_row * pitch + i % per_row * width, source + i * width,
-                              i < present * per_row ? width : 0, from);
+  for (int panel = first_panel; panel < panels; panel += panel_step, source += source_step) {
+    T* target = to + panel * int(kPanel);
+#pragma unroll 1
+    for (int i = first; i < rows * int(per_row); i += step, target += step / int(per_row) * pitch)
+      copy_present<T, vectors>(target, source, i * int(width), i < present * int(per_row));
   }
 }
 // All threads of a block share the rows of each panel: for many rows of few panels.
 template <typename T, bool vectors>
 HNE_DEVICE void copy_long_panels(T* to, int pitch, const T* from, int64_t depth, int rows, int present, int panels) {
-  copy_panel_rows<T, vectors>(to, pitch, from, depth, rows, present, panels, 0, 1, int(threadIdx.x), kThreads);
+  copy_panel_rows<T, vectors>(to, pitch, from, depth, rows, present, panels, 0, 1, ThreadPlace{}.thread, kThreads);
 }
 // Each warp copies whole panels: for few rows of many panels.
 template <typename T, bool vectors>
@@ -131,37 +154,31 @@ HNE_DEVICE uint32_t unit_matrix(int lane) {
   return pack_pair(1.0f, 1.0f, T{}) & diagonal_mask(lane);
 }
 
-// Filters of a 3x3 depthwise convolution for 16 channels, one diagonal 8x8 matrix for each tap and 8 channels: a
-// depthwise convolution of 16 pixels is nine products of 16x8 with 8x8 matrices. A product adds zero times the values
-// of the 7 neighbouring channels, so all inputs must be finite.
+// sums[j] += the 3x3 depthwise convolution of 16 pixels and channels 8 j .. 8 j + 7 in 16 bits. The filters of a tap
+// are two diagonal 8x8 matrices, so the convolution is nine products of 16x8 with 8x8 matrices for each 8 channels. A
+// product adds zero times the values of the 7 neighbouring channels, so all inputs must be finite. `pixel` is the
+// address of the lane's values: channel lane / 16 * 8 under the first tap of pixel lane % 16; rows of the feature map
+// are `row` values apart, pixels `pitch`. `filters` [tap][filter_pitch] are in shared memory; a tenth row is read, but
+// not used.
 template <typename T>
-struct DiagonalFilters {
-  uint32_t taps[10][2];  // of the tenth, nothing is used
-
-  // From filters [tap][pitch] in shared memory. It reads ten rows.
-  HNE_DEVICE void load(const T* filters, int pitch, int lane) {
-    const uint32_t mask = diagonal_mask(lane);
+HNE_DEVICE void depthwise_product(float (&sums)[2][4], const T* pixel, int row, int pitch, const T* filters,
+                                  int filter_pitch, int lane) {
+  const uint32_t mask = diagonal_mask(lane);
+  const T* const filter = filters + lane / 16 * filter_pitch + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int i = 0; i < 5; ++i) {
-      uint32_t m[4];
-      load_matrices(m, filters + (2 * i + lane / 16) * pitch + lane / 8 % 2 * 8);
+  for (int i = 0; i < 5; ++i) {
+    uint32_t taps[4];  // of two taps
+    load_matrices(taps, filter + 2 * i * filter_pitch);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) taps[2 * i + j / 2][j % 2] = m[j] & mask;
-    }
-  }
-
-  // sums[j] += the convolution of 16 pixels and channels 8 j .. 8 j + 7. `pixel` is the address of the lane's value:
-  // channel lane / 16 * 8 under the first tap of pixel lane % 16; rows of the feature map are `row` values apart,
-  // pixels `pitch`.
-  HNE_DEVICE void convolve(float (&sums)[2][4], const T* pixel, int row, int pitch) const {
-#pragma unroll
-    for (int tap = 0; tap < 9; ++tap) {
+    for (int j = 0; j < 2; ++j) {
+      const int tap = 2 * i + j;
+      if (tap == 9) break;
       uint32_t values[4];
       load_matrices(values, pixel + tap / 3 * row + tap % 3 * pitch);
-      multiply_half_fragments(sums[0], values[0], values[1], taps[tap][0], T{});
-      multiply_half_fragments(sums[1], values[2], values[3], taps[tap][1], T{});
+      multiply_half_fragments(sums[0], values[0], values[1], taps[2 * j] & mask, T{});
+      multiply_half_fragments(sums[1], values[2], values[3], taps[2 * j + 1] & mask, T{});
     }
   }
-};
+}
 
 }  // namespace hne

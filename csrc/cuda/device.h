@@ -90,6 +90,20 @@ HNE_DEVICE void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 
 HNE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// Returns `value`, unknown to the compiler: it then computes addresses anew in each phase of a kernel instead of
+// holding all of them in registers.
+HNE_DEVICE int recompute(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+// The same for an address in device memory that only copy16 reads: the sum of such an address and an offset of 32 bits
+// is one instruction.
+template <typename T>
+HNE_DEVICE const T* recompute(const T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
+
 HNE_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
 // Starts a copy of 16 bytes to shared memory, zeros if not `valid`. It is complete after copy_wait and a barrier.

@@ -102,8 +102,6 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand_in, const Tenso
                           data<T>(shortcut_bias),
                           mutable_data<T>(out),
                           int(depthwise.size(3)),
-                          0,
-                          0,
                           identity,
                           Clamp<float>::named(activation),
                           Clamp<float>::named(final_activation)};

@@ -53,11 +53,11 @@ template <typename T>
 using Rows = RowsOf<T, Pitched<T>>;
 
 // sums[i][j] += a[16 i .. 16 i + 15][0 .. depth) * b[0 .. depth)[8 j .. 8 j + 7], rows and columns relative to the
-// warp's tile. `depth` is a multiple of 16. A row of operand b is a column of the product.
+// warp's tile. `depth` is a multiple of 16. A row of operand b is a column of the product. `thread` is threadIdx.x.
 template <typename P, int MT, int NT, typename A, typename B>
-HNE_DEVICE void multiply(float (&sums)[MT][NT][4], const A& a, const B& b, int depth) {
+HNE_DEVICE void multiply(float (&sums)[MT][NT][4], const A& a, const B& b, int depth, unsigned thread = threadIdx.x) {
   using T = typename P::Type;
-  const int lane = int(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  const int lane = int(thread % kWarp), g = lane / 4, t = lane % 4;
   if constexpr (P::kExact) {
     for (int k = 0; k < depth; ++k) {
       float left[MT][2], right[NT][2];

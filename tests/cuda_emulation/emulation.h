@@ -60,7 +60,7 @@ template <typename T, typename F, typename... Words>
 uint32_t for_pair(const F& f, Words... words) {
   uint32_t result = 0;
   for (int i = 0; i < 2; ++i) {
-    const auto value = [&](uint32_t word) {
+    [[maybe_unused]] const auto value = [&](uint32_t word) {
       const uint16_t bits = static_cast<uint16_t>(word >> (16 * i));
       T typed;
       std::memcpy(&typed, &bits, sizeof typed);
@@ -86,6 +86,11 @@ uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, T) {
 template <typename T>
 uint32_t add_zero_times_pair(uint32_t pair, uint32_t sum, T) {
   return for_pair<T>([](float v, float s) { return v * 0.0f + s; }, pair, sum);
+}
+
+template <typename T>
+T recompute(T value) {
+  return value;
 }
 
 // With `early`, a thread that breaks a rule of programmatic dependent launch (csrc/cuda/device.h) ends the process.

@@ -91,6 +91,13 @@ BOTTLENECKS = [
     Bottleneck(2, 2, 2, 16, 16, 64, 32, 128, 3, 2, "shortcut", "relu", "relu"),
     Bottleneck(2, 2, 1, 5, 6, 8, 4, 16, 3, 1, "shortcut", "relu", "relu", missing=1),
     Bottleneck(1, 1, 1, 9, 10, 16, 40, 200, 3, 1, "shortcut", "relu", "relu"),
+    # A tile of a GPU that holds the whole feature map, of any size up to 8x8, and one that does not; 256 channels.
+    Bottleneck(1, 1, 2, 7, 7, 24, 40, 24, 3, 1, "identity", "relu6", "none"),
+    Bottleneck(1, 2, 1, 8, 8, 256, 64, 256, 3, 1, "shortcut", "relu", "relu"),
+    Bottleneck(1, 1, 1, 8, 8, 256, 64, 256, 3, 1, "identity", "relu", "relu"),
+    Bottleneck(2, 1, 1, 16, 16, 128, 64, 256, 3, 2, "shortcut", "relu", "relu"),
+    Bottleneck(1, 1, 1, 15, 13, 48, 72, 48, 3, 2, "shortcut", "relu6", "none"),
+    Bottleneck(1, 1, 1, 9, 17, 136, 24, 136, 3, 1, "identity", "relu", "relu"),
     # Expanded feature maps larger than a cache, which are computed a few rows at a time; and a row larger than a cache.
     Bottleneck(1, 2, 1, 33, 33, 9, 96, 20, 3, 2, "shortcut", "relu", "relu"),
     Bottleneck(1, 1, 1, 40, 30, 16, 128, 16, 5, 1, "identity", "relu6", "none"),
