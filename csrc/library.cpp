@@ -70,6 +70,7 @@ STABLE_TORCH_LIBRARY(hne, m) {
       "fused_bottleneck(Tensor x, Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
       "Tensor project, Tensor project_bias, Tensor? shortcut, Tensor? shortcut_bias, int stride, int replicate, "
       "str activation, bool identity, str final_activation) -> Tensor");
+  m.def("fused_bottleneck_chain(Tensor x, Tensor?[] weights, int[] numbers, bool pool) -> Tensor");
   m.def("prepare_layers(Tensor?[] weights, int[] numbers) -> int");
   m.def("fused_layers(Tensor x, int layers) -> Tensor[]");
 

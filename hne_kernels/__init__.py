@@ -23,6 +23,7 @@ from .ops.branch_normalize import branch_normalize
 from .ops.branch_pointwise_norm_conv2d import branch_pointwise_norm_conv2d
 from .ops.branch_pointwise_stats import branch_pointwise_stats
 from .ops.fused_bottleneck import fused_bottleneck
+from .ops.fused_bottleneck_chain import fused_bottleneck_chain
 from .ops.fused_conv2d import fused_conv2d
 from .ops.fused_layers import FusedLayer, FusedLayers
 from .ops.hierarchical_distillation_loss import hierarchical_distillation_loss
@@ -70,6 +71,7 @@ __all__ = [
     "entry_conv_stats",
     "environment_report",
     "fused_bottleneck",
+    "fused_bottleneck_chain",
     "fused_conv2d",
     "hierarchical_distillation_loss",
     "is_traced",

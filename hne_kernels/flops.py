@@ -80,6 +80,15 @@ def _fused_bottleneck(x: Shape, *rest: Any, out_shape: Shape, **_: Any) -> int:
     return total if shortcut is None else total + _packed(shortcut, shortcut_bias, pixels)
 
 
+def _fused_bottleneck_chain(x: Shape, weights: Sequence[Any], numbers: Sequence[int], *_: Any, **__: Any) -> int:
+    total = 0
+    for i in range(len(numbers) // 4):
+        shapes = weights[8 * i : 8 * i + 8]  # of these, the project bias is [G', C_out]
+        x = (shapes[5][0], *x[1:4], shapes[5][1])
+        total += _fused_bottleneck(x, *shapes, out_shape=x)
+    return total
+
+
 def _fused_layers(x: Shape, handle: int, *_: Any, **__: Any) -> int:
     features = x if len(x) == 5 else (1, x[0], *x[2:], x[1])
     total = 0
@@ -121,6 +130,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "branch_normalize_backward": _none,
     "fused_conv2d": _fused_conv2d,
     "fused_bottleneck": _fused_bottleneck,
+    "fused_bottleneck_chain": _fused_bottleneck_chain,
     "fused_layers": _fused_layers,
     "prefix_mean": _none,
     "prefix_mean_backward": _none,

@@ -15,6 +15,7 @@ from .. import autograd, checks, dispatch, extension
 from ..tracing import is_traced
 from .fused_bottleneck import check as check_bottleneck
 from .fused_bottleneck import fused_bottleneck
+from .fused_bottleneck_chain import MOST_CHANNELS, MOST_LAYERS, MOST_SIDE
 from .fused_conv2d import check as check_convolution
 from .fused_conv2d import fused_conv2d
 
@@ -115,13 +116,67 @@ class FusedLayer(NamedTuple):
         return check(x, *self.arguments)
 
 
+class _Chain(NamedTuple):
+    """Layers that one :func:`fused_bottleneck_chain` computes."""
+
+    length: int
+    weights: list[Tensor | None]
+    numbers: list[int]
+    pool: bool  # whether the layer after them reads the mean over their feature maps
+
+
+def _is_chainable(layer: FusedLayer) -> bool:
+    """Whether the CUDA kernel of a chain takes the layer, for small feature maps."""
+    if not layer.is_bottleneck or layer.stride != 1 or layer.mean:
+        return False
+    expand, _, depthwise, _, _, project_bias, *_ = layer.weights
+    assert expand is not None
+    assert depthwise is not None
+    assert project_bias is not None
+    channels, middle, vector = expand.shape[4], depthwise.shape[3], 16 // expand.element_size()
+    return (
+        depthwise.shape[1] == 3
+        and channels == project_bias.shape[1] <= MOST_CHANNELS
+        and channels % vector == middle % vector == 0
+    )
+
+
+def _find_chains(layers: Sequence[FusedLayer], result_indices: frozenset[int]) -> dict[int, _Chain]:
+    """By the index of their first layer: consecutive layers that a chain computes. It ends at an output that is a
+    result, before a layer with several output branches per input branch, and before other numbers of channels."""
+    chains: dict[int, _Chain] = {}
+    first = 0
+    while first < len(layers):
+        last = first
+        while _is_chainable(layers[last]) and last + 1 < len(layers) and last not in result_indices:
+            after = layers[last + 1]
+            same = after.replicate == 1 and last + 1 - first < MOST_LAYERS and _is_chainable(after)
+            if not same or after.weights[2].shape[3] != layers[first].weights[2].shape[3]:  # type: ignore[union-attr]
+                break
+            last += 1
+        count = last + 1 - first
+        pool = last + 1 < len(layers) and last not in result_indices and layers[last + 1].mean
+        if _is_chainable(layers[first]) and (count > 1 or pool):
+            weights: list[Tensor | None] = []
+            numbers: list[int] = []
+            for layer in layers[first : last + 1]:
+                weights += layer.weights
+                activations = map(checks.ACTIVATIONS.index, (layer.activation, layer.final_activation))
+                activation, final_activation = activations
+                numbers += [layer.replicate, activation, int(layer.identity), final_activation]
+            chains[first] = _Chain(count, weights, numbers, pool)
+        first += count
+    return chains
+
+
 class FusedLayers:
     """A sequence of layers.
 
     On a CPU it is one call of the library, which has checked and stored the weights: a small batch has no overhead, and
     feature maps between bottlenecks never leave the cache. Elsewhere, under autocast, and where PyTorch records or
     transforms the call (``torch.compile``, ``torch.jit.trace``, ``torch.func``, ...), the layers are called in turn, so
-    that a recorded program holds the weights. The weights must not change. Of bfloat16 weights the library stores a
+    that a recorded program holds the weights; the CUDA kernels compute consecutive bottlenecks on small feature maps
+    together (:func:`fused_bottleneck_chain`). The weights must not change. Of bfloat16 weights the library stores a
     copy in float32.
 
     Args:
@@ -153,6 +208,7 @@ class FusedLayers:
         checks.at_least("layer 0: replicate", self.layers[0].replicate, 1)
         parents = -(-weight.shape[0] // self.layers[0].replicate)
         self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]))
+        self._chains = _find_chains(self.layers, self._result_indices)
         self._prepared: int | None = None
         self._call = torch.ops.hne.fused_layers.default  # looked up once
         # A recorded program must hold the weights, so nothing is prepared while one is recorded.
@@ -230,10 +286,20 @@ class FusedLayers:
         x = self._features(x)
         self._check(x)
         results = []
-        for index, layer in enumerate(self.layers):  # the op itself is called: every Python frame costs time
-            x = layer.pool(x)
-            x = dispatch.implementation(layer.op, x)(x, *layer.arguments)
-            if index in self._result_indices:
+        chains = self._chains if self._chains and dispatch.backend_for(x) == "cuda" else {}
+        index, pooled = 0, False
+        while index < len(self.layers):  # the ops themselves are called: every Python frame costs time
+            chain = chains.get(index)
+            if chain is not None and x.shape[2] <= MOST_SIDE and x.shape[3] <= MOST_SIDE:
+                length, *arguments = chain
+                x = dispatch.implementation("fused_bottleneck_chain", x)(x, *arguments)
+                index, pooled = index + length, chain.pool
+            else:
+                layer = self.layers[index]
+                x = x if pooled else layer.pool(x)
+                x = dispatch.implementation(layer.op, x)(x, *layer.arguments)
+                index, pooled = index + 1, False
+            if index - 1 in self._result_indices:
                 results.append(x)
         if self.layers[-1].mean:
             results[-1] = results[-1].flatten(2)

@@ -9,6 +9,7 @@ from .branch_depthwise_conv2d import branch_depthwise_conv2d
 from .branch_norm_conv2d import branch_norm_conv2d
 from .branch_normalize import branch_normalize
 from .fused_bottleneck import fused_bottleneck
+from .fused_bottleneck_chain import fused_bottleneck_chain
 from .fused_conv2d import fused_conv2d
 from .hierarchical_distillation_loss import hierarchical_distillation_loss
 from .prefix_logits import prefix_logits
@@ -21,6 +22,7 @@ __all__ = [
     "branch_norm_conv2d",
     "branch_normalize",
     "fused_bottleneck",
+    "fused_bottleneck_chain",
     "fused_conv2d",
     "hierarchical_distillation_loss",
     "prefix_logits",

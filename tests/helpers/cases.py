@@ -6,7 +6,17 @@ from case import NORMS, STATE, TRAINING_OPS, Case, Inputs, cast, tensors
 from checking import Outcome, check, cotangents, evaluate, expected, magnitude
 from conv_cases import GEOMETRIES, Geometry, convolution
 from ensemble_cases import loss, prefix_logits, prefix_mean
-from inference_cases import BOTTLENECKS, FUSED_CONVOLUTIONS, LAYERS, Bottleneck, bottleneck, fused_convolution, layers
+from inference_cases import (
+    BOTTLENECKS,
+    CHAINS,
+    FUSED_CONVOLUTIONS,
+    LAYERS,
+    Bottleneck,
+    bottleneck,
+    bottleneck_chain,
+    fused_convolution,
+    layers,
+)
 from norm_cases import (
     BATCH_NORMS,
     MATERIALIZING,
@@ -57,6 +67,7 @@ CASES = [
     *(convolution("branch_depthwise_conv2d", g, not i % 2) for i, g in enumerate(GEOMETRIES)),
     *(fused_convolution(g, ("none", "relu", "relu6")[i % 3]) for i, g in enumerate([*GEOMETRIES, *FUSED_CONVOLUTIONS])),
     *(bottleneck(b) for b in BOTTLENECKS),
+    *CHAINS,
     *LAYERS,
     *(norm_conv(g, NORM_CONV_ACTIVATIONS[i % 4]) for i, g in enumerate(GEOMETRIES)),
     *(norm_conv(g, NORM_CONV_ACTIVATIONS[(i + 1) % 4], depthwise=True) for i, g in enumerate(GEOMETRIES)),
@@ -118,6 +129,12 @@ def representative(*, differentiable: bool = False) -> list[Case]:
         batch_norm(2, 3, flat=False, total=True, momentum=0.25, least_var=8.0),
         fused_convolution(Geometry(2, 2, 2, 31, 4, 3, 18, 3, 2, 1), "relu"),
         bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
+        bottleneck_chain(
+            "general",
+            Bottleneck(2, 2, 3, 5, 4, 8, 8, 8, 3, 1, "shortcut", "relu", "relu"),
+            Bottleneck(4, 1, 3, 5, 4, 8, 8, 8, 3, 1, "identity", "relu6", "none"),
+            pool=True,
+        ),
         prefix_mean(5, 2, 3, (1, 2, 4)),
         prefix_logits(5, 2, 3, 4, None, True),
         loss(5, 3, 4, 0.5, 2.0),

@@ -136,6 +136,29 @@ def bottleneck(b: Bottleneck) -> Case:
     return Case("fused_bottleneck", str(b), make, (), terms, roundings=2, naive_roundings=6)
 
 
+def bottleneck_chain(name: str, *sizes: Bottleneck, pool: bool = False) -> Case:
+    """Bottlenecks of stride 1. The names of a layer's inputs end with its index."""
+    made = layers(name, *map(bottleneck, sizes))
+
+    def arguments(inputs: Inputs) -> Inputs:
+        given = made.arguments(inputs)["layers"]
+        weights = [weight for layer in given for weight in layer.weights]
+        names = ("none", "relu", "relu6")
+        numbers = []
+        for one in given:
+            numbers += [
+                one.replicate,
+                names.index(one.activation),
+                int(one.identity),
+                names.index(one.final_activation),
+            ]
+        return {"x": inputs["x"], "weights": weights, "numbers": numbers, "pool": pool}
+
+    terms = made.terms + 100 * pool
+    roundings, naive_roundings = made.roundings + pool, made.naive_roundings + pool
+    return Case("fused_bottleneck_chain", name, made.make, (), terms, roundings, naive_roundings, arguments)
+
+
 def layers(name: str, *singles: Case, keep: Sequence[int] = (), mean: Sequence[int] = ()) -> Case:
     """A sequence of layers.
 
@@ -210,6 +233,65 @@ LAYERS = [
         bottleneck(Bottleneck(2, 2, 0, 4, 4, 3, 2, 3, 3, 1, "identity", "relu", "relu")),
         bottleneck(Bottleneck(4, 1, 0, 4, 4, 3, 2, 5, 3, 1, "nothing", "relu", "relu")),
         fused_convolution(Geometry(4, 1, 0, 1, 1, 5, 3, 1, 1, 0), "none"),
+        mean=[2],
+    ),
+]
+
+# For each kernel of a chain (64 or 128 pixels a block, one or many chunks of expanded channels, halves of columns or
+# rows), and for what no kernel takes.
+CHAINS = [
+    bottleneck_chain(
+        "pooled",
+        Bottleneck(2, 2, 3, 8, 8, 144, 64, 144, 3, 1, "shortcut", "relu", "relu"),
+        *2 * [Bottleneck(4, 1, 3, 8, 8, 144, 64, 144, 3, 1, "identity", "relu", "relu")],
+        pool=True,
+    ),
+    bottleneck_chain("7x7", *2 * [Bottleneck(2, 1, 4, 7, 7, 256, 32, 256, 3, 1, "identity", "relu", "relu")]),
+    bottleneck_chain(
+        "missing",
+        Bottleneck(2, 2, 3, 7, 7, 24, 144, 24, 3, 1, "identity", "relu6", "none", missing=1),
+        *2 * [Bottleneck(3, 1, 3, 7, 7, 24, 144, 24, 3, 1, "identity", "relu6", "none")],
+    ),
+    bottleneck_chain(
+        "4x4",
+        Bottleneck(3, 1, 11, 4, 4, 16, 8, 16, 3, 1, "nothing", "none", "relu6"),
+        Bottleneck(3, 1, 11, 4, 4, 16, 8, 16, 3, 1, "shortcut", "relu6", "none"),
+    ),
+    bottleneck_chain("3x5", *3 * [Bottleneck(1, 1, 1, 3, 5, 40, 40, 40, 3, 1, "identity", "relu", "relu")], pool=True),
+    bottleneck_chain("chunks", Bottleneck(1, 1, 2, 8, 6, 200, 72, 200, 3, 1, "shortcut", "relu", "none"), pool=True),
+    bottleneck_chain("1x8", *2 * [Bottleneck(2, 1, 5, 1, 8, 8, 8, 8, 3, 1, "identity", "relu", "none")]),
+    bottleneck_chain("8x1", *2 * [Bottleneck(1, 1, 40, 8, 1, 8, 24, 8, 3, 1, "identity", "relu", "none")]),
+    bottleneck_chain("1x1", *2 * [Bottleneck(5, 1, 130, 1, 1, 8, 8, 8, 3, 1, "identity", "relu", "none")], pool=True),
+    bottleneck_chain("ten", *10 * [Bottleneck(1, 1, 1, 2, 3, 8, 8, 8, 3, 1, "identity", "relu", "relu")]),
+    bottleneck_chain("ragged", *2 * [Bottleneck(1, 1, 2, 5, 4, 12, 20, 12, 3, 1, "identity", "relu", "relu")]),
+    bottleneck_chain("odd", *2 * [Bottleneck(2, 1, 2, 5, 4, 3, 5, 3, 3, 1, "identity", "relu", "relu")], pool=True),
+    bottleneck_chain("5x5 filter", *2 * [Bottleneck(1, 1, 2, 8, 8, 8, 8, 8, 5, 1, "identity", "relu", "relu")]),
+    bottleneck_chain("9 rows", *2 * [Bottleneck(1, 1, 1, 9, 4, 8, 8, 8, 3, 1, "identity", "relu", "relu")], pool=True),
+    bottleneck_chain(
+        "wider",
+        Bottleneck(1, 2, 1, 4, 4, 8, 8, 16, 3, 1, "shortcut", "relu", "relu"),
+        Bottleneck(2, 1, 1, 4, 4, 16, 8, 16, 3, 1, "identity", "relu", "relu"),
+    ),
+    bottleneck_chain("empty", Bottleneck(2, 2, 0, 4, 4, 8, 8, 8, 3, 1, "nothing", "relu", "relu"), pool=True),
+]
+
+LAYERS += [
+    layers(
+        "small maps",
+        fused_convolution(Geometry(1, 1, 2, 16, 15, 3, 8, 3, 1, 1), "relu"),
+        bottleneck(Bottleneck(1, 2, 2, 16, 15, 8, 8, 16, 3, 2, "shortcut", "relu", "relu")),
+        *2 * [bottleneck(Bottleneck(2, 1, 2, 8, 8, 16, 8, 16, 3, 1, "identity", "relu", "relu"))],
+        bottleneck(Bottleneck(2, 2, 2, 8, 8, 16, 8, 16, 3, 1, "shortcut", "relu", "relu")),
+        *2 * [bottleneck(Bottleneck(4, 1, 2, 8, 8, 16, 8, 16, 3, 1, "identity", "relu", "relu"))],
+        fused_convolution(Geometry(4, 1, 2, 1, 1, 16, 10, 1, 1, 0), "none"),
+        keep=[3],
+        mean=[7],
+    ),
+    layers(
+        "small maps, features and mean",
+        *2 * [bottleneck(Bottleneck(2, 1, 3, 4, 4, 8, 16, 8, 3, 1, "identity", "relu6", "none"))],
+        fused_convolution(Geometry(2, 1, 3, 1, 1, 8, 10, 1, 1, 0), "none"),
+        keep=[1],
         mean=[2],
     ),
 ]

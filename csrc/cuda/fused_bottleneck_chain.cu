@@ -1,0 +1,648 @@
+// Consecutive bottlenecks on small feature maps in one kernel (inference): a sample's features stay in shared memory
+// from the first input to the last output, or to the mean over its pixels.
+//
+//   L layers, G branches, M pixels of a branch, C channels, E expanded   bytes moved at least        multiply-adds
+//   forward                                                              x + weights + out           L G M E (2 C + 9)
+//                                                                        (out / pixels for a mean)   (+ G M C^2 for a
+//                                                                                                    shortcut)
+//   Weights are read once for each block, which has 128 (or 64) pixels: 2 L G C E M / 128 values, from the second
+//   cache.
+//
+// A block has as many samples of one branch as fit into kRows pixels, as the rows of matrices in shared memory:
+// `x` [row][C] and `expanded` [row][64]. It computes 64 expanded channels at a time: the first 1x1 convolution from x
+// to `expanded`, the depthwise convolution in place, and the second 1x1 convolution into registers, from where the
+// output overwrites x. A depthwise convolution has the whole feature map, so that no pixel is computed twice.
+//
+// Weights stream through a ring of three slots of 8 KB, in the order in which all layers read them, two slots ahead.
+// The barriers of stage s (copy_wait<1>, then block_sync) order everything:
+//  - Each thread waits for its own copies of stage s; the barrier makes those of all threads visible. Exactly one group
+//    is committed per stage, empty ones at the end, so that "all but the newest" always means up to stage s.
+//  - All warps have then finished the products of stage s - 1, whose slot the copies of stage s + 2 overwrite.
+//  - `expanded` is written after the stages of the first product, so after every warp has left the last product that
+//    read it; one more barrier separates it from the depthwise convolution. That overwrites a pixel of a channel pair,
+//    and only lanes of one warp read or write these channels: a warp has read row r of a feature map before it
+//    overwrites row r - 1 (warp_sync), and row r - 1 is then needed by no lane. The next stage's barrier publishes it.
+//  - An output overwrites x after all stages of the first product. The identity reads the very pair that its thread
+//    overwrites. A shortcut's product reads other rows and channels of x: a barrier follows its last stage.
+//    The first stage of the next layer, or the barrier before the copy out, publishes x.
+// Features come by ordinary loads and asynchronous copies, never by the tensor engine: no proxy fence is needed.
+#include <array>
+
+#include "matrix.h"
+#include "shape.h"
+
+namespace hne {
+namespace {
+
+constexpr int kMostLayers = 8, kMostChannels = 256, kSide = 8;  // layers of a launch; sides of a feature map
+constexpr int kChunk = 64;                                      // expanded channels at a time: 8 for each warp
+constexpr int kWarps = kThreads / kWarp, kSlots = 3;
+constexpr int kWideRows = 128;  // pixels of a block
+constexpr int kStagePayload = 8192;  // bytes of weights of a stage: two copies of 16 bytes for each thread
+
+#ifdef __CUDACC__
+constexpr int kEnoughBlocks = 264;  // two for each multiprocessor of an H100
+
+// Rounds two values to a pair in one word; maximum and minimum of pairs, where NaN stays NaN.
+HNE_DEVICE uint32_t round_pair(float low, float high, half) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+HNE_DEVICE uint32_t round_pair(float low, float high, bfloat16) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+HNE_DEVICE uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, half) {
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(low));
+  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(high));
+  return pair;
+}
+HNE_DEVICE uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, bfloat16) {
+  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(low));
+  asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(high));
+  return pair;
+}
+HNE_DEVICE void unpack_pair(float (&values)[2], uint32_t pair, bfloat16) {
+  values[0] = __uint_as_float(pair << 16), values[1] = __uint_as_float(pair & 0xffff0000u);
+}
+HNE_DEVICE void unpack_pair(float (&values)[2], uint32_t pair, half) {
+  asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+      : "=f"(values[0]), "=f"(values[1])
+      : "r"(pair));
+}
+#else
+constexpr int kEnoughBlocks = 4;  // so that small tests reach every kernel
+
+template <typename T>
+T half_of(uint32_t pair, int i) {
+  const uint16_t bits = uint16_t(pair >> (16 * i));
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <typename T>
+uint32_t pair_of(T low, T high) {
+  uint16_t bits[2];
+  std::memcpy(&bits[0], &low, 2), std::memcpy(&bits[1], &high, 2);
+  return bits[0] | uint32_t(bits[1]) << 16;
+}
+template <typename T>
+uint32_t round_pair(float low, float high, T) {
+  return pair_of(T(low), T(high));
+}
+template <typename T>
+uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, T) {
+  const auto clamped = [&](int i) {
+    const float value = half_of<T>(pair, i);
+    return T(clamp(value, Clamp<float>{float(half_of<T>(low, i)), float(half_of<T>(high, i))}));
+  };
+  return pair_of(clamped(0), clamped(1));
+}
+template <typename T>
+void unpack_pair(float (&values)[2], uint32_t pair, T) {
+  values[0] = half_of<T>(pair, 0), values[1] = half_of<T>(pair, 1);
+}
+#endif
+
+// Two values of adjacent channels, and a clamp of them. 16-bit values are clamped after rounding: the bounds 0, 6 and
+// infinity are exact, so the result is the same.
+template <typename T>
+struct Pairs {
+  struct Range {
+    uint32_t low, high;
+  };
+  static Range range(const Clamp<float>& range) {
+    const auto both = [](float value) { return uint32_t(T(value).x) * 0x10001u; };
+    return {both(range.low), both(range.high)};
+  }
+  using Word = uint32_t;
+  HNE_DEVICE static Word word(const T* from) { return *reinterpret_cast<const Word*>(from); }
+  HNE_DEVICE static void unpack(float (&values)[2], Word word) { unpack_pair(values, word, T{}); }
+  HNE_DEVICE static void load(float (&values)[2], const T* from) { unpack(values, word(from)); }
+  HNE_DEVICE static void store(T* to, float low, float high, const Range& range) {
+    *reinterpret_cast<uint32_t*>(to) = clamp_pair(round_pair(low, high, T{}), range.low, range.high, T{});
+  }
+};
+template <>
+struct Pairs<float> {
+  using Range = Clamp<float>;
+  static Range range(const Clamp<float>& range) { return range; }
+  using Word = Vector<float, 2>;
+  HNE_DEVICE static Word word(const float* from) { return *reinterpret_cast<const Word*>(from); }
+  HNE_DEVICE static void unpack(float (&values)[2], const Word& word) {
+    values[0] = word.values[0], values[1] = word.values[1];
+  }
+  HNE_DEVICE static void load(float (&values)[2], const float* from) { unpack(values, word(from)); }
+  HNE_DEVICE static void store(float* to, float low, float high, const Range& range) {
+    *reinterpret_cast<Vector<float, 2>*>(to) = {clamp(low, range), clamp(high, range)};
+  }
+};
+
+// The numbers that describe a layer, in the order of hne_kernels/ops/fused_bottleneck_chain.py.
+struct Layer {
+  static constexpr size_t kNumbers = 4;
+  int64_t replicate;
+  std::string activation, final_activation;
+  bool identity;
+
+  explicit Layer(const int64_t* n)
+      : replicate(n[0]), activation(named(n[1])), final_activation(named(n[3])), identity(n[2] != 0) {}
+  static std::string named(int64_t number) {
+    constexpr const char* kNames[] = {"none", "relu", "relu6"};
+    STD_TORCH_CHECK(number >= 0 && number < 3, "activation: expected a number from 0 to 2");
+    return kNames[number];
+  }
+};
+
+enum Kind : int { kExpand, kProject, kShortcut };  // the 1x1 convolutions of a layer
+
+template <typename T>
+struct ChainLayer {
+  const T *weights[3], *biases[3], *depthwise, *depthwise_bias;
+  typename Pairs<T>::Range range, final_range;
+  bool identity;
+
+  HNE_BOTH bool has_shortcut() const { return weights[kShortcut] != nullptr; }
+};
+
+template <typename T>
+struct Chain {
+  ChainLayer<T> layers[kMostLayers];
+  const T* x;
+  T* out;
+  int count, branches, replicate, batch, height, width, channels, middle;
+  int samples, groups, passes;  // samples of a block, blocks of a branch, parts of a layer's output
+  bool pool;
+
+  HNE_BOTH static int up(int a, int b) { return (a + b - 1) / b * b; }
+  HNE_BOTH int pixels() const { return height * width; }
+  HNE_BOTH int depth() const { return up(channels, kChunk); }  // whole stages of weights
+  HNE_BOTH int x_pitch() const { return depth() + kRowPadding<T>; }
+  static constexpr int kExpandedPitch = kChunk + kRowPadding<T>;
+  static constexpr int kStage = kStagePayload / int(sizeof(T)), kExpandRows = kStage / kChunk;  // values; rows of 64
+  static constexpr int kSlot = kExpandRows * (kChunk + kColumnPadding);  // the narrowest tile has the most padding
+  int64_t shared_bytes(int rows) const {
+    return (int64_t(rows) * (x_pitch() + kExpandedPitch) + kSlots * kSlot + 2 * kMostChannels) * int64_t(sizeof(T));
+  }
+};
+
+// The weights of all layers in the order in which they are read, a stage at a time. A run is the stages of one product:
+// rows of a packed 1x1 filter [panel][depth][16]. With two passes, the second product has half the columns of all rows
+// or, with a shortcut, all columns of half the rows, in each of them.
+template <typename T, int kRows, bool kManyChunks>
+class WeightStream {
+ public:
+  HNE_DEVICE WeightStream(const Chain<T>& c, int branch) : c_(c), branch_(branch) { start_run(); }
+
+  // Starts the copies of the next stage into `slot`; zeros after the last one. The caller commits them.
+  HNE_DEVICE void copy_next(T* slot) {
+    copy16(slot + to_, from_, rows_ > 0);
+    copy16(slot + to_ + kStage / 2 + half_ / 2, from_ + half_, rows_ > int(half_ / kPanel));
+    from_ += 2 * half_, rows_ -= int(2 * half_ / kPanel);
+    if (--stages_ == 0) start_next_run();
+  }
+
+ private:
+  static constexpr int kStage = Chain<T>::kStage;
+
+  HNE_DEVICE void start_run() {
+    constexpr unsigned width = 16 / sizeof(T);
+    const ChainLayer<T>& l = c_.layers[layer_];
+    const bool expand = kind_ == kExpand, wide = kRows == 64 || (c_.passes == 2 && l.has_shortcut());
+    const unsigned log_columns = expand ? 6 : wide ? 8 : 7, value = threadIdx.x * width;
+    const unsigned row = value >> log_columns, column = value & ((1u << log_columns) - 1);
+    const int depth = kind_ == kProject ? c_.middle : c_.channels, outputs = expand ? c_.middle : c_.channels;
+    const unsigned panels = (unsigned(outputs) + unsigned(kPanel) - 1) / unsigned(kPanel);
+    const unsigned panel = unsigned(expand ? chunk_ * kChunk
+                                    : wide ? 0
+                                           : pass_ * 128) /
+                               unsigned(kPanel) +
+                           column / unsigned(kPanel);
+    const int first = kManyChunks && kind_ == kProject ? chunk_ * kChunk : 0;
+    const int rows = kManyChunks && kind_ == kProject ? min(kChunk, depth - first) : depth;
+    from_ = l.weights[kind_] + int64_t(branch_) * (panels * depth * int(kPanel)) +
+            int((panel * unsigned(depth) + unsigned(first) + row) * unsigned(kPanel) + column % unsigned(kPanel));
+    to_ = int((row << log_columns) + row * kColumnPadding + column);
+    rows_ = panel < panels ? depth - first - int(row) : 0;
+    half_ = unsigned(kStage * kPanel / 2) >> log_columns;
+    stages_ = ((rows << log_columns) + kStage - 1) / kStage;
+  }
+
+  HNE_DEVICE void start_next_run() {
+    const ChainLayer<T>& l = c_.layers[layer_];
+    if (kind_ == kExpand)
+      kind_ = kProject;
+    else if (kManyChunks && kind_ == kProject && (chunk_ + 1) * kChunk < c_.middle)
+      ++chunk_, kind_ = kExpand;
+    else if (kind_ == kProject && l.has_shortcut())
+      kind_ = kShortcut;
+    else if (kRows == 128 && pass_ + 1 < c_.passes)
+      ++pass_, kind_ = kProject;
+    else
+      ++layer_, pass_ = chunk_ = 0, kind_ = kExpand;
+    if (layer_ < c_.count)
+      start_run();
+    else
+      rows_ = 0;
+  }
+
+  const Chain<T>& c_;
+  const int branch_;
+  int layer_ = 0, pass_ = 0, chunk_ = 0, kind_ = kExpand;  // of the run
+  const T* from_;                                          // this thread's part of the next stage
+  int to_, rows_, stages_;                                 // its place in a slot; rows and stages left in the run
+  unsigned half_;                                          // values of a panel in half a stage
+};
+
+// kManyChunks: whether there may be more than 64 expanded channels; the sums of the second product then stay in
+// registers during the first.
+template <typename P, int kRows, bool kManyChunks>
+__global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<typename P::Type> c) {
+  using T = typename P::Type;
+  using Pair = Pairs<T>;
+  constexpr int width = P::kVector, pitch = Chain<T>::kExpandedPitch;
+  constexpr int kWarpsDown = kRows / 32, kWarpsAcross = kWarps / kWarpsDown;  // a warp has 32 rows of a product
+  T* const x = static_cast<T*>(shared_memory());
+  T* const expanded = x + kRows * c.x_pitch();
+  T* const ring = expanded + kRows * pitch;
+  T* const out_biases = ring + kSlots * Chain<T>::kSlot;  // of the layer: the second product's, the shortcut's
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  const int branch = int(blockIdx.x) / c.groups, first_sample = (int(blockIdx.x) - branch * c.groups) * c.samples;
+  const int samples = min(c.samples, c.batch - first_sample), rows = samples * c.pixels();
+  const int x_pitch = c.x_pitch();
+
+  WeightStream<T, kRows, kManyChunks> weights(c, branch);
+  weights.copy_next(ring);
+  {
+    // All rows and columns of x, zeros where there are no features.
+    const T* const from = c.x + (int64_t(branch / c.replicate) * c.batch + first_sample) * c.pixels() * c.channels;
+    const int per_row = c.depth() / width, down = kThreads / per_row, across = kThreads - down * per_row;
+    int row = int(threadIdx.x) / per_row, vector = int(threadIdx.x) - row * per_row;
+#pragma unroll 1
+    while (row < kRows) {
+      const bool valid = row < rows && vector * width < c.channels;
+      copy16(x + row * x_pitch + vector * width, valid ? from + row * c.channels + vector * width : c.x, valid);
+      row += down, vector += across;
+      if (vector >= per_row) vector -= per_row, ++row;
+    }
+  }
+  copy_commit();
+  weights.copy_next(ring + Chain<T>::kSlot);
+  copy_commit();
+
+  // Whether this lane's pair of channels in 8 columns from `first` on is below `channels`, a multiple of `width`.
+  const auto is_present = [&](int first, int channels) {
+    return first + (width == 8 ? 0 : sum_column(lane, 0)) < channels;
+  };
+
+  // Calls use(weights) for the next stage, while the copies of the two stages after it run.
+  int slot = 0, before = 2 * Chain<T>::kSlot;
+  const auto stage = [&](const auto& use) {
+    copy_wait<1>();
+    block_sync();
+    weights.copy_next(ring + before);
+    copy_commit();
+    use(ring + slot);
+    before = slot;
+    slot = slot == 2 * Chain<T>::kSlot ? 0 : slot + Chain<T>::kSlot;
+  };
+
+  // The first product and the depthwise convolution of the channels from `first` on, into `expanded`.
+  const auto expand = [&](const ChainLayer<T>& l, int first) {
+    const int present = min(kChunk, c.middle - first);
+    const int own = warp * 8 + lane % 4 * 2;  // the depthwise channels of this lane
+    const int64_t at = int64_t(branch) * c.middle + first;
+    typename Pair::Word words[10] = {}, out_bias{};  // the depthwise filter and its bias; a bias of the output
+    const int pair = int(threadIdx.x) % (kMostChannels / 2) * 2;
+    const Kind kind = int(threadIdx.x) < kMostChannels / 2 ? kProject : kShortcut;
+    {
+      constexpr int NT = kChunk / kWarpsAcross / 8;
+      const int warp_row = warp / kWarpsAcross * 32, warp_column = warp % kWarpsAcross * 8 * NT;
+      const bool works = warp_row < rows && warp_column < present;
+      const Rows<T> left{{x + warp_row * x_pitch, x_pitch}};
+      typename Pair::Word biases[NT] = {};
+      const T* const bias = l.biases[kExpand] + at + warp_column + sum_column(lane, 0);
+#pragma unroll
+      for (int j = 0; j < NT; ++j)
+        if (is_present(warp_column + 8 * j, present)) biases[j] = Pair::word(bias + 8 * j);
+      float sums[2][NT][4] = {};
+      int k = 0;
+#pragma unroll 1
+      do {
+        stage([&](const T* weight) {
+          if (works)
+            multiply<P, 2, NT>(sums, Rows<T>{{left.row.tile + k, x_pitch}},
+                               Across<T>{weight + warp_column, kChunk + kColumnPadding}, Chain<T>::kExpandRows);
+        });
+        k += Chain<T>::kExpandRows;
+      } while (k < c.channels);
+      // Requested here, needed after the barrier.
+      if (own < present) {
+        words[9] = Pair::word(l.depthwise_bias + at + own);
+        const T* from = l.depthwise + at + int64_t(branch) * 8 * c.middle + own;
+#pragma unroll
+        for (int tap = 0; tap < 9; ++tap, from += c.middle) words[tap] = Pair::word(from);
+      }
+      if (first == 0 && pair < c.channels && l.biases[kind] != nullptr)
+        out_bias = Pair::word(l.biases[kind] + int64_t(branch) * c.channels + pair);
+      if (warp_row < rows) {
+        T* const to = expanded + (warp_row + lane / 4) * pitch + warp_column + sum_column(lane, 0);
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+          const bool there = is_present(warp_column + 8 * j, present);  // else zero, whatever x is
+          float b[2];
+          Pair::unpack(b, biases[j]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float (&sum)[4] = sums[i / 2][j];
+            Pair::store(to + 8 * i * pitch + 8 * j, there ? sum[i % 2 * 2] + b[0] : 0.0f,
+                        there ? sum[i % 2 * 2 + 1] + b[1] : 0.0f, l.range);
+          }
+        }
+      }
+    }
+    block_sync();
+
+    // A lane computes the pixels of one column of a feature map, from top to bottom. `above` and `here` are the sums of
+    // rows y - 1 and y; the former is complete when row y has been added.
+    if (first == 0) *reinterpret_cast<typename Pair::Word*>(out_biases + 2 * threadIdx.x) = out_bias;
+    if (warp * 8 >= present) return;
+    float filter[10][2];
+#pragma unroll
+    for (int tap = 0; tap < 10; ++tap) Pair::unpack(filter[tap], words[tap]);
+    const int down = c.width * pitch, per_turn = 8 / c.width;  // per_turn: samples at a time
+    const int within = lane / 4 / c.width, column = lane / 4 - within * c.width;
+    const auto add_row = [&](int ky, float (&sum)[2], const float (&v)[3][2]) {
+#pragma unroll
+      for (int kx = 0; kx < 3; ++kx)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sum[e] += v[kx][e] * filter[3 * ky + kx][e];
+    };
+#pragma unroll 1
+    for (int first_of_turn = 0; first_of_turn < samples; first_of_turn += per_turn) {
+      const bool works = within < per_turn && first_of_turn + within < samples;
+      const bool has_left = works && column > 0, has_right = works && column + 1 < c.width;
+      T* pixel = expanded + own + (works ? ((first_of_turn + within) * c.pixels() + column) * pitch : 0);
+      const auto load_row = [&](float (&v)[3][2]) {
+        using Word = typename Pair::Word;
+        const Word left = has_left ? Pair::word(pixel - pitch) : Word{};
+        const Word right = has_right ? Pair::word(pixel + pitch) : Word{};
+        Pair::unpack(v[0], left), Pair::unpack(v[1], Pair::word(pixel)), Pair::unpack(v[2], right);
+      };
+      float v[3][2], above[2] = {filter[9][0], filter[9][1]}, here[2] = {filter[9][0], filter[9][1]};
+      load_row(v);
+      add_row(1, above, v), add_row(0, here, v);
+#pragma unroll 4
+      for (int y = 1; y < c.height; ++y) {
+        pixel += down;
+        load_row(v);
+        float below[2] = {filter[9][0], filter[9][1]};
+        add_row(2, above, v), add_row(1, here, v), add_row(0, below, v);
+        warp_sync();
+        if (works) Pair::store(pixel - down, above[0], above[1], l.range);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) above[e] = here[e], here[e] = below[e];
+      }
+      if (c.height == 1) warp_sync();
+      if (works) Pair::store(pixel, above[0], above[1], l.range);
+    }
+  };
+
+  // A layer, with `down` warps above each other in the second product; each has 32 rows and 64 columns in a pass.
+  const auto layer = [&](const ChainLayer<T>& l, auto down) {
+    constexpr int kDown = decltype(down)::value;
+    constexpr int NT = 8, across = kWarps / kDown, columns = across * 8 * NT, kPitch = columns + kColumnPadding;
+    constexpr int kStageRows = Chain<T>::kStage / columns;
+    int pass = 0;
+#pragma unroll 1
+    do {
+      const int warp_row = (kDown == kWarpsDown ? 0 : pass * 64) + warp / across * 32;
+      const int in_stage = warp % across * 8 * NT, warp_column = (across == 4 ? 0 : pass * 128) + in_stage;
+      const bool works = warp_row < rows && warp_column < c.channels;
+      float sums[2][NT][4] = {};
+      const auto add_products = [&](const T* from, int from_pitch, int depth) {
+        int k = 0;
+#pragma unroll 1
+        do {
+          stage([&](const T* weight) {
+            if (works)
+              multiply<P, 2, NT>(sums, Rows<T>{{from + warp_row * from_pitch + k, from_pitch}},
+                                 Across<T>{weight + in_stage, kPitch}, kStageRows);
+          });
+          k += kStageRows;
+        } while (k < depth);
+      };
+      if constexpr (kManyChunks) {
+        int first = 0;
+#pragma unroll 1
+        do {
+          expand(l, first);
+          add_products(expanded, pitch, min(kChunk, c.middle - first));
+          first += kChunk;
+        } while (first < c.middle);
+      } else {
+        add_products(expanded, pitch, c.middle);
+      }
+      if (l.has_shortcut()) {
+        add_products(x, x_pitch, c.channels);
+        block_sync();  // x is read by other warps until here
+      }
+      if (works) {
+        T* const to = x + (warp_row + lane / 4) * x_pitch + warp_column + sum_column(lane, 0);
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+          if (!is_present(warp_column + 8 * j, c.channels)) break;
+          const T* const biases = out_biases + warp_column + 8 * j + sum_column(lane, 0);
+          float b[2], more[2];
+          Pair::load(b, biases), Pair::load(more, biases + kMostChannels);
+          b[0] += more[0], b[1] += more[1];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            T* const pair = to + 8 * i * x_pitch + 8 * j;
+            typename Pair::Word word{};
+            if (l.identity) word = Pair::word(pair);
+            float join[2];
+            Pair::unpack(join, word);
+            const float (&sum)[4] = sums[i / 2][j];
+            Pair::store(pair, sum[i % 2 * 2] + b[0] + join[0], sum[i % 2 * 2 + 1] + b[1] + join[1], l.final_range);
+          }
+        }
+      }
+    } while (kRows == 128 && ++pass < c.passes);
+  };
+
+  int number = 0;
+#pragma unroll 1
+  do {
+    const ChainLayer<T>& l = c.layers[number];
+    if (!kManyChunks) expand(l, 0);
+    if constexpr (kRows == 128) {
+      if (c.passes == 2 && l.has_shortcut()) {
+        layer(l, std::integral_constant<int, 2>{});
+        continue;
+      }
+    }
+    layer(l, std::integral_constant<int, kWarpsDown>{});
+  } while (++number < c.count);
+  copy_wait<0>();
+  block_sync();
+
+  const int64_t first_row = int64_t(branch) * c.batch + first_sample;
+  if (c.pool) {
+    T* to = c.out + first_row * c.channels;
+    const int pairs = c.channels / 2;
+    int sample = int(threadIdx.x) / pairs, pair = int(threadIdx.x) - sample * pairs;
+    const int samples_down = kThreads / pairs, across = kThreads - samples_down * pairs;
+    const float share = 1.0f / float(c.pixels());
+#pragma unroll 1
+    while (sample < samples) {
+      const T* from = x + sample * c.pixels() * x_pitch + 2 * pair;
+      float total[2] = {};
+#pragma unroll 4
+      for (int pixel = 0; pixel < c.pixels(); ++pixel, from += x_pitch) {
+        float value[2];
+        Pair::load(value, from);
+        total[0] += value[0], total[1] += value[1];
+      }
+      store(to + sample * c.channels + 2 * pair, {total[0] * share, total[1] * share});
+      sample += samples_down, pair += across;
+      if (pair >= pairs) pair -= pairs, ++sample;
+    }
+    return;
+  }
+  T* const to = c.out + first_row * c.pixels() * c.channels;
+  const int per_row = c.channels / width, down = kThreads / per_row, across = kThreads - down * per_row;
+  int row = int(threadIdx.x) / per_row, vector = int(threadIdx.x) - row * per_row;
+#pragma unroll 1
+  while (row < rows) {
+    *reinterpret_cast<Vector<T, width>*>(to + row * c.channels + vector * width) =
+        *reinterpret_cast<const Vector<T, width>*>(x + row * x_pitch + vector * width);
+    row += down, vector += across;
+    if (vector >= per_row) vector -= per_row, ++row;
+  }
+}
+
+template <typename P, int kRows, bool kManyChunks>
+void launch(const Device& device, Chain<typename P::Type>& c) {
+  c.samples = std::min(c.batch, kRows / c.pixels());
+  c.groups = (c.batch + c.samples - 1) / c.samples;
+  c.passes = kRows == 128 && c.channels > 128 ? 2 : 1;
+  device.launch(bottleneck_chain<P, kRows, kManyChunks>, int64_t(c.branches) * c.groups, kThreads,
+                c.shared_bytes(kRows), c);
+}
+
+// Launches the kernel; false if it has no room in shared memory.
+template <typename T>
+bool run_chain(const Device& device, Chain<T>& c) {
+  const auto fits = [&](int rows) { return c.shared_bytes(rows) <= device.shared_limit(); };
+  if (!fits(64)) return false;
+  if constexpr (sizeof(T) == 4) {
+    if (allow_tf32())
+      launch<Precision<T, true>, 64, true>(device, c);
+    else
+      launch<Precision<T>, 64, true>(device, c);
+  } else if (c.middle > kChunk) {
+    launch<Precision<T>, 64, true>(device, c);
+  } else {
+    // 128 pixels share one copy of the weights, unless that would leave multiprocessors without work.
+    const int samples = kWideRows / c.pixels();
+    if (fits(kWideRows) && int64_t(c.branches) * ceil_div(c.batch, samples) >= kEnoughBlocks)
+      launch<Precision<T>, kWideRows, false>(device, c);
+    else
+      launch<Precision<T>, 64, false>(device, c);
+  }
+  return true;
+}
+
+using Weights = std::vector<std::optional<Tensor>>;
+
+// The layers one by one, and the mean, through PyTorch's dispatcher.
+Tensor compose(Tensor x, const Weights& weights, const std::vector<Layer>& layers, bool pool) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto* const w = &weights[8 * i];
+    const Layer& l = layers[i];
+    std::array<StableIValue, 14> stack{from(x),           from(*w[0]),
+                                       from(*w[1]),       from(*w[2]),
+                                       from(*w[3]),       from(*w[4]),
+                                       from(*w[5]),       from(w[6]),
+                                       from(w[7]),        from(int64_t{1}),
+                                       from(l.replicate), from(l.activation),
+                                       from(l.identity),  from(l.final_activation)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("hne::fused_bottleneck", "", stack.data(), TORCH_ABI_VERSION));
+    x = to<Tensor>(stack[0]);
+  }
+  if (!pool) return x;
+  std::array<StableIValue, 4> stack{from(x), from(std::optional<std::vector<int64_t>>({2, 3})), from(true),
+                                    from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mean", "dim", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+Tensor fused_bottleneck_chain(const Tensor& x_in, const Weights& weights_in, const std::vector<int64_t>& numbers,
+                              bool pool) {
+  STD_TORCH_CHECK(!numbers.empty() && numbers.size() % Layer::kNumbers == 0, "numbers: expected four for each layer");
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < numbers.size(); i += Layer::kNumbers) layers.emplace_back(&numbers[i]);
+  STD_TORCH_CHECK(weights_in.size() == 8 * layers.size(), "weights: expected eight for each layer");
+  check_kind("x", x_in, x_in);
+  const auto sizes = x_in.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  Weights weights;
+  bool fits = layers.size() <= kMostLayers;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto* const w = &weights_in[8 * i];
+    for (int j = 0; j < 8; ++j) {
+      STD_TORCH_CHECK(j >= 6 || w[j].has_value(), "weights: expected all but a shortcut");
+      check_kind("weights", w[j], x_in);
+      weights.push_back(contiguous(w[j]));
+    }
+    const Geometry g = bottleneck_geometry(shape, *w[0], *w[1], *w[2], *w[3], *w[4], *w[5], w[6], w[7], 1,
+                                           layers[i].replicate, layers[i].identity);
+    fits = fits && g.kernel_size == 3 && g.height <= kSide && g.width <= kSide && g.out_channels == g.in_channels &&
+           g.in_channels <= 256 && w[2]->size(3) == weights_in[2]->size(3) && w[2]->size(3) <= 65536 &&
+           (i == 0 || layers[i].replicate == 1);
+    shape = g.out_shape();
+  }
+  const Device device(x_in);
+  const Tensor x = torch::stable::contiguous(x_in);
+  if (!fits) return compose(x, weights, layers, pool);
+  const int64_t pixels = shape[2] * shape[3];
+  const Tensor out =
+      torch::stable::new_empty(x, pool ? std::vector<int64_t>{shape[0], shape[1], 1, 1, shape[4]} : shape);
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    Chain<T> c{};
+    fits = shape[0] <= INT32_MAX / 2 && shape[1] <= INT32_MAX / (128 * 256) &&
+           whole_vectors<T>({shape[4], weights[2]->size(3)}, {data<T>(x), mutable_data<T>(out)});
+    for (const auto& weight : weights) fits = fits && aligned(data<T>(weight));
+    if (!fits) return;
+    c.x = data<T>(x), c.out = mutable_data<T>(out), c.pool = pool;
+    c.count = int(layers.size()), c.branches = int(shape[0]), c.batch = int(shape[1]);
+    c.replicate = int(std::min<int64_t>(layers[0].replicate, std::max<int64_t>(shape[0], 1)));
+    c.height = int(shape[2]), c.width = int(shape[3]), c.channels = int(shape[4]), c.middle = int(weights[2]->size(3));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const auto* const w = &weights[8 * i];
+      c.layers[i] = {{data<T>(w[0]), data<T>(w[4]), data<T>(w[6])},
+                     {data<T>(w[1]), data<T>(w[5]), data<T>(w[7])},
+                     data<T>(w[2]),
+                     data<T>(w[3]),
+                     Pairs<T>::range(Clamp<float>::named(layers[i].activation)),
+                     Pairs<T>::range(Clamp<float>::named(layers[i].final_activation)),
+                     layers[i].identity};
+    }
+    fits = pixels * shape[0] * shape[1] == 0 || run_chain(device, c);
+  });
+  return fits ? out : compose(x, weights, layers, pool);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hne, HNE_DISPATCH_KEY, m) {
+  m.impl("fused_bottleneck_chain", TORCH_BOX(&fused_bottleneck_chain));
+}
+
+}  // namespace hne
