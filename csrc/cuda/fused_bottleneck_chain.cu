@@ -28,7 +28,7 @@
 // Features come by ordinary loads and asynchronous copies, never by the tensor engine: no proxy fence is needed.
 #include <array>
 
-#include "matrix.h"
+#include "bottleneck_parts.h"
 #include "shape.h"
 
 namespace hne {
@@ -37,107 +37,31 @@ namespace {
 constexpr int kMostLayers = 8, kMostChannels = 256, kSide = 8;  // layers of a launch; sides of a feature map
 constexpr int kChunk = 64;                                      // expanded channels at a time: 8 for each warp
 constexpr int kWarps = kThreads / kWarp, kSlots = 3;
-constexpr int kWideRows = 128;  // pixels of a block
 constexpr int kStagePayload = 8192;  // bytes of weights of a stage: two copies of 16 bytes for each thread
 
 #ifdef __CUDACC__
 constexpr int kEnoughBlocks = 264;  // two for each multiprocessor of an H100
-
-// Rounds two values to a pair in one word; maximum and minimum of pairs, where NaN stays NaN.
-HNE_DEVICE uint32_t round_pair(float low, float high, half) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-HNE_DEVICE uint32_t round_pair(float low, float high, bfloat16) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-HNE_DEVICE uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, half) {
-  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(low));
-  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(high));
-  return pair;
-}
-HNE_DEVICE uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, bfloat16) {
-  asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(low));
-  asm("min.NaN.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(high));
-  return pair;
-}
-HNE_DEVICE void unpack_pair(float (&values)[2], uint32_t pair, bfloat16) {
-  values[0] = __uint_as_float(pair << 16), values[1] = __uint_as_float(pair & 0xffff0000u);
-}
-HNE_DEVICE void unpack_pair(float (&values)[2], uint32_t pair, half) {
-  asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
-      : "=f"(values[0]), "=f"(values[1])
-      : "r"(pair));
-}
 #else
 constexpr int kEnoughBlocks = 4;  // so that small tests reach every kernel
-
-template <typename T>
-T half_of(uint32_t pair, int i) {
-  const uint16_t bits = uint16_t(pair >> (16 * i));
-  T value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-template <typename T>
-uint32_t pair_of(T low, T high) {
-  uint16_t bits[2];
-  std::memcpy(&bits[0], &low, 2), std::memcpy(&bits[1], &high, 2);
-  return bits[0] | uint32_t(bits[1]) << 16;
-}
-template <typename T>
-uint32_t round_pair(float low, float high, T) {
-  return pair_of(T(low), T(high));
-}
-template <typename T>
-uint32_t clamp_pair(uint32_t pair, uint32_t low, uint32_t high, T) {
-  const auto clamped = [&](int i) {
-    const float value = half_of<T>(pair, i);
-    return T(clamp(value, Clamp<float>{float(half_of<T>(low, i)), float(half_of<T>(high, i))}));
-  };
-  return pair_of(clamped(0), clamped(1));
-}
-template <typename T>
-void unpack_pair(float (&values)[2], uint32_t pair, T) {
-  values[0] = half_of<T>(pair, 0), values[1] = half_of<T>(pair, 1);
-}
 #endif
 
-// Two values of adjacent channels, and a clamp of them. 16-bit values are clamped after rounding: the bounds 0, 6 and
-// infinity are exact, so the result is the same.
+// Two values of adjacent channels, as they lie in memory.
 template <typename T>
-struct Pairs {
-  struct Range {
-    uint32_t low, high;
-  };
-  static Range range(const Clamp<float>& range) {
-    const auto both = [](float value) { return uint32_t(T(value).x) * 0x10001u; };
-    return {both(range.low), both(range.high)};
-  }
-  using Word = uint32_t;
+struct ChannelPair {
+  using Word = std::conditional_t<sizeof(T) == 2, uint32_t, Vector<T, 2>>;
+
   HNE_DEVICE static Word word(const T* from) { return *reinterpret_cast<const Word*>(from); }
-  HNE_DEVICE static void unpack(float (&values)[2], Word word) { unpack_pair(values, word, T{}); }
-  HNE_DEVICE static void load(float (&values)[2], const T* from) { unpack(values, word(from)); }
-  HNE_DEVICE static void store(T* to, float low, float high, const Range& range) {
-    *reinterpret_cast<uint32_t*>(to) = clamp_pair(round_pair(low, high, T{}), range.low, range.high, T{});
-  }
-};
-template <>
-struct Pairs<float> {
-  using Range = Clamp<float>;
-  static Range range(const Clamp<float>& range) { return range; }
-  using Word = Vector<float, 2>;
-  HNE_DEVICE static Word word(const float* from) { return *reinterpret_cast<const Word*>(from); }
   HNE_DEVICE static void unpack(float (&values)[2], const Word& word) {
-    values[0] = word.values[0], values[1] = word.values[1];
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      values[0] = __builtin_bit_cast(float, word << 16), values[1] = __builtin_bit_cast(float, word & 0xffff0000u);
+    } else {
+      const auto pair = __builtin_bit_cast(ChannelPair, word);
+      values[0] = float(pair.values[0]), values[1] = float(pair.values[1]);
+    }
   }
-  HNE_DEVICE static void load(float (&values)[2], const float* from) { unpack(values, word(from)); }
-  HNE_DEVICE static void store(float* to, float low, float high, const Range& range) {
-    *reinterpret_cast<Vector<float, 2>*>(to) = {clamp(low, range), clamp(high, range)};
-  }
+  HNE_DEVICE static void load(float (&values)[2], const T* from) { unpack(values, word(from)); }
+
+  T values[2];
 };
 
 // The numbers that describe a layer, in the order of hne_kernels/ops/fused_bottleneck_chain.py.
@@ -161,7 +85,7 @@ enum Kind : int { kExpand, kProject, kShortcut };  // the 1x1 convolutions of a 
 template <typename T>
 struct ChainLayer {
   const T *weights[3], *biases[3], *depthwise, *depthwise_bias;
-  typename Pairs<T>::Range range, final_range;
+  Clamp<float> range, final_range;
   bool identity;
 
   HNE_BOTH bool has_shortcut() const { return weights[kShortcut] != nullptr; }
@@ -173,7 +97,10 @@ struct Chain {
   const T* x;
   T* out;
   int count, branches, replicate, batch, height, width, channels, middle;
-  int samples, groups, passes;  // samples of a block, blocks of a branch, parts of a layer's output
+  int samples, passes;  // samples of a block; parts of a layer's output
+  int turn;             // samples whose columns a warp's depthwise convolution computes at a time
+  Divisor groups;       // blocks of a branch
+  Divisor maps, columns, x_vectors, out_vectors, out_pairs;  // of a feature map, of its row; of a pixel
   bool pool;
 
   HNE_BOTH static int up(int a, int b) { return (a + b - 1) / b * b; }
@@ -184,14 +111,15 @@ struct Chain {
   static constexpr int kStage = kStagePayload / int(sizeof(T)), kExpandRows = kStage / kChunk;  // values; rows of 64
   static constexpr int kSlot = kExpandRows * (kChunk + kColumnPadding);  // the narrowest tile has the most padding
   int64_t shared_bytes(int rows) const {
-    return (int64_t(rows) * (x_pitch() + kExpandedPitch) + kSlots * kSlot + 2 * kMostChannels) * int64_t(sizeof(T));
+    return (int64_t(rows) * (x_pitch() + kExpandedPitch) + kSlots * kSlot) * int64_t(sizeof(T)) +
+           kMostChannels * int64_t(sizeof(float));
   }
 };
 
 // The weights of all layers in the order in which they are read, a stage at a time. A run is the stages of one product:
 // rows of a packed 1x1 filter [panel][depth][16]. With two passes, the second product has half the columns of all rows
 // or, with a shortcut, all columns of half the rows, in each of them.
-template <typename T, int kRows, bool kManyChunks>
+template <typename T, int kColumns, bool kManyChunks>
 class WeightStream {
  public:
   HNE_DEVICE WeightStream(const Chain<T>& c, int branch) : c_(c), branch_(branch) { start_run(); }
@@ -210,16 +138,13 @@ class WeightStream {
   HNE_DEVICE void start_run() {
     constexpr unsigned width = 16 / sizeof(T);
     const ChainLayer<T>& l = c_.layers[layer_];
-    const bool expand = kind_ == kExpand, wide = kRows == 64 || (c_.passes == 2 && l.has_shortcut());
-    const unsigned log_columns = expand ? 6 : wide ? 8 : 7, value = threadIdx.x * width;
+    const bool expand = kind_ == kExpand, by_rows = c_.passes == 2 && l.has_shortcut();
+    const unsigned log_columns = expand ? 6 : kColumns == 256 || by_rows ? 8 : 7, value = threadIdx.x * width;
     const unsigned row = value >> log_columns, column = value & ((1u << log_columns) - 1);
     const int depth = kind_ == kProject ? c_.middle : c_.channels, outputs = expand ? c_.middle : c_.channels;
     const unsigned panels = (unsigned(outputs) + unsigned(kPanel) - 1) / unsigned(kPanel);
-    const unsigned panel = unsigned(expand ? chunk_ * kChunk
-                                    : wide ? 0
-                                           : pass_ * 128) /
-                               unsigned(kPanel) +
-                           column / unsigned(kPanel);
+    const int first_column = expand ? chunk_ * kChunk : by_rows ? 0 : pass_ * kColumns;
+    const unsigned panel = (unsigned(first_column) + column) / unsigned(kPanel);
     const int first = kManyChunks && kind_ == kProject ? chunk_ * kChunk : 0;
     const int rows = kManyChunks && kind_ == kProject ? min(kChunk, depth - first) : depth;
     from_ = l.weights[kind_] + int64_t(branch_) * (panels * depth * int(kPanel)) +
@@ -238,7 +163,7 @@ class WeightStream {
       ++chunk_, kind_ = kExpand;
     else if (kind_ == kProject && l.has_shortcut())
       kind_ = kShortcut;
-    else if (kRows == 128 && pass_ + 1 < c_.passes)
+    else if (!kManyChunks && pass_ + 1 < c_.passes)
       ++pass_, kind_ = kProject;
     else
       ++layer_, pass_ = chunk_ = 0, kind_ = kExpand;
@@ -256,30 +181,33 @@ class WeightStream {
   unsigned half_;                                          // values of a panel in half a stage
 };
 
-// kManyChunks: whether there may be more than 64 expanded channels; the sums of the second product then stay in
-// registers during the first.
-template <typename P, int kRows, bool kManyChunks>
-__global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<typename P::Type> c) {
+// kRows: pixels of the block's samples. kColumns: output channels in a pass over all rows. kManyChunks: whether there
+// may be more than 64 expanded channels; the sums of the second product then stay in registers during the first.
+template <typename P, int kRows, int kColumns, bool kManyChunks>
+__global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 2)
+    bottleneck_chain(const Chain<typename P::Type> c) {
   using T = typename P::Type;
-  using Pair = Pairs<T>;
+  using Pair = ChannelPair<T>;
   constexpr int width = P::kVector, pitch = Chain<T>::kExpandedPitch;
   constexpr int kWarpsDown = kRows / 32, kWarpsAcross = kWarps / kWarpsDown;  // a warp has 32 rows of a product
   T* const x = static_cast<T*>(shared_memory());
   T* const expanded = x + kRows * c.x_pitch();
   T* const ring = expanded + kRows * pitch;
-  T* const out_biases = ring + kSlots * Chain<T>::kSlot;  // of the layer: the second product's, the shortcut's
+  float* const out_biases = reinterpret_cast<float*>(ring + kSlots * Chain<T>::kSlot);  // of the layer
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  const int branch = int(blockIdx.x) / c.groups, first_sample = (int(blockIdx.x) - branch * c.groups) * c.samples;
+  int branch = int(blockIdx.x);
+  const int first_sample = c.groups.split(branch) * c.samples;
   const int samples = min(c.samples, c.batch - first_sample), rows = samples * c.pixels();
-  const int x_pitch = c.x_pitch();
+  const int x_pitch = c.x_pitch(), first_map = branch * c.batch + first_sample;
 
-  WeightStream<T, kRows, kManyChunks> weights(c, branch);
+  if (threadIdx.x == 0) *reinterpret_cast<Vector<T, width>*>(expanded + kChunk) = {};  // a pixel outside
+  WeightStream<T, kColumns, kManyChunks> weights(c, branch);
   weights.copy_next(ring);
   {
     // All rows and columns of x, zeros where there are no features.
     const T* const from = c.x + (int64_t(branch / c.replicate) * c.batch + first_sample) * c.pixels() * c.channels;
-    const int per_row = c.depth() / width, down = kThreads / per_row, across = kThreads - down * per_row;
-    int row = int(threadIdx.x) / per_row, vector = int(threadIdx.x) - row * per_row;
+    const int per_row = c.x_vectors.divisor(), down = c.x_vectors.divide(kThreads), across = kThreads - down * per_row;
+    int row = int(threadIdx.x), vector = c.x_vectors.split(row);
 #pragma unroll 1
     while (row < kRows) {
       const bool valid = row < rows && vector * width < c.channels;
@@ -298,25 +226,41 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
   };
 
   // Calls use(weights) for the next stage, while the copies of the two stages after it run.
-  int slot = 0, before = 2 * Chain<T>::kSlot;
+  int slot = 0;
   const auto stage = [&](const auto& use) {
     copy_wait<1>();
     block_sync();
-    weights.copy_next(ring + before);
+    weights.copy_next(ring + (slot == 0 ? 2 * Chain<T>::kSlot : slot - Chain<T>::kSlot));
     copy_commit();
     use(ring + slot);
-    before = slot;
     slot = slot == 2 * Chain<T>::kSlot ? 0 : slot + Chain<T>::kSlot;
   };
 
   // The first product and the depthwise convolution of the channels from `first` on, into `expanded`.
   const auto expand = [&](const ChainLayer<T>& l, int first) {
     const int present = min(kChunk, c.middle - first);
-    const int own = warp * 8 + lane % 4 * 2;  // the depthwise channels of this lane
+    const PairClamp<T> range(l.range);
     const int64_t at = int64_t(branch) * c.middle + first;
-    typename Pair::Word words[10] = {}, out_bias{};  // the depthwise filter and its bias; a bias of the output
-    const int pair = int(threadIdx.x) % (kMostChannels / 2) * 2;
-    const Kind kind = int(threadIdx.x) < kMostChannels / 2 ? kProject : kShortcut;
+    const T *const filters = l.depthwise + at + int64_t(branch) * 8 * c.middle, *const filter_biases =
+                                                                                    l.depthwise_bias + at;
+    // On tensor cores: 16 channels of a warp. Nine diagonal matrices, and the bias of the depthwise convolution.
+    const int group = warp % 4 * 16;
+    uint32_t words[9][2] = {}, filter_bias[2] = {}, check = 0;
+    const auto load_filters = [&] {
+      if constexpr (sizeof(T) == 2) {
+        const uint32_t mask = diagonal_mask(lane);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int channel = group + 8 * j + lane % 4 * 2;
+          if (channel >= present) continue;
+          filter_bias[j] = Pair::word(filter_biases + channel);
+          if (mask == 0) continue;
+          const T* from = filters + channel;
+#pragma unroll
+          for (int tap = 0; tap < 9; ++tap, from += c.middle) words[tap][j] = Pair::word(from) & mask;
+        }
+      }
+    };
     {
       constexpr int NT = kChunk / kWarpsAcross / 8;
       const int warp_row = warp / kWarpsAcross * 32, warp_column = warp % kWarpsAcross * 8 * NT;
@@ -338,15 +282,15 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
         });
         k += Chain<T>::kExpandRows;
       } while (k < c.channels);
-      // Requested here, needed after the barrier.
-      if (own < present) {
-        words[9] = Pair::word(l.depthwise_bias + at + own);
-        const T* from = l.depthwise + at + int64_t(branch) * 8 * c.middle + own;
-#pragma unroll
-        for (int tap = 0; tap < 9; ++tap, from += c.middle) words[tap] = Pair::word(from);
+      // Requested here, needed after the values have been stored.
+      const int pair = 2 * int(threadIdx.x);
+      typename Pair::Word out_bias[2] = {};
+      if (first == 0 && pair < c.channels) {
+        const int64_t from = int64_t(branch) * c.channels + pair;
+        out_bias[0] = Pair::word(l.biases[kProject] + from);
+        if (l.has_shortcut()) out_bias[1] = Pair::word(l.biases[kShortcut] + from);
       }
-      if (first == 0 && pair < c.channels && l.biases[kind] != nullptr)
-        out_bias = Pair::word(l.biases[kind] + int64_t(branch) * c.channels + pair);
+      if constexpr (!kManyChunks) load_filters();
       if (warp_row < rows) {
         T* const to = expanded + (warp_row + lane / 4) * pitch + warp_column + sum_column(lane, 0);
 #pragma unroll
@@ -357,23 +301,87 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float (&sum)[4] = sums[i / 2][j];
-            Pair::store(to + 8 * i * pitch + 8 * j, there ? sum[i % 2 * 2] + b[0] : 0.0f,
-                        there ? sum[i % 2 * 2 + 1] + b[1] : 0.0f, l.range);
+            range.store_checked(to + 8 * i * pitch + 8 * j, there ? sum[i % 2 * 2] + b[0] : 0.0f,
+                                there ? sum[i % 2 * 2 + 1] + b[1] : 0.0f, check);
           }
         }
       }
+      if (first == 0 && pair < kMostChannels) {
+        float b[2], more[2];
+        Pair::unpack(b, out_bias[0]), Pair::unpack(more, out_bias[1]);
+        store(out_biases + pair, {b[0] + more[0], b[1] + more[1]});
+      }
     }
-    block_sync();
-
-    // A lane computes the pixels of one column of a feature map, from top to bottom. `above` and `here` are the sums of
-    // rows y - 1 and y; the former is complete when row y has been added.
-    if (first == 0) *reinterpret_cast<typename Pair::Word*>(out_biases + 2 * threadIdx.x) = out_bias;
-    if (warp * 8 >= present) return;
-    float filter[10][2];
+    if constexpr (sizeof(T) == 2) {
+      if (!block_sync_or(PairClamp<T>::not_finite(check))) {
+        if constexpr (kManyChunks) load_filters();  // before, there are too few registers
+        // A warp computes tiles of 16 pixels and 16 channels, and stores them when all warps have read theirs.
+        constexpr int kTiles = kRows / 32;
+        const uint32_t low = pack_pair(l.range.low, l.range.low, T{}),
+                       high = pack_pair(l.range.high, l.range.high, T{});
+        const int first_row = warp / 4 * 16;
+        uint32_t results[kTiles][4];
+        if (group < present) {
 #pragma unroll
-    for (int tap = 0; tap < 10; ++tap) Pair::unpack(filter[tap], words[tap]);
-    const int down = c.width * pitch, per_turn = 8 / c.width;  // per_turn: samples at a time
-    const int within = lane / 4 / c.width, column = lane / 4 - within * c.width;
+          for (int tile = 0; tile < kTiles; ++tile) {
+            if (first_row + 32 * tile >= rows) break;
+            const int row = first_row + 32 * tile + lane % 16, here = row * pitch + group + lane / 16 * 8;
+            int rest = row, y = c.maps.split(rest);
+            const int column = c.columns.split(y);
+            const bool there[3][2] = {{y > 0, column > 0}, {true, true}, {y + 1 < c.height, column + 1 < c.width}};
+            float sums[2][4];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              float b[2];
+              Pair::unpack(b, filter_bias[j]);
+#pragma unroll
+              for (int e = 0; e < 4; ++e) sums[j][e] = b[e % 2];
+            }
+#pragma unroll
+            for (int tap = 0; tap < 9; ++tap) {
+              const int ky = tap / 3, kx = tap % 3;
+              const int source = here + (ky - 1) * c.width * pitch + (kx - 1) * pitch;
+              uint32_t values[4];
+              load_matrices(values, expanded + (there[ky][0] && there[kx][1] ? source : kChunk));
+              multiply_half_fragments(sums[0], values[0], values[1], words[tap][0], T{});
+              multiply_half_fragments(sums[1], values[2], values[3], words[tap][1], T{});
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              results[tile][i] =
+                  clamp_pair(pack_pair(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1], T{}), low, high, T{});
+          }
+        }
+        block_sync();
+        if (group >= present) return;
+        T* const to = expanded + (first_row + lane / 4) * pitch + group + lane % 4 * 2;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          if (first_row + 32 * tile >= rows) break;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            *reinterpret_cast<uint32_t*>(to + (32 * tile + i % 2 * 8) * pitch + i / 2 * 8) = results[tile][i];
+        }
+        return;
+      }
+    } else {
+      block_sync();
+    }
+
+    // In float32. A lane computes the pixels of one column of a feature map, from top to bottom. `above` and `here` are
+    // the sums of rows y - 1 and y; the former is complete when row y has been added.
+    const int own = warp * 8 + lane % 4 * 2;  // the channels of this lane
+    if (warp * 8 >= present) return;
+    float filter[10][2] = {};
+    if (own < present) {
+      const T* from = filters + own;
+#pragma unroll
+      for (int tap = 0; tap < 9; ++tap, from += c.middle) Pair::load(filter[tap], from);
+      Pair::load(filter[9], filter_biases + own);
+    }
+    const int down = c.width * pitch;
+    int within = lane / 4;
+    const int column = c.columns.split(within);
     const auto add_row = [&](int ky, float (&sum)[2], const float (&v)[3][2]) {
 #pragma unroll
       for (int kx = 0; kx < 3; ++kx)
@@ -381,8 +389,8 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
         for (int e = 0; e < 2; ++e) sum[e] += v[kx][e] * filter[3 * ky + kx][e];
     };
 #pragma unroll 1
-    for (int first_of_turn = 0; first_of_turn < samples; first_of_turn += per_turn) {
-      const bool works = within < per_turn && first_of_turn + within < samples;
+    for (int first_of_turn = 0; first_of_turn < samples; first_of_turn += c.turn) {
+      const bool works = within < c.turn && first_of_turn + within < samples;
       const bool has_left = works && column > 0, has_right = works && column + 1 < c.width;
       T* pixel = expanded + own + (works ? ((first_of_turn + within) * c.pixels() + column) * pitch : 0);
       const auto load_row = [&](float (&v)[3][2]) {
@@ -401,27 +409,50 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
         float below[2] = {filter[9][0], filter[9][1]};
         add_row(2, above, v), add_row(1, here, v), add_row(0, below, v);
         warp_sync();
-        if (works) Pair::store(pixel - down, above[0], above[1], l.range);
+        if (works) range.store(pixel - down, above[0], above[1]);
 #pragma unroll
         for (int e = 0; e < 2; ++e) above[e] = here[e], here[e] = below[e];
       }
       if (c.height == 1) warp_sync();
-      if (works) Pair::store(pixel, above[0], above[1], l.range);
+      if (works) range.store(pixel, above[0], above[1]);
     }
   };
 
-  // A layer, with `down` warps above each other in the second product; each has 32 rows and 64 columns in a pass.
-  const auto layer = [&](const ChainLayer<T>& l, auto down) {
-    constexpr int kDown = decltype(down)::value;
-    constexpr int NT = 8, across = kWarps / kDown, columns = across * 8 * NT, kPitch = columns + kColumnPadding;
-    constexpr int kStageRows = Chain<T>::kStage / columns;
+  // A layer whose second product has `columns` columns in a pass; a warp has 32 rows of them.
+  const auto layer = [&](const ChainLayer<T>& l, auto columns) {
+    constexpr int kWide = decltype(columns)::value, kStageRows = Chain<T>::kStage / kWide;
+    constexpr bool kByRows = kWide > kColumns;
+    constexpr int across = kByRows ? 4 : kWarpsAcross, NT = kWide / across / 8;
     int pass = 0;
 #pragma unroll 1
     do {
-      const int warp_row = (kDown == kWarpsDown ? 0 : pass * 64) + warp / across * 32;
-      const int in_stage = warp % across * 8 * NT, warp_column = (across == 4 ? 0 : pass * 128) + in_stage;
+      const int warp_row = (kByRows ? pass * 64 : 0) + warp / across * 32;
+      const int in_stage = warp % across * 8 * NT, warp_column = (kByRows ? 0 : pass * kWide) + in_stage;
       const bool works = warp_row < rows && warp_column < c.channels;
-      float sums[2][NT][4] = {};
+      float sums[2][NT][4];
+      T* const to = x + (warp_row + lane / 4) * x_pitch + warp_column + sum_column(lane, 0);
+      // The sums begin with the bias and the identity, zeros in columns beyond the channels.
+      const auto begin = [&](auto identity) {
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+          float b[2];
+          load(b, out_biases + warp_column + 8 * j + sum_column(lane, 0));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float join[2] = {};
+            if constexpr (decltype(identity)::value) Pair::load(join, to + 8 * i * x_pitch + 8 * j);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) sums[i / 2][j][i % 2 * 2 + e] = b[e] + join[e];
+          }
+        }
+      };
+      const auto begin_sums = [&] {
+        if (works && l.identity) {
+          begin(std::true_type{});
+        } else {
+          begin(std::false_type{});
+        }
+      };
       const auto add_products = [&](const T* from, int from_pitch, int depth) {
         int k = 0;
 #pragma unroll 1
@@ -429,7 +460,7 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
           stage([&](const T* weight) {
             if (works)
               multiply<P, 2, NT>(sums, Rows<T>{{from + warp_row * from_pitch + k, from_pitch}},
-                                 Across<T>{weight + in_stage, kPitch}, kStageRows);
+                                 Across<T>{weight + in_stage, kWide + kColumnPadding}, kStageRows);
           });
           k += kStageRows;
         } while (k < depth);
@@ -439,10 +470,12 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
 #pragma unroll 1
         do {
           expand(l, first);
+          if (first == 0) begin_sums();
           add_products(expanded, pitch, min(kChunk, c.middle - first));
           first += kChunk;
         } while (first < c.middle);
       } else {
+        begin_sums();
         add_products(expanded, pitch, c.middle);
       }
       if (l.has_shortcut()) {
@@ -450,24 +483,13 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
         block_sync();  // x is read by other warps until here
       }
       if (works) {
-        T* const to = x + (warp_row + lane / 4) * x_pitch + warp_column + sum_column(lane, 0);
+        const PairClamp<T> range(l.final_range);
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
           if (!is_present(warp_column + 8 * j, c.channels)) break;
-          const T* const biases = out_biases + warp_column + 8 * j + sum_column(lane, 0);
-          float b[2], more[2];
-          Pair::load(b, biases), Pair::load(more, biases + kMostChannels);
-          b[0] += more[0], b[1] += more[1];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            T* const pair = to + 8 * i * x_pitch + 8 * j;
-            typename Pair::Word word{};
-            if (l.identity) word = Pair::word(pair);
-            float join[2];
-            Pair::unpack(join, word);
-            const float (&sum)[4] = sums[i / 2][j];
-            Pair::store(pair, sum[i % 2 * 2] + b[0] + join[0], sum[i % 2 * 2 + 1] + b[1] + join[1], l.final_range);
-          }
+          for (int i = 0; i < 4; ++i)
+            range.store(to + 8 * i * x_pitch + 8 * j, sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]);
         }
       }
     } while (kRows == 128 && ++pass < c.passes);
@@ -480,21 +502,20 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
     if (!kManyChunks) expand(l, 0);
     if constexpr (kRows == 128) {
       if (c.passes == 2 && l.has_shortcut()) {
-        layer(l, std::integral_constant<int, 2>{});
+        layer(l, std::integral_constant<int, 256>{});
         continue;
       }
     }
-    layer(l, std::integral_constant<int, kWarpsDown>{});
+    layer(l, std::integral_constant<int, kColumns>{});
   } while (++number < c.count);
   copy_wait<0>();
   block_sync();
 
-  const int64_t first_row = int64_t(branch) * c.batch + first_sample;
   if (c.pool) {
-    T* to = c.out + first_row * c.channels;
-    const int pairs = c.channels / 2;
-    int sample = int(threadIdx.x) / pairs, pair = int(threadIdx.x) - sample * pairs;
-    const int samples_down = kThreads / pairs, across = kThreads - samples_down * pairs;
+    T* const to = c.out + int64_t(first_map) * c.channels;
+    const int pairs = c.out_pairs.divisor();
+    int sample = int(threadIdx.x), pair = c.out_pairs.split(sample);
+    const int samples_down = c.out_pairs.divide(kThreads), across = kThreads - samples_down * pairs;
     const float share = 1.0f / float(c.pixels());
 #pragma unroll 1
     while (sample < samples) {
@@ -512,9 +533,10 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
     }
     return;
   }
-  T* const to = c.out + first_row * c.pixels() * c.channels;
-  const int per_row = c.channels / width, down = kThreads / per_row, across = kThreads - down * per_row;
-  int row = int(threadIdx.x) / per_row, vector = int(threadIdx.x) - row * per_row;
+  T* const to = c.out + int64_t(first_map) * c.pixels() * c.channels;
+  const int per_row = c.out_vectors.divisor(), down = c.out_vectors.divide(kThreads),
+            across = kThreads - down * per_row;
+  int row = int(threadIdx.x), vector = c.out_vectors.split(row);
 #pragma unroll 1
   while (row < rows) {
     *reinterpret_cast<Vector<T, width>*>(to + row * c.channels + vector * width) =
@@ -524,12 +546,17 @@ __global__ void __launch_bounds__(kThreads, 2) bottleneck_chain(const Chain<type
   }
 }
 
-template <typename P, int kRows, bool kManyChunks>
+template <typename P, int kRows, int kColumns, bool kManyChunks>
 void launch(const Device& device, Chain<typename P::Type>& c) {
   c.samples = std::min(c.batch, kRows / c.pixels());
-  c.groups = (c.batch + c.samples - 1) / c.samples;
-  c.passes = kRows == 128 && c.channels > 128 ? 2 : 1;
-  device.launch(bottleneck_chain<P, kRows, kManyChunks>, int64_t(c.branches) * c.groups, kThreads,
+  c.turn = 8 / c.width;
+  c.maps = Divisor(c.pixels()), c.columns = Divisor(c.width);
+  constexpr int vector = 16 / int(sizeof(typename P::Type));
+  c.x_vectors = Divisor(c.depth() / vector), c.out_vectors = Divisor(c.channels / vector);
+  c.out_pairs = Divisor(c.channels / 2);
+  c.groups = Divisor((c.batch + c.samples - 1) / c.samples);
+  c.passes = c.channels > kColumns ? 2 : 1;
+  device.launch(bottleneck_chain<P, kRows, kColumns, kManyChunks>, int64_t(c.branches) * c.groups.divisor(), kThreads,
                 c.shared_bytes(kRows), c);
 }
 
@@ -538,21 +565,28 @@ template <typename T>
 bool run_chain(const Device& device, Chain<T>& c) {
   const auto fits = [&](int rows) { return c.shared_bytes(rows) <= device.shared_limit(); };
   if (!fits(64)) return false;
+  // 128 pixels share one copy of the weights, unless that would leave multiprocessors without work.
+  const auto fills = [&](int rows) {
+    return int64_t(c.branches) * ceil_div(c.batch, rows / c.pixels()) >= kEnoughBlocks;
+  };
+  const auto run = [&](auto precision) {
+    using P = decltype(precision);
+    if constexpr (sizeof(T) == 2) {
+      if (c.middle <= kChunk && fits(128) && fills(128)) return launch<P, 128, 128, false>(device, c);
+      if (c.middle <= kChunk) return launch<P, 64, 256, false>(device, c);
+    }
+    if (c.channels <= 128)
+      launch<P, 64, 128, true>(device, c);
+    else
+      launch<P, 64, 256, true>(device, c);
+  };
   if constexpr (sizeof(T) == 4) {
-    if (allow_tf32())
-      launch<Precision<T, true>, 64, true>(device, c);
-    else
-      launch<Precision<T>, 64, true>(device, c);
-  } else if (c.middle > kChunk) {
-    launch<Precision<T>, 64, true>(device, c);
-  } else {
-    // 128 pixels share one copy of the weights, unless that would leave multiprocessors without work.
-    const int samples = kWideRows / c.pixels();
-    if (fits(kWideRows) && int64_t(c.branches) * ceil_div(c.batch, samples) >= kEnoughBlocks)
-      launch<Precision<T>, kWideRows, false>(device, c);
-    else
-      launch<Precision<T>, 64, false>(device, c);
+    if (allow_tf32()) {
+      run(Precision<T, true>{});
+      return true;
+    }
   }
+  run(Precision<T>{});
   return true;
 }
 
@@ -616,7 +650,7 @@ Tensor fused_bottleneck_chain(const Tensor& x_in, const Weights& weights_in, con
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     Chain<T> c{};
-    fits = shape[0] <= INT32_MAX / 2 && shape[1] <= INT32_MAX / (128 * 256) &&
+    fits = shape[0] * shape[1] <= INT32_MAX / 2 &&
            whole_vectors<T>({shape[4], weights[2]->size(3)}, {data<T>(x), mutable_data<T>(out)});
     for (const auto& weight : weights) fits = fits && aligned(data<T>(weight));
     if (!fits) return;
@@ -630,8 +664,8 @@ Tensor fused_bottleneck_chain(const Tensor& x_in, const Weights& weights_in, con
                      {data<T>(w[1]), data<T>(w[5]), data<T>(w[7])},
                      data<T>(w[2]),
                      data<T>(w[3]),
-                     Pairs<T>::range(Clamp<float>::named(layers[i].activation)),
-                     Pairs<T>::range(Clamp<float>::named(layers[i].final_activation)),
+                     Clamp<float>::named(layers[i].activation),
+                     Clamp<float>::named(layers[i].final_activation),
                      layers[i].identity};
     }
     fits = pixels * shape[0] * shape[1] == 0 || run_chain(device, c);
