@@ -194,7 +194,6 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
   T* const expanded = x + kRows * c.x_pitch();
   T* const ring = expanded + kRows * pitch;
   float* const out_biases = reinterpret_cast<float*>(ring + kSlots * Chain<T>::kSlot);  // of the layer
-  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   int branch = int(blockIdx.x);
   const int first_sample = c.groups.split(branch) * c.samples;
   const int samples = min(c.samples, c.batch - first_sample), rows = samples * c.pixels();
@@ -220,8 +219,8 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
   weights.copy_next(ring + Chain<T>::kSlot);
   copy_commit();
 
-  // Whether this lane's pair of channels in 8 columns from `first` on is below `channels`, a multiple of `width`.
-  const auto is_present = [&](int first, int channels) {
+  // Whether a lane's pair of channels in 8 columns from `first` on is below `channels`, a multiple of `width`.
+  const auto is_present = [](int first, int lane, int channels) {
     return first + (width == 8 ? 0 : sum_column(lane, 0)) < channels;
   };
 
@@ -238,11 +237,12 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
 
   // The first product and the depthwise convolution of the channels from `first` on, into `expanded`.
   const auto expand = [&](const ChainLayer<T>& l, int first) {
+    const auto [thread, warp, lane] = Place{};
     const int present = min(kChunk, c.middle - first);
     const PairClamp<T> range(l.range);
     const int64_t at = int64_t(branch) * c.middle + first;
-    const T *const filters = l.depthwise + at + int64_t(branch) * 8 * c.middle, *const filter_biases =
-                                                                                    l.depthwise_bias + at;
+    const auto depthwise_bias = [&](int channel) { return l.depthwise_bias + at + channel; };
+    const auto depthwise = [&](int channel) { return l.depthwise + at + int64_t(branch) * 8 * c.middle + channel; };
     // On tensor cores: 16 channels of a warp. Nine diagonal matrices, and the bias of the depthwise convolution.
     const int group = warp % 4 * 16;
     uint32_t words[9][2] = {}, filter_bias[2] = {}, check = 0;
@@ -253,9 +253,9 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
         for (int j = 0; j < 2; ++j) {
           const int channel = group + 8 * j + lane % 4 * 2;
           if (channel >= present) continue;
-          filter_bias[j] = Pair::word(filter_biases + channel);
+          filter_bias[j] = Pair::word(depthwise_bias(channel));
           if (mask == 0) continue;
-          const T* from = filters + channel;
+          const T* from = depthwise(channel);
 #pragma unroll
           for (int tap = 0; tap < 9; ++tap, from += c.middle) words[tap][j] = Pair::word(from) & mask;
         }
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
       const T* const bias = l.biases[kExpand] + at + warp_column + sum_column(lane, 0);
 #pragma unroll
       for (int j = 0; j < NT; ++j)
-        if (is_present(warp_column + 8 * j, present)) biases[j] = Pair::word(bias + 8 * j);
+        if (is_present(warp_column + 8 * j, lane, present)) biases[j] = Pair::word(bias + 8 * j);
       float sums[2][NT][4] = {};
       int k = 0;
 #pragma unroll 1
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
         k += Chain<T>::kExpandRows;
       } while (k < c.channels);
       // Requested here, needed after the values have been stored.
-      const int pair = 2 * int(threadIdx.x);
+      const int pair = 2 * thread;
       typename Pair::Word out_bias[2] = {};
       if (first == 0 && pair < c.channels) {
         const int64_t from = int64_t(branch) * c.channels + pair;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
         T* const to = expanded + (warp_row + lane / 4) * pitch + warp_column + sum_column(lane, 0);
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
-          const bool there = is_present(warp_column + 8 * j, present);  // else zero, whatever x is
+          const bool there = is_present(warp_column + 8 * j, lane, present);  // else zero, whatever x is
           float b[2];
           Pair::unpack(b, biases[j]);
 #pragma unroll
@@ -374,10 +374,10 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
     if (warp * 8 >= present) return;
     float filter[10][2] = {};
     if (own < present) {
-      const T* from = filters + own;
+      const T* from = depthwise(own);
 #pragma unroll
       for (int tap = 0; tap < 9; ++tap, from += c.middle) Pair::load(filter[tap], from);
-      Pair::load(filter[9], filter_biases + own);
+      Pair::load(filter[9], depthwise_bias(own));
     }
     const int down = c.width * pitch;
     int within = lane / 4;
@@ -426,6 +426,7 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
     int pass = 0;
 #pragma unroll 1
     do {
+      const auto [thread, warp, lane] = Place{};
       const int warp_row = (kByRows ? pass * 64 : 0) + warp / across * 32;
       const int in_stage = warp % across * 8 * NT, warp_column = (kByRows ? 0 : pass * kWide) + in_stage;
       const bool works = warp_row < rows && warp_column < c.channels;
@@ -486,7 +487,7 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
         const PairClamp<T> range(l.final_range);
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
-          if (!is_present(warp_column + 8 * j, c.channels)) break;
+          if (!is_present(warp_column + 8 * j, lane, c.channels)) break;
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             range.store(to + 8 * i * x_pitch + 8 * j, sums[i / 2][j][i % 2 * 2], sums[i / 2][j][i % 2 * 2 + 1]);
