@@ -11,7 +11,9 @@
 // A block has as many samples of one branch as fit into kRows pixels, as the rows of matrices in shared memory:
 // `x` [row][C] and `expanded` [row][64]. It computes 64 expanded channels at a time: the first 1x1 convolution from x
 // to `expanded`, the depthwise convolution in place, and the second 1x1 convolution into registers, from where the
-// output overwrites x. A depthwise convolution has the whole feature map, so that no pixel is computed twice.
+// output overwrites x. A depthwise convolution has the whole feature map, so that no pixel is computed twice. In 16
+// bits it is a product with diagonal matrices on tensor cores, which add zero times other channels: where an expanded
+// value of the block is not finite, it is computed in float32 instead.
 //
 // Weights stream through a ring of three slots of 8 KB, in the order in which all layers read them, two slots ahead.
 // The barriers of stage s (copy_wait<1>, then block_sync) order everything:
@@ -19,11 +21,14 @@
 //    is committed per stage, empty ones at the end, so that "all but the newest" always means up to stage s.
 //  - All warps have then finished the products of stage s - 1, whose slot the copies of stage s + 2 overwrite.
 //  - `expanded` is written after the stages of the first product, so after every warp has left the last product that
-//    read it; one more barrier separates it from the depthwise convolution. That overwrites a pixel of a channel pair,
-//    and only lanes of one warp read or write these channels: a warp has read row r of a feature map before it
-//    overwrites row r - 1 (warp_sync), and row r - 1 is then needed by no lane. The next stage's barrier publishes it.
-//  - An output overwrites x after all stages of the first product. The identity reads the very pair that its thread
-//    overwrites. A shortcut's product reads other rows and channels of x: a barrier follows its last stage.
+//    read it; one more barrier separates it from the depthwise convolution. On tensor cores, all warps compute into
+//    registers, and store after a further barrier. In float32, a pixel of a channel pair is overwritten in place, and
+//    only lanes of one warp read or write these channels: a warp has read row r of a feature map before it overwrites
+//    row r - 1 (warp_sync), and row r - 1 is then needed by no lane. The next stage's barrier publishes the result.
+//  - `out_biases` is written between the first product's stages and that barrier: the layer before has been left, since
+//    its readers have passed a stage, and the readers of this layer come after the barrier.
+//  - An output overwrites x after all stages of the first product. The identity is read by the thread that overwrites
+//    it. A shortcut's product reads other rows and channels of x: a barrier follows its last stage.
 //    The first stage of the next layer, or the barrier before the copy out, publishes x.
 // Features come by ordinary loads and asynchronous copies, never by the tensor engine: no proxy fence is needed.
 #include <array>
@@ -240,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
     const auto [thread, warp, lane] = Place{};
     const int present = min(kChunk, c.middle - first);
     const PairClamp<T> range(l.range);
-    const int64_t at = int64_t(branch) * c.middle + first;
+    const int64_t at = int64_t(branch) * c.middle + recompute(first);
     const auto depthwise_bias = [&](int channel) { return l.depthwise_bias + at + channel; };
     const auto depthwise = [&](int channel) { return l.depthwise + at + int64_t(branch) * 8 * c.middle + channel; };
     // On tensor cores: 16 channels of a warp. Nine diagonal matrices, and the bias of the depthwise convolution.
