@@ -50,6 +50,10 @@ constexpr int kEnoughBlocks = 264;  // two for each multiprocessor of an H100
 constexpr int kEnoughBlocks = 4;  // so that small tests reach every kernel
 #endif
 
+// Unsigned divisions: a signed one by a power of two takes three instructions more.
+HNE_DEVICE int thread_warp(int thread) { return int(unsigned(thread) / kWarp); }
+HNE_DEVICE int thread_lane(int thread) { return int(unsigned(thread) % kWarp); }
+
 // Two values of adjacent channels, as they lie in memory.
 template <typename T>
 struct ChannelPair {
@@ -242,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
 
   // The first product and the depthwise convolution of the channels from `first` on, into `expanded`.
   const auto expand = [&](const ChainLayer<T>& l, int first) {
-    const auto [thread, warp, lane] = Place{};
+    const int thread = recompute(int(threadIdx.x)), warp = thread_warp(thread), lane = thread_lane(thread);
     const int present = min(kChunk, c.middle - first);
     const PairClamp<T> range(l.range);
     const int64_t at = int64_t(branch) * c.middle + recompute(first);
@@ -431,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 
     int pass = 0;
 #pragma unroll 1
     do {
-      const auto [thread, warp, lane] = Place{};
+      const int thread = recompute(int(threadIdx.x)), warp = thread_warp(thread), lane = thread_lane(thread);
       const int warp_row = (kByRows ? pass * 64 : 0) + warp / across * 32;
       const int in_stage = warp % across * 8 * NT, warp_column = (kByRows ? 0 : pass * kWide) + in_stage;
       const bool works = warp_row < rows && warp_column < c.channels;

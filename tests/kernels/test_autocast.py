@@ -10,7 +10,14 @@ from torch import Tensor
 
 import hne_kernels as K
 
-LOWERED = ("branch_conv2d", "branch_depthwise_conv2d", "fused_conv2d", "fused_bottleneck", "prefix_logits")
+LOWERED = (
+    "branch_conv2d",
+    "branch_depthwise_conv2d",
+    "fused_conv2d",
+    "fused_bottleneck",
+    "fused_bottleneck_chain",
+    "prefix_logits",
+)
 
 
 @pytest.mark.parametrize("case", [c for c in representative() if c.op in LOWERED], ids=lambda case: case.label)

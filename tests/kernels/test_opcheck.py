@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-INFERENCE = {"fused_conv2d", "fused_bottleneck"}
+INFERENCE = {"fused_conv2d", "fused_bottleneck", "fused_bottleneck_chain"}
 # Ops with prepared layers, which are neither functions of tensors nor traced; see test_fused_layers.py.
 PREPARED = {"prepare_layers", "fused_layers"}
 # Ops that cannot be differentiated (again), while opcheck differentiates the sum of all results.
