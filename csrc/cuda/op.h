@@ -94,11 +94,8 @@ HNE_DEVICE void store(T* to, const float (&values)[width]) {
   }
 }
 
-// NaN stays NaN: both comparisons are then false.
-HNE_DEVICE float clamp(float v, const Clamp<float>& range) {
-  v = v < range.low ? range.low : v;
-  return v > range.high ? range.high : v;
-}
+// NaN stays NaN.
+HNE_DEVICE float clamp(float v, const Clamp<float>& range) { return minimum(maximum(v, range.low), range.high); }
 
 // Gradient of clamp at `value`: zero where the clamp is flat. At a NaN the gradient passes unchanged, as in torch.
 HNE_DEVICE float clamp_gradient(float gradient, float value, const Clamp<float>& range) {

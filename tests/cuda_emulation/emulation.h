@@ -51,6 +51,8 @@ void load_matrices_transposed(uint32_t (&m)[4], const void* row);
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, half);
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16);
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float);
+inline float maximum(float a, float b) { return std::isnan(a) || !(a < b || std::isnan(b)) ? a : b; }
+inline float minimum(float a, float b) { return std::isnan(a) || !(a > b || std::isnan(b)) ? a : b; }
 uint32_t round_to_tf32(float value);
 void multiply_half_fragments(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, half);
 void multiply_half_fragments(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, bfloat16);
