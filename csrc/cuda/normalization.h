@@ -50,6 +50,20 @@ struct Normalization : ChannelAffine {
     for (int i = 0; i < width; ++i) values[i] = clamp(affine(i, values[i]), range);
   }
 
+  // The same for several pixels; relu has no upper bound to compare with.
+  template <int pixels, int width>
+  HNE_DEVICE void apply(const Affine<width>& affine, float (&values)[pixels][width]) const {
+#pragma unroll
+    for (int p = 0; p < pixels; ++p)
+#pragma unroll
+      for (int i = 0; i < width; ++i) values[p][i] = maximum(affine(i, values[p][i]), range.low);
+    if (range.high == INFINITY) return;
+#pragma unroll
+    for (int p = 0; p < pixels; ++p)
+#pragma unroll
+      for (int i = 0; i < width; ++i) values[p][i] = minimum(values[p][i], range.high);
+  }
+
   // Turns the gradient of the normalised values into that of x. Adds to `sums` the gradients of scale and shift.
   template <int width>
   HNE_DEVICE void backward(const Affine<width>& affine, const float (&x)[width], float (&gradient)[width],
@@ -64,7 +78,7 @@ struct Normalization : ChannelAffine {
   }
 };
 
-// Normalization with the vectors of a block's channels in shared memory, for kernels short of registers.
+// An affine function with the vectors of a block's channels in shared memory, for kernels short of registers.
 struct SharedAffine {
   float* vectors;  // [3][channels]
   int channels;
@@ -72,13 +86,19 @@ struct SharedAffine {
   static int64_t bytes(int channels) { return 3 * channels * int64_t(sizeof(float)); }
 
   // A barrier must follow.
-  HNE_DEVICE void fill(const Normalization& normalization, int branch, int first) const {
+  template <typename From>  // Normalization or OutputGradient
+  HNE_DEVICE void fill(const From& from, int branch, int first) const {
     for (int channel = int(threadIdx.x); channel < channels; channel += kThreads) {
-      if (first + channel >= normalization.channels) break;
-      const Affine<1> one = normalization.at<1>(branch, first + channel);
+      if (first + channel >= from.channels) break;
+      const Affine<1> one = from.template at<1>(branch, first + channel);
       vectors[channel] = one.mean[0], vectors[channels + channel] = one.scale[0];
       vectors[2 * channels + channel] = one.shift[0];
     }
+  }
+  template <int width>
+  HNE_DEVICE Affine<width> at(int channel) const {
+    const float* from = vectors + channel;
+    return Affine<width>::from(from, from + channels, from + 2 * channels);
   }
   // Loads 16 bytes of each vector at a time: few registers.
   template <int width>
@@ -86,8 +106,7 @@ struct SharedAffine {
     constexpr int piece = kPiece<float, width>;
 #pragma unroll
     for (int at = 0; at < width; at += piece) {
-      const float* from = vectors + channel + at;
-      const auto affine = Affine<piece>::from(from, from + channels, from + 2 * channels);
+      const auto affine = this->at<piece>(channel + at);
 #pragma unroll
       for (int i = 0; i < piece; ++i) values[at + i] = clamp(affine(i, values[at + i]), range);
     }
