@@ -14,52 +14,65 @@ namespace {
 // Rows are the input pixels of one phase (iy % stride, ix % stride): all of them meet the same taps of the kernel. The
 // depth is (child, tap, output channel) over the children of a parent.
 template <typename T>
-struct DenseInputGradient : GemmProblem<T, T, false, true> {
+struct DenseInputGradient : GemmProblem<T, T> {
   template <int width>
   using Sums = Pair<width>;
 
   struct Work : Tile {
-    int parent, y, x, height, width;     // the phase, and its size in pixels
-    int split;                           // of the parent's pixels
-    int first_y, first_x, taps, taps_x;  // the phase's first tap, its number of taps, and those in a row
+    int parent, y, x, height, width;       // the phase, and its size in pixels
+    int split;                             // of the parent's pixels
+    int first_y, first_x, taps_y, taps_x;  // the phase's first tap, and its numbers of taps
+    Divider by_taps_y, by_taps_x;
   };
 
   InputGradient<T> d;
   Partials partials = {};  // for the gradients of scale and shift
+  int row_tiles, column_tiles, phases_y, phases_x;
+  int most_taps;  // of a phase in one direction; the others have one less
+  Divider by_row_tiles, by_column_tiles, by_phases_y, by_phases_x, by_channels;
+  Divider by_taps[2];  // by the two numbers of taps
 
-  DenseInputGradient(const InputGradient<T>& d_, ChannelReduction* sums) : d(d_) {
+  DenseInputGradient(const InputGradient<T>& d_, ChannelReduction* sums)
+      : d(d_),
+        row_tiles(int(  // of the largest phase
+            ceil_div(int64_t(d_.s.batch) * phase_size(d_.s.height, 0) * phase_size(d_.s.width, 0), kTileRows))),
+        column_tiles(int(ceil_div(d_.s.in_channels, kTileColumns))),
+        phases_y(std::min(d_.s.stride, d_.s.height)),
+        phases_x(std::min(d_.s.stride, d_.s.width)),
+        most_taps(int(ceil_div(d_.s.kernel_size, d_.s.stride))),
+        by_row_tiles(row_tiles),
+        by_column_tiles(column_tiles),
+        by_phases_y(phases_y),
+        by_phases_x(phases_x),
+        by_channels(d_.s.out_channels),
+        by_taps{Divider(most_taps), Divider(d_.s.kernel_size / d_.s.stride)} {
     if (sums != nullptr) partials = sums->allocate(Pair<1>::kPlanes, splits());
   }
 
-  HNE_BOTH int phase_size(int size, int phase) const { return size > phase ? (size - phase - 1) / d.s.stride + 1 : 0; }
-  HNE_BOTH int row_tiles() const {  // of the largest phase
-    return (d.s.batch * phase_size(d.s.height, 0) * phase_size(d.s.width, 0) + kTileRows - 1) / kTileRows;
+  HNE_BOTH int phase_size(int size, int phase) const {
+    if (d.s.stride == 1) return size;
+    return size > phase ? (size - phase - 1) / d.s.stride + 1 : 0;
   }
-  HNE_BOTH int column_tiles() const { return (d.s.in_channels + kTileColumns - 1) / kTileColumns; }
-  HNE_BOTH int phases_y() const { return d.s.stride < d.s.height ? d.s.stride : d.s.height; }
-  HNE_BOTH int phases_x() const { return d.s.stride < d.s.width ? d.s.stride : d.s.width; }
-  int64_t splits() const { return int64_t(row_tiles()) * phases_y() * phases_x(); }
+  int64_t splits() const { return int64_t(row_tiles) * phases_y * phases_x; }
   bool vectors() const { return d.vectors(); }
-  int64_t blocks() const { return splits() * column_tiles() * d.s.parents; }
+  int64_t blocks() const { return splits() * column_tiles * d.s.parents; }
 
   HNE_DEVICE Work tile(int block) const {
     Work w;
-    w.column = block % column_tiles() * kTileColumns;
-    block /= column_tiles();
-    w.split = block % (row_tiles() * phases_x() * phases_y());
-    w.row = block % row_tiles() * kTileRows;
-    block /= row_tiles();
-    w.x = int(block % phases_x());
-    block /= phases_x();
-    w.y = int(block % phases_y());
-    w.parent = int(block / phases_y());
+    const int row_block = by_column_tiles(block), x_block = by_row_tiles(row_block), y_block = by_phases_x(x_block);
+    w.column = (block - row_block * column_tiles) * kTileColumns;
+    w.row = (row_block - x_block * row_tiles) * kTileRows;
+    w.x = x_block - y_block * phases_x;
+    w.parent = by_phases_y(y_block), w.y = y_block - w.parent * phases_y;
+    w.split = row_block - w.parent * row_tiles * phases_x * phases_y;
     w.height = phase_size(d.s.height, w.y), w.width = phase_size(d.s.width, w.x);
     w.rows = int64_t(d.s.batch) * w.height * w.width, w.columns = d.s.in_channels;
-    w.first_y = (w.y + d.s.padding) % d.s.stride, w.first_x = (w.x + d.s.padding) % d.s.stride;
-    w.taps_x = phase_size(d.s.kernel_size, w.first_x);
-    w.taps = phase_size(d.s.kernel_size, w.first_y) * w.taps_x;
+    w.first_y = w.first_x = 0;
+    if (d.s.stride > 1) w.first_y = (w.y + d.s.padding) % d.s.stride, w.first_x = (w.x + d.s.padding) % d.s.stride;
+    w.taps_y = phase_size(d.s.kernel_size, w.first_y), w.taps_x = phase_size(d.s.kernel_size, w.first_x);
+    w.by_taps_y = by_taps[w.taps_y == most_taps ? 0 : 1], w.by_taps_x = by_taps[w.taps_x == most_taps ? 0 : 1];
     const int children = min(d.s.replicate, d.s.branches - w.parent * d.s.replicate);
-    w.begin = 0, w.end = int64_t(children) * w.taps * d.s.out_channels;
+    w.begin = 0, w.end = int64_t(children) * w.taps_y * w.taps_x * d.s.out_channels;
     return w;
   }
 
@@ -76,45 +89,87 @@ struct DenseInputGradient : GemmProblem<T, T, false, true> {
     locate(w, row, sample, iy, ix);
     return (int64_t(w.parent) * d.s.batch + sample) * d.s.pixels() + iy * d.s.width + ix;
   }
-  // Branch, tap and channel of step k of the depth.
-  HNE_DEVICE void term(const Work& w, int k, int& branch, int& ky, int& kx, int& channel) const {
-    const int at = k / d.s.out_channels, child = at / w.taps, tap = at - child * w.taps;
-    channel = k - at * d.s.out_channels;
-    branch = w.parent * d.s.replicate + child;
-    ky = w.first_y + tap / w.taps_x * d.s.stride, kx = w.first_x + tap % w.taps_x * d.s.stride;
+  // Branch, tap of the phase and channel of step k of the depth.
+  struct Term {
+    int branch, tap_y, tap_x, channel;
+  };
+  HNE_DEVICE Term term(const Work& w, int k) const {
+    const int at = by_channels(k), channel = k - at * d.s.out_channels;
+    if (d.s.kernel_size == 1) return {w.parent * d.s.replicate + at, 0, 0, channel};
+    const int row = w.by_taps_x(at), child = w.by_taps_y(row);
+    return {w.parent * d.s.replicate + child, row - child * w.taps_y, at - row * w.taps_x, channel};
   }
 
-  HNE_BOTH const T* left_base() const { return d.output.grad; }
-  HNE_DEVICE const T* left(const Work& w, int64_t row, int64_t k) const {
-    if (row >= w.rows) return nullptr;
-    int branch, ky, kx, channel;
-    term(w, int(k), branch, ky, kx, channel);
-    if (d.s.pointwise()) return d.output.grad + (int64_t(branch) * d.s.rows() + row) * d.s.out_channels + channel;
-    int sample, iy, ix;
-    locate(w, int(row), sample, iy, ix);
-    const int dy = iy + d.s.padding - ky, dx = ix + d.s.padding - kx;  // multiples of the stride
-    if (dy < 0 || dx < 0 || dy / d.s.stride >= d.s.out_height || dx / d.s.stride >= d.s.out_width) return nullptr;
-    const int pixel = sample * d.s.out_pixels() + dy / d.s.stride * d.s.out_width + dx / d.s.stride;
-    return d.output.grad + (int64_t(branch) * d.s.rows() + pixel) * d.s.out_channels + channel;
-  }
-  HNE_BOTH const T* left_companion() const { return d.output.y; }
-  HNE_DEVICE bool transforms_left() const { return d.output.present(); }
-  template <int width>
-  HNE_DEVICE void transform_left(const Work& w, int64_t, int64_t k, float (&values)[width],
-                                 const float (&y)[width]) const {
-    int branch, ky, kx, channel;
-    term(w, int(k), branch, ky, kx, channel);
-    d.output.apply(d.output.template at<width>(branch, channel), values, y);
-  }
+  HNE_BOTH bool has_companion() const { return d.output.present(); }
 
-  HNE_BOTH const T* right_base() const { return d.filters; }
-  HNE_DEVICE const T* right(const Work& w, int64_t column, int64_t k) const {
-    if (column >= w.columns) return nullptr;
-    int branch, ky, kx, channel;
-    term(w, int(k), branch, ky, kx, channel);
-    const int64_t filter = int64_t(branch) * d.s.taps() + ky * d.s.kernel_size + kx;
-    return d.filters + (filter * d.s.out_channels + channel) * d.s.in_channels + column;
-  }
+  struct Left : GemmOperand<T, false> {
+    struct Row {
+      const T* grad;  // first channel of the output pixel that meets the phase's first tap, in branch 0
+      int oy, ox;     // that pixel, which may not exist
+    };
+    struct Depth {
+      Term term;
+      int64_t offset;  // of the term's value from the row's
+    };
+
+    const DenseInputGradient& p;
+    const Work& w;
+
+    HNE_DEVICE Left(const DenseInputGradient& p_, const Work& w_) : p(p_), w(w_) {}
+    HNE_DEVICE const T* base() const { return p.d.output.grad; }
+    HNE_DEVICE const T* companion() const { return p.d.output.y; }
+    HNE_DEVICE Row row(int64_t r) const {
+      const Shape& s = p.d.s;
+      if (s.pointwise()) return {p.d.output.grad + r * s.out_channels, 0, 0};
+      int sample, iy, ix;
+      p.locate(w, int(r), sample, iy, ix);
+      const int oy = (iy + s.padding - w.first_y) / s.stride, ox = (ix + s.padding - w.first_x) / s.stride;
+      const int64_t pixel = int64_t(sample) * s.out_pixels() + int64_t(oy) * s.out_width + ox;
+      return {p.d.output.grad + pixel * s.out_channels, oy, ox};
+    }
+    HNE_DEVICE Depth depth(int k) const {  // a later tap belongs to an earlier output pixel
+      const Term t = p.term(w, k);
+      const int64_t pixel = int64_t(t.branch) * p.d.s.rows() - (t.tap_y * p.d.s.out_width + t.tap_x);
+      return {t, pixel * p.d.s.out_channels + t.channel};
+    }
+    HNE_DEVICE const T* at(const Row& row, const Depth& depth) const {
+      const Shape& s = p.d.s;
+      const bool inside = s.pointwise() || (unsigned(row.oy - depth.term.tap_y) < unsigned(s.out_height) &&
+                                            unsigned(row.ox - depth.term.tap_x) < unsigned(s.out_width));
+      return inside ? row.grad + depth.offset : nullptr;
+    }
+    HNE_DEVICE bool transforms() const { return p.d.output.present(); }
+    template <int width>
+    HNE_DEVICE Affine<width> parameters(const Row&, const Depth& depth) const {
+      return p.d.output.template at<width>(depth.term.branch, depth.term.channel);
+    }
+    template <int width>
+    HNE_DEVICE void transform(const Affine<width>& affine, float (&values)[width], const float (&y)[width]) const {
+      p.d.output.apply(affine, values, y);
+    }
+  };
+
+  struct Right : GemmOperand<T, true> {
+    struct Row {
+      const T* filter;  // the column of the first filter
+    };
+    using Depth = int64_t;  // from there
+
+    const DenseInputGradient& p;
+    const Work& w;
+
+    HNE_DEVICE Right(const DenseInputGradient& p_, const Work& w_) : p(p_), w(w_) {}
+    HNE_DEVICE const T* base() const { return p.d.filters; }
+    HNE_DEVICE Row row(int64_t column) const { return {p.d.filters + column}; }
+    HNE_DEVICE Depth depth(int k) const {
+      const Shape& s = p.d.s;
+      const Term t = p.term(w, k);
+      const int ky = w.first_y + t.tap_y * s.stride, kx = w.first_x + t.tap_x * s.stride;
+      const int64_t filter = int64_t(t.branch) * s.taps() + ky * s.kernel_size + kx;
+      return (filter * s.out_channels + t.channel) * s.in_channels;
+    }
+    HNE_DEVICE const T* at(const Row& row, Depth depth) const { return row.filter + depth; }
+  };
 
   template <int width>
   HNE_DEVICE void finish(const Work& w, int64_t row, int64_t column, float (&values)[width], Pair<width>& sums) const {

@@ -12,65 +12,122 @@ namespace {
 // Rows are output channels, columns are (tap, input channel). The depth is the output pixels, split between blocks:
 // partial [split][branch][out][tap][in].
 template <typename T>
-struct DenseWeightGradient : GemmProblem<T, float, true, true> {
+struct DenseWeightGradient : GemmProblem<T, float> {
   struct Work : Tile {
-    int branch, split;
+    int branch, parent, split;
   };
 
   WeightGradient<T> d;
   float* partial = nullptr;
   int splits = 1, split_rows = 0;
+  int row_tiles, column_tiles;
+  Divider by_row_tiles, by_column_tiles, by_splits, by_replicate, by_out_pixels, by_out_width;
 
-  explicit DenseWeightGradient(const WeightGradient<T>& d_) : d(d_) {}
+  explicit DenseWeightGradient(const WeightGradient<T>& d_)
+      : d(d_),
+        row_tiles(int(ceil_div(d_.s.out_channels, kTileRows))),
+        column_tiles(int(ceil_div(columns(), kTileColumns))),
+        by_row_tiles(row_tiles),
+        by_column_tiles(column_tiles),
+        by_replicate(d_.s.replicate),
+        by_out_pixels(d_.s.out_pixels()),
+        by_out_width(d_.s.out_width) {}
 
   HNE_BOTH int columns() const { return d.s.taps() * d.s.in_channels; }
-  HNE_BOTH int row_tiles() const { return (d.s.out_channels + kTileRows - 1) / kTileRows; }
-  HNE_BOTH int column_tiles() const { return (columns() + kTileColumns - 1) / kTileColumns; }
   bool vectors() const {
     return whole_vectors<T>({d.s.in_channels, d.s.out_channels}, {d.output.grad, d.output.y, d.x}) &&
            d.output.vectors() && d.normalization.vectors();
   }
-  int64_t blocks() const { return int64_t(row_tiles()) * column_tiles() * d.s.branches * splits; }
+  int64_t blocks() const { return int64_t(row_tiles) * column_tiles * d.s.branches * splits; }
 
   HNE_DEVICE Work tile(int block) const {
     Work w;
-    w.row = block % row_tiles() * kTileRows;
-    block /= row_tiles();
-    w.column = block % column_tiles() * kTileColumns;
-    block /= column_tiles();
-    w.split = int(block % splits), w.branch = int(block / splits);
+    const int column_block = by_row_tiles(block), split_block = by_column_tiles(column_block);
+    w.row = (block - column_block * row_tiles) * kTileRows;
+    w.column = (column_block - split_block * column_tiles) * kTileColumns;
+    w.branch = by_splits(split_block), w.split = split_block - w.branch * splits;
+    w.parent = by_replicate(w.branch);
     w.rows = d.s.out_channels, w.columns = columns();
     w.begin = int64_t(w.split) * split_rows;
     w.end = w.begin + split_rows < d.s.rows() ? w.begin + split_rows : d.s.rows();
     return w;
   }
 
-  HNE_BOTH const T* left_base() const { return d.output.grad; }
-  HNE_DEVICE const T* left(const Work& w, int64_t row, int64_t k) const {
-    return row < w.rows ? d.output.grad + (int64_t(w.branch) * d.s.rows() + k) * d.s.out_channels + row : nullptr;
-  }
-  HNE_BOTH const T* left_companion() const { return d.output.y; }
-  HNE_DEVICE bool transforms_left() const { return d.output.present(); }
-  template <int width>
-  HNE_DEVICE void transform_left(const Work& w, int64_t row, int64_t, float (&values)[width],
-                                 const float (&y)[width]) const {
-    d.output.apply(d.output.template at<width>(w.branch, int(row)), values, y);
-  }
+  HNE_BOTH bool has_companion() const { return d.output.present(); }
 
-  HNE_BOTH const T* right_base() const { return d.x; }
-  HNE_DEVICE const T* right(const Work& w, int64_t column, int64_t k) const {
-    if (column >= w.columns) return nullptr;
-    const int tap = int(column) / d.s.in_channels, channel = int(column) - tap * d.s.in_channels;
-    const int64_t pixel = d.s.pointwise() ? k : d.s.source(int(k), tap);
-    if (pixel < 0) return nullptr;
-    return d.x + (int64_t(w.branch / d.s.replicate) * d.s.in_rows() + pixel) * d.s.in_channels + channel;
-  }
-  HNE_DEVICE bool transforms_right() const { return d.normalization.present(); }
-  template <int width>
-  HNE_DEVICE void transform_right(const Work& w, int64_t column, int64_t, float (&values)[width]) const {
-    const int parent = w.branch / d.s.replicate, channel = int(column) % d.s.in_channels;
-    d.normalization.apply(d.normalization.template at<width>(parent, channel), values);
-  }
+  struct Left : GemmOperand<T, true> {
+    struct Row {
+      const T* grad;  // of the branch's first pixel
+      int channel;
+    };
+    using Depth = int;  // output pixel
+
+    const DenseWeightGradient& p;
+    const Work& w;
+
+    HNE_DEVICE Left(const DenseWeightGradient& p_, const Work& w_) : p(p_), w(w_) {}
+    HNE_DEVICE const T* base() const { return p.d.output.grad; }
+    HNE_DEVICE const T* companion() const { return p.d.output.y; }
+    HNE_DEVICE Row row(int64_t channel) const {
+      return {p.d.output.grad + int64_t(w.branch) * p.d.s.rows() * p.d.s.out_channels + channel, int(channel)};
+    }
+    HNE_DEVICE Depth depth(int k) const { return k; }
+    HNE_DEVICE const T* at(const Row& row, Depth pixel) const { return row.grad + int64_t(pixel) * p.d.s.out_channels; }
+    HNE_DEVICE bool transforms() const { return p.d.output.present(); }
+    template <int width>
+    HNE_DEVICE Affine<width> parameters(const Row& row, Depth) const {
+      return p.d.output.template at<width>(w.branch, row.channel);
+    }
+    template <int width>
+    HNE_DEVICE void transform(const Affine<width>& affine, float (&values)[width], const float (&y)[width]) const {
+      p.d.output.apply(affine, values, y);
+    }
+  };
+
+  struct Right : GemmOperand<T, true> {
+    struct Row {
+      const T* x;  // the channel of the pixel under the tap, for output pixel 0 of sample 0
+      int channel, iy, ix;
+    };
+    struct Depth {
+      int pixel, iy, ix;  // input pixel under the first tap without padding, counted over the batch, and in the sample
+    };
+
+    const DenseWeightGradient& p;
+    const Work& w;
+
+    HNE_DEVICE Right(const DenseWeightGradient& p_, const Work& w_) : p(p_), w(w_) {}
+    HNE_DEVICE const T* base() const { return p.d.x; }
+    HNE_DEVICE Row row(int64_t column) const {
+      const Shape& s = p.d.s;
+      const int tap = int(column) / s.in_channels, channel = int(column) - tap * s.in_channels;
+      const int ky = tap / s.kernel_size, iy = ky - s.padding, ix = tap - ky * s.kernel_size - s.padding;
+      const T* const x = p.d.x + int64_t(w.parent) * s.in_rows() * s.in_channels;
+      return {x + (int64_t(iy) * s.width + ix) * s.in_channels + channel, channel, iy, ix};
+    }
+    HNE_DEVICE Depth depth(int k) const {
+      const Shape& s = p.d.s;
+      if (s.pointwise()) return {k, 0, 0};
+      const int sample = p.by_out_pixels(k), within = k - sample * s.out_pixels();
+      const int oy = p.by_out_width(within), iy = oy * s.stride, ix = (within - oy * s.out_width) * s.stride;
+      return {sample * s.pixels() + iy * s.width + ix, iy, ix};
+    }
+    HNE_DEVICE const T* at(const Row& row, const Depth& depth) const {
+      const Shape& s = p.d.s;
+      const bool inside = s.pointwise() || (unsigned(row.iy + depth.iy) < unsigned(s.height) &&
+                                            unsigned(row.ix + depth.ix) < unsigned(s.width));
+      return inside ? row.x + int64_t(depth.pixel) * s.in_channels : nullptr;
+    }
+    HNE_DEVICE bool transforms() const { return p.d.normalization.present(); }
+    template <int width>
+    HNE_DEVICE Affine<width> parameters(const Row& row, const Depth&) const {
+      return p.d.normalization.template at<width>(w.parent, row.channel);
+    }
+    template <int width>
+    HNE_DEVICE void transform(const Affine<width>& affine, float (&values)[width], const float (&)[width]) const {
+      p.d.normalization.apply(affine, values);
+    }
+  };
 
   template <int width, typename S>
   HNE_DEVICE void finish(const Work& w, int64_t row, int64_t column, float (&values)[width], S&) const {
@@ -90,7 +147,7 @@ Tensor dense_backward_weight(const Device& device, const WeightGradient<T>& d, c
   const int64_t splits =
       std::clamp<int64_t>(512 / std::max<int64_t>(problem.blocks(), 1), 1, std::max<int64_t>(ceil_div(rows, least), 1));
   problem.split_rows = int(ceil_div(ceil_div(rows, splits), 64) * 64);  // a split begins where a strip begins
-  problem.splits = int(splits);
+  problem.splits = int(splits), problem.by_splits = Divider(problem.splits);
   Tensor partial = torch::stable::new_empty(x, {splits, int64_t(s.branches) * s.out_channels, s.taps(), s.in_channels},
                                             ScalarType::Float);
   problem.partial = mutable_data<float>(partial);

@@ -53,7 +53,7 @@ struct Moments {
 
   HNE_DEVICE void add(const float (&values)[width]) {
     count += 1;
-    const float inverse = 1 / count;
+    const float inverse = fast_reciprocal(count);  // put() corrects the mean of the block
 #pragma unroll
     for (int i = 0; i < width; ++i) {
       const float deviation = values[i] - mean[i];

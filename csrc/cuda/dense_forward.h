@@ -11,71 +11,129 @@ namespace hne {
 
 // `packed` weights (hne_kernels/packing.py) are for inference: neither normalisation nor statistics.
 template <typename T, bool packed>
-struct DenseForward : GemmProblem<T, T, false, packed> {
+struct DenseForward : GemmProblem<T, T> {
   template <int width>
   struct NoSums {};
   template <int width>
   using Sums = std::conditional_t<packed, NoSums<width>, Moments<width>>;
 
   struct Work : Tile {
-    int branch;
-    const T *x, *weight;
+    int branch, parent;
+    const T *x, *weight;  // of the branch
+    const T* add;         // null for none
+    T* out;
   };
 
   Convolution<T> d;
-  const T* add = nullptr;  // feature map added before the activation, or null
+  const T* add = nullptr;  // feature map added before the activation, or null; with packed weights only
   int add_replicate = 1;   // output branch g reads its branch g / add_replicate
   Partials partials = {};  // for the statistics of the result
+  int row_tiles, column_tiles;
+  Divider by_row_tiles, by_column_tiles, by_replicate, by_channels, by_kernel_size;
 
-  DenseForward(const Convolution<T>& d_, ChannelReduction* moments) : d(d_) {
-    if (moments != nullptr) partials = moments->allocate(Moments<1>::kPlanes, row_tiles());
+  DenseForward(const Convolution<T>& d_, ChannelReduction* moments)
+      : d(d_),
+        row_tiles(int(ceil_div(d_.s.rows(), kTileRows))),
+        column_tiles(int(ceil_div(d_.s.out_channels, kTileColumns))),
+        by_row_tiles(row_tiles),
+        by_column_tiles(column_tiles),
+        by_replicate(d_.s.replicate),
+        by_channels(d_.s.in_channels),
+        by_kernel_size(d_.s.kernel_size) {
+    if (moments != nullptr) partials = moments->allocate(Moments<1>::kPlanes, row_tiles);
   }
 
-  HNE_BOTH int row_tiles() const { return (d.s.rows() + kTileRows - 1) / kTileRows; }
-  HNE_BOTH int column_tiles() const { return (d.s.out_channels + kTileColumns - 1) / kTileColumns; }
-  int64_t blocks() const { return int64_t(d.s.branches) * row_tiles() * column_tiles(); }
+  int64_t blocks() const { return int64_t(d.s.branches) * row_tiles * column_tiles; }
   bool vectors() const { return d.vectors() && aligned(add); }
 
   // Neighbouring blocks read the same rows: the second finds them in the cache.
   HNE_DEVICE Work tile(int block) const {
     const Shape& s = d.s;
     Work w;
-    w.column = block % column_tiles() * kTileColumns;
-    w.row = block / column_tiles() % row_tiles() * kTileRows;
-    w.branch = block / column_tiles() / row_tiles();
+    const int rest = by_column_tiles(block);
+    w.branch = by_row_tiles(rest), w.parent = by_replicate(w.branch);
+    w.column = (block - rest * column_tiles) * kTileColumns;
+    w.row = (rest - w.branch * row_tiles) * kTileRows;
     w.rows = s.rows(), w.columns = s.out_channels;
     w.begin = 0, w.end = s.taps() * s.in_channels;
-    w.x = d.x + int64_t(w.branch / s.replicate) * s.in_rows() * s.in_channels;
+    w.x = d.x + int64_t(w.parent) * s.in_rows() * s.in_channels;
     const int columns = packed ? (s.out_channels + int(kPanel) - 1) / int(kPanel) * int(kPanel) : s.out_channels;
     w.weight = d.filters + w.branch * w.end * columns;
+    w.add = nullptr;
+    if (packed && add != nullptr) w.add = add + int64_t(w.branch / add_replicate) * w.rows * s.out_channels;
+    w.out = d.out + int64_t(w.branch) * w.rows * s.out_channels;
     return w;
   }
 
-  HNE_BOTH const T* left_base() const { return d.x; }
-  HNE_DEVICE const T* left(const Work& w, int64_t row, int64_t k) const {
-    const Shape& s = d.s;
-    if (row >= w.rows) return nullptr;
-    if (s.pointwise()) return w.x + row * s.in_channels + k;
-    const int tap = int(k) / s.in_channels, channel = int(k) - tap * s.in_channels;
-    const int64_t pixel = s.source(int(row), tap);
-    return pixel >= 0 ? w.x + pixel * s.in_channels + channel : nullptr;
-  }
-  HNE_DEVICE bool transforms_left() const { return !packed && d.normalization.present(); }
-  template <int width>
-  HNE_DEVICE void transform_left(const Work& w, int64_t, int64_t k, float (&values)[width],
-                                 const float (&)[width]) const {
-    const int channel = d.s.pointwise() ? int(k) : int(k) % d.s.in_channels;
-    d.normalization.apply(d.normalization.template at<width>(w.branch / d.s.replicate, channel), values);
-  }
+  struct Left : GemmOperand<T, false> {
+    struct Row {
+      const T* x;  // first channel of the pixel under the first tap
+      int iy, ix;  // that pixel, which may lie in the padding
+    };
+    struct Depth {
+      int ky, kx, channel;
+    };
 
-  HNE_BOTH const T* right_base() const { return d.filters; }
-  HNE_DEVICE const T* right(const Work& w, int64_t column, int64_t k) const {
-    const Shape& s = d.s;
-    if (column >= w.columns) return nullptr;
-    if constexpr (packed) return w.weight + (column / kPanel * w.end + k) * kPanel + column % kPanel;
-    const int tap = int(k) / s.in_channels, channel = int(k) - tap * s.in_channels;
-    return w.weight + (int64_t(tap) * s.out_channels + column) * s.in_channels + channel;
-  }
+    const DenseForward& p;
+    const Work& w;
+
+    HNE_DEVICE Left(const DenseForward& p_, const Work& w_) : p(p_), w(w_) {}
+    HNE_DEVICE const T* base() const { return p.d.x; }
+    HNE_DEVICE Row row(int64_t r) const {
+      const Shape& s = p.d.s;
+      if (s.pointwise()) return {w.x + r * s.in_channels, 0, 0};
+      const int sample = int(r) / s.out_pixels(), within = int(r) - sample * s.out_pixels();
+      const int oy = within / s.out_width, ox = within - oy * s.out_width;
+      const int iy = oy * s.stride - s.padding, ix = ox * s.stride - s.padding;
+      return {w.x + (int64_t(sample) * s.pixels() + int64_t(iy) * s.width + ix) * s.in_channels, iy, ix};
+    }
+    HNE_DEVICE Depth depth(int k) const {
+      if (p.d.s.pointwise()) return {0, 0, k};
+      const int tap = p.by_channels(k), ky = p.by_kernel_size(tap);
+      return {ky, tap - ky * p.d.s.kernel_size, k - tap * p.d.s.in_channels};
+    }
+    HNE_DEVICE const T* at(const Row& row, const Depth& depth) const {
+      const Shape& s = p.d.s;
+      if (s.pointwise()) return row.x + depth.channel;
+      const bool inside =
+          unsigned(row.iy + depth.ky) < unsigned(s.height) && unsigned(row.ix + depth.kx) < unsigned(s.width);
+      return inside ? row.x + int64_t(depth.ky * s.width + depth.kx) * s.in_channels + depth.channel : nullptr;
+    }
+    HNE_DEVICE bool transforms() const { return !packed && p.d.normalization.present(); }
+    template <int width>
+    HNE_DEVICE Affine<width> parameters(const Row&, const Depth& depth) const {
+      return p.d.normalization.template at<width>(w.parent, depth.channel);
+    }
+    template <int width>
+    HNE_DEVICE void transform(const Affine<width>& affine, float (&values)[width], const float (&)[width]) const {
+      p.d.normalization.apply(affine, values);
+    }
+  };
+
+  struct Right : GemmOperand<T, packed> {
+    struct Row {
+      const T* weight;
+    };
+    using Depth = int64_t;  // from the column's first value
+
+    const DenseForward& p;
+    const Work& w;
+
+    HNE_DEVICE Right(const DenseForward& p_, const Work& w_) : p(p_), w(w_) {}
+    HNE_DEVICE const T* base() const { return p.d.filters; }
+    HNE_DEVICE Row row(int64_t column) const {
+      if constexpr (packed) return {w.weight + column / kPanel * w.end * kPanel + column % kPanel};
+      return {w.weight + column * p.d.s.in_channels};
+    }
+    HNE_DEVICE Depth depth(int k) const {
+      const Shape& s = p.d.s;
+      if constexpr (packed) return int64_t(k) * kPanel;
+      if (s.pointwise()) return k;
+      const int tap = p.by_channels(k);  // filters are [tap][out][in]
+      return int64_t(tap) * s.in_channels * (s.out_channels - 1) + k;
+    }
+    HNE_DEVICE const T* at(const Row& row, Depth depth) const { return row.weight + depth; }
+  };
 
   template <int width, typename S>
   HNE_DEVICE void finish(const Work& w, int64_t row, int64_t column, float (&values)[width], S& sums) const {
@@ -86,15 +144,17 @@ struct DenseForward : GemmProblem<T, T, false, packed> {
 #pragma unroll
       for (int i = 0; i < width; ++i) values[i] += b[i];
     }
-    if (add != nullptr) {
+    if (w.add != nullptr) {
       float a[width];
-      load<width>(a, add + (int64_t(w.branch / add_replicate) * w.rows + row) * channels + column);
+      load<width>(a, w.add + row * channels + column);
 #pragma unroll
       for (int i = 0; i < width; ++i) values[i] += a[i];
     }
+    if (d.range.low == 0) {  // an activation
 #pragma unroll
-    for (int i = 0; i < width; ++i) values[i] = clamp(values[i], d.range);
-    store<width>(d.out + (w.branch * w.rows + row) * channels + column, values);
+      for (int i = 0; i < width; ++i) values[i] = clamp(values[i], d.range);
+    }
+    store<width>(w.out + row * channels + column, values);
     if constexpr (!packed) {
       if (partials.values != nullptr) sums.add(values);
     }

@@ -152,6 +152,12 @@ HNE_DEVICE void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// 1 / value with an error of one unit in the last place, for normal numbers.
+HNE_DEVICE float fast_reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
 // The larger and the smaller of two values; NaN if one is NaN.
 HNE_DEVICE float maximum(float a, float b) {
   float result;

@@ -7,19 +7,37 @@
 //   bytes moved, mostly from the L2 cache              multiply-adds
 //   R K ceil(C / 64) + C K ceil(R / 128) + R C values  R C K
 //
-// A problem derives from GemmProblem, which has defaults for the members marked with *:
+// The thread addresses the same rows and columns in every step, and its places in the depth are a fixed distance apart.
+// So an operand has a description of a row, made once a tile, and one of a place in the depth, made once a step; an
+// address is a few instructions from both.
+//
+// A problem has, with defaults in GemmProblem for those marked with *:
 //
 //   vectors()                      whether the rows of operands and result split into aligned vectors of 16 bytes
 //   blocks(), tile(block)          the work of a block: a Tile, or a struct derived from it
-//   left(tile, row, k)             address of a value of the left operand; null stands for zero
-//   left_base()                    any address in the left operand, for copies of no bytes
-//   left_companion() *             a second tensor of the same layout, or null
-//   transforms_left() *            whether the operand is computed from the loaded values by
-//   transform_left(tile, row, k, v, c) *   which changes consecutive values v; c are the companion's
-//   right(tile, column, k), right_base(), transforms_right() *, transform_right(tile, column, k, v) *   likewise
+//   Left(problem, tile), Right(problem, tile)   the operands
+//   has_companion() *              whether the left operand has a companion
 //   finish(tile, row, column, v, sums)     stores `width` finished values, consecutive columns
 //   Sums<width> *                          sums of a thread over its finished values, for statistics
 //   reduce(tile, sums, scratch, across) *  combines the sums of all threads (channel_sums.h)
+//
+// An operand has, with defaults in GemmOperand for those marked with *:
+//
+//   kAcross                 whether consecutive values in memory are rows of the left operand (columns of the right
+//   one)
+//                           instead of steps of the depth
+//   base()                  any address in the operand, for copies of no bytes
+//   companion() *           a second tensor of the same layout, or null
+//   Row row(r)              description of row (column) r of the product
+//   Depth depth(k)          description of step k of the depth
+//   at(row, depth)          address of a value; null stands for zero
+//   transforms() *          whether the operand is computed from the loaded values
+//   parameters<width>(row, depth) *       by these parameters, equal for all rows unless kAcross, else for all steps,
+//   transform(parameters, v, c) *         which changes consecutive values v; c are the companion's
+//
+// Rows and columns beyond the product are neither copied nor stored; their values in shared memory are of no
+// consequence, as each row of the left operand and each column of the right one only reaches its own results. Depths
+// beyond the product are zeros.
 #pragma once
 
 #include "channel_sums.h"
@@ -35,99 +53,136 @@ struct Tile {
   int64_t begin, end;     // of the depth
 };
 
-// Element types and layouts of a problem, and the defaults of its members. An operand lies `across` if consecutive
-// values in memory are rows of the left operand (columns of the right one) instead of steps of the depth.
-template <typename T, typename Out_, bool left_across, bool right_across>
+// Element types of a problem, and the defaults of its members.
+template <typename T, typename Out_>
 struct GemmProblem {
   using Type = T;
   using Out = Out_;
-  static constexpr bool kLeftAcross = left_across, kRightAcross = right_across;
   template <int width>
   struct Sums {};
 
-  HNE_BOTH const T* left_companion() const { return nullptr; }
-  HNE_DEVICE bool transforms_left() const { return false; }
-  HNE_DEVICE bool transforms_right() const { return false; }
-  template <int width>
-  HNE_DEVICE void transform_left(const Tile&, int64_t, int64_t, float (&)[width], const float (&)[width]) const {}
-  template <int width>
-  HNE_DEVICE void transform_right(const Tile&, int64_t, int64_t, float (&)[width]) const {}
-  template <typename S>
-  HNE_DEVICE void reduce(const Tile&, const S&, float*, int) const {}
+  HNE_BOTH bool has_companion() const { return false; }
+  template <typename S, typename Work>
+  HNE_DEVICE void reduce(const Work&, const S&, float*, int) const {}
 };
 
-// Source of an operand's strips; `row` counts from the first row of the tile.
-template <typename T, typename At, typename Transform>
-struct Source {
-  const T *base, *companion;
-  bool transforms;
-  At at;                // (row, k): the address, or null
-  Transform transform;  // (row, k, values, values of the companion)
-};
-template <typename T, typename At, typename Transform>
-Source(const T*, const T*, bool, At, Transform) -> Source<T, At, Transform>;
+template <typename T, bool across>
+struct GemmOperand {
+  using Type = T;
+  static constexpr bool kAcross = across;
 
-// A strip of one operand in shared memory: `rows` of the product times kDepth.
-template <typename T, int rows, bool across>
+  HNE_DEVICE const T* companion() const { return nullptr; }
+  HNE_DEVICE bool transforms() const { return false; }
+  template <int width, typename Row, typename Depth>
+  HNE_DEVICE int parameters(const Row&, const Depth&) const {
+    return 0;
+  }
+  template <int width>
+  HNE_DEVICE void transform(int, float (&)[width], const float (&)[width]) const {}
+};
+
+// A strip of one operand in shared memory: `rows` of the product times kDepth. The object has the thread's part of
+// every strip.
+template <typename Operand, int rows>
 struct Strip {
+  using T = typename Operand::Type;
+  static constexpr bool kAcross = Operand::kAcross;
   static constexpr int kVector = 16 / int(sizeof(T));
   static constexpr int kDepth = 64 / int(sizeof(T));
-  static constexpr int kPitch = across ? rows + kColumnPadding : kDepth + kRowPadding<T>;
-  static constexpr int kSize = across ? kDepth * kPitch : rows * kPitch;
+  static constexpr int kPitch = kAcross ? rows + kColumnPadding : kDepth + kRowPadding<T>;
+  static constexpr int kSize = kAcross ? kDepth * kPitch : rows * kPitch;
+  static constexpr int kVectors = rows * kDepth / kVector / kThreads;  // of a thread, at most
+  static_assert(kVectors * kVector * kThreads == rows * kDepth);
 
-  // Calls f(row, depth, place in the strip) for the thread's vectors of 16 bytes.
-  template <typename F>
-  static HNE_DEVICE void each(const F& f) {
-    constexpr int inner = (across ? rows : kDepth) / kVector;
-    for (int at = int(threadIdx.x); at < rows * kDepth / kVector; at += kThreads) {
-      const int outer_index = at / inner, inner_index = at % inner * kVector;
-      f(across ? inner_index : outer_index, across ? outer_index : inner_index, outer_index * kPitch + inner_index);
+  const Operand& operand;
+  int existing;            // rows of the product
+  int inner, outer, step;  // the thread's vectors begin at value `inner` of lines outer, outer + step, ...
+  int lines;               // lines to fill; a line is a row, or a step of the depth if kAcross
+  typename Operand::Row described[kAcross ? 1 : kVectors] = {};
+
+  // `first` is the tile's first row of `count` ones of the product.
+  HNE_DEVICE Strip(const Operand& operand_, int64_t first, int64_t count, bool vectors)
+      : operand(operand_), existing(count - first < rows ? int(count - first) : rows) {
+    int across = (kAcross ? rows : kDepth) / kVector;  // threads along a line, a power of two
+    if constexpr (kAcross) {
+      while (across > 1 && across / 2 * kVector >= existing) across /= 2;
+    }
+    outer = int(threadIdx.x) / across, inner = (int(threadIdx.x) - outer * across) * kVector;
+    step = kThreads / across;
+    lines = kAcross ? (inner < existing ? kDepth : 0) : existing;
+    if (!vectors) return;
+    if constexpr (kAcross) {
+      if (inner < existing) described[0] = operand.row(first + inner);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i)
+        if (outer + i * step < existing) described[i] = operand.row(first + outer + i * step);
     }
   }
 
-  // With `vectors`, starts copies of 16 bytes, the companion's too; else the finished operand is there after a barrier.
-  template <bool vectors, typename From>
-  static HNE_DEVICE void fill(T* strip, T* companion, const From& source, int64_t depth_end, int64_t k) {
-    each([&](int row, int depth, int place) {
-      if constexpr (vectors) {
-        const T* from = k + depth < depth_end ? source.at(row, k + depth) : nullptr;
-        copy16(strip + place, from != nullptr ? from : source.base, from != nullptr);
-        if (source.companion != nullptr)
-          copy16(companion + place, from != nullptr ? source.companion + (from - source.base) : source.base,
-                 from != nullptr);
-      } else {
+  // Calls f(i, line, depth) for the thread's vectors.
+  template <typename F>
+  HNE_DEVICE void each(const F& f) const {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const int at_row = row + (across ? i : 0);
-          const int64_t at_depth = k + depth + (across ? 0 : i);
-          const T* from = at_depth < depth_end ? source.at(at_row, at_depth) : nullptr;
-          float value[1] = {}, other[1] = {};
-          if (from != nullptr) {
-            value[0] = float(*from);
-            if (source.companion != nullptr) other[0] = float(source.companion[from - source.base]);
-            if (source.transforms) source.transform(at_row, at_depth, value, other);
-          }
-          strip[place + i] = T(value[0]);
-        }
-      }
+    for (int i = 0; i < kVectors; ++i) {
+      const int line = outer + i * step;
+      if (line < lines) f(kAcross ? 0 : i, line, kAcross ? line : inner);
+    }
+  }
+
+  // Starts copies of 16 bytes, the companion's too.
+  HNE_DEVICE void copy(T* strip, T* companion, int end, int k) const {
+    const auto to_companion =
+        reinterpret_cast<uintptr_t>(operand.companion()) - reinterpret_cast<uintptr_t>(operand.base());
+    each([&](int i, int line, int depth) {
+      const T* from = k + depth < end ? operand.at(described[i], operand.depth(k + depth)) : nullptr;
+      const bool valid = from != nullptr;
+      if (!valid) from = operand.base();
+      copy16(strip + line * kPitch + inner, from, valid);
+      if (operand.companion() != nullptr)
+        copy16(companion + line * kPitch + inner,
+               reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(from) + to_companion), valid);
     });
   }
 
   // Transforms the values that the thread's own copies have brought; padding stays zero.
-  template <typename From>
-  static HNE_DEVICE void transform(T* strip, const T* companion, const From& source, int64_t depth_end, int64_t k) {
-    each([&](int row, int depth, int place) {
-      if (k + depth >= depth_end || source.at(row, k + depth) == nullptr) return;
+  HNE_DEVICE void transform(T* strip, const T* companion, int end, int k) const {
+    const int first = kAcross ? outer : inner;
+    if (outer >= lines || k + first >= end) return;
+    const auto parameters = operand.template parameters<kVector>(described[0], operand.depth(k + first));
+    each([&](int i, int line, int depth) {
+      if (k + depth >= end || operand.at(described[i], operand.depth(k + depth)) == nullptr) return;
       float values[kVector], others[kVector] = {};
-      load<kVector>(values, strip + place);
-      if (source.companion != nullptr) load<kVector>(others, companion + place);
-      source.transform(row, k + depth, values, others);
-      store<kVector>(strip + place, values);
+      load<kVector>(values, strip + line * kPitch + inner);
+      if (operand.companion() != nullptr) load<kVector>(others, companion + line * kPitch + inner);
+      operand.transform(parameters, values, others);
+      store<kVector>(strip + line * kPitch + inner, values);
     });
   }
 
-  static HNE_DEVICE auto operand(const T* strip, int first_row) {
-    if constexpr (across)
+  // Without vectors: the finished operand, value by value. It is there after a barrier.
+  HNE_DEVICE void fill(T* strip, int64_t first, int end, int k) const {
+    each([&](int, int line, int depth) {
+      for (int i = 0; i < kVector; ++i) {
+        const int at_row = kAcross ? inner + i : line, at_depth = k + depth + (kAcross ? 0 : i);
+        float value[1] = {}, other[1] = {};
+        if (at_row < existing && at_depth < end) {
+          const auto row = operand.row(first + at_row);
+          const auto place = operand.depth(at_depth);
+          const T* const from = operand.at(row, place);
+          if (from != nullptr) {
+            value[0] = float(*from);
+            if (operand.companion() != nullptr) other[0] = float(operand.companion()[from - operand.base()]);
+            if (operand.transforms()) operand.transform(operand.template parameters<1>(row, place), value, other);
+          }
+        }
+        strip[line * kPitch + inner + i] = T(value[0]);
+      }
+    });
+  }
+
+  static HNE_DEVICE auto rows_from(const T* strip, int first_row) {
+    if constexpr (kAcross)
       return Across<T>{strip + first_row, kPitch};
     else
       return Rows<T>{{strip + first_row * kPitch, kPitch}};
@@ -137,9 +192,9 @@ struct Strip {
 template <typename Problem>
 struct GemmMemory {
   using T = typename Problem::Type;
-  using Left = Strip<T, kTileRows, Problem::kLeftAcross>;
-  using Right = Strip<T, kTileColumns, Problem::kRightAcross>;
-  static constexpr int kSumPitch = kTileColumns + 4;
+  using Left = Strip<typename Problem::Left, kTileRows>;
+  using Right = Strip<typename Problem::Right, kTileColumns>;
+  static constexpr int kSumPitch = kTileColumns + 8;   // pairs of values of a warp lie in different banks
   static constexpr int kSums = kTileRows * kSumPitch;  // values; then scratch for sums over rows
   static constexpr int kScratch = kThreads * (16 / int(sizeof(typename Problem::Out)));
 
@@ -166,43 +221,43 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
   const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 32;
   const bool works = tile.row + warp_row < tile.rows && tile.column + warp_column < tile.columns;
 
-  const Source left{problem.left_base(), problem.left_companion(), problem.transforms_left(),
-                    [&](int row, int64_t k) { return problem.left(tile, tile.row + row, k); },
-                    [&](int row, int64_t k, auto& values, const auto& others) {
-                      problem.transform_left(tile, tile.row + row, k, values, others);
-                    }};
-  const Source right{problem.right_base(), static_cast<const T*>(nullptr), problem.transforms_right(),
-                     [&](int row, int64_t k) { return problem.right(tile, tile.column + row, k); },
-                     [&](int row, int64_t k, auto& values, const auto&) {
-                       problem.transform_right(tile, tile.column + row, k, values);
-                     }};
-  const int stage_size = Memory::stage(left.companion != nullptr);
-  const auto fill = [&](int64_t step) {
-    T* strip = memory + int(step % kStages) * stage_size;
-    const int64_t k = tile.begin + step * depth;
-    Left::template fill<vectors>(strip, strip + Left::kSize + Right::kSize, left, tile.end, k);
-    Right::template fill<vectors>(strip + Left::kSize, static_cast<T*>(nullptr), right, tile.end, k);
+  const typename Problem::Left left_operand(problem, tile);
+  const typename Problem::Right right_operand(problem, tile);
+  const Left left(left_operand, tile.row, tile.rows, vectors);
+  const Right right(right_operand, tile.column, tile.columns, vectors);
+  const int stage_size = Memory::stage(problem.has_companion());
+  const int begin = int(tile.begin), end = int(tile.end);
+  const auto fill = [&](int step) {
+    T* const strip = memory + step % kStages * stage_size;
+    const int k = begin + step * depth;
+    if constexpr (vectors) {
+      left.copy(strip, strip + Left::kSize + Right::kSize, end, k);
+      right.copy(strip + Left::kSize, nullptr, end, k);
+    } else {
+      left.fill(strip, tile.row, end, k);
+      right.fill(strip + Left::kSize, tile.column, end, k);
+    }
   };
 
   float sums[MT][NT][4] = {};
-  const int64_t steps = (tile.end - tile.begin + depth - 1) / depth;
+  const int steps = (end - begin + depth - 1) / depth;
   for (int stage = 0; stage < kStages - 1; ++stage) {
     if (stage < steps) fill(stage);
     copy_commit();
   }
-  for (int64_t step = 0; step < steps; ++step) {
-    T* const strip = memory + int(step % kStages) * stage_size;
+  for (int step = 0; step < steps; ++step) {
+    T* const strip = memory + step % kStages * stage_size;
     copy_wait<kStages - 2>();
     if constexpr (vectors) {  // before the barrier, a thread sees only its own copies
-      const int64_t k = tile.begin + step * depth;
-      if (left.transforms) Left::transform(strip, strip + Left::kSize + Right::kSize, left, tile.end, k);
-      if (right.transforms) Right::transform(strip + Left::kSize, static_cast<const T*>(nullptr), right, tile.end, k);
+      const int k = begin + step * depth;
+      if (left_operand.transforms()) left.transform(strip, strip + Left::kSize + Right::kSize, end, k);
+      if (right_operand.transforms()) right.transform(strip + Left::kSize, nullptr, end, k);
     }
     block_sync();
     if (step + kStages - 1 < steps) fill(step + kStages - 1);
     copy_commit();
     if (works)
-      multiply<P, MT, NT>(sums, Left::operand(strip, warp_row), Right::operand(strip + Left::kSize, warp_column),
+      multiply<P, MT, NT>(sums, Left::rows_from(strip, warp_row), Right::rows_from(strip + Left::kSize, warp_column),
                           depth);
   }
   copy_wait<0>();
@@ -215,9 +270,12 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
 #pragma unroll
     for (int j = 0; j < NT; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        staged[(warp_row + 16 * i + sum_row(lane, e)) * Memory::kSumPitch + warp_column + 8 * j + sum_column(lane, e)] =
-            sums[i][j][e];
+      for (int e = 0; e < 4; e += 2) {
+        const float pair[2] = {sums[i][j][e], sums[i][j][e + 1]};  // neighbouring columns
+        store<2>(staged + (warp_row + 16 * i + sum_row(lane, e)) * Memory::kSumPitch + warp_column + 8 * j +
+                     sum_column(lane, e),
+                 pair);
+      }
   block_sync();
   constexpr int width = vectors ? 16 / int(sizeof(typename Problem::Out)) : 1;
   constexpr int across = kTileColumns / width;
@@ -226,8 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
   for (int row = int(threadIdx.x) / across; row < kTileRows; row += kThreads / across) {
     if (tile.row + row >= tile.rows || tile.column + column >= tile.columns) break;
     float values[width];
-#pragma unroll
-    for (int i = 0; i < width; ++i) values[i] = staged[row * Memory::kSumPitch + column + i];
+    load<width>(values, staged + row * Memory::kSumPitch + column);
     problem.finish(tile, tile.row + row, tile.column + column, values, row_sums);
   }
   problem.reduce(tile, row_sums, staged + Memory::kSums, across);
@@ -236,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
 template <typename P, bool vectors, typename Problem>
 void run_gemm(const Device& device, const Problem& problem) {
   device.launch(gemm<P, Problem, vectors>, problem.blocks(), kThreads,
-                GemmMemory<Problem>::bytes(problem.left_companion() != nullptr), problem);
+                GemmMemory<Problem>::bytes(problem.has_companion()), problem);
 }
 
 template <typename T, typename Problem>

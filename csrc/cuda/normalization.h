@@ -44,13 +44,7 @@ struct ChannelAffine {
 struct Normalization : ChannelAffine {
   Clamp<float> range = {};
 
-  template <int width>
-  HNE_DEVICE void apply(const Affine<width>& affine, float (&values)[width]) const {
-#pragma unroll
-    for (int i = 0; i < width; ++i) values[i] = clamp(affine(i, values[i]), range);
-  }
-
-  // The same for several pixels; relu has no upper bound to compare with.
+  // For the same channels of several pixels; relu has no upper bound to compare with.
   template <int pixels, int width>
   HNE_DEVICE void apply(const Affine<width>& affine, float (&values)[pixels][width]) const {
 #pragma unroll
@@ -62,6 +56,14 @@ struct Normalization : ChannelAffine {
     for (int p = 0; p < pixels; ++p)
 #pragma unroll
       for (int i = 0; i < width; ++i) values[p][i] = minimum(values[p][i], range.high);
+  }
+  template <int width>
+  HNE_DEVICE void apply(const Affine<width>& affine, float (&values)[width]) const {
+#pragma unroll
+    for (int i = 0; i < width; ++i) values[i] = maximum(affine(i, values[i]), range.low);
+    if (range.high == INFINITY) return;
+#pragma unroll
+    for (int i = 0; i < width; ++i) values[i] = minimum(values[i], range.high);
   }
 
   // Turns the gradient of the normalised values into that of x. Adds to `sums` the gradients of scale and shift.

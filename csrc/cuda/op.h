@@ -99,8 +99,8 @@ HNE_DEVICE float clamp(float v, const Clamp<float>& range) { return minimum(maxi
 
 // Gradient of clamp at `value`: zero where the clamp is flat. At a NaN the gradient passes unchanged, as in torch.
 HNE_DEVICE float clamp_gradient(float gradient, float value, const Clamp<float>& range) {
-  const bool flat = value <= range.low || (value >= range.high && range.high < INFINITY);
-  return range.low == 0 && flat ? 0.0f : gradient;
+  const float low = range.low == 0 ? 0.0f : NAN, high = range.high < INFINITY ? range.high : NAN;  // NAN: no bound
+  return value <= low || value >= high ? 0.0f : gradient;
 }
 
 constexpr int kThreads = 256;  // of a block, unless a kernel says otherwise

@@ -6,6 +6,23 @@
 
 namespace hne {
 
+// Division of a number from 0 to 2^31 - 1 by a number known on the host (0 counts as 1): a multiplication, an addition
+// and a shift.
+// Granlund and Montgomery, "Division by Invariant Integers using Multiplication" (PLDI 1994).
+struct Divider {
+  unsigned multiplier = 1, shift = 0;
+
+  Divider() = default;
+  explicit Divider(int by) {
+    const int divisor = std::max(by, 1);
+    while ((uint64_t{1} << shift) < uint64_t(divisor)) ++shift;
+    multiplier = unsigned(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - uint64_t(divisor))) / uint64_t(divisor) + 1);
+  }
+  HNE_DEVICE int operator()(int n) const {
+    return int((unsigned((uint64_t(unsigned(n)) * multiplier) >> 32) + unsigned(n)) >> shift);
+  }
+};
+
 struct Shape {
   int parents, branches, batch, height, width, in_channels, out_height, out_width, out_channels;
   int kernel_size, stride, padding, replicate;

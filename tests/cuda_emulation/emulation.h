@@ -51,6 +51,7 @@ void load_matrices_transposed(uint32_t (&m)[4], const void* row);
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, half);
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16);
 void multiply_fragments(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float);
+inline float fast_reciprocal(float value) { return 1 / value; }
 inline float maximum(float a, float b) { return std::isnan(a) || !(a < b || std::isnan(b)) ? a : b; }
 inline float minimum(float a, float b) { return std::isnan(a) || !(a > b || std::isnan(b)) ? a : b; }
 uint32_t round_to_tf32(float value);
