@@ -7,9 +7,13 @@
 //   bytes moved, mostly from the L2 cache              multiply-adds
 //   R K ceil(C / 64) + C K ceil(R / 128) + R C values  R C K
 //
-// The thread addresses the same rows and columns in every step, and its places in the depth are a fixed distance apart.
-// So an operand has a description of a row, made once a tile, and one of a place in the depth, made once a step; an
-// address is a few instructions from both.
+// A thread copies parts of the same rows and columns in every step. An operand therefore describes a row once a tile
+// and a step of the depth once a strip; an address takes a few instructions from both.
+//
+// Order of accesses: a thread waits for its own copies of a strip and transforms the values that they brought; after
+// the barrier all threads read the strip. The copies that are started after that barrier go to the stage that the
+// previous step read, and every thread had finished that step when it came to the barrier. cp.async of 16 bytes
+// accesses memory like other loads and stores do, so there is no other proxy to fence.
 //
 // A problem has, with defaults in GemmProblem for those marked with *:
 //
@@ -23,21 +27,19 @@
 //
 // An operand has, with defaults in GemmOperand for those marked with *:
 //
-//   kAcross                 whether consecutive values in memory are rows of the left operand (columns of the right
-//   one)
-//                           instead of steps of the depth
+//   kAcross                 whether consecutive values in memory are rows (of the right operand: columns) of the
+//                           product; otherwise they are steps of the depth
 //   base()                  any address in the operand, for copies of no bytes
 //   companion() *           a second tensor of the same layout, or null
 //   Row row(r)              description of row (column) r of the product
 //   Depth depth(k)          description of step k of the depth
 //   at(row, depth)          address of a value; null stands for zero
 //   transforms() *          whether the operand is computed from the loaded values
-//   parameters<width>(row, depth) *       by these parameters, equal for all rows unless kAcross, else for all steps,
-//   transform(parameters, v, c) *         which changes consecutive values v; c are the companion's
+//   parameters<width>(row, depth) *   of that computation; the same for all steps with kAcross, else for all rows
+//   transform(parameters, v, c) *     computes consecutive values of the operand in place; c are the companion's
 //
-// Rows and columns beyond the product are neither copied nor stored; their values in shared memory are of no
-// consequence, as each row of the left operand and each column of the right one only reaches its own results. Depths
-// beyond the product are zeros.
+// Rows and columns beyond the product are neither copied nor stored: they only reach results of their own. The depth is
+// padded with zeros.
 #pragma once
 
 #include "channel_sums.h"
