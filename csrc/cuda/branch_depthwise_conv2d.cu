@@ -1,40 +1,113 @@
 // Depthwise branch convolution; in training it normalises its input as it reads it and sums up statistics of its
-// result. A thread computes runs of neighbouring pixels of 16 bytes of channels, so that a value of x is read from
-// device memory once and a few times from the caches.
+// result.
 //
 //   G branches, M output pixels each   bytes moved at least                           multiply-adds
 //   plain                              x + weight + out                               G M C k^2
 //   training                           x + weight + y (+ statistics of every split)   the same
 #include "convolution.h"
+#include "depthwise_tile.h"
 
 namespace hne {
 namespace {
 
-// Runs of neighbouring output pixels within a row of the feature map.
-template <int length>
-struct Runs {
-  int per_row;
-
-  HNE_BOTH explicit Runs(const Shape& s) : per_row((s.out_width + length - 1) / length) {}
-  HNE_BOTH int64_t count(const Shape& s) const { return int64_t(s.batch) * s.out_height * per_row; }
-  // Number of the branch's pixels before a run.
-  HNE_DEVICE int pixels_before(const Shape& s, int run) const {
-    return run / per_row * s.out_width + min(run % per_row * length, s.out_width);
+// Bias, activation and storage of one output pixel, for the channels from `channel` on.
+template <typename T, int width>
+HNE_DEVICE void finish(const Convolution<T>& d, const float (&bias)[width], float (&sums)[width], T* to) {
+#pragma unroll
+  for (int i = 0; i < width; ++i) sums[i] += bias[i];
+  if (d.range.low == 0) {  // an activation
+#pragma unroll
+    for (int i = 0; i < width; ++i) sums[i] = clamp(sums[i], d.range);
   }
-};
+  store<width>(to, sums);
+}
 
-// Longer runs would reread less of x, but their sums and a row of the filter would not fit into the registers.
-template <int kernel>
-constexpr int run_length = kernel > 0 ? 2 : 1;
+// Output rows of a thread in a tile. With stride 2 a tile has twice as many pixels in each direction.
+template <int stride>
+constexpr int kRows = stride > 1 ? 2 : 4;
 
-// `kernel` and `fixed_stride` are 0 where the sizes are known only at run time.
-template <typename T, int width, int kernel, int fixed_stride>
+template <int width, int stride>
+using Tiling = DepthwiseTiling<width, kRows<stride>, 3, stride>;
+
+// 3x3 filters: a block has a split of a branch's tiles, and its threads have their filters in registers.
+template <typename T, int width, int stride>
 __global__ void __launch_bounds__(kThreads, 2)
-    depthwise_forward_kernel(const Convolution<T> d, const RowPartition<width> partition, const Partials partials) {
-  constexpr int length = run_length<kernel>;
+    depthwise_forward_kernel(const Convolution<T> d, const Tiling<width, stride> tiling, const int splits,
+                             const Partials partials) {
+  constexpr int taps = 9, rows = kRows<stride>;
   const Shape& s = d.s;
-  const int size = kernel > 0 ? kernel : s.kernel_size, stride = fixed_stride > 0 ? fixed_stride : s.stride;
-  const Runs<length> runs(s);
+  const int at = int(blockIdx.x) / tiling.groups, group = int(blockIdx.x) - at * tiling.groups;
+  const int branch = at / splits, split = at - branch * splits, parent = branch / s.replicate;
+  const int begin = int(int64_t(tiling.tiles) * split / splits);
+  const int end = int(int64_t(tiling.tiles) * (split + 1) / splits);
+  const int channels = tiling.block_channels(), first = group * channels;
+  const auto own = tiling.lane();
+  const int channel = first + own.channel;
+  const bool works = own.works && channel < s.in_channels;
+
+  float* const scratch = static_cast<float*>(shared_memory());
+  const SharedAffine affine{scratch + kThreads * width, channels};
+  float* const tile = affine.vectors + 3 * channels;
+  if (d.normalization.present()) affine.fill(d.normalization, parent, first);
+  float filter[taps][width] = {}, bias[width] = {};
+  if (works) {
+    const T* const weight = d.filters + int64_t(branch) * taps * s.in_channels + channel;
+#pragma unroll
+    for (int tap = 0; tap < taps; ++tap) load<width>(filter[tap], weight + tap * s.in_channels);
+    if (d.bias != nullptr) load<width>(bias, d.bias + int64_t(branch) * s.in_channels + channel);
+  }
+  block_sync();
+
+  const T* const x = d.x + int64_t(parent) * s.in_rows() * s.in_channels;
+  T* const out = d.out + int64_t(branch) * s.rows() * s.in_channels + channel;
+  const float* const under = tile + tiling.under(own);
+  Moments<width> moments;
+  int pixels = 0;
+  auto o = tiling.origin(begin);
+  for (int index = begin; index < end; ++index, tiling.advance(o)) {
+    tiling.copy(tile, x, own, o, s.padding, first, [&](auto& values) {
+      if (d.normalization.present()) d.normalization.apply(affine.template at<width>(own.channel), values);
+    });
+    block_sync();
+    const int oy = o.y + own.band * rows, ox = o.x + own.column, sample = o.sample + own.sample;
+    const int wanted = works && sample < s.batch && ox < s.out_width ? min(rows, s.out_height - oy) : 0;
+    pixels += tiling.pixels(o);
+    if (wanted > 0) {
+      float sums[rows][width] = {};
+#pragma unroll
+      for (int row = 0; row < (rows - 1) * stride + 3; ++row) {
+#pragma unroll
+        for (int kx = 0; kx < 3; ++kx) {
+          float a[width];
+          load<width>(a, under + row * tiling.pitch() + kx * channels);
+#pragma unroll
+          for (int r = 0; r < rows; ++r) {
+            const int ky = row - r * stride;
+            if (ky < 0 || ky >= 3) continue;
+#pragma unroll
+            for (int i = 0; i < width; ++i) sums[r][i] += a[i] * filter[ky * 3 + kx][i];
+          }
+        }
+      }
+      T* const to = pixels_from(out, (sample * s.out_height + oy) * s.out_width + ox, s.in_channels);
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        if (r >= wanted) break;
+        finish<T, width>(d, bias, sums[r], pixels_from(to, r * s.out_width, s.in_channels));
+        if (partials.values != nullptr) moments.add(sums[r]);
+      }
+    }
+    block_sync();
+  }
+  if (partials.values != nullptr) moments.put(partials, {branch, split, first}, scratch, tiling.across, pixels);
+}
+
+// Filters of any size: a thread computes the channels of one output pixel at a time.
+template <typename T, int width>
+__global__ void __launch_bounds__(kThreads, 2)
+    depthwise_forward_pixel_kernel(const Convolution<T> d, const RowPartition<width> partition,
+                                   const Partials partials) {
+  const Shape& s = d.s;
   const auto work = partition.work();
   const int channel = work.channel, branch = work.place.branch;
   const T* weight = d.filters + int64_t(branch) * s.taps() * s.in_channels + channel;
@@ -45,58 +118,46 @@ __global__ void __launch_bounds__(kThreads, 2)
     block_sync();
   }
   Moments<width> moments;
-
   for (int at = work.begin; at < work.end; at += work.step) {
-    const int row = at / runs.per_row, first = (at - row * runs.per_row) * length;
+    const int row = at / s.out_width, ox = at - row * s.out_width;
     const int sample = row / s.out_height, oy = row - sample * s.out_height;
-    float sums[length][width];
-#pragma unroll
-    for (int j = 0; j < length; ++j)
-#pragma unroll
-      for (int i = 0; i < width; ++i) sums[j][i] = 0;
+    float sums[width] = {}, bias[width] = {};
     const T* x = d.x + (int64_t(branch / s.replicate) * s.batch + sample) * s.pixels() * s.in_channels + channel;
-#pragma unroll
-    for (int ky = 0; ky < size; ++ky) {
-      const int iy = oy * stride + ky - s.padding;
+    for (int ky = 0; ky < s.kernel_size; ++ky) {
+      const int iy = oy * s.stride + ky - s.padding;
       if (iy < 0 || iy >= s.height) continue;
-      float filter[kernel > 0 ? kernel : 1][width];
-      if constexpr (kernel > 0) {
-#pragma unroll
-        for (int kx = 0; kx < kernel; ++kx) load<width>(filter[kx], weight + (ky * kernel + kx) * s.in_channels);
-      }
-#pragma unroll
-      for (int column = 0; column < (length - 1) * stride + size; ++column) {
-        const int ix = first * stride + column - s.padding;
+      for (int kx = 0; kx < s.kernel_size; ++kx) {
+        const int ix = ox * s.stride + kx - s.padding;
         if (ix < 0 || ix >= s.width) continue;
-        float values[width];
-        load<width>(values, x + (int64_t(iy) * s.width + ix) * s.in_channels);
+        float values[width], filter[width];
+        load<width>(values, pixels_from(x, iy * s.width + ix, s.in_channels));
         if (d.normalization.present()) affine.apply(d.normalization.range, channel - work.place.channel, values);
+        load<width>(filter, weight + (ky * s.kernel_size + kx) * s.in_channels);
 #pragma unroll
-        for (int j = 0; j < length; ++j) {
-          const int kx = column - j * stride;
-          if (kx < 0 || kx >= size) continue;
-          if constexpr (kernel == 0) load<width>(filter[0], weight + (ky * size + kx) * s.in_channels);
-#pragma unroll
-          for (int i = 0; i < width; ++i) sums[j][i] += values[i] * filter[kernel > 0 ? kx : 0][i];
-        }
+        for (int i = 0; i < width; ++i) sums[i] += values[i] * filter[i];
       }
     }
-
-    float bias[width] = {};
     if (d.bias != nullptr) load<width>(bias, d.bias + int64_t(branch) * s.in_channels + channel);
-    T* out = d.out + (int64_t(branch) * s.rows() + int64_t(row) * s.out_width) * s.in_channels + channel;
-#pragma unroll
-    for (int j = 0; j < length; ++j) {
-      if (first + j >= s.out_width) break;
-#pragma unroll
-      for (int i = 0; i < width; ++i) sums[j][i] = clamp(sums[j][i] + bias[i], d.range);
-      store<width>(out + (first + j) * int64_t(s.in_channels), sums[j]);
-      if (partials.values != nullptr) moments.add(sums[j]);
-    }
+    finish<T, width>(d, bias, sums, d.out + (int64_t(branch) * s.rows() + at) * s.in_channels + channel);
+    if (partials.values != nullptr) moments.add(sums);
   }
   if (partials.values == nullptr) return;
-  moments.put(partials, work.place, scratch, partition.across,
-              runs.pixels_before(s, work.split_end) - runs.pixels_before(s, work.split_begin));
+  moments.put(partials, work.place, scratch, partition.across, work.split_end - work.split_begin);
+}
+
+template <typename T, int width, int stride>
+void run_tiles(const Device& device, const Convolution<T>& d, ChannelReduction* moments) {
+  const Shape& s = d.s;
+  const Tiling<width, stride> tiling(s);
+  const int64_t blocks = int64_t(s.branches) * tiling.groups;
+  // Statistics are summed up once a block: two blocks for each of 128 multiprocessors. The number depends on the shapes
+  // alone: the same order of additions on every GPU.
+  const int splits = int(std::clamp<int64_t>((moments != nullptr ? 256 : 1024) / std::max<int64_t>(blocks, 1), 1,
+                                             std::max(tiling.tiles, 1)));
+  const Partials partials = moments != nullptr ? moments->allocate(Moments<width>::kPlanes, splits) : Partials{};
+  const int64_t floats = kThreads * width + 3 * tiling.block_channels() + int64_t(tiling.size());
+  device.launch(depthwise_forward_kernel<T, width, stride>, blocks * splits, kThreads, floats * int64_t(sizeof(float)),
+                d, tiling, splits, partials);
 }
 
 }  // namespace
@@ -104,21 +165,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename T>
 void depthwise_forward(const Device& device, const Convolution<T>& d, ChannelReduction* moments) {
   const Shape& s = d.s;
+  if (s.kernel_size == 3 && s.stride <= 2) {
+    if (d.vectors())
+      return s.stride == 1 ? run_tiles<T, 4, 1>(device, d, moments) : run_tiles<T, 4, 2>(device, d, moments);
+    return s.stride == 1 ? run_tiles<T, 1, 1>(device, d, moments) : run_tiles<T, 1, 2>(device, d, moments);
+  }
   dispatch_width<T>(d.vectors(), [&](auto width) {
     constexpr int w = decltype(width)::value;
-    const auto run = [&](auto kernel, int64_t runs) {
-      const RowPartition<w> partition(s.branches, runs, s.in_channels);
-      const Partials partials =
-          moments != nullptr ? moments->allocate(Moments<w>::kPlanes, partition.splits()) : Partials{};
-      device.launch(+kernel, partition.blocks(), kThreads,
-                    RowPartition<w>::kScratch + SharedAffine::bytes(partition.across * w), d, partition, partials);
-    };
-    if (s.kernel_size == 3 && s.stride == 1)
-      run(depthwise_forward_kernel<T, w, 3, 1>, Runs<run_length<3>>(s).count(s));
-    else if (s.kernel_size == 3 && s.stride == 2)
-      run(depthwise_forward_kernel<T, w, 3, 2>, Runs<run_length<3>>(s).count(s));
-    else
-      run(depthwise_forward_kernel<T, w, 0, 0>, Runs<run_length<0>>(s).count(s));
+    const RowPartition<w> partition(s.branches, s.rows(), s.in_channels);
+    const Partials partials =
+        moments != nullptr ? moments->allocate(Moments<w>::kPlanes, partition.splits()) : Partials{};
+    device.launch(depthwise_forward_pixel_kernel<T, w>, partition.blocks(), kThreads,
+                  RowPartition<w>::kScratch + SharedAffine::bytes(partition.across * w), d, partition, partials);
   });
 }
 template void depthwise_forward(const Device&, const Convolution<float>&, ChannelReduction*);

@@ -171,7 +171,7 @@ Tensor depthwise_backward_weight(const Device& device, const WeightGradient<T>& 
     constexpr int width = kWidth<decltype(all_vectors)::value>, fixed_stride = decltype(stride)::value;
     const Tiling<T, width, fixed_stride> tiling(s);
     const int64_t blocks = int64_t(s.branches) * tiling.groups;
-    const int64_t splits = splits_of(blocks, 384, tiling.tiles);  // three blocks for each of 128 multiprocessors
+    const int64_t splits = splits_of(blocks, 256, tiling.tiles);  // two blocks for each of 128 multiprocessors
     const int64_t floats = 6 * tiling.block_channels() + std::max<int64_t>(tiling.size(), kThreads * 9 * width);
     device.launch(depthwise_backward_weight_kernel<T, width, fixed_stride>, blocks * splits, kThreads,
                   floats * int64_t(sizeof(float)), d, tiling, allocate(splits), int(splits));

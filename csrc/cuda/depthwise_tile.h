@@ -16,9 +16,10 @@ namespace hne {
 
 // Address of a value `pixels` pixels later in a feature map, by one multiply-add.
 template <typename T>
-HNE_DEVICE const T* pixels_from(const T* at, int pixels, int channels) {
+HNE_DEVICE T* pixels_from(T* at, int pixels, int channels) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
   const int bytes = channels * int(sizeof(T));
-  return reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(at) + int64_t(pixels) * bytes);
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(at) + int64_t(pixels) * bytes);
 }
 
 // How the output pixels of a branch are divided. A thread has `width` channels of `rows` output pixels, one below
