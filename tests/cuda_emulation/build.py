@@ -94,7 +94,7 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
             _run([*command, "-x", "c++", "-c", str(source), "-o", str(output)])
         return output
 
-    sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), HERE / "emulation.cpp"]
+    sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), *sorted(HERE.glob("*.cpp"))]
     library = folder / "libcuda_emulation.so"
     with locked(folder):
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

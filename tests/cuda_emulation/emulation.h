@@ -9,6 +9,8 @@
 #include <cstring>
 #include <functional>
 
+#include "record.h"
+
 #define HNE_DISPATCH_KEY CPU
 #define HNE_DEVICE inline
 #define HNE_BOTH inline
@@ -111,11 +113,13 @@ class Device {
   template <typename... Parameters>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
               const std::type_identity_t<Parameters>&... parameters) const {
+    if (record_launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, parameters...)) return;
     run_blocks(false, blocks, threads, shared_bytes, [&] { kernel(parameters...); });
   }
   template <typename... Parameters>
   void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
                     const std::type_identity_t<Parameters>&... parameters) const {
+    if (record_launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, parameters...)) return;
     run_blocks(true, blocks, threads, shared_bytes, [&] { kernel(parameters...); });
   }
 };

@@ -1,0 +1,511 @@
+"""Predicts the time of a kernel on an H100 from its machine code, grid and memory. No figure here was measured.
+
+Of a block of each launch the machine code is followed (:mod:`block_trace`). The time of a kernel is the longest of
+
+- device memory: bytes that the second cache does not hold, at the speed of a copy,
+- the second cache: sectors that the blocks request and the first cache does not hold,
+- the multiprocessors: waves of blocks, each as long as its warps take to issue their instructions and to wait for them,
+
+and a fixed time for the launch. The model ignores: clusters and the distance of cache slices, conflicts between reads
+and writes of device memory, misses of the instruction and constant caches, the first cache's limited size, and waits
+for atomic operations. Copies by the bulk engine are counted by their bytes only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import subprocess
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from block_trace import PARAMETERS, Launch, Trace, follow
+from cost_launches import FOLDER, Recorded, Recording, Region
+from machine_code import Function, Instruction
+
+CALIBRATION = Path(__file__).resolve().parent / "gpu_calibration.json"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An H100 SXM. Rates are those of a large copy and of published microbenchmarks, not of this machine."""
+
+    name: str = "H100"
+    multiprocessors: int = 132
+    clock: float = 1.755e9
+    schedulers: int = 4
+    registers: int = 65536  # of a multiprocessor
+    threads: int = 2048
+    blocks: int = 32
+    shared: int = 228 * 1024
+    shared_reserved: int = 1024  # of each block
+    memory_bytes_per_s: float = 3.0e12
+    cache_bytes_per_s: float = 5.5e12
+    cache_bytes: int = 35_000_000  # of 50 MB: both halves may hold a copy of the same data
+    cache_latency: int = 280  # cycles
+    memory_latency: int = 620
+    launch_s: float = 1.5e-6  # between dependent kernels of a graph
+    programmatic_launch_s: float = 0.8e-6  # where the next kernel's blocks are already there
+    host_launch_s: float = 19e-6  # an operation launched by Python, forward and backward of autograd included
+
+
+H100 = Machine()
+
+# --- machine code ----------------------------------------------------------------------------------------------------
+
+# Cycles that an instruction of a warp keeps its pipe, in each of the four parts of a multiprocessor.
+_ALU, _FMA, _HEAVY, _SPECIAL, _MEMORY, _TENSOR, _UNIFORM, _BRANCH, _DOUBLE, _NONE = range(10)
+_PIPES: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("FADD", "FMUL", "FFMA", "HADD2", "HMUL2", "HFMA2"), (_FMA, 1)),
+    **dict.fromkeys(("IMAD",), (_HEAVY, 2)),
+    **dict.fromkeys(("MUFU", "F2I", "I2F", "F2F", "FRND", "POPC", "FLO"), (_SPECIAL, 8)),
+    **dict.fromkeys(("HMMA", "IMMA"), (_TENSOR, 6)),
+    **dict.fromkeys(("DADD", "DMUL", "DFMA", "DSETP"), (_DOUBLE, 2)),
+    **dict.fromkeys(("BRA", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "NOP", "BAR"), (_BRANCH, 1)),
+    **dict.fromkeys(("LDGDEPBAR", "DEPBAR", "MEMBAR", "ACQBULK", "PREEXIT"), (_NONE, 1)),
+}
+_MEMORY_NAMES = {"LDG", "STG", "LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "LDC", "SHFL", "RED", "ATOMG"}
+_LATENCIES = {
+    **dict.fromkeys(("LDS", "LDSM", "LDC", "ULDC"), 30),
+    **dict.fromkeys(("MUFU", "F2I", "I2F", "F2F", "SHFL", "S2R", "S2UR", "R2UR", "VOTE"), 24),
+    **dict.fromkeys(("STS", "STG", "STSM"), 10),
+    **dict.fromkeys(("DADD", "DMUL", "DFMA", "DSETP"), 16),
+}
+KINDS = ("wide global", "scalar global", "shared", "matrix", "division", "branch", "other")
+
+
+def kind_of(instruction: Instruction) -> str:
+    """The column of the table that an instruction is counted in."""
+    name = instruction.name
+    if name in ("LDG", "STG", "LDGSTS", "UBLKCP", "UTMALDG", "RED", "ATOMG"):
+        return "scalar global" if instruction.width < 4 else "wide global"
+    if name in ("LDS", "STS", "LDSM", "STSM"):
+        return "shared"
+    if name in ("HMMA", "HGMMA", "IMMA"):
+        return "matrix"
+    if name in ("I2F", "F2I") or (name == "MUFU" and "RCP" in instruction.modifiers):
+        return "division"
+    return "branch" if name in ("BRA", "CALL", "RET", "BAR", "BSSY", "BSYNC", "EXIT") else "other"
+
+
+def blocks_per_multiprocessor(function: Function, threads: int, shared: int, machine: Machine = H100) -> int:
+    """Blocks that fit at the same time: by threads, registers and shared memory."""
+    warps = -(-threads // 32)
+    registers = -(-function.usage.registers * 32 // 256) * 256  # of a warp
+    by_registers = machine.registers // machine.schedulers // max(registers, 1) * machine.schedulers // warps
+    # cuobjdump counts the reserved part among the kernel's own.
+    memory = -(-(max(function.usage.shared, machine.shared_reserved) + shared) // 128) * 128
+    return min(machine.blocks, machine.threads // (32 * warps), by_registers, machine.shared // memory)
+
+
+# --- simulation ------------------------------------------------------------------------------------------------------
+
+_FIELDS = 10
+
+
+def _library() -> ctypes.CDLL:
+    """The simulation, compiled for the host."""
+    source = Path(__file__).resolve().parent / "issue_simulation.cpp"
+    output = FOLDER / "libissue_simulation.so"
+    if not output.exists() or output.stat().st_mtime < source.stat().st_mtime:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-o", str(output), str(source)]
+        subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(output))
+    library.hne_simulate_issue.restype = ctypes.c_int64
+    return library
+
+
+def _scheduling(trace: Trace, latency: int) -> np.ndarray:
+    """The properties of each instruction that the simulation reads."""
+    table = np.zeros((len(trace.function.instructions), _FIELDS), np.int32)
+    for index, i in enumerate(trace.function.instructions):
+        name = i.name
+        if name in _MEMORY_NAMES:
+            pipe, cycles = _MEMORY, 4  # of the multiprocessor's one memory pipe
+            if requests := trace.shared_requests[index]:
+                cycles = math.ceil(4 * trace.shared_passes[index] / requests)
+            if (access := trace.global_accesses.get(index)) and access.requests:
+                cycles = max(cycles, math.ceil(access.sectors / access.requests))  # four sectors in a cycle
+        elif name.startswith("U") or name in ("S2UR", "R2UR"):
+            pipe, cycles = _UNIFORM, 2
+        else:
+            pipe, cycles = _PIPES.get(name, (_ALU, 2))
+        waits = latency if name in ("LDG", "LDGSTS", "LDL", "ATOMG", "RED") else _LATENCIES.get(name, 0)
+        kind = {"BAR": 1, "LDGSTS": 2, "LDGDEPBAR": 3, "DEPBAR": 4}.get(name, 0)
+        pending = int(i.operands[1], 16) if name == "DEPBAR" else 0
+        row = (i.stall, i.write_barrier, i.read_barrier, i.wait, pipe, cycles, waits, 12, kind, pending)
+        table[index] = row
+    return table
+
+
+def simulate(trace: Trace, resident: int, latency: int, machine: Machine = H100) -> int:
+    """Cycles that a multiprocessor takes for ``resident`` blocks that all do what ``trace`` says."""
+    places = [(block, warp) for block in range(resident) for warp in range(trace.warps)]
+    instructions = np.zeros(trace.warps, np.int64)
+    for first, last, bits in trace.segments:
+        for warp in range(trace.warps):
+            instructions[warp] += (last - first + 1) * (bits >> warp & 1)
+    shares = [places[part :: machine.schedulers] for part in range(machine.schedulers)]
+    chosen = max(shares, key=lambda share: sum(instructions[warp] for _, warp in share))
+    traces, begins, ends, position = [], {}, {}, 0
+    for warp in sorted({warp for _, warp in chosen}):
+        parts = [np.arange(a, b + 1, dtype=np.int32) for a, b, bits in trace.segments if bits >> warp & 1]
+        whole = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        traces.append(whole)
+        begins[warp], ends[warp] = position, position + len(whole)
+        position += len(whole)
+    code = np.ascontiguousarray(_scheduling(trace, latency))
+    joined = np.ascontiguousarray(np.concatenate(traces))
+    first_ = np.array([begins[warp] for _, warp in chosen], np.int64)
+    last_ = np.array([ends[warp] for _, warp in chosen], np.int64)
+    blocks = np.array([block for block, _ in chosen], np.int32)
+
+    def pointer(array: np.ndarray) -> ctypes.c_void_p:
+        return ctypes.c_void_p(array.ctypes.data)
+
+    cycles: int = _library().hne_simulate_issue(
+        pointer(code),
+        pointer(joined),
+        pointer(first_),
+        pointer(last_),
+        pointer(blocks),
+        ctypes.c_int64(len(chosen)),
+        ctypes.c_int64(1 << 40),
+    )
+    return cycles
+
+
+# --- a launch --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """What one launch does, apart from the contents of the caches. Bytes are those of the whole grid."""
+
+    resident: int  # blocks of a multiprocessor
+    registers: int
+    instructions: float  # of a warp, on average
+    kinds: dict[str, float]  # instructions of a warp by kind
+    cache_bytes: float  # requested from the second cache
+    cycles: dict[str, int]  # of the busiest multiprocessor, with data in the second cache and in device memory
+    reads: list[tuple[int, float]]  # number of the parameter's pointer, bytes
+    writes: list[tuple[int, float]]
+    assumed: int = 0  # branches that depend on data
+    unplaced: float = 0.0  # bytes of no known tensor
+    tail: float = 0.0  # share of the time in which multiprocessors have nothing to do
+
+
+_SAMPLES = 3
+
+
+def pointers(launch: Recorded, regions: Sequence[Region]) -> list[Region]:
+    """The tensors that the parameters of a launch point into."""
+    found: list[Region] = []
+    words = launch.parameters[: len(launch.parameters) // 8 * 8]
+    for value in np.frombuffer(words, np.uint64):
+        for region in reversed(regions):  # the latest: memory is used again
+            if region.bytes and region.address <= int(value) < region.address + region.bytes:
+                if region not in found:
+                    found.append(region)
+                break
+    return found
+
+
+def sampled(blocks: int) -> list[int]:
+    """Numbers of the blocks that are followed."""
+    if blocks <= _SAMPLES:
+        return list(range(blocks))
+    return sorted({blocks * (2 * i + 1) // (2 * _SAMPLES) for i in range(_SAMPLES)})
+
+
+def examine(function: Function, launch: Recorded, regions: Sequence[Region], machine: Machine = H100) -> Work:
+    """Follow some blocks of a launch.
+
+    Raises:
+        Unsupported: the machine code cannot be followed.
+        ValueError: a block does not fit on a multiprocessor.
+    """
+    resident = blocks_per_multiprocessor(function, launch.threads, launch.shared, machine)
+    if resident == 0:
+        raise ValueError(f"{function.name}: a block of {launch.shared} bytes of shared memory does not fit")
+    given = Launch(launch.kernel, launch.blocks, launch.threads, launch.shared, launch.parameters)
+    traces = [follow(function, given, block) for block in sampled(launch.blocks)]
+    scale = launch.blocks / len(traces)
+    total: Counter[str] = Counter()
+    cache_bytes, unplaced = 0.0, 0.0
+    reads: Counter[int] = Counter()
+    writes: Counter[int] = Counter()
+    starts = np.array([region.address for region in regions], np.int64)
+    ends = np.array([region.address + region.bytes for region in regions], np.int64)
+    for trace in traces:
+        for index, count in trace.executed.items():
+            total[kind_of(function.instructions[index])] += count
+        loaded: list[np.ndarray] = []
+        for access in trace.global_accesses.values():
+            touched = np.unique(np.concatenate(access.touched)) if access.touched else np.zeros(0, np.int64)
+            if access.kind == "load":
+                loaded.append(touched)
+                cache_bytes += 32 * (access.sectors - sum(map(len, access.touched)))  # unknown addresses
+            else:
+                cache_bytes += 32 * access.sectors
+        # A block's first cache holds what it has loaded.
+        cache_bytes += 32 * len(np.unique(np.concatenate(loaded))) if loaded else 0
+        for names, bucket in ((("load", "copy"), reads), (("store",), writes)):
+            parts = [part for a in trace.global_accesses.values() if a.kind in names for part in a.touched]
+            if not parts:
+                continue
+            sectors = np.unique(np.concatenate(parts)) * 32
+            left = np.ones(len(sectors), bool)
+            for number in range(len(regions)):
+                inside = left & (sectors + 31 >= starts[number]) & (sectors < ends[number])
+                bucket[number] += 32 * int(inside.sum())
+                left &= ~inside
+            unplaced += 32 * int(left.sum())
+    middle = traces[len(traces) // 2]
+    cycles, tail = {}, 0.0
+    for name, latency in (("cache", machine.cache_latency), ("memory", machine.memory_latency)):
+        on_busiest = -(-launch.blocks // machine.multiprocessors)
+        waves, rest = divmod(on_busiest, resident)
+        full = simulate(middle, resident, latency, machine) if waves else 0
+        last = simulate(middle, rest, latency, machine) if rest else 0
+        cycles[name] = waves * full + last
+        tail = 1 - launch.blocks / (on_busiest * machine.multiprocessors)
+    warps = sum(trace.warps for trace in traces)
+    return Work(
+        resident,
+        function.usage.registers,
+        sum(total.values()) / warps,
+        {kind: total[kind] / warps for kind in KINDS},
+        cache_bytes * scale,
+        cycles,
+        [(number, min(count * scale, regions[number].bytes)) for number, count in reads.items()],
+        [(number, min(count * scale, regions[number].bytes)) for number, count in writes.items()],
+        assumed=sum(len(trace.assumed) for trace in traces),
+        unplaced=unplaced * scale,
+        tail=tail,
+    )
+
+
+# --- the second cache ------------------------------------------------------------------------------------------------
+
+_PAGE = 1 << 16
+
+
+class Cache:
+    """Which memory the second cache holds: the pages used last."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._used = size, 0.0
+        self._pages: OrderedDict[int, list[float]] = OrderedDict()  # page: bytes held, and bytes to be written back
+
+    def access(self, reads: Iterable[tuple[Region, float]], writes: Iterable[tuple[Region, float]]) -> float:
+        """Access parts of tensors side by side; return the bytes that move to or from device memory."""
+        touches = []
+        for region, count, is_write in [
+            *((region, count, False) for region, count in reads),
+            *((region, count, True) for region, count in writes),
+        ]:
+            if not region.bytes or not count:
+                continue
+            first, last = region.address // _PAGE, (region.address + region.bytes - 1) // _PAGE
+            share = count / (last - first + 1)
+            for page in range(first, last + 1):
+                touches.append(((page - first + 0.5) / (last - first + 1), page, share, is_write))
+        touches.sort()
+        moved = 0.0
+        for _, page, count, is_write in touches:
+            held = self._pages.pop(page, None)
+            if held is None:
+                held = [0.0, 0.0]
+            if count > held[0]:
+                moved += 0 if is_write else count - held[0]
+                self._used += count - held[0]
+                held[0] = count
+            if is_write:
+                held[1] = max(held[1], count)
+            self._pages[page] = held
+            while self._used > self._size and len(self._pages) > 1:
+                _, (old, dirty) = self._pages.popitem(last=False)
+                self._used -= old
+                moved += dirty
+        return moved
+
+
+# --- a call ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prediction:
+    """The predicted cost of one launch. Times in seconds."""
+
+    op: str
+    kernel: str  # empty for an operation of PyTorch
+    must_bytes: float  # inputs and outputs of the op, once
+    memory_bytes: float  # that move to or from device memory
+    cache_bytes: float
+    memory_s: float
+    cache_s: float
+    busy_s: float  # of the multiprocessors
+    launch_s: float
+    resident: int = 0
+    registers: int = 0
+    blocks: int = 0
+    instructions: float = 0.0
+    kinds: dict[str, float] = field(default_factory=dict)
+    tail: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.launch_s + max(self.memory_s, self.cache_s, self.busy_s)
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        times = {"memory": self.memory_s, "cache": self.cache_s, "issue": self.busy_s, "launch": self.launch_s}
+        return max(times, key=lambda name: times[name])
+
+
+class MissingKernel(Exception):
+    """A kernel that was launched is not in the machine code; the message names it."""
+
+
+@dataclass
+class Calibration:
+    """Measured time over predicted time, by kernel and for all others; all 1 until a GPU has measured them."""
+
+    kernels: dict[str, float] = field(default_factory=dict)
+    everything: float = 1.0
+    source: str = "uncalibrated"
+
+    @classmethod
+    def load(cls, path: Path = CALIBRATION) -> Calibration:
+        if not path.exists():
+            return cls()
+        record = json.loads(path.read_text())
+        return cls(record["kernels"], record["everything"], record["source"])
+
+    def save(self, path: Path = CALIBRATION) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    def factor(self, kernel: str) -> float:
+        return self.kernels.get(kernel.partition("<")[0], self.everything)
+
+
+def _key(launch: Recorded, regions: Sequence[Region], function: Function) -> tuple[object, ...]:
+    """Equal for launches that do the same: pointers count by their alignment and by which of them are equal."""
+    parameters = bytearray(launch.parameters)
+    for at in range(0, len(parameters) // 8 * 8, 8):
+        value = int.from_bytes(parameters[at : at + 8], "little")
+        for number, region in enumerate(regions):
+            if region.address <= value < region.address + region.bytes:
+                place = 1 << 60 | number << 16 | value % 256
+                parameters[at : at + 8] = place.to_bytes(8, "little")
+                break
+    sizes = tuple(region.bytes for region in regions)
+    return launch.kernel, function.digest, launch.blocks, launch.threads, launch.shared, bytes(parameters), sizes
+
+
+_EXAMINED: dict[tuple[object, ...], Work] = {}
+
+
+def predict(
+    recording: Recording,
+    code: dict[str, Function],
+    machine: Machine = H100,
+    calibration: Calibration | None = None,
+) -> list[Prediction]:
+    """The cost of each launch of a call that is repeated.
+
+    Raises:
+        MissingKernel: there is no machine code of a launched kernel.
+        Unsupported: the machine code of a kernel cannot be followed.
+    """
+    calibration = calibration or Calibration()
+    works: list[tuple[Recorded, list[Region], Work | None]] = []
+    for launch, known in zip(recording.launches, recording.regions, strict=True):
+        if not launch.kernel:
+            works.append((launch, [], None))
+            continue
+        if launch.kernel not in code:
+            raise MissingKernel(f"no machine code of the kernel {launch.kernel}: build the CUDA library again")
+        regions = pointers(launch, known)
+        key = _key(launch, regions, code[launch.kernel])
+        if key not in _EXAMINED:
+            _EXAMINED[key] = examine(code[launch.kernel], launch, regions, machine)
+        works.append((launch, regions, _EXAMINED[key]))
+    cache = Cache(machine.cache_bytes)
+    for _ in range(2):  # the caches hold what the call before has left there
+        found = []
+        seen: set[tuple[int, Region]] = set()
+        for launch, regions, work in works:
+            found.append(_predicted(launch, regions, work, cache, seen, machine, code))
+    for prediction in found:
+        factor = calibration.factor(prediction.kernel or prediction.op)
+        prediction.memory_s *= factor
+        prediction.cache_s *= factor
+        prediction.busy_s *= factor
+    return found
+
+
+def _predicted(
+    launch: Recorded,
+    regions: list[Region],
+    work: Work | None,
+    cache: Cache,
+    seen: set[tuple[int, Region]],
+    machine: Machine,
+    code: dict[str, Function],
+) -> Prediction:
+    if work is None:
+        reads, writes = [(r, float(r.bytes)) for r in launch.reads], [(r, float(r.bytes)) for r in launch.writes]
+    else:
+        reads = [(regions[number], count) for number, count in work.reads]
+        writes = [(regions[number], count) for number, count in work.writes]
+    must = 0.0
+    for region, count in (*reads, *writes):
+        if (region.external or work is None) and (launch.call, region) not in seen:
+            seen.add((launch.call, region))
+            must += count
+    moved = cache.access(reads, writes)
+    if work is None:
+        total = sum(count for _, count in (*reads, *writes))
+        return Prediction(
+            launch.op,
+            "",
+            total,
+            moved,
+            total,
+            moved / machine.memory_bytes_per_s,
+            total / machine.cache_bytes_per_s,
+            0.0,
+            machine.launch_s,
+        )
+    touched = sum(count for _, count in reads)
+    from_memory = min(1.0, moved / touched) if touched else 0.0
+    cycles = work.cycles["cache"] + from_memory * (work.cycles["memory"] - work.cycles["cache"])
+    waits = any(i.name == "ACQBULK" for i in code[launch.kernel].instructions)
+    return Prediction(
+        launch.op,
+        launch.kernel,
+        must,
+        moved,
+        work.cache_bytes,
+        moved / machine.memory_bytes_per_s,
+        work.cache_bytes / machine.cache_bytes_per_s,
+        cycles / machine.clock,
+        machine.programmatic_launch_s if waits else machine.launch_s,
+        work.resident,
+        work.registers,
+        launch.blocks,
+        work.instructions,
+        work.kinds,
+        work.tail,
+    )
+
+
+assert PARAMETERS == 0x210
