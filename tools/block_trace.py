@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ Array = NDArray[Any]
 Value = tuple[Any, Any]  # 32 bits per thread, and which threads' are unknown: an array, or None
 _U32, _U64 = np.uint32, np.uint64
 _LOW = _U64(0xFFFFFFFF)
+_SHARED_WINDOW = 0x10000  # upper half of the generic addresses of shared memory; no tensor is there
 _MOST_STEPS = 3_000_000
 
 
@@ -59,6 +60,7 @@ class Access:
     width: int
     sectors: int = 0  # summed over its executions
     requests: int = 0  # by warps
+    missed: int = 0  # sectors of loads that the block had not loaded before
     touched: list[Array] = field(default_factory=list)  # numbers of the sectors
 
 
@@ -73,6 +75,7 @@ class Trace:
     global_accesses: dict[int, Access] = field(default_factory=dict)  # by index
     shared_passes: Counter[int] = field(default_factory=Counter)  # by index, summed over its executions
     shared_requests: Counter[int] = field(default_factory=Counter)
+    loaded: set[int] = field(default_factory=set)  # sectors that loads have brought to the first cache
     assumed: set[int] = field(default_factory=set)  # addresses of branches that depend on unknown values
 
 
@@ -91,7 +94,7 @@ def _either(*unknown: Any) -> Any:
 class Block:
     """The threads of one block."""
 
-    def __init__(self, function: Function, launch: Launch, block: int) -> None:
+    def __init__(self, function: Function, launch: Launch, block: int, loaded: Iterable[int]) -> None:
         self.function, self.launch = function, launch
         self.threads = -(-launch.threads // WARP) * WARP
         self.warps = self.threads // WARP
@@ -122,10 +125,12 @@ class Block:
         }
         for name in ("TID.Y", "TID.Z", "CTAID.Y", "CTAID.Z", "CgaCtaId", "CLUSTER_CTARANK", "CgaSize"):
             self.special[f"SR_{name}"] = np.zeros(n, _U32)
+        self.special["SR_SWINHI"] = np.full(n, _SHARED_WINDOW, _U32)
         self.trace = Trace(function, self.warps)
         self.mask: Any = None  # threads that execute; None for all
         self.jump: Any = None  # set by control flow
         self.patterns: dict[Any, int] = {}
+        self.loaded = set(loaded)  # sectors in the first cache
 
     # --- registers ---------------------------------------------------------------------------------------------------
 
@@ -153,6 +158,7 @@ class Block:
             runnable = live & ~waiting
             if not runnable.any():
                 if not live.any():
+                    trace.loaded = self.loaded
                     return trace
                 waiting[:] = False
                 continue
@@ -207,6 +213,7 @@ class Block:
         active = self.every if mask is None else mask
         if unknown is not None:  # an address from memory: a sector for each thread
             access.sectors += int(active.sum())
+            access.missed += int(active.sum())
             access.requests += int(active.reshape(-1, WARP).any(1).sum())
             return
         sector = (address >> _U64(5)).astype(np.int64)
@@ -220,7 +227,12 @@ class Block:
         new = (rows >= 0) & np.concatenate([np.ones((rows.shape[0], 1), bool), rows[:, 1:] != rows[:, :-1]], 1)
         access.sectors += int(new.sum())
         access.requests += int((rows[:, -1] >= 0).sum())
-        access.touched.append(rows[new])
+        touched = rows[new]
+        access.touched.append(touched)
+        if kind == "load":
+            before = len(self.loaded)
+            self.loaded.update(touched.tolist())
+            access.missed += len(self.loaded) - before
 
     def touch_shared(self, index: int, width: int, address: Array, unknown: Any, mask: Any) -> None:
         """Count passes: in one, each of the 32 banks of 4 bytes serves one address."""
@@ -1092,7 +1104,15 @@ def _memory(instruction: Instruction) -> Action:
 
     def access(block: Block, mask: Any) -> None:
         value, unknown = address(block)
-        if is_global:
+        if name in ("LD", "ST"):  # a generic address
+            here = value >> _U64(32) == _U64(_SHARED_WINDOW)
+            inside = here if mask is None else here & mask
+            if inside.any():
+                block.touch_shared(index, width, value.astype(_U32), unknown, inside)
+            outside = ~here if mask is None else ~here & mask
+            if outside.any():
+                block.touch_global(index, "load" if loads else "store", width, value, unknown, outside)
+        elif is_global:
             block.touch_global(index, "load" if loads else "store", width, value, unknown, mask)
         elif name[-1] == "S":
             block.touch_shared(index, width, value, unknown, mask)
@@ -1121,7 +1141,8 @@ def _exit(instruction: Instruction) -> Action:
 
 
 def _return(instruction: Instruction) -> Action:
-    get, offset = source(instruction.operands[0]), int(instruction.operands[-1], 16)
+    register, place = " ".join(instruction.operands).split()
+    get, offset = source(register), int(place, 16)
 
     def act(block: Block, mask: Any) -> None:
         value, unknown = get(block)
@@ -1180,7 +1201,8 @@ _BUILDERS: dict[str, Callable[[Instruction], Action]] = {
     "R2P": _register_to_predicates,
     "ELECT": _elect,
     **dict.fromkeys(("HFMA2",), _half_constant),
-    **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "RED", "ATOMG"), _memory),
+    **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "RED"), _memory),
+    **dict.fromkeys(("LD", "ST", "ATOMG"), _memory),
     **dict.fromkeys(
         ("HMMA", "FMNMX", "F2FP", "F2F", "HADD2", "HMUL2", "HMNMX2", "DADD", "DMUL", "DFMA", "SHFL", "MOVM", "FRND"),
         _unknown,
@@ -1260,11 +1282,17 @@ def compiled(function: Function) -> list[Callable[[Block], None]]:
     return _COMPILED[key]
 
 
-def follow(function: Function, launch: Launch, block: int) -> Trace:
+def follow(function: Function, launch: Launch, block: int, loaded: Iterable[int] = ()) -> Trace:
     """Execute one block.
+
+    Args:
+        function: the machine code.
+        launch: grid and parameters.
+        block: number of the block.
+        loaded: sectors that earlier blocks have left in the multiprocessor's first cache.
 
     Raises:
         Unsupported: an instruction is unknown, or a loop ends by a value from memory.
     """
     with np.errstate(all="ignore"):
-        return Block(function, launch, block).run()
+        return Block(function, launch, block, loaded).run()

@@ -14,11 +14,15 @@ for atomic operations. Copies by the bulk engine are counted by their bytes only
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
+import multiprocessing
+import pickle
 import subprocess
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -68,9 +72,10 @@ _PIPES: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("BRA", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "NOP", "BAR"), (_BRANCH, 1)),
     **dict.fromkeys(("LDGDEPBAR", "DEPBAR", "MEMBAR", "ACQBULK", "PREEXIT"), (_NONE, 1)),
 }
-_MEMORY_NAMES = {"LDG", "STG", "LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "LDC", "SHFL", "RED", "ATOMG"}
+_FIRST_CACHE = 38  # latency
+_MEMORY_NAMES = {"LD", "ST", "LDG", "STG", "LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "LDC", "SHFL", "RED", "ATOMG"}
 _LATENCIES = {
-    **dict.fromkeys(("LDS", "LDSM", "LDC", "ULDC"), 30),
+    **dict.fromkeys(("LD", "LDS", "LDSM", "LDC", "ULDC"), 30),
     **dict.fromkeys(("MUFU", "F2I", "I2F", "F2F", "SHFL", "S2R", "S2UR", "R2UR", "VOTE"), 24),
     **dict.fromkeys(("STS", "STG", "STSM"), 10),
     **dict.fromkeys(("DADD", "DMUL", "DFMA", "DSETP"), 16),
@@ -83,7 +88,7 @@ def kind_of(instruction: Instruction) -> str:
     name = instruction.name
     if name in ("LDG", "STG", "LDGSTS", "UBLKCP", "UTMALDG", "RED", "ATOMG"):
         return "scalar global" if instruction.width < 4 else "wide global"
-    if name in ("LDS", "STS", "LDSM", "STSM"):
+    if name in ("LD", "ST", "LDS", "STS", "LDSM", "STSM"):
         return "shared"
     if name in ("HMMA", "HGMMA", "IMMA"):
         return "matrix"
@@ -136,6 +141,8 @@ def _scheduling(trace: Trace, latency: int) -> np.ndarray:
         else:
             pipe, cycles = _PIPES.get(name, (_ALU, 2))
         waits = latency if name in ("LDG", "LDGSTS", "LDL", "ATOMG", "RED") else _LATENCIES.get(name, 0)
+        if name == "LDG" and (access := trace.global_accesses.get(index)) and access.sectors:
+            waits = _FIRST_CACHE + round(access.missed / access.sectors * (latency - _FIRST_CACHE))
         kind = {"BAR": 1, "LDGSTS": 2, "LDGDEPBAR": 3, "DEPBAR": 4}.get(name, 0)
         pending = int(i.operands[1], 16) if name == "DEPBAR" else 0
         row = (i.stall, i.write_barrier, i.read_barrier, i.wait, pipe, cycles, waits, 12, kind, pending)
@@ -200,9 +207,6 @@ class Work:
     tail: float = 0.0  # share of the time in which multiprocessors have nothing to do
 
 
-_SAMPLES = 3
-
-
 def pointers(launch: Recorded, regions: Sequence[Region]) -> list[Region]:
     """The tensors that the parameters of a launch point into."""
     found: list[Region] = []
@@ -216,11 +220,11 @@ def pointers(launch: Recorded, regions: Sequence[Region]) -> list[Region]:
     return found
 
 
-def sampled(blocks: int) -> list[int]:
-    """Numbers of the blocks that are followed."""
-    if blocks <= _SAMPLES:
-        return list(range(blocks))
-    return sorted({blocks * (2 * i + 1) // (2 * _SAMPLES) for i in range(_SAMPLES)})
+def sampled(blocks: int, machine: Machine = H100) -> list[int]:
+    """Numbers of the blocks that are followed: one in the middle, and the one before it on its multiprocessor."""
+    middle = blocks // 2
+    before = middle - machine.multiprocessors
+    return [before if before >= 0 else 0, middle] if middle else [0]
 
 
 def examine(function: Function, launch: Recorded, regions: Sequence[Region], machine: Machine = H100) -> Work:
@@ -234,7 +238,11 @@ def examine(function: Function, launch: Recorded, regions: Sequence[Region], mac
     if resident == 0:
         raise ValueError(f"{function.name}: a block of {launch.shared} bytes of shared memory does not fit")
     given = Launch(launch.kernel, launch.blocks, launch.threads, launch.shared, launch.parameters)
-    traces = [follow(function, given, block) for block in sampled(launch.blocks)]
+    traces: list[Trace] = []
+    for block in sampled(launch.blocks, machine):
+        # The second block finds in the first cache what the block before has loaded, if one was there.
+        warm = traces and launch.blocks // 2 >= machine.multiprocessors
+        traces.append(follow(function, given, block, traces[0].loaded if warm else ()))
     scale = launch.blocks / len(traces)
     total: Counter[str] = Counter()
     cache_bytes, unplaced = 0.0, 0.0
@@ -266,7 +274,7 @@ def examine(function: Function, launch: Recorded, regions: Sequence[Region], mac
                 bucket[number] += 32 * int(inside.sum())
                 left &= ~inside
             unplaced += 32 * int(left.sum())
-    middle = traces[len(traces) // 2]
+    middle = traces[-1]
     cycles, tail = {}, 0.0
     for name, latency in (("cache", machine.cache_latency), ("memory", machine.memory_latency)):
         on_busiest = -(-launch.blocks // machine.multiprocessors)
@@ -283,8 +291,8 @@ def examine(function: Function, launch: Recorded, regions: Sequence[Region], mac
         {kind: total[kind] / warps for kind in KINDS},
         cache_bytes * scale,
         cycles,
-        [(number, min(count * scale, regions[number].bytes)) for number, count in reads.items()],
-        [(number, min(count * scale, regions[number].bytes)) for number, count in writes.items()],
+        [(number, min(count * scale, regions[number].bytes)) for number, count in reads.items() if count],
+        [(number, min(count * scale, regions[number].bytes)) for number, count in writes.items() if count],
         assumed=sum(len(trace.assumed) for trace in traces),
         unplaced=unplaced * scale,
         tail=tail,
@@ -352,6 +360,7 @@ class Prediction:
     cache_s: float
     busy_s: float  # of the multiprocessors
     launch_s: float
+    issue_s: float = 0.0  # if every scheduler issued an instruction in every cycle
     resident: int = 0
     registers: int = 0
     blocks: int = 0
@@ -396,7 +405,7 @@ class Calibration:
         return self.kernels.get(kernel.partition("<")[0], self.everything)
 
 
-def _key(launch: Recorded, regions: Sequence[Region], function: Function) -> tuple[object, ...]:
+def _key(function: Function, launch: Recorded, regions: Sequence[Region]) -> tuple[object, ...]:
     """Equal for launches that do the same: pointers count by their alignment and by which of them are equal."""
     parameters = bytearray(launch.parameters)
     for at in range(0, len(parameters) // 8 * 8, 8):
@@ -410,14 +419,54 @@ def _key(launch: Recorded, regions: Sequence[Region], function: Function) -> tup
     return launch.kernel, function.digest, launch.blocks, launch.threads, launch.shared, bytes(parameters), sizes
 
 
-_EXAMINED: dict[tuple[object, ...], Work] = {}
+class Memory:
+    """What was found about launches, kept on disk until the model or the machine code changes."""
+
+    def __init__(self, path: Path | None = FOLDER / "launches.pickle") -> None:
+        self._path, self._works = path, dict[str, Work]()
+        tools = Path(__file__).resolve().parent
+        sources = ("block_trace.py", "cost_prediction.py", "issue_simulation.cpp", "machine_code.py")
+        self._version = hashlib.sha256(b"".join((tools / name).read_bytes() for name in sources)).hexdigest()
+        if path is not None and path.exists():
+            version, works = pickle.loads(path.read_bytes())
+            if version == self._version:
+                self._works = works
+
+    def examine(
+        self, jobs: Sequence[tuple[Function, Recorded, list[Region]]], machine: Machine, workers: int
+    ) -> list[Work]:
+        """The work of each launch; launches that do the same are examined once, several at a time."""
+        names = [hashlib.sha256(repr((_key(*job), machine)).encode()).hexdigest() for job in jobs]
+        missing = {name: job for name, job in zip(names, jobs, strict=True) if name not in self._works}
+        if missing:
+            _jobs[:] = [(*job, machine) for job in missing.values()]
+            _library()
+            if workers > 1:
+                with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+                    found = list(pool.map(_examine, range(len(_jobs))))
+            else:
+                found = [_examine(index) for index in range(len(_jobs))]
+            self._works |= dict(zip(missing, found, strict=True))
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.write_bytes(pickle.dumps((self._version, self._works)))
+        return [self._works[name] for name in names]
+
+
+_jobs: list[tuple[Function, Recorded, list[Region], Machine]] = []  # forked workers inherit them
+
+
+def _examine(index: int) -> Work:
+    return examine(*_jobs[index])
 
 
 def predict(
     recording: Recording,
     code: dict[str, Function],
+    memory: Memory,
     machine: Machine = H100,
     calibration: Calibration | None = None,
+    workers: int = 1,
 ) -> list[Prediction]:
     """The cost of each launch of a call that is repeated.
 
@@ -426,24 +475,27 @@ def predict(
         Unsupported: the machine code of a kernel cannot be followed.
     """
     calibration = calibration or Calibration()
-    works: list[tuple[Recorded, list[Region], Work | None]] = []
+    jobs = []
     for launch, known in zip(recording.launches, recording.regions, strict=True):
         if not launch.kernel:
-            works.append((launch, [], None))
             continue
         if launch.kernel not in code:
             raise MissingKernel(f"no machine code of the kernel {launch.kernel}: build the CUDA library again")
-        regions = pointers(launch, known)
-        key = _key(launch, regions, code[launch.kernel])
-        if key not in _EXAMINED:
-            _EXAMINED[key] = examine(code[launch.kernel], launch, regions, machine)
-        works.append((launch, regions, _EXAMINED[key]))
+        jobs.append((code[launch.kernel], launch, pointers(launch, known)))
+    works = iter(zip(jobs, memory.examine(jobs, machine, workers), strict=True))
+    found_works: list[tuple[Recorded, list[Region], Work | None]] = []
+    for launch in recording.launches:
+        if launch.kernel:
+            (_, _, regions), work = next(works)
+            found_works.append((launch, regions, work))
+        else:
+            found_works.append((launch, [], None))
     cache = Cache(machine.cache_bytes)
     for _ in range(2):  # the caches hold what the call before has left there
         found = []
         seen: set[tuple[int, Region]] = set()
-        for launch, regions, work in works:
-            found.append(_predicted(launch, regions, work, cache, seen, machine, code))
+        for launch, regions, work_or_none in found_works:
+            found.append(_predicted(launch, regions, work_or_none, cache, seen, machine, code))
     for prediction in found:
         factor = calibration.factor(prediction.kernel or prediction.op)
         prediction.memory_s *= factor
@@ -468,7 +520,7 @@ def _predicted(
         writes = [(regions[number], count) for number, count in work.writes]
     must = 0.0
     for region, count in (*reads, *writes):
-        if (region.external or work is None) and (launch.call, region) not in seen:
+        if count and region.external and (launch.call, region) not in seen:
             seen.add((launch.call, region))
             must += count
     moved = cache.access(reads, writes)
@@ -488,6 +540,7 @@ def _predicted(
     touched = sum(count for _, count in reads)
     from_memory = min(1.0, moved / touched) if touched else 0.0
     cycles = work.cycles["cache"] + from_memory * (work.cycles["memory"] - work.cycles["cache"])
+    slots = machine.multiprocessors * machine.schedulers
     waits = any(i.name == "ACQBULK" for i in code[launch.kernel].instructions)
     return Prediction(
         launch.op,
@@ -499,6 +552,7 @@ def _predicted(
         work.cache_bytes / machine.cache_bytes_per_s,
         cycles / machine.clock,
         machine.programmatic_launch_s if waits else machine.launch_s,
+        work.instructions * launch.blocks * -(-launch.threads // 32) / (slots * machine.clock),
         work.resident,
         work.registers,
         launch.blocks,

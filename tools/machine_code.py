@@ -138,19 +138,28 @@ def _without_padding(instructions: list[Instruction]) -> tuple[Instruction, ...]
     return tuple(instructions[:end])
 
 
-def disassemble(path: Path, target: str) -> str:
-    """The text of ``cuobjdump -sass`` for one target, such as ``sm_90a``."""
+def disassemble(path: Path, target: str, folder: Path | None = None) -> str:
+    """The text of ``cuobjdump -sass`` for one target, such as ``sm_90a``; ``folder`` keeps it for the next call."""
+    kept = None
+    if folder is not None:
+        kept = folder / f"{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.{target}.sass"
+        if kept.exists():
+            return kept.read_text()
     command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch", target, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(text)
+    return text
 
 
-def load(paths: Sequence[Path], target: str) -> dict[str, Function]:
+def load(paths: Sequence[Path], target: str, folder: Path | None = None) -> dict[str, Function]:
     """All kernels for a target by readable name, from libraries or cubin files."""
     found = {}
     for path in paths:
         # A cubin file is for one target, which only its disassembly names.
         usages = {symbol: usage for kind, symbol, usage in cuda_resources.of_file(path) if kind in (target, "")}
-        text = disassemble(path, target) if usages else ""
+        text = disassemble(path, target, folder) if usages else ""
         if f"code for {target}" not in text:
             continue
         code = split_functions(text)
