@@ -686,6 +686,7 @@ def _combined(instruction: Instruction, compare: Callable[[Block], Value], rest:
     def act(block: Block, mask: Any) -> None:
         value, unknown = compare(block)
         with_value, with_unknown = other(block)
+        with_value = with_value.copy()  # it may be the first destination
         for put, result in zip(puts, (value, ~value), strict=True):
             combined = combine(result, with_value)
             doubt = _either(unknown, with_unknown)
@@ -841,12 +842,20 @@ def _load_constant(instruction: Instruction) -> Action:
     return act
 
 
+def _all_unknown(puts: list[Callable[[Block, Any, Any, Any], None]]) -> Action:
+    def act(block: Block, mask: Any) -> None:
+        for put in puts:
+            put(block, 0, block.every, mask)
+
+    return act
+
+
 def _special(instruction: Instruction) -> Action:
     name = instruction.operands[1]
     count = 1 if instruction.name != "CS2R" or "32" in instruction.modifiers else 2
     puts = [destination(instruction.operands[0], i) for i in range(count)]
     if "CLOCK" in name or "GLOBALTIMER" in name:
-        return lambda block, mask: [put(block, _U32(0), block.every, mask) for put in puts] and None
+        return _all_unknown(puts)
 
     def act(block: Block, mask: Any) -> None:
         if name not in block.special:
@@ -999,17 +1008,13 @@ def _unknown(instruction: Instruction) -> Action:
             puts += [destination(text, i) for i in range(count)]
             break
 
-    def act(block: Block, mask: Any) -> None:
-        for put in puts:
-            put(block, 0, block.every, mask)
-
-    return act
+    return _all_unknown(puts)
 
 
 def _data_predicate(instruction: Instruction) -> Action:
     """A comparison of data."""
     puts = [destination(text) for text in instruction.operands[:2] if is_predicate(text)]
-    return lambda block, mask: [put(block, False, block.every, mask) for put in puts] and None
+    return _all_unknown(puts)
 
 
 def _never(instruction: Instruction) -> Action:

@@ -1,8 +1,8 @@
 """Lists the kernels that a call launches on a GPU, without one: the host code runs, the kernels do not.
 
 The CUDA code is compiled for the host (``tests/cuda_emulation``), where a launch only reports its kernel, grid and
-parameters. PyTorch's own operations are counted beside them, by their bytes; they are computed on the CPU, since the host
-code may look at their results. Tensors have the real shapes, and memory that no kernel has written.
+parameters. PyTorch's own operations are counted beside them, by their bytes; they are computed on the CPU, since the
+host code may look at their results. Tensors have the real shapes, and memory that no kernel has written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import json
+import importlib
 import os
 import pickle
 import subprocess
@@ -82,8 +82,7 @@ CALLS = tuple(
 def emulation(folder: Path = FOLDER) -> Path:
     """Build the host code with the kernels that are not executed; return the library."""
     sys.path.insert(0, str(ROOT / "tests" / "cuda_emulation"))
-    import build
-
+    build: Any = importlib.import_module("build")
     library: Path = build.build(folder / "emulation", ())
     return library
 
@@ -239,13 +238,17 @@ def _record_here(call: Call, library: Path) -> Recording:
     images = torch.zeros(call.batch, 3, size, size)
     images = images.contiguous(memory_format=torch.channels_last)
     target = torch.zeros(call.batch, dtype=torch.int64)
-    patches = [
-        mock.patch.object(module, "is_traced", lambda: False)
+    patches: list[Any] = [
+        mock.patch.object(module, "is_traced", return_value=False)
         for name, module in list(sys.modules.items())
         if name.partition(".")[0] in ("hne", "hne_kernels") and getattr(module, "is_traced", None) is not None
     ]
+
     # On a GPU a batch is computed as a whole.
-    patches.append(mock.patch.object(fused_layers, "micro_batches", lambda x, batch_dim: (x,)))
+    def whole(x: torch.Tensor, batch_dim: int) -> tuple[torch.Tensor, ...]:
+        return (x,)
+
+    patches.append(mock.patch.object(fused_layers, "micro_batches", whole))
     with contextlib.ExitStack() as stack:
         stack.enter_context(hne_kernels.use_backend("cuda"))
         for patch in patches:

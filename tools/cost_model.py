@@ -19,7 +19,8 @@ from pathlib import Path
 import cost_table
 import machine_code
 from cost_launches import CALLS, FOLDER, NETWORKS, ROOT, Call, Recording, emulation, record
-from cost_prediction import Calibration, Memory, Prediction, predict
+from cost_prediction import Calibration, Prediction, predict
+from cost_work import Memory
 
 TARGET = "sm_90a"
 

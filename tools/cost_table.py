@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cost_launches import Call
-from cost_prediction import H100, Calibration, Machine, Prediction
+from cost_prediction import Calibration, Prediction
+from cost_work import H100, Machine
 
 _FEW = 0.01  # operations of PyTorch with a smaller share of the time are one line
 
@@ -60,7 +61,8 @@ def groups(predictions: Sequence[Prediction]) -> list[Group]:
     for prediction in predictions:
         found.setdefault(label(prediction), []).append(prediction)
     total = sum(prediction.seconds for prediction in predictions)
-    large, few = [], []
+    large: list[Group] = []
+    few: list[Group] = []
     for name, launches in found.items():
         small = not launches[0].kernel and sum(launch.seconds for launch in launches) < _FEW * total
         (few if small else large).append(Group(name, launches))
@@ -153,4 +155,8 @@ def markdown(found: Sequence[tuple[Call, Sequence[Prediction]]], calibration: Ca
             f"{whole.sum('memory_bytes') / 1e6:.0f} MB | {whole.sum('issue_s') * 1e3:.2f} ms | "
             f"{whole.seconds * 1e3:.2f} ms | {whole.floor_share(machine):.0%} |"
         )
-    return [*lines, "", f"Predictions of `tools/cost_model.py` for an {machine.name}, {calibration.source}; not measured."]
+    return [
+        *lines,
+        "",
+        f"Predictions of `tools/cost_model.py` for an {machine.name}, {calibration.source}; not measured.",
+    ]

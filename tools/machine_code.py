@@ -133,7 +133,9 @@ def parse(text: str) -> tuple[Instruction, ...]:
 def _without_padding(instructions: list[Instruction]) -> tuple[Instruction, ...]:
     """Without the branch to itself and the NOPs that fill a kernel's last bytes."""
     end = len(instructions)
-    while end and (instructions[end - 1].name == "NOP" or instructions[end - 1].target == instructions[end - 1].address):
+    while end and (
+        instructions[end - 1].name == "NOP" or instructions[end - 1].target == instructions[end - 1].address
+    ):
         end -= 1
     return tuple(instructions[:end])
 
