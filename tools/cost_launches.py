@@ -93,20 +93,35 @@ def record(call: Call, library: Path) -> Recording:
     Raises:
         RuntimeError: the call failed; the message is its output.
     """
+    options = [call.network, str(call.batch), *(["--training"] if call.training else [])]
+    recording: Recording = _record(library, *options)
+    return recording
+
+
+def record_ops(library: Path) -> dict[str, tuple[Recording, Recording | None]]:
+    """The launches of each row of the smoke table of ops: of its timed call, and of the backward call.
+
+    Raises:
+        RuntimeError: a call failed; the message is the output.
+    """
+    recordings: dict[str, tuple[Recording, Recording | None]] = _record(library, "ops", "128")
+    return recordings
+
+
+def _record(library: Path, *options: str) -> Any:
+    helpers = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "helpers")]
     environ = {
         **os.environ,
         "HNE_CUDA_EMULATION": str(library),
         "HNE_EMULATED_SHARED_MEMORY": str(SHARED_LIMIT),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([*helpers, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_WAIT_POLICY": "passive",
-        "HNE_BACKEND": "cuda",
     }
-    command = [sys.executable, __file__, call.network, str(call.batch), *(["--training"] if call.training else [])]
+    command = [sys.executable, __file__, *options]
     result = subprocess.run(command, env=environ, capture_output=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"{call}: {result.stderr.decode()[-3000:]}")
-    recording: Recording = pickle.loads(result.stdout)  # written by this file
-    return recording
+        raise RuntimeError(f"{' '.join(options)}: {result.stderr.decode()[-3000:]}")
+    return pickle.loads(result.stdout)  # written by this file
 
 
 # --- in the process that is recorded ---------------------------------------------------------------------------------
@@ -279,14 +294,55 @@ def _record_here(call: Call, library: Path) -> Recording:
     return Recording(mode.launches, mode.regions)
 
 
+def _record_ops_here(library: Path, batch: int) -> dict[str, tuple[Recording, Recording | None]]:
+    import smoke_ops
+    import torch
+    from torch import Tensor
+
+    import hne_kernels
+
+    mode = _make_mode(library)
+
+    def taken() -> Recording:
+        recording = Recording(list(mode.launches), list(mode.regions))
+        mode.launches.clear()
+        mode.regions.clear()
+        return recording
+
+    found: dict[str, tuple[Recording, Recording | None]] = {}
+    rng = torch.Generator().manual_seed(0)
+    with hne_kernels.use_backend("cuda"):
+        for dtype in (torch.bfloat16, torch.float32):
+            for layer, case in smoke_ops.cases():
+                inputs = smoke_ops.repeated(case.inputs(rng, dtype, "cpu"), batch // smoke_ops.BATCH)
+                with torch.no_grad(), mode.recording():
+                    case(inputs)
+                forward, backward = taken(), None
+                if case.differentiable:
+                    leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
+                    with mode.recording():
+                        reached: list[Tensor] = [r for r in case({**inputs, **leaves}) if r.requires_grad]
+                    taken()
+                    grads = [torch.empty_like(result) for result in reached]
+                    with mode.recording():
+                        torch.autograd.grad(reached, list(leaves.values()), grads)
+                    backward = taken()
+                found[smoke_ops.row_name("cuda", dtype, case, layer)] = forward, backward
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("network", choices=(*NETWORKS, "ops"))
     parser.add_argument("batch", type=int)
     parser.add_argument("--training", action="store_true")
     args = parser.parse_args()
-    call = Call(args.network, args.batch, args.training)
-    recording = _record_here(call, Path(os.environ["HNE_CUDA_EMULATION"]))
+    library = Path(os.environ["HNE_CUDA_EMULATION"])
+    recording: object
+    if args.network == "ops":
+        recording = _record_ops_here(library, args.batch)
+    else:
+        recording = _record_here(Call(args.network, args.batch, args.training), library)
     sys.stdout.buffer.write(pickle.dumps(recording))
 
 

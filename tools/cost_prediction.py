@@ -22,8 +22,7 @@ from pathlib import Path
 from cost_launches import Recorded, Recording, Region
 from cost_work import H100, Machine, Memory, Work, pointers
 from machine_code import Function
-
-CALIBRATION = Path(__file__).resolve().parent / "gpu_calibration.json"
+from predicted_rows import CALIBRATION
 
 # --- the second cache ------------------------------------------------------------------------------------------------
 

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import build_steps
+import counter_steps
 import peer_steps
 import smoke_steps
 import suite_steps
-from gpu_machine import COLUMNS, GpuCheck, machine
+from gpu_machine import COLUMNS, GPU_BACKENDS, GpuCheck, machine
+from predicted_rows import ratios
 from timed_steps import ROOT, Outcome
 
 
@@ -45,11 +47,13 @@ CALLS: dict[str, tuple[Step, ...]] = {
         Step("triton-network", smoke_steps.networks(1), 45),
         Step("eager", smoke_steps.eager, 20),
         Step("compiled", smoke_steps.compiled, 35),
+        Step("calibrate", smoke_steps.calibrate, 5),
     ),
     "second": (
         Step("tests-cuda", suite_steps.tests_cuda, 120),
         Step("tests-triton", suite_steps.tests_triton, 120),
         Step("vast", suite_steps.vast, 40),
+        Step("counters", counter_steps.counters, 40),
         Step("memcheck", smoke_steps.memcheck, 60),
         Step("racecheck", smoke_steps.racecheck, 20),
     ),
@@ -118,7 +122,12 @@ def report(check: GpuCheck, steps: list[Step], done: dict[str, Outcome]) -> list
         lines += [f"{row['row']}: {row['result']}: {row.get('note', '')}"[:200] for row in shown[:25]]
     timed = [row for row in check.rows if row.get("ms") and ("network" in row["step"] or row["step"] in _PLAIN)]
     if timed:
-        lines += ["", "network, milliseconds:", *(f"{row['ms']:>10}  {row['row']}" for row in timed)]
+        lines += ["", "network, milliseconds (predicted by the cost model):"]
+        lines += [f"{row['ms']:>10} {_bracketed(row.get('predicted ms')):>12}  {row['row']}" for row in timed]
+    beyond = slower_than_predicted(check)
+    if beyond:
+        lines += ["", f"slower than {_MUCH:g} times the prediction ({len(beyond)}):"]
+        lines += [f"{ratio:>6.1f} times  {name}" for name, ratio in beyond[:12]]
     slow = _slow(check.rows)
     if slow:
         lines += ["", "ops furthest from the speed of a copy, forward:", *slow]
@@ -133,6 +142,19 @@ def report(check: GpuCheck, steps: list[Step], done: dict[str, Outcome]) -> list
 
 
 _PLAIN = ("eager", "compiled")
+_MUCH = 2.0  # times the prediction
+
+
+def _bracketed(predicted: float | None) -> str:
+    return "" if predicted is None else f"({predicted:.3f})"
+
+
+def slower_than_predicted(check: GpuCheck) -> list[tuple[str, float]]:
+    """Rows that took much longer than predicted, the worst first, with measured over predicted time."""
+    found = [(name, ratio) for name, ratio, _ in ratios(check.rows, check.predictions) if ratio > _MUCH]
+    return sorted(found, key=lambda pair: -pair[1])
+
+
 _FACTS = ("gpu", "driver", "torch", "cuda", "triton", "commit", "date")
 
 
@@ -141,6 +163,23 @@ def _slow(rows: list[dict[str, Any]], count: int = 8) -> list[str]:
     shares = [(float(row["of copy"].rstrip("%")), row) for row in rows if row.get("of copy")]
     chosen = sorted(shares, key=lambda pair: pair[0])[:count]
     return [f"{share:>4.0f}%  {row['ms']:>9} ms  {row['row']}" for share, row in chosen]
+
+
+# What to do about the rows of a result.
+_ADVICE = {
+    "HUNG": "a kernel that does not end: look at its loops and barriers",
+    "DIED": "a process that ended: read {log}, and run the second call for the memory checker",
+    "WRONG": "wrong values: compare the shapes that are wrong with those that are right",
+    "FAILED": "read the notes of the failed rows",
+}
+
+
+def _alone(row: str) -> str:
+    """The command that tests the op of a row alone, or an empty text."""
+    words = row.partition(": ")[0].split()
+    if len(words) != 3 or words[0] not in GPU_BACKENDS:
+        return ""
+    return f"; its op alone: python -m pytest -q tests/kernels/test_parity.py -k '{words[0]} and {words[2]}'"
 
 
 def advices(check: GpuCheck, done: dict[str, Outcome]) -> list[str]:
@@ -154,20 +193,30 @@ def advices(check: GpuCheck, done: dict[str, Outcome]) -> list[str]:
         return [f"install what is missing ({done['machine'].note})"]
     if "build" in done and done["build"].result in ("FAILED", "ran out"):
         found.append(f"mend the build; the compiler's output is in {log}")
-    for result, advice in {
-        "HUNG": "a kernel that does not end: look at its loops and barriers",
-        "DIED": f"a process that ended: read {log}, and run the second call for the memory checker",
-        "WRONG": "wrong values: compare the shapes that are wrong with those that are right",
-        "FAILED": "read the notes of the failed rows",
-    }.items():
+    for result, advice in _ADVICE.items():
         if result in by_result:
-            found.append(f"{advice} ({len(by_result[result])} rows, the first is {by_result[result][0]})")
+            first = by_result[result][0]
+            found.append(
+                f"{advice.format(log=log)} ({len(by_result[result])} rows, the first is {first}){_alone(first)}"
+            )
     if ran_out := [name for name, outcome in done.items() if outcome.result == "ran out"]:
         found.append(f"run the call of these steps alone, or with more --seconds: {', '.join(ran_out)}")
     if failed := [name for name, outcome in done.items() if outcome.result == "FAILED" and name not in ("build",)]:
         found.append(f"failed steps: {', '.join(failed)}")
+    wrong = bool(found)
+    if beyond := slower_than_predicted(check):
+        by_kernel = {kernel: ratio for _, ratio, kernel in ratios(check.rows, check.predictions) if kernel}
+        worst = max(by_kernel, key=lambda kernel: by_kernel[kernel], default=beyond[0][0])
+        found.append(
+            f"{len(beyond)} rows take more than {_MUCH:g} times the prediction: read the counters of {worst} "
+            "(second call), then its machine code (python tools/cost_model.py --launches)"
+        )
+    if check.predictions.note and any(row.get("predicted ms") for row in check.rows):
+        found.append(check.predictions.note)
+    elif "calibrate" in done and done["calibrate"].result == "passed" and check.device == "cuda":
+        found.append("commit tools/gpu_calibration.json and the results")
     names = list(CALLS)
-    if not found and check.call in names[:-1]:
+    if not wrong and check.call in names[:-1]:
         found.append(f"GPU_CHECK={names[names.index(check.call) + 1]}")
     return found or ["nothing is wrong; keep the results"]
 

@@ -11,12 +11,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from predicted_rows import Predictions
 from rows import Cells
 from timed_steps import ROOT, Check, Failure
 
 GPU_BACKENDS = ("cuda", "triton")
 REHEARSAL_BACKENDS = ("cpp", "reference")  # take the place of the GPU's backends on a CPU
-COLUMNS = ("step", "row", "result", "error", "gradient error", "ms", "backward ms", "of copy", "note")
+_FIRST_COLUMNS = (
+    "step",
+    "row",
+    "result",
+    "error",
+    "gradient error",
+    "ms",
+    "predicted ms",
+    "backward ms",
+    "predicted backward ms",
+)
+COLUMNS = (*_FIRST_COLUMNS, "of copy", "note")
 
 _PROBE = """
 import json, torch
@@ -71,6 +83,7 @@ class GpuCheck(Check):
         self.bytes_per_s: float | None = None  # speed of a large copy
         self.lost_sides: list[str] = []  # of the benchmarks, that made the GPU unusable
         self.rows: list[Cells] = []
+        self.predictions = Predictions.load()
 
     @property
     def missing(self) -> list[str]:
@@ -92,8 +105,12 @@ class GpuCheck(Check):
         return described or {name: str(value) for name, value in self.machine.items()}
 
     def write_row(self, step: str, name: str, cells: Cells) -> None:
-        """Append a row to the table on disk, and show it."""
-        row = {"step": step, "row": name} | cells
+        """Append a row to the table on disk, with the prediction of the cost model beside times, and show it."""
+        predicted = self.predictions.of_row(name)
+        beside = {
+            f"predicted {key}": predicted[key] for key in ("ms", "backward ms") if cells.get(key) and key in predicted
+        }
+        row = {"step": step, "row": name} | cells | beside
         self.rows.append(row)
         path = self.results / f"{self.call}.tsv"
         line = "\t".join(str(row.get(column, "")).replace("\t", " ") for column in COLUMNS)

@@ -137,8 +137,12 @@ def op_rows(bench: Bench, backend: str, dtypes: Sequence[torch.dtype]) -> Iterat
     for dtype in dtypes:
         for layer, case in cases():
             if layer == "odd" or not bench.is_rehearsal:
-                name = f"{backend} {str(dtype).removeprefix('torch.')} {case.label}: {layer}"
+                name = row_name(backend, dtype, case, layer)
                 yield Row(name, f"{backend} {case.label}", partial(op_cells, bench, backend, case, dtype))
+
+
+def row_name(backend: str, dtype: torch.dtype, case: Case, layer: str) -> str:
+    return f"{backend} {str(dtype).removeprefix('torch.')} {case.label}: {layer}"
 
 
 def memory_rows(bench: Bench, backend: str) -> Iterator[Row]:
@@ -224,7 +228,7 @@ def _poisoned_outputs(wanted: bool) -> Iterator[None]:
 def _timed(bench: Bench, backend: str, case: Case, dtype: torch.dtype) -> Cells:
     rng = torch.Generator()
     rng.seed()
-    inputs = _repeated(case.inputs(rng, dtype, bench.device), bench.batch // BATCH)
+    inputs = repeated(case.inputs(rng, dtype, bench.device), bench.batch // BATCH)
     with K.use_backend(backend):
         with torch.no_grad():
             results = case(inputs)
@@ -246,7 +250,7 @@ def _backward_ms(bench: Bench, case: Case, inputs: Inputs) -> float:
     return bench.milliseconds(lambda: torch.autograd.grad(reached, list(leaves.values()), grads, retain_graph=True))
 
 
-def _repeated(inputs: Inputs, times: int) -> Inputs:
+def repeated(inputs: Inputs, times: int) -> Inputs:
     """The same inputs for a larger batch. Copies of images take as long as new ones."""
 
     def larger(name: str, value: Any) -> Any:

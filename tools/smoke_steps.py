@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
 
 from gpu_machine import GPU_BACKENDS, REHEARSAL_BACKENDS, GpuCheck
+from predicted_rows import CALIBRATION, calibration
 from row_runner import RowRunner
 from rows import Cells
 from timed_steps import Failure, Skipped
@@ -52,6 +54,26 @@ def eager(check: GpuCheck) -> str:
 def compiled(check: GpuCheck) -> str:
     """time it under torch.compile"""
     return _table(check, "compiled")
+
+
+def calibrate(check: GpuCheck) -> str:
+    """compare the cost model's predictions with the measured rows, and write gpu_calibration.json"""
+    if not check.predictions.rows:
+        raise Skipped(check.predictions.note)
+    source = f"calibrated on {check.machine['gpu'] or 'no GPU'}"
+    found = calibration(check.rows, check.predictions, source)
+    if found is None:
+        raise Skipped("no measured row has a prediction")
+    text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+    (check.results / CALIBRATION.name).write_text(text)
+    if check.device == "cuda" and not check.predictions.note:
+        CALIBRATION.write_text(text)
+    worst = max(found["kernels"].items(), key=lambda pair: pair[1], default=("", 1.0))
+    return (
+        f"measured over predicted time: median {found['everything']:.2f}"
+        + (f", most of {worst[0]} {worst[1]:.2f}" if worst[0] else "")
+        + (f"; {check.predictions.note}" if check.predictions.note else "")
+    )
 
 
 def memcheck(check: GpuCheck) -> str:
