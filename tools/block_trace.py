@@ -1151,7 +1151,7 @@ def _return(instruction: Instruction) -> Action:
 
     def act(block: Block, mask: Any) -> None:
         value, unknown = get(block)
-        if unknown is not None:
+        if unknown is not None and (unknown.any() if mask is None else (unknown & mask).any()):
             raise Unsupported("an unknown return address")
         block.jump = ("go", mask, (value.astype(np.int64) + offset) // BYTES)
 
@@ -1300,4 +1300,7 @@ def follow(function: Function, launch: Launch, block: int, loaded: Iterable[int]
         Unsupported: an instruction is unknown, or a loop ends by a value from memory.
     """
     with np.errstate(all="ignore"):
-        return Block(function, launch, block, loaded).run()
+        try:
+            return Block(function, launch, block, loaded).run()
+        except Unsupported as error:
+            raise Unsupported(f"{function.name}, block {block}: {error}") from None

@@ -74,14 +74,19 @@ def cuda_folder(torch_version: str, target: str, root: Path = ROOT) -> Path:
         target: compute capability, as in ``TORCH_CUDA_ARCH_LIST``, or ``usual`` for the targets of a usual build.
         root: the checkout.
     """
-    sys.path.insert(0, str(root / "build_backend"))
-    native: Any = importlib.import_module("native")
+    native = _build_rules()
     targets = native.CUDA_TARGETS if target == _USUAL else (target,)
     setting = (*native.nvcc_flags({}), native.target_define(), *targets, torch_version.partition("+")[0])
     digest = hashlib.sha256(repr(setting).encode())
     for path in sorted([*root.glob("csrc/*.h"), *root.glob("csrc/cuda/*")]):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return root / "build" / f"cuda-{digest.hexdigest()[:16]}"
+
+
+def _build_rules() -> Any:
+    """The module with the flags of the compilers."""
+    sys.path.insert(0, str(ROOT / "build_backend"))
+    return importlib.import_module("native")
 
 
 def kept_library(torch_version: str, target: str, root: Path = ROOT) -> Path | None:
@@ -95,7 +100,7 @@ def kept_library(torch_version: str, target: str, root: Path = ROOT) -> Path | N
 
 def _is_usual(target: str) -> bool:
     """Whether the usual build has machine code for this compute capability."""
-    native: Any = importlib.import_module("native")
+    native = _build_rules()
     names = {name.partition("_")[2] for name in native.target_names([f"={t}" for t in native.CUDA_TARGETS])}
     return target.replace(".", "") in names
 

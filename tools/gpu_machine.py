@@ -17,18 +17,8 @@ from timed_steps import ROOT, Check, Failure
 
 GPU_BACKENDS = ("cuda", "triton")
 REHEARSAL_BACKENDS = ("cpp", "reference")  # take the place of the GPU's backends on a CPU
-_FIRST_COLUMNS = (
-    "step",
-    "row",
-    "result",
-    "error",
-    "gradient error",
-    "ms",
-    "predicted ms",
-    "backward ms",
-    "predicted backward ms",
-)
-COLUMNS = (*_FIRST_COLUMNS, "of copy", "note")
+_ERRORS, _TIMES = ("error", "gradient error"), ("ms", "predicted ms", "backward ms", "predicted backward ms")
+COLUMNS = ("step", "row", "result", *_ERRORS, *_TIMES, "of copy", "note")
 
 _PROBE = """
 import json, torch
