@@ -263,7 +263,7 @@ class Block:
 # --- operands --------------------------------------------------------------------------------------------------------
 
 _REGISTER = re.compile(r"^([-~!|]*)(U?)R(\d+|Z)\|?(?:\.(?:reuse|64|H0_H0|H1_H1|U16|U8|F32|X4|X8|X16|B\d))*$")
-_CONSTANT = re.compile(r"^([-~|]*)c\[0x0\]\[(?:(R\d+)\+?)?(0x[0-9a-f]+)?\]\|?(?:\.\w+)*$")
+_CONSTANT = re.compile(r"^([-~|]*)c\[0x0\]\[(?:(U?R\d+)\+?)?(0x[0-9a-f]+)?\]\|?(?:\.\w+)*$")
 _PREDICATE = re.compile(r"^(!?)(U?)P(\d|T)$")
 _ADDRESS = re.compile(r"\[(?:(R\d+|RZ)(?:\.U32|\.64|\.X4|\.X8|\.X16)?)?\+?(UR\d+|URZ)?\+?(-?0x[0-9a-f]+)?\]")
 
@@ -492,11 +492,10 @@ def _multiply(instruction: Instruction) -> Action:
     words = instruction.modifiers
     wide, high, signed = "WIDE" in words, "HI" in words, "U32" not in words
     a, b = source(sources[0]), source(sources[1])
-    c = source(sources[2])
-    c_high = source(sources[2], 1) if wide or high else None
     negated_pair = (wide or high) and sources[2].startswith("-")
-    if negated_pair:
-        raise Unsupported(f"{instruction.opcode} with a negated pair")
+    addend_text = sources[2].removeprefix("-") if negated_pair else sources[2]
+    c = source(addend_text)
+    c_high = source(addend_text, 1) if wide or high else None
     carry = predicate(sources[3]) if "X" in words else None
     if carry is None and len(sources) > 3:
         raise Unsupported(f"{instruction.opcode} with four sources")
@@ -521,6 +520,8 @@ def _multiply(instruction: Instruction) -> Action:
         upper, also = c_high(block)
         unknown = _either(unknown, also)
         addend = z.astype(_U64) | upper.astype(_U64) << _U64(32)
+        if negated_pair:
+            addend = ~addend + _U64(1)
         total = product + addend
         carried = total < product
         if carry is not None:
@@ -1212,12 +1213,13 @@ _BUILDERS: dict[str, Callable[[Instruction], Action]] = {
         ("HMMA", "FMNMX", "F2FP", "F2F", "HADD2", "HMUL2", "HMNMX2", "DADD", "DMUL", "DFMA", "SHFL", "MOVM", "FRND"),
         _unknown,
     ),
-    **dict.fromkeys(("DSETP", "HSETP2", "VOTE", "VOTEU"), _data_predicate),
+    **dict.fromkeys(("DSETP", "HSETP2", "VOTE", "VOTEU", "B2R"), _data_predicate),
     **dict.fromkeys(
         (
             *("NOP", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "YIELD", "BMOV", "LDGDEPBAR", "DEPBAR", "MEMBAR", "FENCE"),
             *("ERRBAR", "CCTL", "PREEXIT", "ACQBULK", "NANOSLEEP", "CGAERRBAR", "UCGABAR_ARV", "UCGABAR_WAIT"),
             "WARPGROUP",
+            "ENDCOLLECTIVE",
         ),
         _nothing,
     ),

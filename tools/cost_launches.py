@@ -16,7 +16,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -206,9 +206,9 @@ def _make_mode(library: Path) -> Any:
                 return self._ours(op, name, inputs, args, kwargs)
             result = op(*args, **kwargs)
             outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-            places = {known.address for known in self._known}
-            self._known += [region(t) for t in outputs if t.data_ptr() not in places]  # others are views
             is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
+            if not is_view:
+                self._known += [region(t) for t in outputs]
             if name in free or is_view or not (inputs or outputs):
                 return result
             same = outputs and inputs and all(any(o is i for i in inputs) for o in outputs)
@@ -231,9 +231,9 @@ def _make_mode(library: Path) -> Any:
             # The op is called below the dispatch modes, so that this mode sees what it calls.
             with self:
                 result = op.redispatch(cpu, *args, **kwargs)
-            outputs = [region(t, True) for t in tree_leaves(result) if isinstance(t, Tensor)]
+            outputs = {region(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
             for regions in self.regions[first:]:
-                regions += outputs
+                regions[:] = [replace(known, external=known.external or known in outputs) for known in regions]
             self._op, self._call, self._known = outer
             return result
 

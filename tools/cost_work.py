@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from block_trace import Launch, Trace, follow
+from block_trace import Launch, Trace, Unsupported, follow
 from cost_launches import FOLDER, Recorded, Region
 from machine_code import Function, Instruction
 
@@ -210,7 +210,6 @@ class Work:
     reads: list[tuple[int, float]]  # number of the parameter's pointer, bytes
     writes: list[tuple[int, float]]
     assumed: int = 0  # branches that depend on data
-    unplaced: float = 0.0  # bytes of no known tensor
     tail: float = 0.0  # share of the time in which multiprocessors have nothing to do
 
 
@@ -238,7 +237,7 @@ def examine(function: Function, launch: Recorded, regions: Sequence[Region], mac
     """Follow some blocks of a launch.
 
     Raises:
-        Unsupported: the machine code cannot be followed.
+        Unsupported: the machine code cannot be followed, or accesses memory that the launch has no pointer to.
         ValueError: a block does not fit on a multiprocessor.
     """
     resident = blocks_per_multiprocessor(function, launch.threads, launch.shared, machine)
@@ -252,7 +251,7 @@ def examine(function: Function, launch: Recorded, regions: Sequence[Region], mac
         traces.append(follow(function, given, block, traces[0].loaded if warm else ()))
     scale = launch.blocks / len(traces)
     total: Counter[str] = Counter()
-    cache_bytes, unplaced = 0.0, 0.0
+    cache_bytes = 0.0
     reads: Counter[int] = Counter()
     writes: Counter[int] = Counter()
     starts = np.array([region.address for region in regions], np.int64)
@@ -280,7 +279,9 @@ def examine(function: Function, launch: Recorded, regions: Sequence[Region], mac
                 inside = left & (sectors + 31 >= starts[number]) & (sectors < ends[number])
                 bucket[number] += 32 * int(inside.sum())
                 left &= ~inside
-            unplaced += 32 * int(left.sum())
+            if left.any():  # the machine code was not followed rightly
+                places = ", ".join(hex(place) for place in sectors[left][:3])
+                raise Unsupported(f"{function.name}: accesses outside of the launch's tensors, at {places}")
     middle = traces[-1]
     cycles, tail = {}, 0.0
     for name, latency in (("cache", machine.cache_latency), ("memory", machine.memory_latency)):
@@ -301,7 +302,6 @@ def examine(function: Function, launch: Recorded, regions: Sequence[Region], mac
         [(number, min(count * scale, regions[number].bytes)) for number, count in reads.items() if count],
         [(number, min(count * scale, regions[number].bytes)) for number, count in writes.items() if count],
         assumed=sum(len(trace.assumed) for trace in traces),
-        unplaced=unplaced * scale,
         tail=tail,
     )
 
