@@ -4,7 +4,8 @@
 //   G branches, M output pixels, E expanded channels   bytes moved at least          multiply-adds
 //   forward                                            x + weights + out             G M (C_in E s^2 + k^2 E + E C_out)
 //                                                      (x about (1 + 2 / 8)^2 times  (+ G M C_in C_out for a shortcut)
-//                                                      for the halo of 8x8 tiles)
+//                                                      for the halo of 8x8 tiles,
+//                                                      from the L2 cache)
 //
 // A block has a tile of at most 8 x 8 output pixels of one sample of one branch. It loads the input pixels under the
 // tile and its halo once; a feature map that fits a tile is loaded without a halo. A shortcut convolution is computed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import TRAINING_OPS, Case, evaluate, representative
+from cases import CASES, TRAINING_OPS, Case, cast, evaluate, representative
 from placements import Placement
 
 import hne_kernels as K
@@ -51,3 +51,23 @@ def test_loss_and_gradient_of_a_nan(backend: Placement, rng: torch.Generator) ->
     assert loss.isnan()
     assert gradient[2, 1].isnan().all()
     assert gradient[:, [0, 2, 3]].isfinite().all()
+
+
+BOTTLENECKS = [case for case in CASES if case.op == "fused_bottleneck"][1:5]
+
+
+@pytest.mark.parametrize("case", BOTTLENECKS, ids=lambda case: case.label)
+def test_infinity_in_any_input_of_a_bottleneck(case: Case, placement: Placement, rng: torch.Generator) -> None:
+    """A kernel that multiplies by zeros, instead of leaving values out, must not do so with infinity.
+
+    The yardstick is float64, as PyTorch's convolutions in 16 bits do not all multiply infinity by the zeros of a padding.
+    """
+    if placement.backend == "reference":
+        pytest.skip("PyTorch's convolutions are not judged")
+    for name in [name for name, value in case.inputs(rng, placement.dtype).items() if isinstance(value, torch.Tensor)]:
+        inputs = case.inputs(rng, placement.dtype, placement.device)
+        values = inputs[name].view(-1)
+        values[torch.randint(values.numel(), (), generator=rng)] = float("inf")
+        with K.use_backend("reference"):
+            want = evaluate(case, cast(inputs, torch.float64)).results[0]
+        assert torch.equal(evaluate(case, inputs).results[0].isfinite(), want.isfinite()), name
