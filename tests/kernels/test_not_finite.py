@@ -60,7 +60,7 @@ BOTTLENECKS = [case for case in CASES if case.op == "fused_bottleneck"][1:5]
 def test_infinity_in_any_input_of_a_bottleneck(case: Case, placement: Placement, rng: torch.Generator) -> None:
     """A kernel that multiplies by zeros, instead of leaving values out, must not do so with infinity.
 
-    The yardstick is float64, as PyTorch's convolutions in 16 bits do not all multiply infinity by the zeros of a padding.
+    The yardstick is float64: not all of PyTorch's convolutions multiply infinity by the zeros of a padding.
     """
     if placement.backend == "reference":
         pytest.skip("PyTorch's convolutions are not judged")
