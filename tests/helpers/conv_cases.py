@@ -79,7 +79,7 @@ GEOMETRIES = [
     Geometry(2, 2, 1, 9, 7, 16, 24, 3, 2, 1),
     Geometry(1, 2, 3, 7, 9, 72, 136, 1, 1, 0),
     Geometry(2, 1, 2, 5, 4, 24, 93, 1, 1, 0),  # short sums, a panel of weights that is not full
-    # Tiles of a depthwise 3x3 kernel: several samples in one, several in a row and below one another, groups of channels.
+    # Tiles of a depthwise 3x3 kernel: several samples in one; several across, down and over the channels.
     Geometry(2, 1, 3, 7, 7, 24, 24, 3, 1, 1),
     Geometry(1, 2, 2, 11, 37, 64, 8, 3, 1, 1),
     Geometry(1, 1, 2, 13, 35, 72, 16, 3, 2, 1),
