@@ -81,8 +81,8 @@ GEOMETRIES = [
     Geometry(2, 1, 2, 5, 4, 24, 93, 1, 1, 0),  # short sums, a panel of weights that is not full
     # Tiles of a depthwise 3x3 kernel: several samples in one; several across, down and over the channels.
     Geometry(2, 1, 3, 7, 7, 24, 24, 3, 1, 1),
-    Geometry(1, 2, 2, 11, 37, 64, 8, 3, 1, 1),
-    Geometry(1, 1, 2, 13, 35, 72, 16, 3, 2, 1),
+    Geometry(1, 2, 2, 9, 19, 64, 8, 3, 1, 1),
+    Geometry(1, 1, 2, 13, 17, 72, 16, 3, 2, 1),
     Geometry(2, 1, 1, 6, 5, 16, 8, 3, 1, 2),
     # Images, with blocks of pixels that begin and end within a row.
     Geometry(2, 1, 3, 9, 17, 3, 17, 3, 1, 1),
