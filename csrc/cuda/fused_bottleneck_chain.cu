@@ -50,6 +50,13 @@ constexpr int kEnoughBlocks = 264;  // two for each multiprocessor of an H100
 constexpr int kEnoughBlocks = 4;  // so that small tests reach every kernel
 #endif
 
+// Whether 128 registers are one too few for the kernel with many chunks and 128 columns.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kFewRegisters = true;
+#else
+constexpr bool kFewRegisters = false;
+#endif
+
 // Unsigned divisions: a signed one by a power of two takes three instructions more.
 HNE_DEVICE int thread_warp(int thread) { return int(unsigned(thread) / kWarp); }
 HNE_DEVICE int thread_lane(int thread) { return int(unsigned(thread) % kWarp); }
@@ -193,7 +200,7 @@ class WeightStream {
 // kRows: pixels of the block's samples. kColumns: output channels in a pass over all rows. kManyChunks: whether there
 // may be more than 64 expanded channels; the sums of the second product then stay in registers during the first.
 template <typename P, int kRows, int kColumns, bool kManyChunks>
-__global__ void __launch_bounds__(kThreads, kManyChunks&& kColumns == 256 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kManyChunks && (kColumns == 256 || kFewRegisters) ? 1 : 2)
     bottleneck_chain(const Chain<typename P::Type> c) {
   using T = typename P::Type;
   using Pair = ChannelPair<T>;
