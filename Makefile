@@ -51,7 +51,7 @@ levels: $(VENV)/.built ## test the reference with PyTorch's and oneDNN's kernels
 	done
 
 .PHONY: kernels
-kernels: $(VENV)/.built $(CUDA_LIBRARY) ## compile all GPU kernels, without a GPU: a table of what they take; spills are failures
+kernels: $(VENV)/.built $(CUDA_LIBRARY) ## compile all GPU kernels, without a GPU: resources, lint of the machine code, predicted time
 	TRITON_INTERPRET=0 $(BIN)/python tools/gpu_kernels.py
 
 .PHONY: bench

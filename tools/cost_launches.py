@@ -206,13 +206,10 @@ def _make_mode(library: Path) -> Any:
                 return self._ours(op, name, inputs, args, kwargs)
             result = op(*args, **kwargs)
             outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-            is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
-            if not is_view:
-                self._known += [region(t) for t in outputs]
-            if name in free or is_view or not (inputs or outputs):
-                return result
-            same = outputs and inputs and all(any(o is i for i in inputs) for o in outputs)
-            if same and not op._schema.is_mutable:
+            storages = {t.untyped_storage().data_ptr() for t in inputs}
+            new = [t for t in outputs if t.untyped_storage().data_ptr() not in storages]
+            self._known += [region(t) for t in new]
+            if name in free or not (new or op._schema.is_mutable):  # a view, or a tensor that fits already
                 return result
             reads = [region(t) for t in inputs]
             writes = [region(t) for t in outputs] or reads[:1]

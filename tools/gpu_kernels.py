@@ -5,6 +5,9 @@ compiler does not know the shared memory that the launch of a CUDA kernel adds; 
 emulation in the tests has as much of it as the smallest GPU.
 
 The Triton kernels of every case of the parity suite are compiled as well, to Triton's IR; only failures have a row.
+
+Where there is a CUDA library, the lint of its machine code follows (:mod:`kernel_lint`), and the predicted time of the
+networks (:mod:`cost_model`).
 """
 
 from __future__ import annotations
@@ -15,8 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cost_model
+import cost_table
 import cuda_resources
+import kernel_lint
+import machine_code
 import triton_resources
+from block_trace import Unsupported
+from cost_launches import CALLS, FOLDER
+from cost_prediction import Calibration, MissingKernel, Prediction
 
 import hne_kernels
 
@@ -79,6 +89,23 @@ def table(rows: list[CompiledKernel]) -> list[str]:
     return lines
 
 
+def networks(library: Path) -> list[str]:
+    """Print the predicted time of the networks' kernels; return the failures of the lint and of the model."""
+    calibration, calls = Calibration.load(), list[list[Prediction]]()
+    failures = []
+    try:
+        for call, launches in cost_model.predictions(CALLS, [library], calibration):
+            calls.append(launches)
+            print(*cost_table.table(call, launches, calibration), "", sep="\n", flush=True)
+        print(cost_table.LEGEND)
+    except (MissingKernel, Unsupported, RuntimeError) as error:
+        failures.append(f"cost model: {error}")
+    functions = machine_code.load([library], cost_model.TARGET, FOLDER / "machine_code")
+    if not functions:
+        return [*failures, f"cost model: the library has no machine code for {cost_model.TARGET}"]
+    return failures + kernel_lint.lint(functions, kernel_lint.load(), calls)
+
+
 def main() -> int:
     workers = len(os.sched_getaffinity(0))
     cases, failed = of_parity_suite(workers)
@@ -91,8 +118,10 @@ def main() -> int:
     if library is None:
         print(f"Triton's kernels only: no CUDA library, as {hne_kernels.build_info()['without_cuda']}")
     failures = sum(bool(row.failure) for row in rows)
-    print(f"{len(rows)} kernels, {failures} failed")
-    return min(failures, 1)
+    print(f"{len(rows)} kernels, {failures} failed\n")
+    faults = [] if library is None else networks(library)
+    print(*(f"FAILED: {fault}" for fault in faults), sep="\n")
+    return min(failures + len(faults), 1)
 
 
 if __name__ == "__main__":
