@@ -91,6 +91,10 @@ def table(rows: list[CompiledKernel]) -> list[str]:
 
 def networks(library: Path) -> list[str]:
     """Print the predicted time of the networks' kernels; return the failures of the lint and of the model."""
+    functions = machine_code.load([library], cost_model.TARGET, FOLDER / "machine_code")
+    if not functions:
+        print(f"no lint and no prediction: the library has no machine code for {cost_model.TARGET}")
+        return []
     calibration, calls = Calibration.load(), list[list[Prediction]]()
     failures = []
     try:
@@ -100,9 +104,6 @@ def networks(library: Path) -> list[str]:
         print(cost_table.LEGEND)
     except (MissingKernel, Unsupported, RuntimeError) as error:
         failures.append(f"cost model: {error}")
-    functions = machine_code.load([library], cost_model.TARGET, FOLDER / "machine_code")
-    if not functions:
-        return [*failures, f"cost model: the library has no machine code for {cost_model.TARGET}"]
     return failures + kernel_lint.lint(functions, kernel_lint.load(), calls)
 
 
