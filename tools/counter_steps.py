@@ -8,7 +8,6 @@ import shutil
 import sys
 
 from gpu_machine import GpuCheck
-from predicted_rows import Predictions
 from rows import Cells
 from timed_steps import Failure, RanOut, Skipped
 
@@ -46,7 +45,7 @@ with K.use_backend("{backend}"):
 
 def counters(check: GpuCheck) -> str:
     """hardware counters of the three kernels with the longest predicted time, read by Nsight Compute"""
-    kernels = Predictions.load().most_important
+    kernels = check.predictions.most_important
     tool = shutil.which("ncu")
     if check.device == "cpu":
         check.run(sys.executable, "-c", _PROGRAM.format(device="cpu", backend=check.backends[0]))

@@ -17,7 +17,7 @@ import cost_work
 import counter_steps
 import predicted_rows
 from block_trace import Launch, follow
-from cost_launches import Call, Recorded, Recording, Region
+from cost_launches import Call, Recorded, Recording, Region, emulation, record
 from cost_prediction import Cache, Calibration, MissingKernel, Prediction, predict
 from cuda_resources import Usage
 from machine_code import Function
@@ -215,3 +215,21 @@ def test_predictions_of_the_repository_are_of_the_smoke_table() -> None:
     assert json.dumps(found.rows)
     assert all(name.startswith("cuda ") and values["ms"] > 0 for name, values in found.rows.items())
     assert {"cuda inference, bfloat16, batch 128", "cuda graphed inference, bfloat16, batch 1"} <= set(found.rows)
+
+
+@pytest.mark.slow
+def test_recorded_launches() -> None:
+    """A call of a network launches kernels whose names, parameters and tensors are known."""
+    library = emulation()
+    recording = record(Call("resnet", 1, False), library)
+    ours = [launch for launch in recording.launches if launch.kernel]
+    assert len(ours) >= 5
+    for launch, regions in zip(recording.launches, recording.regions, strict=True):
+        if launch.kernel:
+            assert launch.op.startswith(("fused_", "prefix_", "branch_"))
+            assert launch.threads % 32 == 0
+            assert len([region for region in cost_work.pointers(launch, regions) if region.external]) >= 2
+        else:
+            assert launch.op.startswith("torch ")
+            assert launch.writes
+    assert not any(launch.op in ("torch view", "torch permute", "torch new_empty") for launch in recording.launches)

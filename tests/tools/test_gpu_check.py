@@ -11,12 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import counter_steps
 import gpu_check
 import gpu_machine
 import pytest
+import smoke_steps
 import suite_steps
 from gpu_machine import GpuCheck
-from timed_steps import Check, Failure, Outcome, RanOut
+from predicted_rows import Predictions, sources
+from timed_steps import Check, Failure, Outcome, RanOut, Skipped
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = str(ROOT / "tools" / "gpu_check.py")
@@ -133,6 +136,61 @@ def test_a_result_is_on_disk_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert second[1:3] == ["row 2", "FAILED"]
 
 
+_PREDICTED = {"cuda bfloat16 op: a": {"ms": 0.5, "kernel": "gemm"}, "cuda network": {"ms": 1.0, "kernel": ""}}
+
+
+def test_predictions_beside_measured_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check = _check(monkeypatch, tmp_path)
+    check.predictions = Predictions(_PREDICTED, {}, sources())
+    kept = tmp_path / "tools" / "gpu_calibration.json"
+    kept.parent.mkdir()
+    monkeypatch.setattr(smoke_steps, "CALIBRATION", kept)
+    check.write_row("cuda-ops", "cuda bfloat16 op: a", {"result": "ok", "ms": "2.0"})
+    check.write_row("cuda-ops", "cuda network", {"result": "ok", "ms": "1.5"})
+    check.write_row("cuda-ops", "cuda bfloat16 op: a", {"result": "HUNG"})
+    head, first, _, third = (line.split("\t") for line in (tmp_path / "first.tsv").read_text().splitlines())
+    assert dict(zip(head, first, strict=True))["predicted ms"] == "0.5"
+    assert dict(zip(head, third, strict=True))["predicted ms"] == ""
+    note = smoke_steps.calibrate(check)
+    assert note == "measured over predicted time: median 2.75, most of gemm 4.00"
+    written = json.loads((tmp_path / "gpu_calibration.json").read_text())
+    assert written == {"everything": 2.75, "kernels": {"gemm": 4.0}, "source": "calibrated on GPU X"}
+    assert json.loads(kept.read_text()) == written
+    assert gpu_check.slower_than_predicted(check) == [("cuda bfloat16 op: a", 4.0)]
+    done = {"machine": Outcome("passed", 1, ""), "calibrate": Outcome("passed", 1, note)}
+    hung, slow, commit = gpu_check.advices(check, done)
+    assert "-k 'cuda and op'" in hung
+    assert "1 rows take more than 2 times the prediction: read the counters of gemm" in slow
+    assert "commit tools/gpu_calibration.json" in commit
+    check.rows[1]["step"] = "cuda-network"
+    assert "       1.5      (1.000)  cuda network" in gpu_check.report(check, [], done)
+
+
+def test_predictions_of_other_sources_do_not_calibrate_the_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check = _check(monkeypatch, tmp_path)
+    check.predictions = Predictions(_PREDICTED, {}, "others")
+    kept = tmp_path / "tools" / "gpu_calibration.json"
+    kept.parent.mkdir()
+    monkeypatch.setattr(smoke_steps, "CALIBRATION", kept)
+    with pytest.raises(Skipped, match="no measured row"):
+        smoke_steps.calibrate(check)
+    check.write_row("cuda-ops", "cuda network", {"result": "ok", "ms": "1.5"})
+    assert "other kernel sources" in smoke_steps.calibrate(check)
+    assert not kept.exists()
+    assert "other kernel sources" in gpu_check.advices(check, {})[0]
+
+
+def test_without_ncu_each_kernel_that_matters_has_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check = _check(monkeypatch, tmp_path)
+    monkeypatch.setattr(counter_steps.shutil, "which", lambda _: None)
+    check.predictions = Predictions({}, {"gemm": 2.0, "norm": 1.0}, "")
+    with pytest.raises(Skipped, match="ncu"):
+        counter_steps.counters(check)
+    assert [(row["row"], row["result"]) for row in check.rows] == [("gemm", "skipped"), ("norm", "skipped")]
+
+
 # --- rehearsals on the CPU ------------------------------------------------------------------------------------------
 
 
@@ -183,7 +241,9 @@ def test_rehearsal_of_the_first_call_with_faults(tmp_path: Path) -> None:
     assert others["eager", "channels-last training step, autocast bfloat16, batch 2"]["ms"]
     table = (tmp_path / "first.tsv").read_text()
     assert len(table.splitlines()) == 1 + len(rows)
-    assert {outcome["result"] for outcome in record["steps"].values()} == {"passed", "FAILED"}
+    outcomes = {name: outcome["result"] for name, outcome in record["steps"].items()}
+    assert outcomes.pop("calibrate") == "skipped", "no prediction is for a CPU"
+    assert set(outcomes.values()) == {"passed", "FAILED"}
     assert "next: a kernel that does not end" in result.stdout[-6000:]
 
 
@@ -194,7 +254,8 @@ def test_rehearsal_of_the_second_call(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert {name: outcome["result"] for name, outcome in steps.items()} == dict.fromkeys(
         ("machine", "build", "tests-cuda", "tests-triton", "vast", "memcheck", "racecheck"), "passed"
-    )
+    ) | {"counters": "skipped"}
+    assert "not on the PATH" in steps["counters"]["note"]
     assert " 0 failed" in steps["tests-cuda"]["note"]
     assert "on cpp" in steps["tests-cuda"]["note"]
     assert "on reference" in steps["tests-triton"]["note"]
