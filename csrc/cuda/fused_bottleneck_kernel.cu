@@ -84,6 +84,8 @@ __global__ void __launch_bounds__(kThreads, kResident<typename P::Type, NT>)
         s.in_channels, min(kShortcutRows, p.depth - first), min(kShortcutRows, s.in_channels - first), panels_of_out);
   };
 
+  wait_for_previous_kernel();
+  launch_next_kernel();
   load_region<T, vectors>(
       x, b, p, b.x + int64_t(p.children.divide(branch) * s.batch + sample) * (s.pixels() * s.in_channels), top, left);
   if (b.shortcut != nullptr)
@@ -256,8 +258,8 @@ bool run_fused(const Device& device, const Bottleneck<T>& b) {
     using P = decltype(precision);
     const auto launch = [&](auto tiles) {
       constexpr int NT = decltype(tiles)::value;
-      device.launch(vectors ? bottleneck<P, NT, true> : bottleneck<P, NT, false>, plan.blocks, kThreads,
-                    plan.shared_bytes, b, plan);
+      device.launch_early(vectors ? bottleneck<P, NT, true> : bottleneck<P, NT, false>, plan.blocks, kThreads,
+                          plan.shared_bytes, b, plan);
     };
     if (b.s.out_channels <= 64)
       launch(std::integral_constant<int, 2>{});

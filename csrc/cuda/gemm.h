@@ -241,6 +241,8 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
     }
   };
 
+  wait_for_previous_kernel();
+  launch_next_kernel();
   float sums[MT][NT][4] = {};
   const int steps = (end - begin + depth - 1) / depth;
   for (int stage = 0; stage < kStages - 1; ++stage) {
@@ -294,8 +296,8 @@ __global__ void __launch_bounds__(kThreads, 2) gemm(const Problem problem) {
 
 template <typename P, bool vectors, typename Problem>
 void run_gemm(const Device& device, const Problem& problem) {
-  device.launch(gemm<P, Problem, vectors>, problem.blocks(), kThreads,
-                GemmMemory<Problem>::bytes(problem.has_companion()), problem);
+  device.launch_early(gemm<P, Problem, vectors>, problem.blocks(), kThreads,
+                      GemmMemory<Problem>::bytes(problem.has_companion()), problem);
 }
 
 template <typename T, typename Problem>

@@ -45,7 +45,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> shared;
   const std::function<void()>* kernel = nullptr;
   Fiber* current = nullptr;
-  bool early = false;  // launched before the previous kernel has ended
+  bool early = false;       // launched before the previous kernel has ended
   std::vector<char> votes;  // result of each block_sync_or
 
   void start(int threads, int64_t shared_bytes, const std::function<void()>& function) {

@@ -1,5 +1,5 @@
-// Recording: launches are reported to a function instead of being executed. tools/cost_launches.py lists the launches of
-// a network so, and computes what they cost on a GPU.
+// Recording: launches are reported to a function instead of being executed. tools/cost_launches.py lists the launches
+// of a network so, and computes what they cost on a GPU.
 #pragma once
 
 #include <cstddef>
