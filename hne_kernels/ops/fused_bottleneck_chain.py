@@ -77,6 +77,7 @@ def check(x: Tensor, weights: Sequence[Tensor | None], numbers: Sequence[int], p
 
 
 def _compose(x: Tensor, weights: Sequence[Tensor | None], numbers: Sequence[int], pool: bool) -> Tensor:
+    check(x, weights, numbers, pool)
     for arguments in _arguments(weights, numbers):
         x = dispatch.implementation("fused_bottleneck", x)(x, *arguments)
     return x.mean((2, 3), keepdim=True) if pool else x

@@ -70,6 +70,27 @@ def test_identity_needs_equal_shapes(backend: Placement, rng: torch.Generator) -
         case({**inputs, "stride": 1})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, n: (w[:8], n), "weights: expected eight for each of 2 layers, got 8"),
+        (lambda w, n: (w, n[:7]), "numbers: expected four for each of one or more layers, got 7"),
+        (lambda w, n: (w, []), "numbers: expected four for each of one or more layers, got 0"),
+        (lambda w, n: (w, [*n[:5], 3, *n[6:]]), "numbers: expected the index of an activation from 0 to 2, got 3"),
+        (lambda w, n: (w, [0, *n[1:]]), "layer 0: replicate"),
+        (lambda w, n: ([*w[:8], w[8][:1], *w[9:]], n), "layer 1: expand"),
+        (lambda w, n: ([*w[:9], w[9][:1], *w[10:]], n), "layer 1: expand_bias"),
+    ],
+    ids=["weights", "numbers", "no layer", "activation", "replicate", "expand", "expand_bias"],
+)
+def test_chain_of_bottlenecks(change: Any, message: str, backend: Placement, rng: torch.Generator) -> None:
+    case = SAMPLES["fused_bottleneck_chain"]
+    inputs = case.arguments(case.inputs(rng, backend.dtype, backend.device))
+    weights, numbers = change(inputs["weights"], inputs["numbers"])
+    with K.use_backend(backend.backend), pytest.raises(ValueError, match=message):
+        K.fused_bottleneck_chain(inputs["x"], weights, numbers)
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 1)])
 def test_pack_weight(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"weight: expected 5 dimensions .*got {len(shape)}"):
