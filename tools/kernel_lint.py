@@ -118,6 +118,16 @@ def hot(call: Sequence[Prediction]) -> set[str]:
     return {kernel for kernel, seconds in times.items() if kernel and seconds > HOT * total}
 
 
+def first_reason(found: dict[str, int]) -> str:
+    """The reason of a new entry, to be replaced by a better one by whoever knows it."""
+    parts = []
+    if found["divisions"]:
+        where = "some in inner loops" if found["loop_divisions"] else "once a block or tile, outside of inner loops"
+        parts.append(f"divisions of indices, {where}")
+    parts += [FAULTS[kind] for kind in ("scalar", "local") if found[kind]]
+    return f"there when the entry was made: {'; '.join(parts)}" if parts else ""
+
+
 def update(
     functions: dict[str, Function], calls: Iterable[Sequence[Prediction]], *, may_raise: bool, path: Path = TABLE
 ) -> None:
@@ -141,7 +151,7 @@ def update(
         }
         blocks = blocks_per_multiprocessor(functions[name], use["threads"], use["shared"])
         if before is None:
-            reason = "as found when the kernel was added to the table" if any(found.values()) else ""
+            reason = first_reason(found)
             allowed = {kind: count for kind, count in found.items() if count}
             entries.append(Entry(name, blocks, use["threads"], use["shared"], allowed, reason))
             continue
