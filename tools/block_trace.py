@@ -831,8 +831,8 @@ def _load_constant(instruction: Instruction) -> Action:
     puts = [destination(instruction.operands[0], i) for i in range(count)]
 
     def act(block: Block, mask: Any) -> None:
-        for get, put in zip(gets, puts, strict=True):
-            value, unknown = get(block)
+        found = [get(block) for get in gets]  # before the first register is written, which may be the index
+        for (value, unknown), put in zip(found, puts, strict=True):
             if narrow:
                 value = value & _U32((1 << 8 * narrow) - 1)
                 if signed:

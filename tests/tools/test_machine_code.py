@@ -112,6 +112,13 @@ def test_carries_and_wide_products() -> None:
     np.testing.assert_array_equal(state.R[13], np.where(np.arange(64) >= 10, np.arange(64), 0))
 
 
+def test_constants_by_an_index_in_the_register_that_they_are_loaded_to() -> None:
+    code = function("MOV R4, 0x8", "LDC.64 R4, c[0x0][R4+0x210]", "EXIT")
+    state = run(code, 1, (7 << 32) + 5)
+    assert set(state.R[4]) == {5}
+    assert set(state.R[5]) == {7}
+
+
 def test_a_loop_is_counted_by_warp() -> None:
     """Warp w executes the body 2w + 1 times: 1 + 3 + 5 + 7."""
     code = function(
