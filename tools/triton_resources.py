@@ -200,7 +200,7 @@ class Launch:
         return found
 
 
-class _Recorder:
+class Recorder:
     """Keeps one launch of each specialisation of each kernel, instead of running any."""
 
     def __init__(self, targets: tuple[int, ...], all_configs: bool) -> None:
@@ -208,7 +208,7 @@ class _Recorder:
         self.found: dict[Any, Launch] = {}
         self.dtype, self.call = "", ""
 
-    def __enter__(self) -> _Recorder:
+    def __enter__(self) -> Recorder:
         def record(kernel: launch.Kernel, *arguments: Any, **constants: Any) -> None:
             self._record(kernel, arguments, constants)
 
@@ -229,7 +229,7 @@ class _Recorder:
 
 def network_launches(targets: tuple[int, ...]) -> list[Launch]:
     """All kernels in all configurations and dtypes, as the layers of the networks launch them."""
-    with _Recorder(targets, all_configs=True) as recorder:
+    with Recorder(targets, all_configs=True) as recorder:
         precision = torch.backends.cuda.matmul.fp32_precision
         for label, dtype in (*((_label(dtype), dtype) for dtype in DTYPES), ("tf32", torch.float32)):
             torch.backends.cuda.matmul.fp32_precision = "tf32" if label == "tf32" else precision
@@ -254,7 +254,7 @@ def parity_launches(
         sys.path.append(str(_HELPERS))
         cases = importlib.import_module("cases").CASES
     rng = torch.Generator().manual_seed(0)
-    with _served_by_triton(), _Recorder((target,), all_configs=False) as recorder:
+    with _served_by_triton(), Recorder((target,), all_configs=False) as recorder:
         for dtype in dtypes:
             for case in cases:
                 recorder.dtype, recorder.call = _label(dtype), str(case)

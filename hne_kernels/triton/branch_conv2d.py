@@ -26,6 +26,7 @@ from .device import (
     denormalize,
     denormalize_sum,
     dot,
+    multiple_of,
     norm_of,
     normalize,
     per_channel,
@@ -33,7 +34,7 @@ from .device import (
     total_gradient,
     window,
 )
-from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
+from .launch import SIZES, Kernel, check_pixels, common_multiple, config, contiguous, op, split
 
 _PANEL = tl.constexpr(checks.PANEL)
 
@@ -47,7 +48,8 @@ def _kernel(
     batch, height, width, out_height, out_width, in_channels, out_channels,
     weight_branch, weight_panel, weight_out, weight_in, weight_y, weight_x,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TRANSPOSED: tl.constexpr,
-    MULTIPLE: tl.constexpr, ACTIVATION: tl.constexpr, NORMAL: tl.constexpr, PRECISION: tl.constexpr,
+    MULTIPLE: tl.constexpr, WEIGHT_OUT: tl.constexpr, WEIGHT_IN: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORMAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out = activation(convolution of source + bias + residual)``; transposed, a sum over the children.
@@ -59,8 +61,8 @@ def _kernel(
     ``stored``, the normalised ``input`` with something added, ``residual`` is the gradient of its other readers;
     ``grad_added`` is the gradient of what was added, ``added``, if ``added_norm`` normalised it.
     """
-    if MULTIPLE > 1:  # else a count may be 1, which is a constant to the compiler, and multiple_of takes none
-        in_channels, out_channels = tl.multiple_of(in_channels, MULTIPLE), tl.multiple_of(out_channels, MULTIPLE)
+    in_channels, out_channels = multiple_of(in_channels, MULTIPLE), multiple_of(out_channels, MULTIPLE)
+    weight_out, weight_in = multiple_of(weight_out, WEIGHT_OUT), multiple_of(weight_in, WEIGHT_IN)
     rows = batch * out_height * out_width
     values = (tl.cast(batch, tl.float32) * height) * width
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_channels, BLOCK_N)
@@ -166,8 +168,7 @@ def _weight_kernel(
     With ``output``, the gradients of its statistics are added to ``grad``, and with ``norm``, the source is
     normalised, both where they are read.
     """
-    if MULTIPLE > 1:  # else a count may be 1, which is a constant to the compiler, and multiple_of takes none
-        in_channels, out_channels = tl.multiple_of(in_channels, MULTIPLE), tl.multiple_of(out_channels, MULTIPLE)
+    in_channels, out_channels = multiple_of(in_channels, MULTIPLE), multiple_of(out_channels, MULTIPLE)
     rows = batch * out_height * out_width
     length = tl.cdiv(tl.cdiv(rows, parts), BLOCK_K) * BLOCK_K
     tiles_m, tiles_n = tl.cdiv(out_channels, BLOCK_M), tl.cdiv(in_channels, BLOCK_N)
@@ -228,16 +229,7 @@ _weigh = Kernel(_weight_kernel, [_TILES[0], config(8, 3, BLOCK_M=64, BLOCK_N=64,
 _weigh_small = Kernel(_weight_kernel, [config(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=16)], [])
 
 
-def _multiple(*channels: int) -> int:
-    """8 where it divides all channel counts, else 1.
-
-    Triton itself only looks for multiples of 16, and inverted residuals have 24, 72 or 120 channels. The hint has no
-    effect on a scalar argument so far (Triton 3.7): such layers read 2 bytes at a time in half precision.
-    """
-    return 8 if all(count % 8 == 0 for count in channels) else 1
-
-
-def _precision(tensor: Tensor) -> str:
+def dot_precision(tensor: Tensor) -> str:
     """Precision of float32 products: tf32, for the tensor cores, only where torch allows it."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 sets it, too
     return "tf32" if tensor.dtype == torch.float32 and allowed else "ieee"
@@ -289,7 +281,7 @@ def launch(
     activation: str = "none", conv_norm: ConvNorm = PLAIN,
 ) -> None:  # fmt: skip
     """Write the convolution of ``source``, transposed or not, to ``out``."""
-    precision, multiple = _precision(source), _multiple(source.shape[4], out.shape[4])
+    precision, multiple = dot_precision(source), common_multiple(source.shape[4], out.shape[4])
     kernel = _convolve_tf32 if precision == "tf32" else _convolve
     if _is_small(precision, multiple, source):
         kernel = _convolve_single if 1 in (source.shape[4], out.shape[4]) else _convolve_small
@@ -301,7 +293,8 @@ def launch(
         parents, branches, replicate, residual_replicate, *source.shape[1:4], *out.shape[2:4],
         source.shape[4], out.shape[4], *layout,
         KERNEL=kernel_size, STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
-        MULTIPLE=multiple, ACTIVATION=activation, NORMAL=conv_norm.activation, PRECISION=precision,
+        MULTIPLE=multiple, WEIGHT_OUT=common_multiple(layout[2]), WEIGHT_IN=common_multiple(layout[3]),
+        ACTIVATION=activation, NORMAL=conv_norm.activation, PRECISION=precision,
     )  # fmt: skip
 
 
@@ -322,7 +315,7 @@ def weigh(
     shape = (grad.shape[0], grad.shape[4], x.shape[4], kernel_size, kernel_size)
     parts = split(shape[0] * -(-shape[1] // 64) * -(-shape[2] // 64) * kernel_size**2, x.device)
     partial = x.new_empty((parts, *shape), dtype=torch.float32)
-    precision, multiple = _precision(x), _multiple(x.shape[4], grad.shape[4])
+    precision, multiple = dot_precision(x), common_multiple(x.shape[4], grad.shape[4])
     kernel = _weigh_small if _is_small(precision, multiple, x) else _weigh
     kernel(
         grad.contiguous(), x.contiguous(), partial, *conv_norm.output, conv_norm.norm,

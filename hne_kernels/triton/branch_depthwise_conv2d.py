@@ -16,8 +16,18 @@ from .. import checks
 from ..ops import convolution
 from .batch_statistics import GROUP, deviations, write_partials
 from .conv_norm import PLAIN, ConvNorm
-from .device import activate, denormalize, norm_of, normalize, per_channel, split_row, total_gradient, window
-from .launch import SIZES, Kernel, check_pixels, config, contiguous, op, split
+from .device import (
+    activate,
+    denormalize,
+    multiple_of,
+    norm_of,
+    normalize,
+    per_channel,
+    split_row,
+    total_gradient,
+    window,
+)
+from .launch import SIZES, Kernel, check_pixels, common_multiple, config, contiguous, op, split
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -27,12 +37,14 @@ def _kernel(
     parents, branches, replicate, batch, height, width, out_height, out_width, channels,
     weight_branch, weight_channel, weight_y, weight_x,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORMAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    MULTIPLE: tl.constexpr, ACTIVATION: tl.constexpr, NORMAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``out = activation(convolution of source + bias)``; transposed, a sum over the children of a branch.
 
     Other operands are as in :mod:`.branch_conv2d`.
     """
+    channels = multiple_of(channels, MULTIPLE)
     rows = batch * out_height * out_width
     values = (tl.cast(batch, tl.float32) * height) * width
     tiles_m, tiles_c = tl.cdiv(rows, BLOCK_M), tl.cdiv(channels, BLOCK_C)
@@ -97,13 +109,14 @@ def _kernel(
 def _weight_kernel(
     grad, source, partial, output, output_mean, grad_mean, grad_var, norm,
     branches, replicate, batch, height, width, out_height, out_width, channels, parts,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, NORMAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    MULTIPLE: tl.constexpr, NORMAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``partial[part, branch, channel, tap]``: the gradient of the weight for one part of the pixels.
 
     Other operands are as in :mod:`.branch_conv2d`.
     """
+    channels = multiple_of(channels, MULTIPLE)
     rows = batch * out_height * out_width
     length = tl.cdiv(tl.cdiv(rows, parts), BLOCK_M) * BLOCK_M
     tiles_c = tl.cdiv(channels, BLOCK_C)
@@ -184,7 +197,7 @@ def launch(
         *conv_norm.output, conv_norm.input, conv_norm.norm, *conv_norm.partials,
         parents, weight.shape[0], replicate, *source.shape[1:4], *out.shape[2:5], *weight.stride(),
         KERNEL=weight.shape[3], STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
-        ACTIVATION=activation, NORMAL=conv_norm.activation,
+        MULTIPLE=common_multiple(weight.shape[1]), ACTIVATION=activation, NORMAL=conv_norm.activation,
     )  # fmt: skip
 
 
@@ -199,7 +212,8 @@ def weigh(
     _weigh(
         grad.contiguous(), x.contiguous(), partial, *conv_norm.output, conv_norm.norm,
         branches, replicate, *x.shape[1:4], *grad.shape[2:5], parts,
-        KERNEL=kernel_size, STRIDE=stride, PADDING=padding, NORMAL=conv_norm.activation,
+        KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
+        MULTIPLE=common_multiple(channels), NORMAL=conv_norm.activation,
     )  # fmt: skip
     return partial.sum(0).to(x.dtype)
 

@@ -32,6 +32,15 @@ def before_activation(grad, value, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def multiple_of(number, FACTOR: tl.constexpr):
+    """``number``, which FACTOR divides, in a form from which the compiler infers as much.
+
+    ``tl.multiple_of`` has no effect on an argument of a kernel (Triton 3.7), as it marks the operation behind a value.
+    """
+    return number // FACTOR * FACTOR
+
+
+@triton.jit
 def per_channel(vectors, branch, c, channels):
     """The values of channels ``c`` of a branch, float32, as a row; zero beyond the last channel."""
     return tl.load(vectors + branch * channels + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]

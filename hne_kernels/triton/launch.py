@@ -62,6 +62,14 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def common_multiple(*sizes: int) -> int:
+    """8 where it divides all sizes, else 1: the kernels' constant MULTIPLE, for accesses of 16 bytes.
+
+    Triton itself only looks for multiples of 16, and inverted residuals have 24, 72 or 120 channels.
+    """
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
 def check_pixels(name: str, shape: Sequence[int]) -> None:
     """Raise if a branch of features ``[G, B, H, W, C]`` has more pixels than the kernels can index."""
     pixels = shape[1] * shape[2] * shape[3]

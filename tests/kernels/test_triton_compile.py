@@ -143,3 +143,41 @@ def test_sizes_of_one_compile() -> None:
         "prefix_mean_backward_kernel",
         "prefix_mean_kernel",
     ]
+
+
+# Machine code of the convolutions of 24 channels in half precision; prints the kinds of accesses to features.
+_ACCESSES = """
+import re, sys
+sys.path[:0] = {folders!r}
+import torch
+import triton_resources
+from hne_kernels import pack_weight
+
+def new(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+ops, x, y, weight = torch.ops.hne, new(2, 8, 6, 6, 24), new(2, 8, 6, 6, 72), new(2, 72, 24, 1, 1)
+with triton_resources.Recorder((80,), all_configs=False) as recorder:
+    ops.triton_fused_conv2d(x, pack_weight(weight), new(2, 72), 1, 0, 1, "relu6")
+    ops.triton_branch_conv2d_backward_input(y, weight, 6, 6, 1, 0, 1)
+    ops.triton_branch_conv2d_backward_weight(y, x, 1, 1, 0, 1)
+    ops.triton_branch_depthwise_conv2d(x, new(2, 24, 1, 1), None, 1, 0, 1)
+for job in recorder.found.values():
+    code = job.warmup().asm["ptx"]
+    stores = set(re.findall(r"st[.]global[.]\\S+", code))
+    loads = set(re.findall(r"cp[.]async[.]c[ag]|ld[.]global[.]v4[.]b32", code))
+    print(job.name, *sorted(stores | loads))
+"""
+
+
+def test_24_channels_are_read_and_written_by_16_bytes() -> None:
+    """Triton itself only knows multiples of 16."""
+    result = _python("-c", _ACCESSES.format(folders=[str(ROOT / "tools")]))
+    assert result.returncode == 0, result.stderr
+    accesses = [line.split() for line in result.stdout.splitlines()]
+    assert accesses == [
+        ["branch_conv2d_kernel", "cp.async.cg", "st.global.v4.b32"],
+        ["branch_conv2d_kernel", "cp.async.cg", "st.global.v4.b32"],
+        ["branch_conv2d_weight_kernel", "cp.async.cg", "ld.global.v4.b32", "st.global.v4.b32"],
+        ["branch_depthwise_conv2d_kernel", "ld.global.v4.b32", "st.global.v4.b32"],
+    ]
