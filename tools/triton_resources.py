@@ -99,6 +99,21 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
     residual = (*pointwise(2, 144, 24), filters, bias, *pointwise(2, 24, 144), None, None)
     yield _OPS.triton_fused_bottleneck, (new(2, 8, 28, 28, 24), *residual, 1, 1, "relu6", True, "none")
 
+    # Bottlenecks of Table 2, with the branching shortcut and plain, and wide inverted residuals.
+    def bottleneck(branches: int, channels: int, middle: int, outputs: int) -> tuple[Tensor, ...]:
+        expand, project = pointwise(branches, middle, channels), pointwise(branches, outputs, middle)
+        return (*expand, new(branches, 3, 3, middle), new(branches, middle), *project)
+
+    for size, channels, middle, branches in ((32, 64, 16, 2), (16, 128, 32, 4), (8, 256, 64, 8)):
+        plain = (*bottleneck(branches, channels, middle, channels), None, None)
+        yield _OPS.triton_fused_bottleneck, (new(branches, 8, size, size, channels), *plain, 1, 1, "relu", True, "relu")
+    branching = (*bottleneck(8, 128, 64, 256), *pointwise(8, 256, 128))
+    yield _OPS.triton_fused_bottleneck, (new(4, 8, 16, 16, 128), *branching, 2, 2, "relu", False, "relu")
+    for channels, outputs, stride in ((72, 120, 2), (120, 120, 1)):
+        residual = (*bottleneck(8, channels, 6 * channels, outputs), None, None)
+        options = (stride, 1, "relu6", stride == 1, "none")
+        yield _OPS.triton_fused_bottleneck, (new(8, 8, 14, 14, channels), *residual, *options)
+
     # A grey image's stem and a head with one class, with their gradients: an argument of 1 is a constant.
     for in_channels, out_channels, size in ((1, 16, 3), (16, 1, 1), (1, 1, 3)):
         x, grad = new(2, 8, 16, 16, in_channels), new(2, 8, 16, 16, out_channels)

@@ -77,9 +77,9 @@ def check_pixels(name: str, shape: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected at most 2^31 - 2^14 pixels a branch, got {pixels} in shape {tuple(shape)}")
 
 
-def config(warps: int, stages: int = 1, **blocks: int) -> triton.Config:
-    """One configuration of a kernel."""
-    return triton.Config(blocks, num_warps=warps, num_stages=stages)
+def config(warps: int, stages: int = 1, registers: int | None = None, **blocks: int) -> triton.Config:
+    """One configuration of a kernel; ``registers`` limits those of a thread."""
+    return triton.Config(blocks, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
 def _measure(call: Callable[[], None], quantiles: Sequence[float]) -> Any:

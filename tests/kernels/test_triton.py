@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from unittest import mock
 
 import pytest
 import torch
+from cases import CASES, Case, check, evaluate
 
 import hne_kernels as K
 
@@ -41,3 +43,28 @@ def test_tuning_while_a_graph_is_captured_is_an_error() -> None:
     capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
     with capturing, pytest.raises(RuntimeError, match="make the same call once before the capture"):
         _measure(lambda: pytest.fail("launched"), (0.5,))
+
+
+BOTTLENECKS = [case for case in CASES if case.op == "fused_bottleneck"]
+
+
+@pytest.mark.parametrize("case", BOTTLENECKS, ids=str)
+def test_a_fused_bottleneck_rounds_as_one_kernel(case: Case, rng: torch.Generator) -> None:
+    """Half precision is computed in one kernel, which keeps the sum and the shortcut in float32."""
+    module = importlib.import_module("hne_kernels.triton.fused_bottleneck")
+    inputs = case.inputs(rng, torch.bfloat16, DEVICE)
+    composed = mock.patch.object(module, "_compose", side_effect=AssertionError("composed"))
+    with composed, K.use_backend("triton"), torch.no_grad():
+        check(case, "cuda", inputs, evaluate(case, inputs))
+
+
+@pytest.mark.parametrize("case", BOTTLENECKS[:12], ids=str)
+@pytest.mark.parametrize("programs", [1, 64])
+def test_tiles_of_a_fused_bottleneck(case: Case, programs: int, rng: torch.Generator) -> None:
+    """A buffer for few rows makes bands with a halo; few programs make tiles of several samples."""
+    module = importlib.import_module("hne_kernels.triton.fused_bottleneck")
+    inputs = case.inputs(rng, torch.float16, DEVICE)
+    few = mock.patch.object(module, "programs", return_value=max(programs, 3))
+    small = mock.patch.object(module, "_BUFFER", 2**9 if programs > 1 else 2**16)
+    with few, small, K.use_backend("triton"), torch.no_grad():
+        check(case, "cuda", inputs, evaluate(case, inputs))
