@@ -1,8 +1,8 @@
 // Time of the warps of one scheduler of a GPU's multiprocessor, in clock cycles (tools/cost_prediction.py).
 //
-// A warp issues its instructions in order, each as soon as the cycles of the previous one are over, the scoreboards that
-// it waits for are released, and its pipe is free. The scheduler issues one instruction in a cycle, of the warp that
-// has waited longest.
+// A warp issues its instructions in order, each as soon as the cycles of the previous one are over, the scoreboards
+// that it waits for are released, and its pipe is free. The scheduler issues one instruction in a cycle, of the warp
+// that has waited longest.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -12,7 +12,8 @@ namespace {
 struct Instruction {
   int32_t stall, write_barrier, read_barrier, wait;
   int32_t pipe, cycles, latency, read_latency;
-  int32_t kind;     // 0 ordinary, 1 barrier of the block, 2 copy to shared memory, 3 end of a group of copies, 4 wait for groups
+  int32_t kind;  // 0 ordinary, 1 barrier of the block, 2 copy to shared memory, 3 end of a group of copies, 4 wait for
+                 // groups
   int32_t pending;  // groups of copies that may be in flight after a wait
 };
 
@@ -21,16 +22,18 @@ struct Warp {
   int block;
   int64_t ready = 0;
   int64_t released[8] = {};
-  int64_t copied = 0;             // when the copies so far are complete
-  std::vector<int64_t> groups;    // when each group is complete
+  int64_t copied = 0;           // when the copies so far are complete
+  std::vector<int64_t> groups;  // when each group is complete
   bool waiting = false;
 };
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) int64_t hne_simulate_issue(
-    const Instruction* code, const int32_t* traces, const int64_t* begins, const int64_t* ends, const int32_t* blocks,
-    int64_t count, int64_t most_cycles) {
+extern "C" __attribute__((visibility("default"))) int64_t hne_simulate_issue(const Instruction* code,
+                                                                             const int32_t* traces,
+                                                                             const int64_t* begins, const int64_t* ends,
+                                                                             const int32_t* blocks, int64_t count,
+                                                                             int64_t most_cycles) {
   std::vector<Warp> warps(count);
   for (int64_t i = 0; i < count; ++i) {
     warps[i].at = traces + begins[i], warps[i].end = traces + ends[i], warps[i].block = blocks[i];
