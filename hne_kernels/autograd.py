@@ -101,6 +101,16 @@ def register_inference(op: str) -> None:
     register(op, refuse)
 
 
+def guard(definition: Any) -> None:
+    """The same errors for an op that ``torch.library.custom_op`` or ``triton_op`` defines.
+
+    Such an op keeps its derivatives to itself; a kernel for a device's derivatives comes before it.
+    """
+    kernel = torch._library.autograd.make_autograd_impl(definition._opoverload, definition)
+    for key in ("AutogradCPU", "AutogradCUDA"):
+        _LIBRARY.impl(definition._name, kernel, key, with_keyset=True)
+
+
 def _check_transform(op: str, arguments: tuple[Any, ...]) -> None:
     """Raise if the result of ``op`` has a derivative in forward mode, or in reverse mode of ``torch.func``."""
     tensors = list(_tensors(arguments))

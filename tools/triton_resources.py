@@ -110,13 +110,10 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Any], tuple[Any, 
     branching = (*bottleneck(8, 128, 64, 256), *pointwise(8, 256, 128))
     yield _OPS.triton_fused_bottleneck, (new(4, 8, 16, 16, 128), *branching, 2, 2, "relu", False, "relu")
     for channels, outputs, stride in ((72, 120, 2), (120, 120, 1)):
-        wide = (*bottleneck(8, channels, 6 * channels, outputs), None, None)
+        inverted = (*bottleneck(8, channels, 6 * channels, outputs), None, None)
         yield (
             _OPS.triton_fused_bottleneck,
-            (
-                *(new(8, 8, 14, 14, channels), *wide, stride),
-                *(1, "relu6", stride == 1, "none"),
-            ),
+            (new(8, 8, 14, 14, channels), *inverted, stride, 1, "relu6", stride == 1, "none"),
         )
 
     # A grey image's stem and a head with one class, with their gradients: an argument of 1 is a constant.

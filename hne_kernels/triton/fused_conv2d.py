@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import autocast
+from .. import autocast, autograd
 from ..ops.fused_conv2d import check
 from .branch_conv2d import convolve
 from .launch import op
@@ -20,3 +20,4 @@ def fused_conv2d(
 
 
 autocast.register("triton_fused_conv2d")
+autograd.register_inference("triton_fused_conv2d")

@@ -14,6 +14,8 @@ import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .. import autograd
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Sizes that no access is aligned by: they need no separate compilation where one is 1 or a multiple of 16.
 SIZES = [
@@ -38,9 +40,11 @@ def op(function: Callable[..., Any] | None = None, *, mutates_args: Sequence[str
         return functools.partial(op, mutates_args=mutates_args)
     name = f"triton_{function.__name__}"
     if INTERPRETED:  # there is no kernel that the compiler could trace
-        torch.library.custom_op(f"hne::{name}", function, mutates_args=mutates_args).register_fake(function)
+        definition: Any = torch.library.custom_op(f"hne::{name}", function, mutates_args=mutates_args)
+        definition.register_fake(function)
     else:
-        torch.library.triton_op(f"hne::{name}", function, mutates_args=mutates_args)
+        definition = torch.library.triton_op(f"hne::{name}", function, mutates_args=mutates_args)
+    autograd.guard(definition)
     return getattr(torch.ops.hne, name)
 
 

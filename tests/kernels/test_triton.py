@@ -7,7 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import CASES, Case, check, evaluate
+from cases import CASES, Case, check, evaluate, representative
+from torch.autograd import forward_ad
 
 import hne_kernels as K
 
@@ -43,6 +44,21 @@ def test_tuning_while_a_graph_is_captured_is_an_error() -> None:
     capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
     with capturing, pytest.raises(RuntimeError, match="make the same call once before the capture"):
         _measure(lambda: pytest.fail("launched"), (0.5,))
+
+
+@pytest.mark.parametrize("op", ["branch_conv2d", "branch_normalize", "fused_conv2d", "fused_bottleneck", "prefix_mean"])
+def test_an_op_refuses_tangents(op: str, rng: torch.Generator) -> None:
+    """Called without the public function, too: a tangent would be dropped without a word."""
+    case = next(case for case in representative() if case.op == op)
+    inputs = case.inputs(rng, torch.float32, DEVICE)
+    raw = getattr(torch.ops.hne, f"triton_{op}")
+    arguments = [inputs[argument.name] for argument in raw.default._schema.arguments]
+    x = arguments[0]
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"triton_{op}: forward-mode derivatives are not"):
+        raw(forward_ad.make_dual(x, torch.ones_like(x)), *arguments[1:])
+    if op.startswith("fused"):
+        with pytest.raises(RuntimeError, match="is for inference and has no gradient"):
+            raw(x.requires_grad_(), *arguments[1:]).sum().backward()
 
 
 BOTTLENECKS = [case for case in CASES if case.op == "fused_bottleneck"]
