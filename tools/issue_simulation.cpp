@@ -12,8 +12,7 @@ namespace {
 struct Instruction {
   int32_t stall, write_barrier, read_barrier, wait;
   int32_t pipe, cycles, latency, read_latency;
-  int32_t kind;  // 0 ordinary, 1 barrier of the block, 2 copy to shared memory, 3 end of a group of copies, 4 wait for
-                 // groups
+  int32_t kind;     // 0 ordinary, 1 barrier, 2 copy to shared memory, 3 end of a group of copies, 4 wait for groups
   int32_t pending;  // groups of copies that may be in flight after a wait
 };
 
