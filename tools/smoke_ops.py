@@ -125,7 +125,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         wide = 4 * features[-1]
         yield layer, pointwise_stats(features, wide, "relu")
         yield layer, pointwise_norm_conv(features, wide, features[-1], ("relu", "relu"), "plain")
-        yield layer, normalize((*features[:-1], wide), "relu", True)
+        yield layer, normalize((*features[:-1], wide), "relu", "plain")
     for layer, (models, batch, channels, classes) in HEADS.items():
         yield layer, prefix_mean(models, batch, classes, None)
         yield layer, prefix_logits(models, batch, channels, classes, None, True)
