@@ -44,7 +44,8 @@ def op(function: Callable[..., Any] | None = None, *, mutates_args: Sequence[str
         definition.register_fake(function)
     else:
         definition = torch.library.triton_op(f"hne::{name}", function, mutates_args=mutates_args)
-    autograd.guard(definition)
+    if not mutates_args:  # autograd.register_mutable guards the others
+        autograd.guard(definition)
     return getattr(torch.ops.hne, name)
 
 
