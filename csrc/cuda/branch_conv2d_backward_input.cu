@@ -11,6 +11,17 @@
 namespace hne {
 namespace {
 
+// Sizes of the phases of one direction: of every `stride`-th pixel or tap from the phase's number on.
+struct PhaseSizes {
+  int least, longer;  // phases below `longer` have one more
+  Divider by_least, by_most;
+
+  PhaseSizes(int size, int stride) : least(size / stride), longer(size % stride), by_least(least), by_most(least + 1) {}
+  HNE_BOTH int most() const { return least + (longer > 0 ? 1 : 0); }
+  HNE_DEVICE int size(int phase) const { return least + (phase < longer ? 1 : 0); }
+  HNE_DEVICE const Divider& by_size(int phase) const { return phase < longer ? by_most : by_least; }
+};
+
 // Rows are the input pixels of one phase (iy % stride, ix % stride): all of them meet the same taps of the kernel. The
 // depth is (child, tap, output channel) over the children of a parent.
 template <typename T>
@@ -27,60 +38,56 @@ struct DenseInputGradient : GemmProblem<T, T> {
 
   InputGradient<T> d;
   Partials partials = {};  // for the gradients of scale and shift
-  int row_tiles, column_tiles, phases_y, phases_x;
-  int most_taps;  // of a phase in one direction; the others have one less
-  Divider by_row_tiles, by_column_tiles, by_phases_y, by_phases_x, by_channels;
-  Divider by_taps[2];  // by the two numbers of taps
+  PhaseSizes heights, widths, taps;
+  int row_tiles, phases_y, phases_x;
+  Divider by_row_tiles, by_phases_y, by_phases_x, by_channels, by_stride;
 
   DenseInputGradient(const InputGradient<T>& d_, ChannelReduction* sums)
-      : d(d_),
-        row_tiles(int(  // of the largest phase
-            ceil_div(int64_t(d_.s.batch) * phase_size(d_.s.height, 0) * phase_size(d_.s.width, 0), kTileRows))),
-        column_tiles(int(ceil_div(d_.s.in_channels, kTileColumns))),
+      : GemmProblem<T, T>(d_.s.in_channels),
+        d(d_),
+        heights(d_.s.height, d_.s.stride),
+        widths(d_.s.width, d_.s.stride),
+        taps(d_.s.kernel_size, d_.s.stride),
+        row_tiles(int(ceil_div(int64_t(d_.s.batch) * heights.most() * widths.most(), kTileRows))),
         phases_y(std::min(d_.s.stride, d_.s.height)),
         phases_x(std::min(d_.s.stride, d_.s.width)),
-        most_taps(int(ceil_div(d_.s.kernel_size, d_.s.stride))),
         by_row_tiles(row_tiles),
-        by_column_tiles(column_tiles),
         by_phases_y(phases_y),
         by_phases_x(phases_x),
         by_channels(d_.s.out_channels),
-        by_taps{Divider(most_taps), Divider(d_.s.kernel_size / d_.s.stride)} {
+        by_stride(d_.s.stride) {
     if (sums != nullptr) partials = sums->allocate(Pair<1>::kPlanes, splits());
   }
 
-  HNE_BOTH int phase_size(int size, int phase) const {
-    if (d.s.stride == 1) return size;
-    return size > phase ? (size - phase - 1) / d.s.stride + 1 : 0;
-  }
   int64_t splits() const { return int64_t(row_tiles) * phases_y * phases_x; }
   bool vectors() const { return d.vectors(); }
-  int64_t blocks() const { return splits() * column_tiles * d.s.parents; }
+  int64_t blocks() const { return splits() * this->column_tiles * d.s.parents; }
 
   HNE_DEVICE Work tile(int block) const {
     Work w;
-    const int row_block = by_column_tiles(block), x_block = by_row_tiles(row_block), y_block = by_phases_x(x_block);
-    w.column = (block - row_block * column_tiles) * kTileColumns;
+    const int row_block = this->by_column_tiles(block), x_block = by_row_tiles(row_block);
+    const int y_block = by_phases_x(x_block);
+    w.column = (block - row_block * this->column_tiles) * this->tile_columns;
     w.row = (row_block - x_block * row_tiles) * kTileRows;
     w.x = x_block - y_block * phases_x;
     w.parent = by_phases_y(y_block), w.y = y_block - w.parent * phases_y;
     w.split = row_block - w.parent * row_tiles * phases_x * phases_y;
-    w.height = phase_size(d.s.height, w.y), w.width = phase_size(d.s.width, w.x);
-    w.rows = int64_t(d.s.batch) * w.height * w.width, w.columns = d.s.in_channels;
-    w.first_y = w.first_x = 0;
-    if (d.s.stride > 1) w.first_y = (w.y + d.s.padding) % d.s.stride, w.first_x = (w.x + d.s.padding) % d.s.stride;
-    w.taps_y = phase_size(d.s.kernel_size, w.first_y), w.taps_x = phase_size(d.s.kernel_size, w.first_x);
-    w.by_taps_y = by_taps[w.taps_y == most_taps ? 0 : 1], w.by_taps_x = by_taps[w.taps_x == most_taps ? 0 : 1];
+    w.height = heights.size(w.y), w.width = widths.size(w.x);
+    w.rows = d.s.batch * w.height * w.width, w.columns = d.s.in_channels;
+    w.first_y = w.y + d.s.padding - by_stride(w.y + d.s.padding) * d.s.stride;
+    w.first_x = w.x + d.s.padding - by_stride(w.x + d.s.padding) * d.s.stride;
+    w.taps_y = taps.size(w.first_y), w.taps_x = taps.size(w.first_x);
+    w.by_taps_y = taps.by_size(w.first_y), w.by_taps_x = taps.by_size(w.first_x);
     const int children = min(d.s.replicate, d.s.branches - w.parent * d.s.replicate);
-    w.begin = 0, w.end = int64_t(children) * w.taps_y * w.taps_x * d.s.out_channels;
+    w.begin = 0, w.end = children * w.taps_y * w.taps_x * d.s.out_channels;
     return w;
   }
 
   // Sample and input coordinates of pixel `row` of the phase.
   HNE_DEVICE void locate(const Work& w, int row, int& sample, int& iy, int& ix) const {
-    const int within_row = row % w.width, rest = row / w.width;
-    sample = rest / w.height;
-    iy = rest % w.height * d.s.stride + w.y, ix = within_row * d.s.stride + w.x;
+    const int rest = widths.by_size(w.x)(row);
+    sample = heights.by_size(w.y)(rest);
+    iy = (rest - sample * w.height) * d.s.stride + w.y, ix = (row - rest * w.width) * d.s.stride + w.x;
   }
   // The input pixel, counted over all parents.
   HNE_DEVICE int64_t pixel(const Work& w, int row) const {
@@ -100,6 +107,7 @@ struct DenseInputGradient : GemmProblem<T, T> {
     return {w.parent * d.s.replicate + child, row - child * w.taps_y, at - row * w.taps_x, channel};
   }
 
+  static constexpr bool kCompanion = true;
   HNE_BOTH bool has_companion() const { return d.output.present(); }
 
   struct Left : GemmOperand<T, false> {
@@ -123,7 +131,7 @@ struct DenseInputGradient : GemmProblem<T, T> {
       if (s.pointwise()) return {p.d.output.grad + r * s.out_channels, 0, 0};
       int sample, iy, ix;
       p.locate(w, int(r), sample, iy, ix);
-      const int oy = (iy + s.padding - w.first_y) / s.stride, ox = (ix + s.padding - w.first_x) / s.stride;
+      const int oy = p.by_stride(iy + s.padding - w.first_y), ox = p.by_stride(ix + s.padding - w.first_x);
       const int64_t pixel = int64_t(sample) * s.out_pixels() + int64_t(oy) * s.out_width + ox;
       return {p.d.output.grad + pixel * s.out_channels, oy, ox};
     }
@@ -140,8 +148,8 @@ struct DenseInputGradient : GemmProblem<T, T> {
     }
     HNE_DEVICE bool transforms() const { return p.d.output.present(); }
     template <int width>
-    HNE_DEVICE Affine<width> parameters(const Row&, const Depth& depth) const {
-      return p.d.output.template at<width>(depth.term.branch, depth.term.channel);
+    HNE_DEVICE Affine<width> parameters(const Row&, const Depth& depth, int i) const {
+      return p.d.output.template at<width>(depth.term.branch, depth.term.channel + i);
     }
     template <int width>
     HNE_DEVICE void transform(const Affine<width>& affine, float (&values)[width], const float (&y)[width]) const {
@@ -184,7 +192,7 @@ struct DenseInputGradient : GemmProblem<T, T> {
 
   template <int width>
   HNE_DEVICE void reduce(const Work& w, const Pair<width>& sums, float* scratch, int across) const {
-    if (d.normalization.present()) sums.put(partials, {w.parent, w.split, int(w.column)}, scratch, across);
+    if (d.normalization.present()) sums.put(partials, {w.parent, w.split, w.column}, scratch, across);
   }
 };
 
@@ -222,7 +230,7 @@ struct DenseSumGradient : DenseInputGradient<T> {
 
   template <int width>
   HNE_DEVICE void reduce(const Work& w, const Sums<width>& sums, float* scratch, int across) const {
-    sums.put(this->partials, residual_partials, {w.parent, w.split, int(w.column)}, scratch, across);
+    sums.put(this->partials, residual_partials, {w.parent, w.split, w.column}, scratch, across);
   }
 };
 

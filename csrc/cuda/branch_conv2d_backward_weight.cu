@@ -20,39 +20,39 @@ struct DenseWeightGradient : GemmProblem<T, float> {
   WeightGradient<T> d;
   float* partial = nullptr;
   int splits = 1, split_rows = 0;
-  int row_tiles, column_tiles;
-  Divider by_row_tiles, by_column_tiles, by_splits, by_replicate, by_out_pixels, by_out_width;
+  int row_tiles;
+  Divider by_row_tiles, by_splits, by_replicate, by_channels, by_kernel_size, by_out_pixels, by_out_width;
 
   explicit DenseWeightGradient(const WeightGradient<T>& d_)
-      : d(d_),
+      : GemmProblem<T, float>(d_.s.taps() * d_.s.in_channels),
+        d(d_),
         row_tiles(int(ceil_div(d_.s.out_channels, kTileRows))),
-        column_tiles(int(ceil_div(columns(), kTileColumns))),
         by_row_tiles(row_tiles),
-        by_column_tiles(column_tiles),
         by_replicate(d_.s.replicate),
+        by_channels(d_.s.in_channels),
+        by_kernel_size(d_.s.kernel_size),
         by_out_pixels(d_.s.out_pixels()),
         by_out_width(d_.s.out_width) {}
 
-  HNE_BOTH int columns() const { return d.s.taps() * d.s.in_channels; }
   bool vectors() const {
     return whole_vectors<T>({d.s.in_channels, d.s.out_channels}, {d.output.grad, d.output.y, d.x}) &&
            d.output.vectors() && d.normalization.vectors();
   }
-  int64_t blocks() const { return int64_t(row_tiles) * column_tiles * d.s.branches * splits; }
+  int64_t blocks() const { return int64_t(row_tiles) * this->column_tiles * d.s.branches * splits; }
 
   HNE_DEVICE Work tile(int block) const {
     Work w;
-    const int column_block = by_row_tiles(block), split_block = by_column_tiles(column_block);
+    const int column_block = by_row_tiles(block), split_block = this->by_column_tiles(column_block);
     w.row = (block - column_block * row_tiles) * kTileRows;
-    w.column = (column_block - split_block * column_tiles) * kTileColumns;
+    w.column = (column_block - split_block * this->column_tiles) * this->tile_columns;
     w.branch = by_splits(split_block), w.split = split_block - w.branch * splits;
     w.parent = by_replicate(w.branch);
-    w.rows = d.s.out_channels, w.columns = columns();
-    w.begin = int64_t(w.split) * split_rows;
-    w.end = w.begin + split_rows < d.s.rows() ? w.begin + split_rows : d.s.rows();
+    w.rows = d.s.out_channels, w.columns = this->columns;
+    w.begin = w.split * split_rows, w.end = w.begin < d.s.rows() - split_rows ? w.begin + split_rows : d.s.rows();
     return w;
   }
 
+  static constexpr bool kCompanion = true;
   HNE_BOTH bool has_companion() const { return d.output.present(); }
 
   struct Left : GemmOperand<T, true> {
@@ -75,8 +75,8 @@ struct DenseWeightGradient : GemmProblem<T, float> {
     HNE_DEVICE const T* at(const Row& row, Depth pixel) const { return row.grad + int64_t(pixel) * p.d.s.out_channels; }
     HNE_DEVICE bool transforms() const { return p.d.output.present(); }
     template <int width>
-    HNE_DEVICE Affine<width> parameters(const Row& row, Depth) const {
-      return p.d.output.template at<width>(w.branch, row.channel);
+    HNE_DEVICE Affine<width> parameters(const Row& row, Depth, int i) const {
+      return p.d.output.template at<width>(w.branch, row.channel + i);
     }
     template <int width>
     HNE_DEVICE void transform(const Affine<width>& affine, float (&values)[width], const float (&y)[width]) const {
@@ -100,8 +100,8 @@ struct DenseWeightGradient : GemmProblem<T, float> {
     HNE_DEVICE const T* base() const { return p.d.x; }
     HNE_DEVICE Row row(int64_t column) const {
       const Shape& s = p.d.s;
-      const int tap = int(column) / s.in_channels, channel = int(column) - tap * s.in_channels;
-      const int ky = tap / s.kernel_size, iy = ky - s.padding, ix = tap - ky * s.kernel_size - s.padding;
+      const int tap = p.by_channels(int(column)), channel = int(column) - tap * s.in_channels;
+      const int ky = p.by_kernel_size(tap), iy = ky - s.padding, ix = tap - ky * s.kernel_size - s.padding;
       const T* const x = p.d.x + int64_t(w.parent) * s.in_rows() * s.in_channels;
       return {x + (int64_t(iy) * s.width + ix) * s.in_channels + channel, channel, iy, ix};
     }
@@ -120,8 +120,8 @@ struct DenseWeightGradient : GemmProblem<T, float> {
     }
     HNE_DEVICE bool transforms() const { return p.d.normalization.present(); }
     template <int width>
-    HNE_DEVICE Affine<width> parameters(const Row& row, const Depth&) const {
-      return p.d.normalization.template at<width>(w.parent, row.channel);
+    HNE_DEVICE Affine<width> parameters(const Row& row, const Depth&, int i) const {
+      return p.d.normalization.template at<width>(w.parent, row.channel + i);
     }
     template <int width>
     HNE_DEVICE void transform(const Affine<width>& affine, float (&values)[width], const float (&)[width]) const {
@@ -140,8 +140,8 @@ struct DenseWeightGradient : GemmProblem<T, float> {
 template <typename T>
 Tensor dense_backward_weight(const Device& device, const WeightGradient<T>& d, const Tensor& x) {
   DenseWeightGradient<T> problem(d);
-  // Enough blocks for the largest GPU, each with enough pixels to be worth its partial sums. The number depends on the
-  // shapes alone: the same order of additions on every GPU.
+  // Enough tiles of 64 columns for the largest GPU, each with enough pixels to be worth its partial sums. The number
+  // depends on the shapes alone: the same order of additions on every GPU.
   const Shape& s = d.s;
   const int64_t rows = s.rows(), least = 512;
   const int64_t splits =

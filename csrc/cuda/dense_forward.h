@@ -28,37 +28,38 @@ struct DenseForward : GemmProblem<T, T> {
   const T* add = nullptr;  // feature map added before the activation, or null; with packed weights only
   int add_replicate = 1;   // output branch g reads its branch g / add_replicate
   Partials partials = {};  // for the statistics of the result
-  int row_tiles, column_tiles;
-  Divider by_row_tiles, by_column_tiles, by_replicate, by_channels, by_kernel_size;
+  int row_tiles;
+  Divider by_row_tiles, by_replicate, by_channels, by_kernel_size, by_out_pixels, by_out_width;
 
   DenseForward(const Convolution<T>& d_, ChannelReduction* moments)
-      : d(d_),
+      : GemmProblem<T, T>(d_.s.out_channels),
+        d(d_),
         row_tiles(int(ceil_div(d_.s.rows(), kTileRows))),
-        column_tiles(int(ceil_div(d_.s.out_channels, kTileColumns))),
         by_row_tiles(row_tiles),
-        by_column_tiles(column_tiles),
         by_replicate(d_.s.replicate),
         by_channels(d_.s.in_channels),
-        by_kernel_size(d_.s.kernel_size) {
+        by_kernel_size(d_.s.kernel_size),
+        by_out_pixels(d_.s.out_pixels()),
+        by_out_width(d_.s.out_width) {
     if (moments != nullptr) partials = moments->allocate(Moments<1>::kPlanes, row_tiles);
   }
 
-  int64_t blocks() const { return int64_t(d.s.branches) * row_tiles * column_tiles; }
+  int64_t blocks() const { return int64_t(d.s.branches) * row_tiles * this->column_tiles; }
   bool vectors() const { return d.vectors() && aligned(add); }
 
   // Neighbouring blocks read the same rows: the second finds them in the cache.
   HNE_DEVICE Work tile(int block) const {
     const Shape& s = d.s;
     Work w;
-    const int rest = by_column_tiles(block);
+    const int rest = this->by_column_tiles(block);
     w.branch = by_row_tiles(rest), w.parent = by_replicate(w.branch);
-    w.column = (block - rest * column_tiles) * kTileColumns;
+    w.column = (block - rest * this->column_tiles) * this->tile_columns;
     w.row = (rest - w.branch * row_tiles) * kTileRows;
     w.rows = s.rows(), w.columns = s.out_channels;
     w.begin = 0, w.end = s.taps() * s.in_channels;
     w.x = d.x + int64_t(w.parent) * s.in_rows() * s.in_channels;
     const int columns = packed ? (s.out_channels + int(kPanel) - 1) / int(kPanel) * int(kPanel) : s.out_channels;
-    w.weight = d.filters + w.branch * w.end * columns;
+    w.weight = d.filters + int64_t(w.branch) * w.end * columns;
     w.add = nullptr;
     if (packed && add != nullptr) w.add = add + int64_t(w.branch / add_replicate) * w.rows * s.out_channels;
     w.out = d.out + int64_t(w.branch) * w.rows * s.out_channels;
@@ -82,8 +83,8 @@ struct DenseForward : GemmProblem<T, T> {
     HNE_DEVICE Row row(int64_t r) const {
       const Shape& s = p.d.s;
       if (s.pointwise()) return {w.x + r * s.in_channels, 0, 0};
-      const int sample = int(r) / s.out_pixels(), within = int(r) - sample * s.out_pixels();
-      const int oy = within / s.out_width, ox = within - oy * s.out_width;
+      const int sample = p.by_out_pixels(int(r)), within = int(r) - sample * s.out_pixels();
+      const int oy = p.by_out_width(within), ox = within - oy * s.out_width;
       const int iy = oy * s.stride - s.padding, ix = ox * s.stride - s.padding;
       return {w.x + (int64_t(sample) * s.pixels() + int64_t(iy) * s.width + ix) * s.in_channels, iy, ix};
     }
@@ -101,8 +102,8 @@ struct DenseForward : GemmProblem<T, T> {
     }
     HNE_DEVICE bool transforms() const { return !packed && p.d.normalization.present(); }
     template <int width>
-    HNE_DEVICE Affine<width> parameters(const Row&, const Depth& depth) const {
-      return p.d.normalization.template at<width>(w.parent, depth.channel);
+    HNE_DEVICE Affine<width> parameters(const Row&, const Depth& depth, int i) const {
+      return p.d.normalization.template at<width>(w.parent, depth.channel + i);
     }
     template <int width>
     HNE_DEVICE void transform(const Affine<width>& affine, float (&values)[width], const float (&)[width]) const {
@@ -164,8 +165,7 @@ struct DenseForward : GemmProblem<T, T> {
   HNE_DEVICE void reduce(const Work& w, const S& sums, float* scratch, int across) const {
     if constexpr (!packed) {
       if (partials.values == nullptr) return;
-      const int64_t rows = w.rows - w.row < kTileRows ? w.rows - w.row : kTileRows;
-      sums.put(partials, {w.branch, int(w.row / kTileRows), int(w.column)}, scratch, across, int(rows));
+      sums.put(partials, {w.branch, w.row / kTileRows, w.column}, scratch, across, min(w.rows - w.row, kTileRows));
     }
   }
 };

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from case import NORMS, STATE, TRAINING_OPS, Case, Inputs, cast, tensors
 from checking import Outcome, check, cotangents, evaluate, expected, magnitude
-from conv_cases import GEOMETRIES, Geometry, convolution
+from conv_cases import GEOMETRIES, WIDE_GEOMETRIES, Geometry, convolution
 from ensemble_cases import loss, prefix_logits, prefix_mean
 from inference_cases import (
     BOTTLENECKS,
@@ -111,6 +111,11 @@ CASES = [
     loss(16, 3, 10, 0.0, 2.0, scale=30.0),
     loss(40, 2, 70, 0.5, 2.0),
     loss(16, 3, 10, 0.5, 2.0, scale=1e4),
+    *(convolution("branch_conv2d", g, True) for g in WIDE_GEOMETRIES),
+    *(fused_convolution(g, "relu6") for g in WIDE_GEOMETRIES),
+    *(norm_conv(g, activation) for g, activation in zip(WIDE_GEOMETRIES, ("relu", "relu6"), strict=True)),
+    materializing_norm_conv(Geometry(66, 1, 1, 3, 2, 136, 136, 1, 1, 0), "relu", "normalised"),
+    materializing_norm_conv(WIDE_GEOMETRIES[1], "relu6", "plain"),
 ]
 
 

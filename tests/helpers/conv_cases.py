@@ -89,6 +89,13 @@ GEOMETRIES = [
     Geometry(1, 2, 2, 11, 31, 5, 5, 5, 2, 2),
 ]
 
+# Enough tiles of 128 columns for every multiprocessor of a large GPU: of the result, and of the gradients of input and
+# weight.
+WIDE_GEOMETRIES = [
+    Geometry(33, 1, 2, 13, 5, 72, 136, 1, 1, 0),
+    Geometry(66, 2, 2, 3, 3, 136, 72, 1, 2, 0),
+]
+
 
 def convolution(op: str, geometry: Geometry, bias: bool) -> Case:
     depthwise = op == "branch_depthwise_conv2d"
