@@ -57,6 +57,8 @@ struct Forward {
 
 template <typename P>
 __global__ void __launch_bounds__(kChannels) scale_shift(const Grid grid, const Forward<P> f) {
+  wait_for_previous_kernel();
+  launch_next_kernel();
   if (f.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*f.num_batches_tracked;
   const int branch = grid.branch(), channel = grid.channel();
   if (branch >= grid.branches || channel >= grid.channels) return;
@@ -83,6 +85,8 @@ struct Backward {
 
 template <typename P>
 __global__ void __launch_bounds__(kChannels) scale_shift_backward(const Grid grid, const Backward<P> b) {
+  wait_for_previous_kernel();
+  launch_next_kernel();
   const int branch = grid.branch(), channel = grid.channel();
   if (branch >= grid.branches || channel >= grid.channels) return;
   const int row = grid.branches * grid.channels, at = branch * grid.channels + channel;
@@ -194,7 +198,7 @@ Tensor batch_norm_scale_shift(const Tensor& mean_in, const Tensor& var_in, const
                        float(unbiased_factor(count)),
                        float(momentum),
                        float(eps)};
-    device.launch(scale_shift<P>, grid.blocks(), kChannels, 0, grid, f);
+    device.launch_early(scale_shift<P>, grid.blocks(), kChannels, 0, grid, f);
   });
   running_mean.write_back();
   running_var.write_back();
@@ -232,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_scale_shift_backward(const
                         weight_in.has_value() ? mutable_data<P>(grad_weight) : nullptr,
                         has_bias ? mutable_data<P>(grad_bias) : nullptr,
                         float(eps)};
-    device.launch(scale_shift_backward<P>, grid.blocks(), kChannels, 0, grid, b);
+    device.launch_early(scale_shift_backward<P>, grid.blocks(), kChannels, 0, grid, b);
   });
   return {grad_mean, grad_var, grad_weight, grad_bias};
 }

@@ -28,6 +28,7 @@ struct ChannelLane {
   HNE_DEVICE double sum(const Partials& p, const Term& term) const {
     double* const scratch = static_cast<double*>(shared_memory());  // [kLanes][kAcross]
     double total = 0;
+#pragma unroll 4  // so that a thread waits once for the values of four splits
     for (int split = lane; inside && split < p.splits; split += kLanes) {
       float values[planes];
 #pragma unroll
@@ -50,6 +51,8 @@ constexpr int64_t kScratch = kThreads * int64_t(sizeof(double));
 // Chan et al.: the squares over all pixels are the splits' own squares plus the deviations of the splits' means.
 __global__ void __launch_bounds__(kThreads)
     moments(const Partials p, const double inverse_pixels, float* mean, float* var) {
+  wait_for_previous_kernel();
+  launch_next_kernel();
   const ChannelLane own(p);
   const double centre = inverse_pixels * own.sum<3>(p, [](const float (&v)[3]) { return double(v[0]) * double(v[2]); });
   const double squares = own.sum<3>(p, [&](const float (&v)[3]) {
@@ -63,6 +66,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The rows of the gradient are those of mean, scale and shift.
 __global__ void __launch_bounds__(kThreads) norm_gradient(const Partials p, const float* scale, float* gradient) {
+  wait_for_previous_kernel();
+  launch_next_kernel();
   const ChannelLane own(p);
   const double a = own.sum<2>(p, [](const float (&v)[2]) { return double(v[0]); });
   const double b = own.sum<2>(p, [](const float (&v)[2]) { return double(v[1]); });
@@ -78,16 +83,16 @@ std::tuple<Tensor, Tensor> combine_moments(const Device& device, const ChannelRe
   const std::vector<int64_t> shape = {reduction.branches, reduction.channels};
   const Tensor mean = torch::stable::new_empty(reduction.like, shape, ScalarType::Float);
   const Tensor var = torch::stable::new_empty(reduction.like, shape, ScalarType::Float);
-  device.launch(moments, blocks(reduction.partials), kThreads, kScratch, reduction.partials,
-                pixels > 0 ? 1 / double(pixels) : 0.0, mutable_data<float>(mean), mutable_data<float>(var));
+  device.launch_early(moments, blocks(reduction.partials), kThreads, kScratch, reduction.partials,
+                      pixels > 0 ? 1 / double(pixels) : 0.0, mutable_data<float>(mean), mutable_data<float>(var));
   return {mean, var};
 }
 
 Tensor combine_norm_gradient(const Device& device, const ChannelReduction& reduction, const float* scale) {
   const Tensor gradient =
       torch::stable::new_empty(reduction.like, {3, reduction.branches, reduction.channels}, ScalarType::Float);
-  device.launch(norm_gradient, blocks(reduction.partials), kThreads, kScratch, reduction.partials, scale,
-                mutable_data<float>(gradient));
+  device.launch_early(norm_gradient, blocks(reduction.partials), kThreads, kScratch, reduction.partials, scale,
+                      mutable_data<float>(gradient));
   return gradient;
 }
 
