@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   int pixels = 0;
   auto o = tiling.origin(begin);
   for (int index = begin; index < end; ++index, tiling.advance(o)) {
-    tiling.copy(tile, x, own, o, s.padding, first, [&](auto& values) {
+    tiling.template copy<T>(tile, own, o, s.padding, first, [&](auto& values, const auto& from) {
+      from.read(values, x);
       if (d.normalization.present()) d.normalization.apply(affine.template at<width>(own.channel), values);
     });
     block_sync();

@@ -44,29 +44,33 @@ __global__ void __launch_bounds__(kThreads, 2)
   block_sync();
 
   const T* const x = d.x + int64_t(parent) * s.in_rows() * s.in_channels;
-  const int64_t out_begin = int64_t(branch) * s.rows() * s.in_channels + first + own.channel;
+  const int64_t out_begin = int64_t(branch) * s.rows() * s.in_channels;
   const float* const under = tile + tiling.under(own);
   float sums[taps][width] = {};
   auto o = tiling.origin(begin);
   for (int index = begin; index < end; ++index, tiling.advance(o)) {
-    tiling.copy(tile, x, own, o, s.padding, first, [&](auto& values) {
+    tiling.template copy<T>(tile, own, o, s.padding, first, [&](auto& values, const auto& from) {
+      from.read(values, x);
       if (!d.normalization.present()) return;
       d.normalization.apply(affine.template at<width>(own.channel), values);
     });
     const int oy = o.y + own.band * rows, ox = o.x + own.column, sample = o.sample + own.sample;
     const int wanted = works && sample < s.batch && ox < s.out_width ? min(rows, s.out_height - oy) : 0;
     const int pixel = (sample * s.out_height + oy) * s.out_width + ox;
-    const T* const grad_at = pixels_from(d.output.grad + out_begin, pixel, s.in_channels);
+    const auto place = [&](int row, int bytes) {
+      return int64_t(pixel + row * s.out_width) * bytes + (first + own.channel) * int(sizeof(T));
+    };
+    const int bytes = recompute(s.in_channels * int(sizeof(T)));  // of a pixel
     float g[rows][width];
 #pragma unroll
     for (int r = 0; r < rows; ++r)
-      if (r < wanted) load<width>(g[r], pixels_from(grad_at, r * s.out_width, s.in_channels));
+      if (r < wanted) load<width>(g[r], bytes_from(d.output.grad + out_begin, place(r, bytes)));
     if (d.output.present()) {
-      const T* const y_at = pixels_from(d.output.y + out_begin, pixel, s.in_channels);
+      const int again = recompute(bytes);  // fewer registers than the addresses
       float y[rows][width];
 #pragma unroll
       for (int r = 0; r < rows; ++r)
-        if (r < wanted) load<width>(y[r], pixels_from(y_at, r * s.out_width, s.in_channels));
+        if (r < wanted) load<width>(y[r], bytes_from(d.output.y + out_begin, place(r, again)));
       const auto of_output = output.template at<width>(own.channel);
 #pragma unroll
       for (int r = 0; r < rows; ++r)

@@ -22,6 +22,34 @@ HNE_DEVICE T* pixels_from(T* at, int pixels, int channels) {
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(at) + int64_t(pixels) * bytes);
 }
 
+// Address `bytes` later in a feature map.
+template <typename T>
+HNE_DEVICE T* bytes_from(T* at, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(at) + bytes);
+}
+
+// Zeros unless `wanted`. Only the load of whole words is conditional, not the conversion of each value.
+template <int width, typename T>
+HNE_DEVICE void load_or_zeros(float (&values)[width], const T* from, bool wanted) {
+  static_assert(kPiece<T, width> == width);
+  using Word = std::conditional_t<sizeof(T) * width % 4 == 0, uint32_t, uint16_t>;
+  using Words = Vector<Word, sizeof(T) * width / sizeof(Word)>;
+  Words words = {};
+  if (wanted) words = *reinterpret_cast<const Words*>(from);
+  if constexpr (std::is_same_v<T, bfloat16> && width % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < width; i += 2) {
+      values[i] = __builtin_bit_cast(float, words.values[i / 2] << 16);
+      values[i + 1] = __builtin_bit_cast(float, words.values[i / 2] & 0xffff0000u);
+    }
+  } else {
+    const auto v = __builtin_bit_cast(Vector<T, width>, words);
+#pragma unroll
+    for (int i = 0; i < width; ++i) values[i] = float(v.values[i]);
+  }
+}
+
 // How the output pixels of a branch are divided. A thread has `width` channels of `rows` output pixels, one below
 // another; a block has `across` threads side by side in the channels, then `columns`, `bands` (of `rows` pixels) and
 // `samples`. Threads beyond their product only help to copy.
@@ -67,18 +95,17 @@ struct DepthwiseTiling {
 
   // The place of a thread in every tile of its block.
   struct Lane {
-    int channel, column, band, sample;  // `channel` is relative to those of the block
+    int at, channel, column, band, sample;  // `at` is from 0 to `lanes` - 1, `channel` relative to those of the block
     bool works;
     int copy_row, copy_column;  // the first pixel that it copies
   };
   HNE_DEVICE Lane lane() const {
     Lane l;
-    const int at = int(threadIdx.x) / across;
-    l.channel = (int(threadIdx.x) - at * across) * width;
-    const int above = at / columns;
-    l.column = at - above * columns, l.sample = above / bands, l.band = above - l.sample * bands;
+    l.at = int(threadIdx.x) / across, l.channel = (int(threadIdx.x) - l.at * across) * width;
+    const int above = l.at / columns;
+    l.column = l.at - above * columns, l.sample = above / bands, l.band = above - l.sample * bands;
     l.works = l.sample < samples;
-    l.copy_row = at / tile_width, l.copy_column = at - l.copy_row * tile_width;
+    l.copy_row = l.at / tile_width, l.copy_column = l.at - l.copy_row * tile_width;
     return l;
   }
   // Place in the tile of the value under the first tap of a thread's first output pixel.
@@ -107,38 +134,55 @@ struct DepthwiseTiling {
     return min(samples, batch - o.sample) * min(bands * rows, out_height - o.y) * min(columns, out_width - o.x);
   }
 
-  // Copies the pixels under a tile from the feature map `from` of a branch. Calls transform(values) for kAtOnce of them
-  // at a time, and replaces those that no output pixel reads by zeros. `first` is the block's first channel.
-  template <typename T, typename Transform>
-  HNE_DEVICE void copy(float* tile, const T* from, const Lane& l, const Origin& o, int padding, int first,
-                       const Transform& transform) const {
+  // kAtOnce pixels of a sample that a thread copies.
+  struct Pixels {
+    int64_t at[kAtOnce];   // of the thread's first channel, in bytes from the branch's first value
+    bool inside[kAtOnce];  // whether an output pixel reads it
+
+    template <typename T>
+    HNE_DEVICE void read(float (&values)[kAtOnce][width], const T* branch) const {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) load_or_zeros(values[i], bytes_from(branch, at[i]), inside[i]);
+    }
+  };
+
+  // Copies the pixels under a tile of values of type T. Calls read(values, pixels) for kAtOnce of them at a time, and
+  // replaces those that no output pixel reads by zeros. `first` is the block's first channel.
+  template <typename T, typename Read>
+  HNE_DEVICE void copy(float* tile, const Lane& l, const Origin& o, int padding, int first, const Read& read) const {
     if (first + l.channel >= channels) return;  // no thread reads them
     const int top = o.y * stride - padding, left = o.x * stride - padding;
     // A NaN beyond the pixels under the last output pixel stays unread.
     const unsigned right = unsigned(min(map_width, (out_width - 1) * stride + kernel - padding));
     const int step = lanes * across * width, tile_size = tile_height * tile_width * across * width;
+    const int end_column = left + tile_width;
+    const int height_there = min(height, (out_height - 1) * stride + kernel - padding);
     for (int sample = 0; sample < samples; ++sample) {
-      const int height_there = min(height, (out_height - 1) * stride + kernel - padding);
       const unsigned bottom = o.sample + sample < batch ? unsigned(height_there) : 0;
-      const T* const map = from + int64_t(o.sample + sample) * height * map_width * channels + first + l.channel;
-      float* const to = tile + sample * tile_size + l.channel;
+      int place = sample * tile_size + l.at * across * width + l.channel;
+      const int end = (sample + 1) * tile_size;
       int row = top + l.copy_row, column = left + l.copy_column;
-      for (int place = (int(threadIdx.x) / across) * across * width; place < tile_size; place += kAtOnce * step) {
-        float values[kAtOnce][width] = {};
-        bool inside[kAtOnce];
+      Pixels pixels;
+      const int pixel = min(o.sample + sample, batch - 1) * height * map_width;
+      const int64_t sample_at =
+          int64_t(pixel) * recompute(channels * int(sizeof(T))) + (first + l.channel) * int(sizeof(T));
+      for (; place < end; place += kAtOnce * step) {
+        float values[kAtOnce][width];
+        const int bytes = recompute(channels * int(sizeof(T)));  // here: an address is one multiply-add of 32 bits
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          inside[i] = unsigned(row) < bottom && unsigned(column) < right;
-          if (inside[i]) load<width>(values[i], pixels_from(map, row * map_width + column, channels));
+          pixels.inside[i] = unsigned(row) < bottom && unsigned(column) < right;
+          pixels.at[i] = sample_at + int64_t(row * map_width + column) * bytes;
           row += lanes_rows, column += lanes_columns;
-          if (column >= left + tile_width) column -= tile_width, ++row;
+          const bool wraps = column >= end_column;
+          row += wraps ? 1 : 0, column -= wraps ? tile_width : 0;
         }
-        transform(values);
+        read(values, pixels);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-          for (int j = 0; j < width; ++j) values[i][j] = inside[i] ? values[i][j] : 0.0f;
-          if (place + i * step < tile_size) store<width>(to + place + i * step, values[i]);
+          for (int j = 0; j < width; ++j) values[i][j] = pixels.inside[i] ? values[i][j] : 0.0f;
+          if (place + i * step < end) store<width>(tile + place + i * step, values[i]);
         }
       }
     }
