@@ -101,8 +101,8 @@ struct GemmOperand {
 };
 
 // A strip of one operand in shared memory: `rows` of the product times kDepth. The object has the thread's part of
-// every strip.
-template <typename Operand, int rows>
+// every strip. `halves`: it transforms halves of 16 bytes, where registers are short.
+template <typename Operand, int rows, bool halves>
 struct Strip {
   using T = typename Operand::Type;
   static constexpr bool kAcross = Operand::kAcross;
@@ -178,9 +178,9 @@ struct Strip {
   // Transforms the vectors that the thread has copied; padding stays zero.
   HNE_DEVICE void transform(T* strip, const T* companion, unsigned copied, int k) const {
     if (copied % (1u << kVectors) == 0) return;
-    // With both operands across, both may be transformed: half of the parameters at a time need fewer registers. Eight
-    // threads begin with their first halves while eight others begin with the second ones: 16 different pairs of banks.
-    constexpr int part = kAcross ? kPiece<float, kVector> : kVector, parts = kVector / part;
+    // Half of the parameters at a time need fewer registers. Eight threads begin with their first halves while eight
+    // others begin with the second ones: 16 different pairs of banks.
+    constexpr int part = halves ? kPiece<float, kVector> : kVector, parts = kVector / part;
     static_assert(parts <= 2);
     const int begin = parts == 2 ? int(threadIdx.x) / 8 % 2 * part : 0;
     const auto place = operand.depth(k + (kAcross ? outer : inner));
@@ -232,8 +232,10 @@ struct Strip {
 template <typename Problem, int columns>
 struct GemmMemory {
   using T = typename Problem::Type;
-  using Left = Strip<typename Problem::Left, kTileRows>;
-  using Right = Strip<typename Problem::Right, columns>;
+  // Both operands across: both may be transformed.
+  static constexpr bool kHalves = columns > kTileColumns&& Problem::Left::kAcross&& Problem::Right::kAcross;
+  using Left = Strip<typename Problem::Left, kTileRows, kHalves>;
+  using Right = Strip<typename Problem::Right, columns, kHalves>;
   static constexpr int kSumPitch = columns + 8;        // pairs of values of a warp lie in different banks
   static constexpr int kSums = kTileRows * kSumPitch;  // values; then scratch for sums over rows
   static constexpr int kScratch = kThreads * (16 / int(sizeof(typename Problem::Out)));
