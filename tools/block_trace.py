@@ -846,7 +846,7 @@ def _load_constant(instruction: Instruction) -> Action:
 def _all_unknown(puts: list[Callable[[Block, Any, Any, Any], None]]) -> Action:
     def act(block: Block, mask: Any) -> None:
         for put in puts:
-            put(block, 0, block.every, mask)
+            put(block, False, block.every, mask)  # a number, too
 
     return act
 
