@@ -8,7 +8,8 @@
 namespace hne {
 namespace {
 
-constexpr int kAcross = 32, kLanes = kThreads / kAcross;  // channels of a block, and threads for each
+// Channels of a block, in whole sectors of 32 bytes, and threads for each: many, since a thread waits for its values.
+constexpr int kAcross = 8, kLanes = kThreads / kAcross;
 
 // The channel of a thread; the threads of a channel take its splits in turn.
 struct ChannelLane {
@@ -28,7 +29,7 @@ struct ChannelLane {
   HNE_DEVICE double sum(const Partials& p, const Term& term) const {
     double* const scratch = static_cast<double*>(shared_memory());  // [kLanes][kAcross]
     double total = 0;
-#pragma unroll 4  // so that a thread waits once for the values of four splits
+#pragma unroll 8  // so that a thread waits once for the values of eight splits
     for (int split = lane; inside && split < p.splits; split += kLanes) {
       float values[planes];
 #pragma unroll
