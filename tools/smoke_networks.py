@@ -16,6 +16,7 @@ from torch import Tensor
 
 import hne_kernels as K
 from hne import HNE, FusedHNE, GraphedHNE, objective
+from hne.training import CapturedStep
 
 # Largest relative error of logits and loss, and of the gradients in float32.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -69,6 +70,9 @@ def network_rows(bench: Bench, backend: str) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         yield row(f"gradients, {_short(dtype)}", partial(_training_error, bench, backend, dtype))
     yield row(f"training step, autocast bfloat16, batch {bench.batch}", partial(_training, bench, backend))
+    if bench.device == "cuda":
+        name = f"captured training step, autocast bfloat16, batch {bench.batch}"
+        yield row(name, partial(_captured_training, bench, backend))
 
 
 def plain_rows(bench: Bench, *, compiled: bool) -> Iterator[Row]:
@@ -162,17 +166,34 @@ def _training(bench: Bench, backend: str) -> Cells:
         return _step_ms(bench, network(bench).on(bench.device).train())
 
 
+def _captured_training(bench: Bench, backend: str) -> Cells:
+    """As :func:`_training`, in one CUDA graph."""
+    net = network(bench)
+    model = net.on(bench.device).train()
+    x, target = _training_batch(bench)
+    rate = torch.tensor(1e-3, device=bench.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, fused=True)
+    step = CapturedStep(model, lambda images, labels: _loss(model, images, labels, torch.bfloat16), optimizer)
+    with K.use_backend(backend):
+        step(x, target)  # with the three of _warm_ms, the last of which captures the graph
+        return {"ms": f"{_warm_ms(bench, lambda: step(x, target)):.2f}"}
+
+
 def _plain_training(bench: Bench, compiled: bool) -> Cells:
     model = channels_last.convert(network(bench).on(bench.device)).train()
     with K.use_backend("reference"):
         return _step_ms(bench, model, _compile(bench, model, "default") if compiled else None)
 
 
-def _step_ms(bench: Bench, model: HNE, call: Any = None) -> Cells:
-    """Time of forward, backward and SGD, launched from Python."""
+def _training_batch(bench: Bench) -> tuple[Tensor, Tensor]:
     net = network(bench)
     x = net.images(bench.batch).to(bench.device).contiguous(memory_format=torch.channels_last)
-    target = torch.randint(model.num_classes, (bench.batch,)).to(bench.device)
+    return x, torch.randint(net.model.num_classes, (bench.batch,)).to(bench.device)
+
+
+def _step_ms(bench: Bench, model: HNE, call: Any = None) -> Cells:
+    """Time of forward, backward and SGD, launched from Python."""
+    x, target = _training_batch(bench)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
