@@ -137,6 +137,7 @@ def main() -> None:
         host = {"ms": round(max(cells["ms"], len(launches) * H100.host_launch_s * 1e3), 5)}
         if training:
             found.rows["cuda training step, autocast bfloat16, batch 128"] = cells | host
+            found.rows["cuda captured training step, autocast bfloat16, batch 128"] = cells
         else:
             found.rows[f"cuda graphed inference, bfloat16, batch {batch}"] = cells
             found.rows[f"cuda inference, bfloat16, batch {batch}"] = cells | host
