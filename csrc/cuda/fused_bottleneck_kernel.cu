@@ -45,7 +45,7 @@ constexpr int kResident = sizeof(T) == 2 ? (NT == 2   ? 4
 
 // NT: fragments of 8 output channels in each of the 4 warps side by side; at most 32 * NT output channels.
 template <typename P, int NT, bool vectors>
-__global__ void __launch_bounds__(kThreads, kResident<typename P::Type, NT>)
+__global__ void __launch_bounds__(kThreads, vectors || NT != 4 ? kResident<typename P::Type, NT> : 2)
     bottleneck(const Bottleneck<typename P::Type> b, const BottleneckPlan<typename P::Type> p) {
   using T = typename P::Type;
   constexpr int width = P::kVector, MT = 2;

@@ -145,7 +145,7 @@ for height, width, channels in ((15, 32, 3), (8, 31, 1), (3, 70, 4)):
     x = torch.randn(1, 2, height, width, channels, generator=rng) + 100
     weight = torch.randn(70, 20, channels, 3, 3, generator=rng)
     for dtype in (torch.float32, torch.bfloat16):
-        given = x.to(dtype), weight.to(dtype), None, None, "none", 1, 1, 70, False
+        given = x.to(dtype), weight.to(dtype), None, None, None, "none", 1, 1, 70, False
         y, mean, var, _ = torch.ops.hne.branch_norm_conv2d(*given)
         with K.use_backend("reference"):
             want = K.branch_conv2d(given[0].double(), given[1].double(), padding=1, replicate=70)
