@@ -293,7 +293,8 @@ def launch(
         parents, branches, replicate, residual_replicate, *source.shape[1:4], *out.shape[2:4],
         source.shape[4], out.shape[4], *layout,
         KERNEL=kernel_size, STRIDE=stride, PADDING=padding, TRANSPOSED=transposed,
-        MULTIPLE=multiple, WEIGHT_OUT=common_multiple(layout[2]), WEIGHT_IN=common_multiple(layout[3]),
+        MULTIPLE=multiple,
+        WEIGHT_OUT=common_multiple(multiple, layout[2]), WEIGHT_IN=common_multiple(multiple, layout[3]),
         ACTIVATION=activation, NORMAL=conv_norm.activation, PRECISION=precision,
     )  # fmt: skip
 

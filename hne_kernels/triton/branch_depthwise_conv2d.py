@@ -157,11 +157,14 @@ def _weight_kernel(
         tl.store(partial + entry, tl.sum(sums, 0), mask=c < channels)
 
 
-# A bottleneck has 16 to 64 channels, an inverted residual up to 432.
+# A bottleneck has 16 to 64 channels, an inverted residual up to 432. A thread has one access of 16 bytes, which is half
+# the values in float32: with all of them it would spill.
 _KEY = ["height", "channels", "KERNEL", "STRIDE", "NORMAL"]
 _TILES = [config(4, BLOCK_M=32, BLOCK_C=32), config(4, BLOCK_M=16, BLOCK_C=64)]
+_TILES_FLOAT32 = [config(4, BLOCK_M=16, BLOCK_C=32), config(4, BLOCK_M=8, BLOCK_C=64)]
 _TALL = [config(8, BLOCK_M=GROUP, BLOCK_C=32), config(4, BLOCK_M=GROUP, BLOCK_C=16)]  # for statistics
 _convolve = Kernel(_kernel, _TILES, [*_KEY, "TRANSPOSED"])
+_convolve_float32 = Kernel(_kernel, _TILES_FLOAT32, [*_KEY, "TRANSPOSED"])
 _convolve_tall = Kernel(_kernel, _TALL, [*_KEY, "TRANSPOSED"])
 _weigh = Kernel(_weight_kernel, _TILES, _KEY)
 _TILE_CHANNELS = 32  # of a typical tile, for the number of parts
@@ -191,7 +194,9 @@ def launch(
     transposed: bool = False, bias: Tensor | None = None, activation: str = "none", conv_norm: ConvNorm = PLAIN,
 ) -> None:  # fmt: skip
     """Write the convolution of ``source``, transposed or not, to ``out``."""
-    kernel = _convolve if conv_norm.partials[0] is None else _convolve_tall
+    kernel = _convolve_float32 if source.dtype == torch.float32 else _convolve
+    if conv_norm.partials[0] is not None:
+        kernel = _convolve_tall
     kernel(
         source.contiguous(), weight, contiguous(bias), out,
         *conv_norm.output, conv_norm.input, conv_norm.norm, *conv_norm.partials,
