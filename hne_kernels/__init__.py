@@ -9,7 +9,7 @@ from importlib import metadata as _metadata
 from . import extension as _extension  # noqa: F401  (loads the compiled ops; must come first)
 from . import flops as _flops
 from .allocator import release_memory
-from .checks import autocast_dtype, default_sizes
+from .checks import ACTIVATIONS, autocast_dtype, default_sizes
 from .dispatch import BACKENDS, add_module, available_backends, backend_for, unavailable_backends, use_backend
 from .dispatch import is_loaded as _is_loaded
 from .environment import environment_report
@@ -46,6 +46,7 @@ if _is_loaded("triton"):
 _flops.register_when_imported()
 
 __all__ = [
+    "ACTIVATIONS",
     "BACKENDS",
     "ConvStats",
     "Features",

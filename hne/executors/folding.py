@@ -11,6 +11,7 @@ import hne_kernels as K
 
 from ..layers import (
     BottleneckLayer,
+    BranchConv,
     BranchLinear,
     ConvLayer,
     ConvNorm,
@@ -24,7 +25,7 @@ from ..layers import (
     uses_batch_statistics,
 )
 
-KernelPath = Callable[[Any], Sequence[K.FusedLayer]]
+KernelPath = Callable[[Any], Sequence[K.FusedLayer] | None]  # None if the kernels do not know its settings
 
 _KERNEL_PATHS: dict[type[Layer], KernelPath] = {}
 
@@ -44,9 +45,9 @@ def to_fused_layers(layer: Layer) -> Sequence[K.FusedLayer] | None:
     """The fused layers, with all branches, that compute a layer one after the other.
 
     Returns:
-        None if inference has to call the layer instead: its class has no kernel path; the layer, or a module that its
-        ``forward`` calls, has hooks or a replaced ``forward``; or one of its batch norms normalises by the statistics
-        of the batch.
+        None if inference has to call the layer instead: its class has no kernel path, or none for its settings; the
+        layer, or a module that its ``forward`` calls, has hooks or a replaced ``forward``; or one of its batch norms
+        normalises by the statistics of the batch.
     """
     function = _KERNEL_PATHS.get(type(layer))
     if function is None or any(global_hook_dicts()):
@@ -59,12 +60,20 @@ def to_fused_layers(layer: Layer) -> Sequence[K.FusedLayer] | None:
 
 
 @kernel_path(ConvLayer)
-def _conv(layer: ConvLayer) -> Sequence[K.FusedLayer]:
-    return [fused_conv(layer.unit, layer.spec.activation)]
+def _conv(layer: ConvLayer) -> Sequence[K.FusedLayer] | None:
+    unit, activation = layer.unit, layer.spec.activation
+    if activation not in K.ACTIVATIONS or layer.spec.groups > 1:
+        return None
+    if isinstance(unit, BranchConv):
+        weight, bias = unit.weight_and_bias(slice(0, unit.branches))
+        return [K.FusedLayer((K.pack_weight(weight), bias), unit.stride, unit.padding, activation=activation)]
+    return [fused_conv(unit, activation)]
 
 
 @kernel_path(BottleneckLayer)
-def _bottleneck(layer: BottleneckLayer) -> Sequence[K.FusedLayer]:
+def _bottleneck(layer: BottleneckLayer) -> Sequence[K.FusedLayer] | None:
+    if not {layer.spec.activation, layer.spec.final_activation} <= set(K.ACTIVATIONS):
+        return None
     depthwise, depthwise_bias = _fold(layer.depthwise)
     weights = (
         *_fold_dense(layer.expand),
@@ -84,7 +93,9 @@ def _bottleneck(layer: BottleneckLayer) -> Sequence[K.FusedLayer]:
 
 
 @kernel_path(PoolLinearLayer)
-def _pool_linear(layer: PoolLinearLayer) -> Sequence[K.FusedLayer]:
+def _pool_linear(layer: PoolLinearLayer) -> Sequence[K.FusedLayer] | None:
+    if layer.spec.activation not in K.ACTIVATIONS:
+        return None
     return [fused_pool_linear(layer.linear, layer.spec.activation)]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import hne_kernels as K
 
 from ..layers import (
     ACTIVATIONS,
+    BranchConv,
     BranchLinear,
     ConvNorm,
     Features,
@@ -50,6 +52,11 @@ class KernelExecutor(SubtreeExecutor):
         residual: Features | None = None,
     ) -> Features:
         check_kind(module, ConvNorm)
+        if activation not in K.ACTIVATIONS:
+            y = self.conv_norm(module, x, branches, replicate, "none", residual)
+            return ACTIVATIONS[activation](K.materialize(y))
+        if module.groups > 1:
+            return self._grouped_conv_norm(module, x, branches, replicate, activation, residual)
         weight = module.weight(branches)
         if uses_batch_statistics(module):
             conv = K.conv_stats(x, weight, stride=module.stride, padding=module.padding, replicate=replicate)
@@ -64,7 +71,7 @@ class KernelExecutor(SubtreeExecutor):
         self, module: ConvNorm, x: Features, branches: slice, replicate: int, activation: str
     ) -> tuple[Tensor, Features]:
         check_kind(module, ConvNorm)
-        if not uses_batch_statistics(module):
+        if not uses_batch_statistics(module) or module.groups > 1 or activation not in K.ACTIVATIONS:
             x = K.materialize(x)
             return x, self.conv_norm(module, x, branches, replicate, activation)
         weight = module.weight(branches)
@@ -72,15 +79,33 @@ class KernelExecutor(SubtreeExecutor):
         norm = batch_normalization(module, branches, conv.mean, conv.var, conv.count)
         return x, conv.normalize(norm, activation)
 
+    def _grouped_conv_norm(
+        self, module: ConvNorm, x: Features, branches: slice, replicate: int, activation: str, residual: Features | None
+    ) -> Features:
+        """The kernels know the groups of a branch as branches of their own, so that the channels are rearranged."""
+        x = self.replicate(x, branches, replicate, module.in_channels)
+        weight = module.weight(branches).unflatten(1, (module.groups, -1)).flatten(0, 1)
+        groups = x.unflatten(4, (module.groups, -1)).permute(0, 4, 1, 2, 3, 5).flatten(0, 1)
+        y = K.branch_conv2d(groups, weight, stride=module.stride, padding=module.padding)
+        y = y.unflatten(0, (-1, module.groups)).permute(0, 2, 3, 4, 1, 5).flatten(4)
+        if uses_batch_statistics(module):
+            var, mean = torch.var_mean(y, (1, 2, 3), correction=0)
+            norm = batch_normalization(module, branches, mean, var, y.shape[1] * y.shape[2] * y.shape[3])
+        else:
+            norm = running_normalization(module, branches)
+        return K.LazyNorm(y, norm, activation, None if residual is None else K.materialize(residual))
+
     def materialize(self, x: Features) -> Tensor:
         return K.materialize(x)
 
-    def linear(
-        self, module: BranchLinear, x: Features, branches: slice, replicate: int = 1, activation: str = "none"
+    def conv(
+        self, module: BranchConv, x: Features, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
-        check_kind(module, BranchLinear)
+        check_kind(module, BranchConv)
         weight, bias = module.weight_and_bias(branches)
-        return ACTIVATIONS[activation](K.branch_conv2d(K.materialize(x), weight, bias, replicate=replicate))
+        x = K.materialize(x)
+        y = K.branch_conv2d(x, weight, bias, stride=module.stride, padding=module.padding, replicate=replicate)
+        return ACTIVATIONS[activation](y)
 
     def pool(self, x: Features) -> Tensor:
         x = K.materialize(x)
@@ -93,8 +118,14 @@ class KernelExecutor(SubtreeExecutor):
             return x
         return x.repeat_interleave(replicate, 0)[: branches.stop - branches.start]
 
+    def to_maps(self, x: Features, channels: int) -> Tensor:
+        return K.materialize(x).permute(0, 1, 4, 2, 3)
+
+    def from_maps(self, maps: Tensor) -> Tensor:
+        return maps.permute(0, 1, 3, 4, 2)
+
     def logits(self, head: BranchLinear, x: Tensor, leaves: slice, replicate: int) -> Tensor:
-        return self.linear(head, x, leaves, replicate).flatten(2)
+        return self.conv(head, x, leaves, replicate).flatten(2)
 
     def prefix_logits(
         self, head: BranchLinear, x: Tensor, leaves: slice, replicate: int, sizes: Sequence[int]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..layers import (
     ACTIVATIONS,
+    BranchConv,
     BranchLinear,
     BranchModule,
     ConvNorm,
@@ -53,24 +54,25 @@ class NaiveExecutor(SubtreeExecutor):
             x = module.conv(x)
         else:
             weight = module.weight(branches).flatten(0, 1)
-            groups = branches.stop - branches.start
+            groups = (branches.stop - branches.start) * module.groups
             if module.depthwise:
                 weight, groups = weight[:, None], len(weight)
             x = F.conv2d(x, weight, None, module.stride, module.padding, groups=groups)
         x = _batch_norm(module, x, branches)
         return ACTIVATIONS[activation](x if residual is None else x + residual)
 
-    def linear(
-        self, module: BranchLinear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
+    def conv(
+        self, module: BranchConv, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
-        check_kind(module, BranchLinear)
+        check_kind(module, BranchConv)
         x = self.replicate(x, branches, replicate, module.in_channels)
         if _is_whole(module, branches):
             module.check_hooks()
             x = module.conv(x)
         else:
             weight, bias = module.weight_and_bias(branches)
-            x = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), groups=branches.stop - branches.start)
+            groups = branches.stop - branches.start
+            x = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), module.stride, module.padding, groups=groups)
         return ACTIVATIONS[activation](x)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -82,8 +84,14 @@ class NaiveExecutor(SubtreeExecutor):
         children = x.unflatten(1, (-1, channels)).repeat_interleave(replicate, 1)
         return children[:, : branches.stop - branches.start].flatten(1, 2)
 
+    def to_maps(self, x: Tensor, channels: int) -> Tensor:
+        return x.unflatten(1, (-1, channels)).transpose(0, 1)
+
+    def from_maps(self, maps: Tensor) -> Tensor:
+        return maps.transpose(0, 1).flatten(1, 2)
+
     def logits(self, head: BranchLinear, x: Tensor, leaves: slice, replicate: int) -> Tensor:
-        y = self.linear(head, x, leaves, replicate)
+        y = self.conv(head, x, leaves, replicate)
         return y.flatten(1).unflatten(1, (-1, head.channels)).transpose(0, 1)
 
     def prefix_logits(

@@ -2,10 +2,13 @@
 
 from .activations import ACTIVATIONS
 from .batch_norm import batch_normalization, count_batch, is_synchronised, running_normalization, uses_batch_statistics
+from .bottleneck import Bottleneck, BottleneckLayer
+from .conv import Conv, ConvLayer
 from .executor import Executor, Features
-from .modules import BottleneckLayer, ConvLayer, Layer, PoolLinearLayer, build_layer
-from .parameters import BranchLinear, BranchModule, ConvNorm, Size, called_modules
-from .specs import Bottleneck, Conv, LayerSpec, PoolLinear, spec_from_config
+from .layer import Layer, build_layer
+from .parameters import BranchConv, BranchLinear, BranchModule, ConvNorm, Size, called_modules, convolved
+from .pool_linear import PoolLinear, PoolLinearLayer
+from .spec import LayerSpec, spec_from_config
 from .submodules import (
     SkippedModuleError,
     check_kind,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .parameters import BranchLinear, ConvNorm
+from .parameters import BranchConv, ConvNorm
 
 Features = Any  # the result of an operation; each executor has its own types
 
@@ -43,10 +43,10 @@ class Executor(ABC):
         return x, self.conv_norm(module, x, branches, replicate, activation)
 
     @abstractmethod
-    def linear(
-        self, module: BranchLinear, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
+    def conv(
+        self, module: BranchConv, x: Features, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
-        """``activation(linear(x))``, for features with one pixel."""
+        """``activation(conv(x) + bias)``; a linear layer of every pixel where the kernel is 1x1."""
 
     @abstractmethod
     def pool(self, x: Features) -> Tensor:
@@ -55,3 +55,14 @@ class Executor(ABC):
     @abstractmethod
     def replicate(self, x: Features, branches: slice, replicate: int, channels: int) -> Features:
         """Copy each branch of ``x`` (of ``channels`` channels) to its output branches."""
+
+    @abstractmethod
+    def to_maps(self, x: Features, channels: int) -> Tensor:
+        """``x`` (of ``channels`` channels) as ``[branches, batch, channels, height, width]``, for plain PyTorch.
+
+        A view where memory allows; :meth:`from_maps` goes back. What lies between serves every executor.
+        """
+
+    @abstractmethod
+    def from_maps(self, maps: Tensor) -> Features:
+        """Features of ``[branches, batch, channels, height, width]``."""

@@ -62,6 +62,12 @@ def called_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from called_modules(child)
 
 
+def convolved(size: Size, kernel_size: int, stride: int, padding: int) -> Size:
+    """Height and width after a convolution or a pooling."""
+    height, width = ((side + 2 * padding - kernel_size) // stride + 1 for side in size)
+    return height, width
+
+
 def _check_conv(conv: nn.Module, expected: tuple[Any, ...]) -> None:
     """Raise unless a convolution has the expected settings; bring its weight up to date.
 
@@ -96,9 +102,15 @@ def _check_own_parameters(module: nn.Module) -> None:
 
 
 class ConvNorm(BranchModule):
-    """A convolution without bias (dense or depthwise, odd kernel), followed by batch norm.
+    """A convolution without bias, followed by batch norm.
 
-    The padding is half of the kernel size, so a stride of 1 keeps height and width.
+    Args:
+        branches, in_channels, channels: As in :class:`BranchModule`.
+        kernel_size, stride: As in ``nn.Conv2d``.
+        padding: Rows and columns of zeros on each side; by default half of the kernel size, with which a stride of 1
+            and an odd kernel keep height and width.
+        groups: Groups within a branch.
+        depthwise: Each channel has a filter of its own (``groups`` is not used).
     """
 
     def __init__(
@@ -108,13 +120,16 @@ class ConvNorm(BranchModule):
         channels: int,
         kernel_size: int = 1,
         stride: int = 1,
+        padding: int | None = None,
         *,
+        groups: int = 1,
         depthwise: bool = False,
     ) -> None:
         super().__init__(branches, in_channels, channels)
         self.kernel_size = kernel_size
         self.stride = stride
-        self.padding = kernel_size // 2
+        self.padding = kernel_size // 2 if padding is None else padding
+        self.groups = groups
         self.depthwise = depthwise
         self.synchronised = False  # batch statistics over all processes, see HNE.sync_batch_norm_
         self.conv = nn.Conv2d(
@@ -123,7 +138,7 @@ class ConvNorm(BranchModule):
             kernel_size,
             stride,
             self.padding,
-            groups=branches * channels if depthwise else branches,
+            groups=branches * (channels if depthwise else groups),
             bias=False,
         )
         self.bn = nn.BatchNorm2d(branches * channels)
@@ -138,15 +153,15 @@ class ConvNorm(BranchModule):
         self.bn.reset_parameters()
 
     def weight(self, branches: slice) -> Tensor:
-        """Filters of some branches: ``[len(branches), channels, in_channels, k, k]``, without ``in_channels`` if
-        depthwise.
+        """Filters of some branches: ``[len(branches), channels, in_channels // groups, k, k]``, or
+        ``[len(branches), channels, k, k]`` if depthwise.
 
         Raises:
             SkippedModuleError: ``conv`` was replaced by another kind of module, or has hooks.
         """
         self.check_hooks()
         size, stride, padding = self.kernel_size, self.stride, self.padding
-        groups = self.branches * self.channels if self.depthwise else self.branches
+        groups = self.branches * (self.channels if self.depthwise else self.groups)
         conv = self.conv
         _check_conv(conv, ((size, size), (stride, stride), (padding, padding), (1, 1), groups, "zeros", False))
         weight = self.select_branches(conv.weight, branches)
@@ -154,40 +169,64 @@ class ConvNorm(BranchModule):
 
     def output_size(self, size: Size) -> Size:
         """Height and width of the output."""
-        height, width = size
-        return -(-height // self.stride), -(-width // self.stride)
+        return convolved(size, self.kernel_size, self.stride, self.padding)
 
     def macs(self, size: Size) -> int:
         """Multiply-adds of one branch for one input of ``size``."""
         height, width = self.output_size(size)
-        inputs = 1 if self.depthwise else self.in_channels
+        inputs = 1 if self.depthwise else self.in_channels // self.groups
         return height * width * self.channels * inputs * self.kernel_size**2
 
 
-class BranchLinear(BranchModule):
-    """A linear layer per branch, stored as a 1x1 convolution and initialised as ``nn.Linear``."""
+class BranchConv(BranchModule):
+    """A dense convolution with bias, initialised as ``nn.Conv2d``.
 
-    def __init__(self, branches: int, in_channels: int, channels: int) -> None:
+    Args:
+        branches, in_channels, channels: As in :class:`BranchModule`.
+        kernel_size, stride, padding: As in ``nn.Conv2d``.
+    """
+
+    def __init__(
+        self, branches: int, in_channels: int, channels: int, kernel_size: int = 1, stride: int = 1, padding: int = 0
+    ) -> None:
         super().__init__(branches, in_channels, channels)
-        self.conv = nn.Conv2d(branches * in_channels, branches * channels, 1, groups=branches)
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.conv = nn.Conv2d(
+            branches * in_channels, branches * channels, kernel_size, stride, padding, groups=branches
+        )
 
     def reset_parameters(self) -> None:
         _check_own_parameters(self.conv)
         self.conv.reset_parameters()
 
     def weight_and_bias(self, branches: slice) -> tuple[Tensor, Tensor]:
-        """Weight ``[len(branches), channels, in_channels, 1, 1]`` and bias ``[len(branches), channels]`` of some
+        """Weight ``[len(branches), channels, in_channels, k, k]`` and bias ``[len(branches), channels]`` of some
         branches.
 
         Raises:
             SkippedModuleError: ``conv`` was replaced by another kind of module, or has hooks.
         """
         self.check_hooks()
+        size, stride, padding = self.kernel_size, self.stride, self.padding
         conv = self.conv
-        _check_conv(conv, ((1, 1), (1, 1), (0, 0), (1, 1), self.branches, "zeros", True))
+        _check_conv(conv, ((size, size), (stride, stride), (padding, padding), (1, 1), self.branches, "zeros", True))
         assert conv.bias is not None
         return self.select_branches(conv.weight, branches), self.select_branches(conv.bias, branches)
 
-    def macs(self) -> int:
-        """Multiply-adds of one branch for one sample."""
-        return self.in_channels * self.channels
+    def output_size(self, size: Size) -> Size:
+        """Height and width of the output."""
+        return convolved(size, self.kernel_size, self.stride, self.padding)
+
+    def macs(self, size: Size) -> int:
+        """Multiply-adds of one branch for one input of ``size``."""
+        height, width = self.output_size(size)
+        return height * width * self.channels * self.in_channels * self.kernel_size**2
+
+
+class BranchLinear(BranchConv):
+    """A linear layer per branch, stored as a 1x1 convolution."""
+
+    def __init__(self, branches: int, in_channels: int, channels: int) -> None:
+        super().__init__(branches, in_channels, channels)

@@ -73,8 +73,9 @@ class HNE(FoldedWeightCache, ABC):
         for specs, branches, replicate in zip(blocks, hierarchy.branches, hierarchy.replication, strict=False):
             block = nn.ModuleList()
             for spec in specs:
-                block.append(build_layer(spec, channels, branches, replicate))
-                channels, replicate = spec.channels, 1  # only the first layer of a block branches
+                layer = build_layer(spec, channels, branches, replicate)
+                block.append(layer)
+                channels, replicate = layer.channels, 1  # only the first layer of a block branches
             self.blocks.append(block)
         self.head = BranchLinear(hierarchy.num_models, channels, num_classes)
         self.reset_parameters()
@@ -195,7 +196,7 @@ class HNE(FoldedWeightCache, ABC):
             raise ValueError(f"input_size must be at least 1x1, got {height}x{width}")
         size = height, width
         *needed, heads = self.hierarchy.needed(self.num_models if num_models is None else num_models)
-        total = heads * self.head.macs()
+        total = heads * self.head.macs((1, 1))
         for block, branches in zip(self.layers_of_blocks(), needed, strict=True):
             for layer in block:
                 total += branches * layer.macs(size)

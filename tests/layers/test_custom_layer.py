@@ -99,7 +99,7 @@ def test_a_layer_that_only_copies_and_multiplies(rng: torch.Generator) -> None:
 
             def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
                 copies = executor.replicate(x, branches, replicate, self.spec.channels)
-                return copies + executor.linear(self.mix, x, branches, replicate)
+                return copies + executor.conv(self.mix, x, branches, replicate)
 
             def macs(self, size: tuple[int, int]) -> int:
                 return self.mix.macs(size)

@@ -1,0 +1,78 @@
+"""The base class of layer specs: layers described as plain data. A block of a network is a list of specs."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from typing_extensions import Self
+
+from .activations import ACTIVATIONS
+
+_SPECS: dict[str, type[LayerSpec]] = {}
+
+
+@dataclass(frozen=True)
+class LayerSpec(ABC):
+    """Base class of layer specs. Every subclass is registered under its class name, which configs use.
+
+    Args:
+        channels: Output channels of one branch.
+    """
+
+    channels: int
+
+    scaled_fields: ClassVar[tuple[str, ...]] = ("channels",)  # channel counts, scaled by a width multiplier
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        _SPECS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            name = f"{type(self).__name__}.{field.name}"
+            if field.name in (*self.scaled_fields, "stride", "kernel_size"):
+                check_int(name, value, 1)
+            if field.name.endswith("activation") and value not in ACTIVATIONS:
+                raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+
+    def scaled(self, width: float) -> Self:
+        """The same layer with every channel count multiplied by ``width``, rounded to the nearest and at least 1."""
+        counts = {name: max(1, int(getattr(self, name) * width + 0.5)) for name in self.scaled_fields}
+        return dataclasses.replace(self, **counts)
+
+    def config(self) -> dict[str, Any]:
+        """The spec as a JSON-able dictionary, which :func:`spec_from_config` reads."""
+        return {"layer": type(self).__name__, **dataclasses.asdict(self)}
+
+
+def spec_from_config(config: dict[str, Any]) -> LayerSpec:
+    """The spec for a dictionary that :meth:`LayerSpec.config` wrote.
+
+    Raises:
+        ValueError: The layer or a field is unknown, a field is missing, or a value is not valid.
+    """
+    fields = dict(config)
+    name = fields.pop("layer", None)
+    if name not in _SPECS:
+        raise ValueError(f"layer must be one of {', '.join(_SPECS)}, got {name!r}")
+    try:
+        return _SPECS[name](**fields)
+    except TypeError as error:
+        raise ValueError(f"not the description of a {name}: {config} ({error})") from error
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    """Raise unless a field is an int of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def stride_text(stride: int) -> str:
+    """The stride as a suffix of a layer's description."""
+    return f"/{stride}" if stride > 1 else ""
