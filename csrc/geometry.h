@@ -53,6 +53,20 @@ inline Geometry forward_geometry(const Tensor& x, int64_t branches, int64_t out_
                           padding, replicate);
 }
 
+// Checks a feature map that is added to the output: output branch g adds its branch g / replicate.
+inline void check_residual(const std::vector<int64_t>& shape, int64_t replicate, const Geometry& g) {
+  const std::vector<int64_t> expected = {ceil_div(g.branches, replicate), g.batch, g.out_height, g.out_width,
+                                         g.out_channels};
+  STD_TORCH_CHECK(shape == expected, "residual: unexpected shape");
+}
+
+inline void check_residual(const std::optional<Tensor>& residual, int64_t replicate, const Geometry& g) {
+  STD_TORCH_CHECK(replicate >= 1, "residual_replicate: expected at least 1");
+  if (!residual.has_value()) return;
+  const auto sizes = residual->sizes();
+  check_residual(std::vector<int64_t>(sizes.begin(), sizes.end()), replicate, g);
+}
+
 inline Geometry backward_geometry(const Tensor& grad, int64_t in_channels, int64_t height, int64_t width,
                                   int64_t kernel_size, int64_t stride, int64_t padding, int64_t replicate) {
   STD_TORCH_CHECK(grad.dim() == 5, "grad: expected 5 dimensions");

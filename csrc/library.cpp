@@ -65,7 +65,7 @@ STABLE_TORCH_LIBRARY(hne, m) {
 
   m.def(
       "fused_conv2d(Tensor x, Tensor weight, Tensor bias, int stride, int padding, int replicate, "
-      "str activation) -> Tensor");
+      "str activation, Tensor? residual=None, int residual_replicate=1) -> Tensor");
   m.def(
       "fused_bottleneck(Tensor x, Tensor expand, Tensor expand_bias, Tensor depthwise, Tensor depthwise_bias, "
       "Tensor project, Tensor project_bias, Tensor? shortcut, Tensor? shortcut_bias, int stride, int replicate, "

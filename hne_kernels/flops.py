@@ -90,16 +90,16 @@ def _fused_bottleneck_chain(x: Shape, weights: Sequence[Any], numbers: Sequence[
 
 
 def _fused_layers(x: Shape, handle: int, *_: Any, **__: Any) -> int:
-    features = x if len(x) == 5 else (1, x[0], *x[2:], x[1])
+    outputs: list[Shape] = [x if len(x) == 5 else (1, x[0], *x[2:], x[1])]
     total = 0
-    for layer in prepared_layers(handle):
+    for index, layer in enumerate(prepared_layers(handle)):
         shapes: list[Any] = [None if weight is None else weight.shape for weight in layer.weights]
         count = _fused_bottleneck if layer.is_bottleneck else _fused_conv2d
+        features = outputs[index + 1 + layer.source]
         features = (*features[:2], 1, 1, features[4]) if layer.mean else features
         assert layer.weights[0] is not None
-        out = layer.check(layer.weights[0].new_empty(()).expand(features))
-        total += count(features, *shapes, out_shape=out)
-        features = out
+        outputs.append(layer.check(layer.weights[0].new_empty(()).expand(features)))
+        total += count(features, *shapes, out_shape=outputs[-1])
     return total
 
 

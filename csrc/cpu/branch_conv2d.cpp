@@ -10,8 +10,8 @@ constexpr int64_t kTaskPanels = 4;   // least panels of a task, where several ta
 }  // namespace
 
 template <typename T>
-void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Clamp<T> clamp,
-                     T* out, const RowsWritten& written) {
+void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Summand<T> add,
+                     Clamp<T> clamp, T* out, const RowsWritten& written) {
   const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kBlockRows);
   const int64_t tap_size = g.in_channels * kPanel, panel_stride = g.taps() * tap_size;
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
@@ -38,6 +38,12 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
     T** out_rows = scratch<T*>(1, kBlockRows);
     Tap<T>* taps = scratch<Tap<T>>(2, g.taps());
     for (int64_t m = 0; m < count; ++m) out_rows[m] = out + (branch * total + first + m) * g.out_channels + channel;
+    const T** add_rows = nullptr;
+    if (add.features != nullptr) {
+      const T* row = add.features + (branch / add.replicate * total + first) * g.out_channels + channel;
+      add_rows = scratch<const T*>(5, kBlockRows);
+      for (int64_t m = 0; m < count; ++m, row += g.out_channels) add_rows[m] = row;
+    }
     if (by_lines) {
       gather_lines(g, branch_x, first, count, scratch<T>(3, lines_size(g, kBlockRows)), rows, kBlockRows);
       for (int64_t ky = 0; ky < g.kernel_size; ++ky)
@@ -56,8 +62,8 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
     const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels + channel : nullptr;
     for (int64_t m = 0, pixels; m < count; m += pixels) {
       pixels = by_rows ? std::min(count - m, g.out_width - (first + m) % g.out_width) : count;
-      kernels<T>().gemm(
-          {taps, by_lines ? g.kernel_size : g.taps(), pixels, channels, out_rows + m, branch_bias, nullptr, clamp});
+      kernels<T>().gemm({taps, by_lines ? g.kernel_size : g.taps(), pixels, channels, out_rows + m, branch_bias,
+                         add_rows != nullptr ? add_rows + m : nullptr, clamp});
       for (int64_t ky = 0; by_rows && ky < g.kernel_size; ++ky) taps[ky].rows += pixels;
     }
     if (written) written(branch, first, count);
@@ -76,12 +82,12 @@ void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight
   });
   Tensor hold = weight;  // windows of several pixels would compute each pixel several times
   const PrologueInput<T> source = g.pointwise() ? x : in_memory(x, g.parents, hold);
-  convolve_packed(g, source, data<T>(packed), bias, Clamp<T>{}, out, written);
+  convolve_packed(g, source, data<T>(packed), bias, Summand<T>{}, Clamp<T>{}, out, written);
 }
 
-#define HNE_INSTANTIATE(T)                                                                                  \
-  template void convolve_packed(const Geometry&, const PrologueInput<T>&, const T*, const T*, Clamp<T>, T*, \
-                                const RowsWritten&);                                                        \
+#define HNE_INSTANTIATE(T)                                                                                          \
+  template void convolve_packed(const Geometry&, const PrologueInput<T>&, const T*, const T*, Summand<T>, Clamp<T>, \
+                                T*, const RowsWritten&);                                                            \
   template void convolve(const Geometry&, const PrologueInput<T>&, const Tensor&, const T*, T*, const RowsWritten&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)

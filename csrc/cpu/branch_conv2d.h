@@ -33,11 +33,19 @@ void pack(const T* weight, int64_t channels, int64_t depth, int64_t taps, int64_
 // Rows that a task writes at once: whole tiles, and few enough for their features to stay in the second cache.
 constexpr int64_t kBlockRows = 112;
 
-// out = clamp(conv(x, packed) + bias); packed is [branch][panel][tap][in_channels][kPanel], bias may be null. A
+// A feature map like the output of a convolution that joins it before the activation; null for none. Output branch g
+// adds its branch g / replicate.
+template <typename T>
+struct Summand {
+  const T* features = nullptr;
+  int64_t replicate = 1;
+};
+
+// out = clamp(conv(x, packed) + bias + add); packed is [branch][panel][tap][in_channels][kPanel], bias may be null. A
 // computed x needs a pointwise kernel with stride 1.
 template <typename T>
-void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Clamp<T> clamp,
-                     T* out, const RowsWritten& written = {});
+void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Summand<T> add,
+                     Clamp<T> clamp, T* out, const RowsWritten& written = {});
 
 // out = conv(x, weight) + bias
 template <typename T>

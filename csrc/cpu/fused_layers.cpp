@@ -12,12 +12,15 @@
 namespace hne {
 namespace {
 
-// The eight numbers that describe a layer to prepare_layers, in the order of hne_kernels/ops/fused_layers.py.
+// The numbers that describe a layer to prepare_layers, in the order of hne_kernels/ops/fused_layers.py.
 struct LayerSpec {
   enum Kind : int64_t { convolution, bottleneck, pool_linear };  // pool_linear: linear layer of the mean over pixels
   int64_t kind, stride, padding, replicate, activation, final_activation, identity, returned;
+  // The layers whose outputs are its input and its residual, counted from itself: -1 is the layer before. The input of
+  // all layers counts as the output of a layer before the first. Residual 0: there is none.
+  int64_t source, residual, residual_replicate;
 
-  static constexpr int64_t kNumbers = 8;
+  static constexpr int64_t kNumbers = 11;
   explicit LayerSpec(const int64_t* n)
       : kind(n[0]),
         stride(n[1]),
@@ -26,8 +29,14 @@ struct LayerSpec {
         activation(n[4]),
         final_activation(n[5]),
         identity(n[6]),
-        returned(n[7]) {
+        returned(n[7]),
+        source(n[8]),
+        residual(n[9]),
+        residual_replicate(n[10]) {
     STD_TORCH_CHECK(kind >= convolution && kind <= pool_linear, "numbers: expected a kind from 0 to 2");
+    STD_TORCH_CHECK(source < 0 && residual <= 0, "numbers: expected that layers read the outputs of earlier ones");
+    STD_TORCH_CHECK(residual == 0 || kind != bottleneck, "numbers: expected no residual of a bottleneck");
+    STD_TORCH_CHECK(residual_replicate >= 1, "numbers: expected a residual_replicate of at least 1");
   }
 
   int64_t num_weights() const { return kind == bottleneck ? 8 : 2; }
@@ -49,30 +58,63 @@ struct BottleneckSequence {
   bool pool = false;
 };
 
-// Layers that are computed together: only the output of the last one is stored for the whole batch.
+// Layers that are computed together: only the output of the last one is stored for the whole batch. Stages and features
+// have numbers: stage s computes features s + 1, and features 0 are the input of all stages.
 struct Stage {
   std::variant<GlobalPool, PackedConvolution, BottleneckSequence> operation;
-  bool returned;  // whether the output is a result of the call
+  size_t source;                        // the features that it reads
+  bool returned = false;                // whether the output is a result of the call
+  bool kept = false;                    // whether the output has a reader other than the next layer
+  std::optional<size_t> residual = {};  // the features that a convolution adds
+  int64_t residual_replicate = 1;
+};
+
+// Features [branch, batch, height, width, channel] or, with the same memory, images that lie channels last.
+struct Features {
+  Tensor values;
+  std::vector<int64_t> shape;  // of the features
 };
 
 class PreparedLayers {
  public:
   PreparedLayers(const std::vector<std::optional<Tensor>>& weights, const std::vector<int64_t>& numbers) {
     const int64_t count = int64_t(numbers.size()) / LayerSpec::kNumbers;
-    STD_TORCH_CHECK(count > 0 && count * LayerSpec::kNumbers == int64_t(numbers.size()),
-                    "numbers: expected eight for each of one or more layers");
+    STD_TORCH_CHECK(count > 0 && count * LayerSpec::kNumbers == int64_t(numbers.size()), "numbers: expected ",
+                    LayerSpec::kNumbers, " for each of one or more layers");
     STD_TORCH_CHECK(!weights.empty() && weights[0].has_value(), "weights: expected at least one");
     type_ = weights[0]->scalar_type();
+    std::vector<LayerSpec> layers;
+    for (int64_t i = 0; i < count; ++i) layers.emplace_back(&numbers[i * LayerSpec::kNumbers]);
+    std::vector<bool> kept(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const LayerSpec& layer = layers[i];
+      STD_TORCH_CHECK(i + 1 + layer.source >= 0 && i + 1 + layer.residual >= 0,
+                      "numbers: expected that layers read the outputs of earlier ones");
+      if (layer.returned != 0) kept[i] = true;
+      if (layer.source != -1 && i + layer.source >= 0) kept[i + layer.source] = true;
+      if (layer.residual != 0 && i + layer.residual >= 0) kept[i + layer.residual] = true;
+    }
+    std::vector<size_t> outputs = {0};  // the features that a layer computes, from the layer before the first on
     size_t used = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const LayerSpec layer(&numbers[i * LayerSpec::kNumbers]);
+      const LayerSpec& layer = layers[i];
       STD_TORCH_CHECK(used + layer.num_weights() <= weights.size(), "weights: fewer than the layers need");
-      add(layer, &weights[used]);
+      add(layer, &weights[used], outputs[i + 1 + layer.source]);
       used += layer.num_weights();
+      Stage& stage = stages_.back();
+      stage.returned = layer.returned != 0, stage.kept = kept[i];
+      if (layer.residual != 0) stage.residual = outputs[i + 1 + layer.residual];
+      stage.residual_replicate = layer.residual_replicate;
+      outputs.push_back(stages_.size());
     }
     STD_TORCH_CHECK(used == weights.size(), "weights: more than the layers need");
     STD_TORCH_CHECK(stages_.back().returned, "numbers: expected that the last layer's features are returned");
-    ends_linear_ = LayerSpec(&numbers[(count - 1) * LayerSpec::kNumbers]).kind == LayerSpec::pool_linear;
+    ends_linear_ = layers.back().kind == LayerSpec::pool_linear;
+    last_readers_.resize(stages_.size() + 1);
+    for (size_t s = 0; s < stages_.size(); ++s) {
+      last_readers_[stages_[s].source] = s;
+      if (stages_[s].residual.has_value()) last_readers_[*stages_[s].residual] = s;
+    }
   }
 
   // The features of the layers to be returned, in order: [branch, batch, height, width, channel]; those of a last
@@ -88,12 +130,13 @@ class PreparedLayers {
   }
 
  private:
-  // Adds the layer to the last stage where it can be computed together with it, else as a new stage.
-  void add(const LayerSpec& layer, const std::optional<Tensor>* weights) {
+  // Adds the layer, which reads the features `source`, to the last stage where it can be computed together with it,
+  // else as a new stage.
+  void add(const LayerSpec& layer, const std::optional<Tensor>* weights, size_t source) {
     STD_TORCH_CHECK(weights[0].has_value() && weights[0]->scalar_type() == type_, "weights: expected one dtype");
     const std::string activation = activation_name(layer.activation);
-    // A sequence ends where its features are returned.
-    BottleneckSequence* sequence = stages_.empty() || stages_.back().returned
+    // A sequence ends where its features have another reader.
+    BottleneckSequence* sequence = stages_.empty() || source != stages_.size() || stages_.back().kept
                                        ? nullptr
                                        : std::get_if<BottleneckSequence>(&stages_.back().operation);
     if (layer.kind != LayerSpec::bottleneck) {
@@ -102,32 +145,35 @@ class PreparedLayers {
         if (sequence != nullptr)
           sequence->pool = true;
         else
-          stages_.push_back({GlobalPool{}, false});
+          stages_.push_back({GlobalPool{}, source});
+        source = stages_.size();
       }
       stages_.push_back(
           {PackedConvolution(*weights[0], *weights[1], layer.stride, layer.padding, layer.replicate, activation),
-           layer.returned != 0});
+           source});
       return;
     }
     const BottleneckWeights bottleneck(weights, layer.stride, layer.replicate, activation, layer.identity != 0,
                                        activation_name(layer.final_activation));
     if (sequence != nullptr && layer.replicate == 1) {
       sequence->bottlenecks.push_back(bottleneck);
-      stages_.back().returned = layer.returned != 0;
     } else {
       std::vector<PackedConvolution> stem;
-      if (bottleneck.branches() == 1) stem = take_convolutions();
-      stages_.push_back({BottleneckSequence{std::move(stem), {bottleneck}}, layer.returned != 0});
+      if (bottleneck.branches() == 1) stem = take_convolutions(source);
+      stages_.push_back({BottleneckSequence{std::move(stem), {bottleneck}}, source});
     }
   }
 
-  // Removes the convolutions of one branch at the end of the stages, as far as their features are not returned.
-  std::vector<PackedConvolution> take_convolutions() {
+  // Removes the convolutions of one branch at the end of the stages that compute the features `source`, as far as these
+  // have no other reader and no residual. `source` becomes what the first of them reads.
+  std::vector<PackedConvolution> take_convolutions(size_t& source) {
     std::vector<PackedConvolution> taken;
-    while (!stages_.empty() && !stages_.back().returned) {
-      auto* convolution = std::get_if<PackedConvolution>(&stages_.back().operation);
-      if (convolution == nullptr || convolution->branches() != 1) break;
+    while (!stages_.empty() && source == stages_.size()) {
+      const Stage& last = stages_.back();
+      const auto* convolution = std::get_if<PackedConvolution>(&last.operation);
+      if (last.kept || last.residual.has_value() || convolution == nullptr || convolution->branches() != 1) break;
       taken.insert(taken.begin(), *convolution);
+      source = last.source;
       stages_.pop_back();
     }
     return taken;
@@ -159,29 +205,50 @@ class PreparedLayers {
   // whole batch if features between stages are returned.
   template <typename T>
   int64_t micro_batch_size(const Tensor& x) const {
-    std::vector<int64_t> shape = features_shape(x);
-    const int64_t batch = shape[1];
+    std::vector<std::vector<int64_t>> shapes = {features_shape(x)};
+    const int64_t batch = shapes[0][1];
     int64_t max_values = 0;  // of one sample between two stages
-    for (const Stage& stage : stages_) {
-      if (&stage == &stages_.back()) break;
-      if (stage.returned) return batch;
-      std::visit([&](const auto& operation) { update_shape(operation, shape); }, stage.operation);
-      max_values = std::max(max_values, shape[0] * shape[2] * shape[3] * shape[4]);
+    for (size_t s = 0; s + 1 < stages_.size(); ++s) {
+      if (stages_[s].returned) return batch;
+      std::vector<int64_t> shape = shapes[stages_[s].source];
+      std::visit([&](const auto& operation) { update_shape(operation, shape); }, stages_[s].operation);
+      shapes.push_back(shape);
+      int64_t values = 0;
+      for (size_t i = 1; i < shapes.size(); ++i)
+        if (last_readers_[i] > s) values += shapes[i][0] * shapes[i][2] * shapes[i][3] * shapes[i][4];
+      max_values = std::max(max_values, values);
     }
     return std::max(kMinMicroBatch, kMicroBatchBytes / std::max<int64_t>(max_values * int64_t(sizeof(T)), 1));
   }
 
   template <typename T>
   std::vector<Tensor> forward(const Tensor& x_in) const {
-    std::vector<int64_t> shape = features_shape(x_in);
+    std::vector<Features> features(stages_.size() + 1);
+    features[0].shape = features_shape(x_in);
+    features[0].values = channels_last<T>(x_in, features[0].shape);
     std::vector<Tensor> results;
-    Tensor features = channels_last<T>(x_in, shape);
-    for (const Stage& stage : stages_) {
-      const bool flat = ends_linear_ && &stage == &stages_.back();
-      features = std::visit(
-          [&](const auto& operation) { return forward_stage<T>(operation, data<T>(features), x_in, flat, shape); },
+    for (size_t s = 0; s < stages_.size(); ++s) {
+      const Stage& stage = stages_[s];
+      const bool flat = ends_linear_ && s + 1 == stages_.size();
+      const Features& x = features[stage.source];
+      const Features* const residual = stage.residual.has_value() ? &features[*stage.residual] : nullptr;
+      Features& out = features[s + 1];
+      out.shape = x.shape;
+      if (residual != nullptr) {
+        const auto& convolution = std::get<PackedConvolution>(stage.operation);
+        check_residual(residual->shape, stage.residual_replicate, convolution.geometry(x.shape));
+      }
+      const Summand<T> add = {residual != nullptr ? data<T>(residual->values) : nullptr, stage.residual_replicate};
+      out.values = std::visit(
+          [&](const auto& operation) {
+            return forward_stage<T>(operation, data<T>(x.values), add, x_in, flat, out.shape);
+          },
           stage.operation);
-      if (stage.returned) results.push_back(features);
+      if (stage.returned) results.push_back(out.values);
+      // Memory that nobody reads any more is used again.
+      if (last_readers_[stage.source] == s) features[stage.source].values = Tensor();
+      if (stage.residual.has_value() && last_readers_[*stage.residual] == s)
+        features[*stage.residual].values = Tensor();
     }
     return results;
   }
@@ -239,19 +306,20 @@ class PreparedLayers {
     shape[2] = shape[3] = 1;
   }
 
-  // The output of a stage; `shape` changes from the shape of x to that of the output. `like` gives the dtype.
+  // The output of a stage; `shape` changes from the shape of x to that of the output. A convolution adds `add`; `like`
+  // gives the dtype.
   template <typename T>
-  static Tensor forward_stage(const PackedConvolution& convolution, const T* x, const Tensor& like, bool flat,
-                              std::vector<int64_t>& shape) {
+  static Tensor forward_stage(const PackedConvolution& convolution, const T* x, Summand<T> add, const Tensor& like,
+                              bool flat, std::vector<int64_t>& shape) {
     const Geometry g = convolution.geometry(shape);
     shape = g.out_shape();
     Tensor out = flat ? empty(like, {shape[0], shape[1], shape[4]}) : empty(like, shape);
-    convolution.forward<T>(g, x, mutable_data<T>(out));
+    convolution.forward<T>(g, x, mutable_data<T>(out), add);
     return out;
   }
 
   template <typename T>
-  static Tensor forward_stage(const BottleneckSequence& sequence, const T* x, const Tensor& like, bool,
+  static Tensor forward_stage(const BottleneckSequence& sequence, const T* x, Summand<T>, const Tensor& like, bool,
                               std::vector<int64_t>& shape) {
     const ConvolutionChain<T> stem(sequence.stem, shape);
     std::vector<Bottleneck<T>> bottlenecks;
@@ -267,7 +335,7 @@ class PreparedLayers {
   }
 
   template <typename T>
-  static Tensor forward_stage(const GlobalPool& pool, const T* x, const Tensor& like, bool,
+  static Tensor forward_stage(const GlobalPool& pool, const T* x, Summand<T>, const Tensor& like, bool,
                               std::vector<int64_t>& shape) {
     const int64_t pixels = shape[2] * shape[3], channels = shape[4];
     update_shape(pool, shape);
@@ -286,7 +354,8 @@ class PreparedLayers {
 
   ScalarType type_;
   std::vector<Stage> stages_;
-  bool ends_linear_;  // the last layer is a pool_linear
+  std::vector<size_t> last_readers_;  // by the number of the features: the last stage that reads them
+  bool ends_linear_;                  // the last layer is a pool_linear
 };
 
 // The prepared layers of this process by handle.

@@ -33,8 +33,8 @@ class PackedConvolution {
   }
 
   template <typename T>
-  void forward(const Geometry& g, const T* x, T* out) const {
-    convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, weight_.data<T>(), bias_.data<T>(),
+  void forward(const Geometry& g, const T* x, T* out, Summand<T> add = {}) const {
+    convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, weight_.data<T>(), bias_.data<T>(), add,
                        Clamp<T>::named(activation_), out);
   }
 

@@ -142,9 +142,8 @@ class InferenceSession:
                     steps.append(_Step(forward, keep_output=keep and block_ends))
                     children = 1  # only the first layer of a block branches
                     continue
-                for part in all_branches:
-                    fused.append(part.select_branches(branches, children))
-                    children = 1
+                fused += K.select_branches(all_branches, branches, children)
+                children = 1
                 if keep and block_ends:
                     ends.append(len(fused) - 1)
         fused.append(self._head.select_branches(heads, replicate))

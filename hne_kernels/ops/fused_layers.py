@@ -45,6 +45,13 @@ def micro_batches(x: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
 class FusedLayer(NamedTuple):
     """A layer with its weights, which calls :func:`fused_conv2d` or :func:`fused_bottleneck`.
 
+    In a sequence, ``source`` and ``residual`` count layers backwards: -1 is the output of the layer before, and the
+    input of the sequence counts as the output of a layer before the first. Two basic blocks, the second with a
+    convolution as its shortcut::
+
+        [FusedLayer(first), FusedLayer(second, residual=-2)]
+        [FusedLayer(shortcut), FusedLayer(first, source=-2), FusedLayer(second, residual=-2)]
+
     Args:
         weights: the tensors that the op takes after ``x``: two for a convolution, eight for a bottleneck (the last two
             may be None).
@@ -52,6 +59,9 @@ class FusedLayer(NamedTuple):
         padding: as in :func:`fused_conv2d`.
         identity, final_activation: as in :func:`fused_bottleneck`.
         mean: average over each feature map before the convolution, which makes it a linear layer.
+        source: the layer whose output is the input.
+        residual: the layer whose output is the residual of a convolution, or None.
+        residual_replicate: as in :func:`fused_conv2d`.
     """
 
     weights: tuple[Tensor | None, ...]
@@ -62,6 +72,9 @@ class FusedLayer(NamedTuple):
     final_activation: str = "none"
     identity: bool = False
     mean: bool = False
+    source: int = -1
+    residual: int | None = None
+    residual_replicate: int = 1
 
     @property
     def is_bottleneck(self) -> bool:
@@ -74,7 +87,7 @@ class FusedLayer(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments of the op after x, in order."""
+        """The arguments of the op after x, in order, but for those of a residual."""
         if self.is_bottleneck:
             return *self.weights, self.stride, self.replicate, self.activation, self.identity, self.final_activation
         return *self.weights, self.stride, self.padding, self.replicate, self.activation
@@ -85,24 +98,29 @@ class FusedLayer(NamedTuple):
         common = {"stride": self.stride, "replicate": self.replicate, "activation": self.activation}
         if self.is_bottleneck:
             return common | {"identity": self.identity, "final_activation": self.final_activation}
-        return common | {"padding": self.padding}
+        return common | {"padding": self.padding, "residual_replicate": self.residual_replicate}
 
-    def select_branches(self, branches: slice, replicate: int) -> FusedLayer:
-        """Some branches of the layer, with ``replicate`` output branches per input branch; views of its weights."""
+    def select_branches(self, branches: slice, replicate: int, residual_replicate: int = 1) -> FusedLayer:
+        """Some branches of the layer, with ``replicate`` output branches per branch of the input and
+        ``residual_replicate`` per branch of the residual; views of its weights."""
         weights = tuple(None if weight is None else weight[branches] for weight in self.weights)
-        return self._replace(weights=weights, replicate=replicate)
+        return self._replace(weights=weights, replicate=replicate, residual_replicate=residual_replicate)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Compute the layer for features ``[G, B, H, W, C]``."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute the layer for features ``[G, B, H, W, C]`` and, for a convolution, a residual."""
         op: Callable[..., Tensor] = fused_bottleneck if self.is_bottleneck else fused_conv2d
-        return op(self.pool(x), *self.weights, **self.options)
+        if residual is None:
+            if self.residual is not None:
+                raise ValueError("residual: expected the output of the layer that this one names, got None")
+            return op(self.pool(x), *self.weights, **self.options)
+        return op(self.pool(x), *self.weights, residual=residual, **self.options)
 
     def pool(self, x: Tensor) -> Tensor:
         """The mean over each feature map, if the layer reads that, else ``x``."""
         return x.mean((2, 3), keepdim=True) if self.mean else x
 
-    def check(self, x: Tensor) -> tuple[int, ...]:
-        """Raise unless the layer fits features like ``x``; return the shape of its output."""
+    def check(self, x: Tensor, residual: Tensor | None = None) -> tuple[int, ...]:
+        """Raise unless the layer fits features and a residual like these; return the shape of its output."""
         if len(self.weights) not in (2, 8):
             raise ValueError(
                 f"weights: expected two of a convolution or eight of a bottleneck, got {len(self.weights)}"
@@ -110,10 +128,33 @@ class FusedLayer(NamedTuple):
         checks.at_least("stride", self.stride, 1)
         checks.at_least("padding", self.padding, 0)
         checks.at_least("replicate", self.replicate, 1)
+        checks.at_least("residual_replicate", self.residual_replicate, 1)
         if self.mean:
             x = x.new_empty(()).expand(*x.shape[:2], 1, 1, x.shape[4])
         check: Callable[..., tuple[int, ...]] = check_bottleneck if self.is_bottleneck else check_convolution
-        return check(x, *self.arguments)
+        if self.residual is None:
+            return check(x, *self.arguments)
+        if self.is_bottleneck:
+            raise ValueError(f"residual: expected None for a bottleneck, which has its own, got {self.residual}")
+        return check(x, *self.arguments, residual, self.residual_replicate)
+
+
+def select_branches(layers: Sequence[FusedLayer], branches: slice, replicate: int) -> list[FusedLayer]:
+    """Some branches of consecutive layers that read no features of earlier ones; views of their weights.
+
+    Args:
+        layers: a part of a sequence, such as the convolutions of a block.
+        branches: the same branches of every layer.
+        replicate: the number of these per branch of the features that the first layer reads.
+    """
+    return [
+        layer.select_branches(
+            branches,
+            replicate if index + layer.source == -1 else 1,
+            replicate if layer.residual is not None and index + layer.residual == -1 else 1,
+        )
+        for index, layer in enumerate(layers)
+    ]
 
 
 class _Chain(NamedTuple):
@@ -141,21 +182,36 @@ def _is_chainable(layer: FusedLayer) -> bool:
     )
 
 
-def _find_chains(layers: Sequence[FusedLayer], result_indices: frozenset[int]) -> dict[int, _Chain]:
-    """By the index of their first layer: consecutive layers that a chain computes. It ends at an output that is a
-    result, before a layer with several output branches per input branch, and before other numbers of channels."""
+def _readers(layers: Sequence[FusedLayer]) -> dict[int, list[int]]:
+    """By the index of a layer, or -1 for the input of all: the layers that read its output, in order."""
+    readers: dict[int, list[int]] = {index: [] for index in range(-1, len(layers))}
+    for index, layer in enumerate(layers):
+        for name, number in (("source", layer.source), ("residual", layer.residual)):
+            if number is None:
+                continue
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"layer {index}: {name}: expected an int, got {type(number).__name__}")
+            if not -1 - index <= number <= -1:
+                raise ValueError(f"layer {index}: {name}: expected a number from {-1 - index} to -1, got {number}")
+            readers[index + number].append(index)
+    return readers
+
+
+def _find_chains(layers: Sequence[FusedLayer], kept: frozenset[int]) -> dict[int, _Chain]:
+    """By the index of their first layer: consecutive layers that a chain computes. It ends at an output that is kept,
+    before a layer with several output branches per input branch, and before other numbers of channels."""
     chains: dict[int, _Chain] = {}
     first = 0
     while first < len(layers):
         last = first
-        while _is_chainable(layers[last]) and last + 1 < len(layers) and last not in result_indices:
+        while _is_chainable(layers[last]) and last + 1 < len(layers) and last not in kept:
             after = layers[last + 1]
             same = after.replicate == 1 and last + 1 - first < MOST_LAYERS and _is_chainable(after)
             if not same or after.weights[2].shape[3] != layers[first].weights[2].shape[3]:  # type: ignore[union-attr]
                 break
             last += 1
         count = last + 1 - first
-        pool = last + 1 < len(layers) and last not in result_indices and layers[last + 1].mean
+        pool = last + 1 < len(layers) and last not in kept and layers[last + 1].mean
         if _is_chainable(layers[first]) and (count > 1 or pool):
             weights: list[Tensor | None] = []
             numbers: list[int] = []
@@ -180,7 +236,7 @@ class FusedLayers:
     copy in float32.
 
     Args:
-        layers: the layers; each must fit the output of the one before.
+        layers: the layers; each must fit the features that it reads.
         keep: indices of the layers whose outputs are results, besides the last.
         images: the first layer has one input branch, and takes images instead of features.
         prepare: False for layers that are used once, as in a compiled program; they are called in turn.
@@ -202,13 +258,23 @@ class FusedLayers:
                 raise ValueError(f"keep: expected numbers from 0 to {len(self.layers) - 1}, got {number}")
         checks.no_gradient("FusedLayers", *(weight for layer in self.layers for weight in layer.weights))
         self._result_indices = frozenset((*keep, len(self.layers) - 1))
+        readers = _readers(self.layers)
+        # By layer: the features that no later layer reads.
+        self._finished: list[list[int]] = [[] for _ in self.layers]
+        for index, found in readers.items():
+            if found:
+                self._finished[found[-1]].append(index)
         weight = self.layers[0].weights[0]
         checks.rank("layer 0: weights[0]", weight, 6, "[out_branches, panels, k, k, channels, 16]")  # type: ignore[arg-type]
         assert weight is not None
         checks.at_least("layer 0: replicate", self.layers[0].replicate, 1)
         parents = -(-weight.shape[0] // self.layers[0].replicate)
-        self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]))
-        self._chains = _find_chains(self.layers, self._result_indices)
+        self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]), any_size=True)
+        # Outputs that something else reads than the next layer, as its input.
+        kept = {
+            index for index, found in readers.items() if found != [index + 1] or self.layers[index + 1].source != -1
+        }
+        self._chains = _find_chains(self.layers, self._result_indices | kept)
         self._prepared: int | None = None
         self._call = torch.ops.hne.fused_layers.default  # looked up once
         # A recorded program must hold the weights, so nothing is prepared while one is recorded.
@@ -237,6 +303,9 @@ class FusedLayers:
                 checks.ACTIVATIONS.index(layer.final_activation),
                 int(layer.identity),
                 int(index in self._result_indices),
+                layer.source,
+                layer.residual or 0,
+                layer.residual_replicate,
             ]
         prepared: int = torch.ops.hne.prepare_layers(weights, numbers)
         return prepared
@@ -286,19 +355,26 @@ class FusedLayers:
         x = self._features(x)
         self._check(x)
         results = []
+        features = {-1: x}  # those that are read later, by the index of the layer that computes them
         chains = self._chains if self._chains and dispatch.backend_for(x) == "cuda" else {}
         index, pooled = 0, False
         while index < len(self.layers):  # the ops themselves are called: every Python frame costs time
-            chain = chains.get(index)
+            chain, layer, finished = chains.get(index), self.layers[index], self._finished[index]
+            x = features[index + layer.source]
             if chain is not None and x.shape[2] <= MOST_SIDE and x.shape[3] <= MOST_SIDE:
                 length, *arguments = chain
                 x = dispatch.implementation("fused_bottleneck_chain", x)(x, *arguments)
                 index, pooled = index + length, chain.pool
             else:
-                layer = self.layers[index]
+                arguments = [*layer.arguments]
+                if layer.residual is not None:
+                    arguments += [features[index + layer.residual], layer.residual_replicate]
                 x = x if pooled else layer.pool(x)
-                x = dispatch.implementation(layer.op, x)(x, *layer.arguments)
+                x = dispatch.implementation(layer.op, x)(x, *arguments)
                 index, pooled = index + 1, False
+            features[index - 1] = x
+            for number in finished:
+                del features[number]
             if index - 1 in self._result_indices:
                 results.append(x)
         if self.layers[-1].mean:
@@ -308,13 +384,20 @@ class FusedLayers:
     def _features(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).unsqueeze(0) if self.images else x
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, *, any_size: bool = False) -> None:
+        """Raise unless the layers fit features like ``x``; with ``any_size``, whatever their height and width."""
+        features = [x]  # tensors without memory, like the outputs
         for index, layer in enumerate(self.layers):
+            source = features[index + 1 + layer.source]
+            residual = None if layer.residual is None else features[index + 1 + layer.residual]
             try:
-                shape = layer.check(x)
+                if residual is not None and any_size:  # whether sizes agree may depend on whether x has odd ones
+                    rows, columns = layer.check(source)[2:4]
+                    residual = x.new_empty(()).expand(*residual.shape[:2], rows, columns, residual.shape[4])
+                shape = layer.check(source, residual)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layer {index}: {error}") from None
-            x = x.new_empty(()).expand(shape)  # a tensor without memory, like the output
+            features.append(x.new_empty(()).expand(shape))
 
 
 # By handle: the sequences that are prepared.

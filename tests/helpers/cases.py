@@ -10,6 +10,7 @@ from inference_cases import (
     BOTTLENECKS,
     CHAINS,
     FUSED_CONVOLUTIONS,
+    FUSED_SUMS,
     LAYERS,
     Bottleneck,
     bottleneck,
@@ -66,6 +67,7 @@ CASES = [
     *(convolution("branch_conv2d", g, bool(i % 2)) for i, g in enumerate(GEOMETRIES)),
     *(convolution("branch_depthwise_conv2d", g, not i % 2) for i, g in enumerate(GEOMETRIES)),
     *(fused_convolution(g, ("none", "relu", "relu6")[i % 3]) for i, g in enumerate([*GEOMETRIES, *FUSED_CONVOLUTIONS])),
+    *FUSED_SUMS,
     *(bottleneck(b) for b in BOTTLENECKS),
     *CHAINS,
     *LAYERS,
@@ -133,6 +135,7 @@ def representative(*, differentiable: bool = False) -> list[Case]:
         normalize((2, 2, 3, 2, 3), "relu", "normalised"),
         batch_norm(2, 3, flat=False, total=True, momentum=0.25, least_var=8.0),
         fused_convolution(Geometry(2, 2, 2, 31, 4, 3, 18, 3, 2, 1), "relu"),
+        fused_convolution(Geometry(2, 2, 2, 5, 4, 8, 18, 3, 1, 1), "relu", 2, variant="residual"),
         bottleneck(Bottleneck(2, 2, 2, 5, 4, 3, 5, 18, 3, 2, "shortcut", "relu", "relu")),
         bottleneck_chain(
             "general",

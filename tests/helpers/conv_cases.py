@@ -40,12 +40,13 @@ class Geometry:
         return self.G * self.r - self.missing
 
     @property
+    def out_pixels(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        return out_size(self.H, self.k, self.stride, self.padding), out_size(self.W, self.k, self.stride, self.padding)
+
+    @property
     def positions(self) -> int:
-        return (
-            self.B
-            * out_size(self.H, self.k, self.stride, self.padding)
-            * out_size(self.W, self.k, self.stride, self.padding)
-        )
+        return self.B * self.out_pixels[0] * self.out_pixels[1]
 
     def options(self) -> Inputs:
         return {"stride": self.stride, "padding": self.padding, "replicate": self.r}

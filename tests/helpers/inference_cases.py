@@ -33,7 +33,8 @@ FUSED_CONVOLUTIONS = [
 ]
 
 
-def fused_convolution(geometry: Geometry, activation: str) -> Case:
+def fused_convolution(geometry: Geometry, activation: str, residual_replicate: int = 0, variant: str = "") -> Case:
+    """A convolution, with a residual unless ``residual_replicate`` is 0."""
     g = geometry
 
     def make(rng: torch.Generator) -> Inputs:
@@ -42,11 +43,40 @@ def fused_convolution(geometry: Geometry, activation: str) -> Case:
             "x": normal(rng, g.G, g.B, g.H, g.W, g.ci),
             "weight": K.pack_weight(weight),
             "bias": normal(rng, g.branches, g.co),
+            "residual": residual(rng) if residual_replicate else None,
             "activation": activation,
             **g.options(),
+            "residual_replicate": max(residual_replicate, 1),
         }
 
-    return Case("fused_conv2d", f"{g}-{activation}", make, (), g.k**2 * g.ci + 1)
+    def residual(rng: torch.Generator) -> Tensor:
+        return normal(rng, -(-g.branches // residual_replicate), g.B, *g.out_pixels, g.co)
+
+    summed = int(residual_replicate > 0)
+    name = f"{g}-{activation}" + f"-residual{residual_replicate}" * summed
+    terms = g.k**2 * g.ci + 1 + summed
+    return Case("fused_conv2d", name, make, (), terms, naive_roundings=1 + summed, variant=variant)
+
+
+# Sums with a residual: a branch of it for one or several output branches, also more than there are. On a GPU, all tiles
+# of both matrix products, with and without vectors, and images.
+FUSED_SUMS = [
+    fused_convolution(Geometry(1, 1, 1, 1, 1, 1, 1, 1, 1, 0), "relu", 1),
+    fused_convolution(Geometry(2, 2, 2, 7, 7, 16, 24, 3, 1, 1), "relu", 1),
+    fused_convolution(Geometry(2, 3, 2, 9, 7, 16, 24, 3, 2, 1, missing=1), "relu", 3),
+    fused_convolution(Geometry(3, 1, 1, 7, 5, 17, 33, 3, 1, 1), "relu6", 2),
+    fused_convolution(Geometry(1, 4, 3, 4, 3, 33, 5, 3, 1, 1), "none", 9),
+    fused_convolution(Geometry(2, 1, 2, 6, 5, 130, 40, 1, 1, 0), "relu", 1),
+    fused_convolution(Geometry(2, 1, 2, 5, 4, 24, 93, 1, 1, 0), "relu", 2),
+    fused_convolution(Geometry(1, 2, 2, 9, 17, 3, 17, 3, 1, 1), "relu", 2),
+    fused_convolution(Geometry(1, 1, 1, 24, 25, 1, 16, 7, 3, 3), "relu6", 1),
+    fused_convolution(Geometry(5, 2, 0, 7, 7, 5, 3, 3, 1, 1), "relu", 2),
+    fused_convolution(Geometry(16, 1, 1, 1, 1, 256, 16, 1, 1, 0), "relu", 4),
+    fused_convolution(Geometry(3, 2, 40, 1, 1, 520, 176, 1, 1, 0, missing=1), "none", 2),
+    fused_convolution(Geometry(24, 2, 17, 1, 1, 16, 66, 1, 1, 0), "relu", 3),
+    fused_convolution(Geometry(66, 2, 2, 3, 3, 136, 72, 1, 2, 0), "relu6", 2),
+    fused_convolution(Geometry(33, 1, 2, 13, 5, 72, 136, 1, 1, 0), "relu", 1),
+]
 
 
 @dataclass(frozen=True)
@@ -159,12 +189,15 @@ def bottleneck_chain(name: str, *sizes: Bottleneck, pool: bool = False) -> Case:
     return Case("fused_bottleneck_chain", name, made.make, (), terms, roundings, naive_roundings, arguments)
 
 
-def layers(name: str, *singles: Case, keep: Sequence[int] = (), mean: Sequence[int] = ()) -> Case:
+def layers(
+    name: str, *singles: Case, keep: Sequence[int] = (), mean: Sequence[int] = (), reads: Inputs | None = None
+) -> Case:
     """A sequence of layers.
 
     Args:
         keep: indices of the layers whose outputs are results, too.
         mean: indices of the layers that average over each feature map first.
+        reads: by the index of a layer, its ``source``, ``residual`` and ``residual_replicate``.
 
     The names of a layer's inputs end with its index.
     """
@@ -179,12 +212,13 @@ def layers(name: str, *singles: Case, keep: Sequence[int] = (), mean: Sequence[i
         for i in range(len(singles)):
             own = {name.removesuffix(f"_{i}"): v for name, v in inputs.items() if name.endswith(f"_{i}")}
             options = {name: own.pop(name) for name in K.FusedLayer._fields if name in own}
+            options |= (reads or {}).get(i, {})
             given.append(K.FusedLayer(tuple(own.values()), **options, mean=i in mean))
         return {"x": inputs["x"], "layers": given, "keep": keep}
 
-    terms = sum(single.terms for single in singles) + 100 * len(mean)
+    terms = sum(single.terms for single in singles) + 100 * len(mean) + len(reads or {})
     roundings = sum(single.roundings for single in singles) + len(mean)
-    naive_roundings = sum(single.naive_roundings for single in singles) + len(mean)
+    naive_roundings = sum(single.naive_roundings for single in singles) + len(mean) + len(reads or {})
     return Case("FusedLayers", name, make, (), terms, roundings, naive_roundings, arguments)
 
 
@@ -293,5 +327,51 @@ LAYERS += [
         fused_convolution(Geometry(2, 1, 3, 1, 1, 8, 10, 1, 1, 0), "none"),
         keep=[1],
         mean=[2],
+    ),
+]
+
+LAYERS += [
+    layers(
+        # An identity, a shortcut that is a convolution, an identity where the tree branches.
+        "basic blocks",
+        fused_convolution(Geometry(1, 1, 3, 9, 8, 3, 16, 3, 1, 1), "relu"),
+        fused_convolution(Geometry(1, 1, 3, 9, 8, 16, 16, 3, 1, 1), "relu"),
+        fused_convolution(Geometry(1, 1, 3, 9, 8, 16, 16, 3, 1, 1), "relu"),
+        fused_convolution(Geometry(1, 2, 3, 9, 8, 16, 24, 1, 2, 0), "none"),
+        fused_convolution(Geometry(1, 2, 3, 9, 8, 16, 24, 3, 2, 1), "relu"),
+        fused_convolution(Geometry(2, 1, 3, 5, 4, 24, 24, 3, 1, 1), "relu"),
+        fused_convolution(Geometry(2, 2, 3, 5, 4, 24, 24, 3, 1, 1, missing=1), "relu6"),
+        fused_convolution(Geometry(3, 1, 3, 5, 4, 24, 24, 3, 1, 1), "relu"),
+        fused_convolution(Geometry(3, 2, 3, 1, 1, 24, 10, 1, 1, 0), "none"),
+        mean=[8],
+        reads={
+            2: {"residual": -2},
+            4: {"source": -2},
+            5: {"residual": -2},
+            7: {"residual": -2, "residual_replicate": 2},
+        },
+    ),
+    layers(
+        # The output within a chain of bottlenecks and that before a mean have another reader.
+        "bottlenecks and sums",
+        *2 * [bottleneck(Bottleneck(2, 1, 2, 5, 6, 8, 16, 8, 3, 1, "identity", "relu", "relu"))],
+        fused_convolution(Geometry(2, 1, 2, 5, 6, 8, 8, 3, 1, 1), "relu"),
+        fused_convolution(Geometry(2, 1, 2, 5, 6, 8, 8, 3, 1, 1), "none"),
+        *2 * [bottleneck(Bottleneck(2, 1, 2, 5, 6, 8, 16, 8, 3, 1, "identity", "relu6", "none"))],
+        fused_convolution(Geometry(2, 1, 2, 1, 1, 8, 20, 1, 1, 0), "relu"),
+        fused_convolution(Geometry(2, 2, 2, 5, 6, 8, 20, 5, 1, 0), "relu"),
+        keep=[3],
+        mean=[6],
+        reads={2: {"residual": -3}, 3: {"residual": -3}, 7: {"source": -2}},
+    ),
+    layers(
+        # Sums with the input of all layers and with the layer's own, in a stem of one branch before bottlenecks.
+        "sums in a stem",
+        fused_convolution(Geometry(1, 1, 4, 7, 9, 5, 5, 3, 1, 1), "relu"),
+        fused_convolution(Geometry(1, 1, 4, 7, 9, 5, 5, 1, 1, 0), "relu"),
+        fused_convolution(Geometry(1, 1, 4, 7, 9, 5, 5, 3, 1, 1), "none"),
+        bottleneck(Bottleneck(1, 1, 4, 7, 9, 5, 3, 5, 3, 1, "identity", "relu", "relu")),
+        fused_convolution(Geometry(1, 3, 4, 7, 9, 5, 5, 1, 1, 0), "relu"),
+        reads={0: {"residual": -1}, 1: {"residual": -2}, 4: {"residual": -1, "residual_replicate": 3}},
     ),
 ]

@@ -134,6 +134,33 @@ _wrong(
     ("activation", "gelu", r"activation: expected one of none, relu, relu6, got 'gelu'"),
 )
 
+SUM = "fused_conv2d-residual"
+_wrong(
+    SUM,
+    ValueError,
+    ("residual", lambda r: r[0], r"residual: expected 5 dimensions .*got 4"),
+    ("residual", lambda r: r[:1], r"residual: expected shape \(2, 2, 5, 4, 18\) .*got \(1, 2, 5, 4, 18\)"),
+    ("residual", lambda r: _wider(r, 0), r"residual: expected shape .*got \(3,"),
+    ("residual", lambda r: _wider(r, 1), r"residual: expected shape .*got \(2, 3,"),
+    ("residual", lambda r: _wider(r, 2), r"residual: expected shape .*got"),
+    ("residual", lambda r: _wider(r, 3), r"residual: expected shape .*got"),
+    ("residual", lambda r: r[..., :1], r"residual: expected shape .*got .*, 1\)"),
+    ("residual", lambda r: r.to("meta"), r"residual: expected to be on the device of x, .*got meta"),
+    ("residual_replicate", 0, r"residual_replicate: expected at least 1, got 0"),
+    ("residual_replicate", -1, r"residual_replicate: expected at least 1, got -1"),
+    ("residual_replicate", 1, r"residual: expected shape \(4, 2, 5, 4, 18\) .*got \(2, 2, 5, 4, 18\)"),
+    ("residual_replicate", 4, r"residual: expected shape \(1, 2, 5, 4, 18\) .*got \(2, 2, 5, 4, 18\)"),
+)
+_wrong(
+    SUM,
+    TypeError,
+    ("residual", lambda r: r.double(), r"residual: expected the dtype of x, torch.float32, got torch.float64"),
+    ("residual", lambda r: r.tolist(), r"residual: expected a tensor.*got list"),
+    ("residual_replicate", 2.0, r"residual_replicate: expected an int, got float"),
+    ("residual_replicate", True, r"residual_replicate: expected an int, got bool"),
+)
+_wrong("fused_conv2d", ValueError, ("residual_replicate", 0, r"residual_replicate: expected at least 1, got 0"))
+
 # The tensors of a bottleneck.
 _wrong(
     "fused_bottleneck",
@@ -368,6 +395,13 @@ UNCHECKED = [
     ("fused_conv2d", "weight", lambda w: w[..., :8]),
     ("fused_conv2d", "bias", lambda b: b[:2]),
     ("fused_conv2d", "activation", "gelu"),
+    (SUM, "residual", lambda r: r[:1]),
+    (SUM, "residual", lambda r: r[:, :, :2]),
+    (SUM, "residual", lambda r: r[..., :17]),
+    (SUM, "residual", lambda r: r[0]),
+    (SUM, "residual", lambda r: r.double()),
+    (SUM, "residual_replicate", 0),
+    (SUM, "residual_replicate", 1),
     ("fused_bottleneck", "expand", lambda w: w[:2]),
     ("fused_bottleneck", "depthwise", lambda w: w[..., :2]),
     ("fused_bottleneck", "project_bias", lambda b: b[:1]),

@@ -131,9 +131,11 @@ def test_branch_depthwise_conv2d(backend: Placement, geometry: Geometry, bias: b
 
 
 @property_test(30)
-@given(geometry=geometries(), activation=ACTIVATIONS, number=SEEDS)
-def test_fused_conv2d(backend: Placement, geometry: Geometry, activation: str, number: int) -> None:
-    _agrees(fused_convolution(geometry, activation), backend, number)
+@given(geometry=geometries(), activation=ACTIVATIONS, residual_replicate=st.integers(0, 4), number=SEEDS)
+def test_fused_conv2d(
+    backend: Placement, geometry: Geometry, activation: str, residual_replicate: int, number: int
+) -> None:
+    _agrees(fused_convolution(geometry, activation, residual_replicate), backend, number)
 
 
 @property_test(50)
