@@ -10,7 +10,7 @@ from hne_kernels import build_info
 
 from .hierarchy import Hierarchy
 from .inference import AnytimePredictor, GraphedHNE
-from .layers import Bottleneck, Conv, PoolLinear
+from .layers import AveragePool, BasicBlock, Bottleneck, Conv, DenseBottleneck, MaxPool, Norm, PoolLinear, PreActivation
 from .losses import OBJECTIVES, objective
 from .models import HNE, PRESETS, FusedHNE, NaiveHNE
 
@@ -24,12 +24,18 @@ __all__ = [
     "OBJECTIVES",
     "PRESETS",
     "AnytimePredictor",
+    "AveragePool",
+    "BasicBlock",
     "Bottleneck",
     "Conv",
+    "DenseBottleneck",
     "FusedHNE",
     "GraphedHNE",
     "Hierarchy",
+    "MaxPool",
     "NaiveHNE",
+    "Norm",
     "PoolLinear",
+    "PreActivation",
     "objective",
 ]

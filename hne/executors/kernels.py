@@ -14,6 +14,7 @@ from ..layers import (
     ACTIVATIONS,
     BranchConv,
     BranchLinear,
+    BranchNorm,
     ConvNorm,
     Features,
     batch_normalization,
@@ -83,17 +84,31 @@ class KernelExecutor(SubtreeExecutor):
         self, module: ConvNorm, x: Features, branches: slice, replicate: int, activation: str, residual: Features | None
     ) -> Features:
         """The kernels know the groups of a branch as branches of their own, so that the channels are rearranged."""
-        x = self.replicate(x, branches, replicate, module.in_channels)
-        weight = module.weight(branches).unflatten(1, (module.groups, -1)).flatten(0, 1)
-        groups = x.unflatten(4, (module.groups, -1)).permute(0, 4, 1, 2, 3, 5).flatten(0, 1)
-        y = K.branch_conv2d(groups, weight, stride=module.stride, padding=module.padding)
-        y = y.unflatten(0, (-1, module.groups)).permute(0, 2, 3, 4, 1, 5).flatten(4)
+        groups = split_groups(self.replicate(x, branches, replicate, module.in_channels), module.groups)
+        weight = group_weight(module.weight(branches), module.groups)
+        residual = None if residual is None else K.materialize(residual)
         if uses_batch_statistics(module):
-            var, mean = torch.var_mean(y, (1, 2, 3), correction=0)
-            norm = batch_normalization(module, branches, mean, var, y.shape[1] * y.shape[2] * y.shape[3])
+            conv = K.conv_stats(groups, weight, stride=module.stride, padding=module.padding)
+            assert isinstance(conv.x, Tensor)  # only a convolution of features that are not computed yet is deferred
+            mean, var = (statistic.view(-1, module.channels) for statistic in (conv.mean, conv.var))
+            norm = batch_normalization(module, branches, mean, var, conv.count)
+            return K.LazyNorm(join_groups(conv.x, module.groups), norm, activation, residual)
+        y = K.branch_conv2d(groups, weight, stride=module.stride, padding=module.padding)
+        return K.LazyNorm(join_groups(y, module.groups), running_normalization(module, branches), activation, residual)
+
+    def norm(self, module: BranchNorm, x: Features, branches: slice, activation: str = "none") -> Features:
+        """No kernel takes the statistics of features that it only reads, so they are sums of PyTorch's. The next
+        convolution normalises while reading, as after a :meth:`conv_norm`."""
+        check_kind(module, BranchNorm)
+        module.check_hooks()
+        x = K.materialize(x)
+        if uses_batch_statistics(module):
+            norm = batch_normalization(module, branches, *_batch_statistics(x))
         else:
             norm = running_normalization(module, branches)
-        return K.LazyNorm(y, norm, activation, None if residual is None else K.materialize(residual))
+        if activation in K.ACTIVATIONS:
+            return K.LazyNorm(x, norm, activation)
+        return ACTIVATIONS[activation](K.branch_normalize(x, norm))
 
     def materialize(self, x: Features) -> Tensor:
         return K.materialize(x)
@@ -136,6 +151,31 @@ class KernelExecutor(SubtreeExecutor):
         return K.prefix_logits(features, weight[..., 0, 0], bias, sizes)[1]
 
 
+def split_groups(x: Tensor, groups: int) -> Tensor:
+    """Features ``[G, B, H, W, groups * C]`` with each group of channels as a branch, ``[G * groups, B, H, W, C]``."""
+    return x.unflatten(4, (groups, -1)).permute(0, 4, 1, 2, 3, 5).flatten(0, 1)
+
+
+def join_groups(x: Tensor, groups: int) -> Tensor:
+    """The inverse of :func:`split_groups`."""
+    return x.unflatten(0, (-1, groups)).permute(0, 2, 3, 4, 1, 5).flatten(4)
+
+
+def group_weight(weight: Tensor, groups: int) -> Tensor:
+    """Filters ``[G, groups * C_out, C_in, k, k]`` with each group as a branch, ``[G * groups, C_out, C_in, k, k]``."""
+    return weight.unflatten(1, (groups, -1)).flatten(0, 1)
+
+
+def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of features over batch, height and width, ``[G, C]`` in float32 at least; and the number
+    of values of each. Both are sums over leading dimensions, which PyTorch vectorises; it does not in ``var_mean``."""
+    count = x.shape[1] * x.shape[2] * x.shape[3]  # numel() would be a constant when traced
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    values = count if isinstance(count, Tensor) else max(count, 1)  # without values, both are 0
+    mean = wide.sum((1, 2, 3)) / values
+    return mean, (wide - mean[:, None, None, None]).square().sum((1, 2, 3)) / values, count
+
+
 class _TensorExecutor(KernelExecutor):
     """Computes every operation at once, so that features are always tensors."""
 
@@ -145,6 +185,9 @@ class _TensorExecutor(KernelExecutor):
     def entry_conv(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         x, y = super().entry_conv(*arguments)
         return x, K.materialize(y)
+
+    def norm(self, *arguments: Any) -> Tensor:
+        return K.materialize(super().norm(*arguments))
 
 
 _TENSORS = _TensorExecutor()

@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from ..layers import (
     ACTIVATIONS,
+    BatchNormModule,
     BranchConv,
     BranchLinear,
     BranchModule,
+    BranchNorm,
     ConvNorm,
     batch_normalization,
     check_kind,
@@ -61,6 +63,11 @@ class NaiveExecutor(SubtreeExecutor):
         x = _batch_norm(module, x, branches)
         return ACTIVATIONS[activation](x if residual is None else x + residual)
 
+    def norm(self, module: BranchNorm, x: Tensor, branches: slice, activation: str = "none") -> Tensor:
+        check_kind(module, BranchNorm)
+        module.check_hooks()
+        return ACTIVATIONS[activation](_batch_norm(module, x, branches))
+
     def conv(
         self, module: BranchConv, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
@@ -72,7 +79,8 @@ class NaiveExecutor(SubtreeExecutor):
         else:
             weight, bias = module.weight_and_bias(branches)
             groups = branches.stop - branches.start
-            x = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), module.stride, module.padding, groups=groups)
+            bias = None if bias is None else bias.flatten()
+            x = F.conv2d(x, weight.flatten(0, 1), bias, module.stride, module.padding, groups=groups)
         return ACTIVATIONS[activation](x)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -106,7 +114,7 @@ def _is_whole(module: BranchModule, branches: slice) -> bool:
     return branches == slice(0, module.branches)
 
 
-def _batch_norm(module: ConvNorm, x: Tensor, branches: slice) -> Tensor:
+def _batch_norm(module: BatchNormModule, x: Tensor, branches: slice) -> Tensor:
     bn = module.bn
     if is_synchronised(module):
         uses_batch_statistics(module)  # checks that the parameters may be read

@@ -1,13 +1,28 @@
 """The layers of a network: specs (plain data), modules (parameters of all branches), and the executor's interface."""
 
 from .activations import ACTIVATIONS
+from .basic_block import BasicBlock, BasicBlockLayer
 from .batch_norm import batch_normalization, count_batch, is_synchronised, running_normalization, uses_batch_statistics
+from .batch_norm_layer import Norm, NormLayer
 from .bottleneck import Bottleneck, BottleneckLayer
 from .conv import Conv, ConvLayer
+from .dense_bottleneck import DenseBottleneck, DenseBottleneckLayer
 from .executor import Executor, Features
 from .layer import Layer, build_layer
-from .parameters import BranchConv, BranchLinear, BranchModule, ConvNorm, Size, called_modules, convolved
+from .parameters import (
+    BatchNormModule,
+    BranchConv,
+    BranchLinear,
+    BranchModule,
+    BranchNorm,
+    ConvNorm,
+    Size,
+    called_modules,
+    convolved,
+)
 from .pool_linear import PoolLinear, PoolLinearLayer
+from .pooling import AveragePool, AveragePoolLayer, MaxPool, MaxPoolLayer
+from .preactivation import PreActivation, PreActivationLayer
 from .spec import LayerSpec, spec_from_config
 from .submodules import (
     SkippedModuleError,

@@ -1,4 +1,4 @@
-"""Batch norm of a :class:`ConvNorm`: running statistics, statistics over all processes, and the normalisation tensor.
+"""Batch norms of all branches: running statistics, statistics over all processes, and the normalisation tensor.
 
 The kernels take a normalisation as one tensor ``[3, branches, channels]`` with the rows mean, scale and shift:
 ``batch_norm(x) = (x - mean) * scale + shift``.
@@ -13,11 +13,11 @@ from torch import Tensor, distributed, nn
 
 import hne_kernels as K
 
-from .parameters import ConvNorm
+from .parameters import BatchNormModule
 from .submodules import prepare_to_read
 
 
-def uses_batch_statistics(module: ConvNorm) -> bool:
+def uses_batch_statistics(module: BatchNormModule) -> bool:
     """Whether the batch norm normalises by the statistics of the batch: in training, or without running statistics.
 
     Raises:
@@ -28,11 +28,11 @@ def uses_batch_statistics(module: ConvNorm) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def batch_normalization(module: ConvNorm, branches: slice, mean: Tensor, var: Tensor, count: int) -> Tensor:
+def batch_normalization(module: BatchNormModule, branches: slice, mean: Tensor, var: Tensor, count: int) -> Tensor:
     """The normalisation ``[3, branches, channels]`` by the statistics of a batch; updates the running statistics.
 
     Args:
-        module: A convolution whose batch norm uses batch statistics (:func:`uses_batch_statistics`).
+        module: A module whose batch norm uses batch statistics (:func:`uses_batch_statistics`).
         branches: The branches that were computed.
         mean, var: Mean and biased variance of this process's batch, ``[branches, channels]``.
         count: Number of values per channel in this process.
@@ -72,7 +72,7 @@ def batch_normalization(module: ConvNorm, branches: slice, mean: Tensor, var: Te
     )
 
 
-def running_normalization(module: ConvNorm, branches: slice) -> Tensor:
+def running_normalization(module: BatchNormModule, branches: slice) -> Tensor:
     """The normalisation ``[3, branches, channels]`` by the running statistics."""
     bn = module.bn
     assert bn.running_mean is not None
@@ -85,7 +85,7 @@ def running_normalization(module: ConvNorm, branches: slice) -> Tensor:
     return torch.stack([mean, scale, shift])
 
 
-def count_batch(module: ConvNorm) -> float:
+def count_batch(module: BatchNormModule) -> float:
     """Count a batch; return the weight of its statistics in the update of the running statistics."""
     bn = module.bn
     if not bn.track_running_stats or bn.num_batches_tracked is None:
@@ -94,7 +94,7 @@ def count_batch(module: ConvNorm) -> float:
     return 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
 
 
-def is_synchronised(module: ConvNorm) -> bool:
+def is_synchronised(module: BatchNormModule) -> bool:
     """Whether the batch statistics of ``module`` are computed over several processes.
 
     They are so in training after :meth:`HNE.sync_batch_norm_` or ``nn.SyncBatchNorm.convert_sync_batchnorm``.
@@ -110,12 +110,12 @@ def is_synchronised(module: ConvNorm) -> bool:
     )
 
 
-def _process_group(module: ConvNorm) -> Any:
+def _process_group(module: BatchNormModule) -> Any:
     """The processes that share their batch statistics; None for all."""
     return module.bn.process_group if isinstance(module.bn, nn.SyncBatchNorm) else None
 
 
-def _select(module: ConvNorm, tensor: Tensor | None, branches: slice) -> Tensor | None:
+def _select(module: BatchNormModule, tensor: Tensor | None, branches: slice) -> Tensor | None:
     """The part of a parameter or buffer ``[all branches * channels]`` that belongs to some branches."""
     if tensor is None or branches == slice(0, module.branches):
         return tensor

@@ -22,7 +22,8 @@ class Conv(LayerSpec):
         padding: Rows and columns of zeros on each side; by default half of the kernel size, with which a stride of 1
             and an odd kernel keep the size.
         groups: Groups of channels within a branch.
-        norm: Without batch norm, the convolution has a bias, and ``groups`` must be 1.
+        norm: Without batch norm, the convolution may have a bias, and ``groups`` must be 1.
+        bias: Whether a convolution without batch norm has a bias.
     """
 
     kernel_size: int = 3
@@ -31,6 +32,7 @@ class Conv(LayerSpec):
     padding: int | None = None
     groups: int = 1
     norm: bool = True
+    bias: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +57,7 @@ class ConvLayer(Layer, spec=Conv):
         super().__init__(spec, in_channels, branches, replicate)
         padding = spec.kernel_size // 2 if spec.padding is None else spec.padding
         shape = branches, in_channels, spec.channels, spec.kernel_size, spec.stride, padding
-        self.unit = ConvNorm(*shape, groups=spec.groups) if spec.norm else BranchConv(*shape)
+        self.unit = ConvNorm(*shape, groups=spec.groups) if spec.norm else BranchConv(*shape, bias=spec.bias)
 
     def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
         if isinstance(self.unit, BranchConv):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .parameters import BranchConv, ConvNorm
+from .parameters import BranchConv, BranchNorm, ConvNorm
 
 Features = Any  # the result of an operation; each executor has its own types
 
@@ -43,10 +43,14 @@ class Executor(ABC):
         return x, self.conv_norm(module, x, branches, replicate, activation)
 
     @abstractmethod
+    def norm(self, module: BranchNorm, x: Features, branches: slice, activation: str = "none") -> Features:
+        """``activation(batch_norm(x))``; ``x`` has one branch for each of ``branches``."""
+
+    @abstractmethod
     def conv(
         self, module: BranchConv, x: Features, branches: slice, replicate: int = 1, activation: str = "none"
     ) -> Tensor:
-        """``activation(conv(x) + bias)``; a linear layer of every pixel where the kernel is 1x1."""
+        """``activation(conv(x) + bias)``, if there is a bias; a linear layer of every pixel where the kernel is 1x1."""
 
     @abstractmethod
     def pool(self, x: Features) -> Tensor:

@@ -67,3 +67,14 @@ def build_layer(spec: LayerSpec, in_channels: int, branches: int, replicate: int
         known = ", ".join(spec.__name__ for spec in Layer.modules_by_spec)
         raise TypeError(f"spec: expected one that a Layer implements ({known}), got {spec!r}")
     return module(spec, in_channels, branches, replicate)
+
+
+def check_same_channels(spec: LayerSpec, in_channels: int) -> None:
+    """Raise unless a layer that keeps the channels is described with those of its input, or with none.
+
+    Raises:
+        ValueError: The description has another number of channels.
+    """
+    if spec.channels not in (None, in_channels):
+        name = f"{type(spec).__name__}.channels"
+        raise ValueError(f"{name} must be the number of channels of the input, {in_channels}, got {spec.channels}")

@@ -93,7 +93,7 @@ def _check_conv(conv: nn.Module, expected: tuple[Any, ...]) -> None:
         raise SkippedModuleError(conv, f"expected a convolution with {changes}. {CALLED_BY_NAIVE}")
 
 
-def _check_own_parameters(module: nn.Module) -> None:
+def check_own_parameters(module: nn.Module) -> None:
     """Raise if a parameter is computed from others: a new value would be lost."""
     for name in ("weight", "bias"):
         if name not in module._parameters and hasattr(module, name):
@@ -101,7 +101,44 @@ def _check_own_parameters(module: nn.Module) -> None:
             raise SkippedModuleError(module, reason)
 
 
-class ConvNorm(BranchModule):
+def _initialise_as_he(conv: nn.Conv2d, filters: int) -> None:
+    """Draw the weight as He et al. (2015), fan out; ``filters`` are those of one branch that read an input channel."""
+    check_own_parameters(conv)
+    nn.init.normal_(conv.weight, std=(2 / (filters * conv.kernel_size[0] * conv.kernel_size[1])) ** 0.5)
+
+
+class BatchNormModule(BranchModule):
+    """Base class of modules with a batch norm ``bn`` over the channels of all branches.
+
+    Attributes:
+        synchronised: Whether batch statistics are over all processes, see :meth:`HNE.sync_batch_norm_`.
+    """
+
+    bn: nn.BatchNorm2d
+
+    def __init__(self, branches: int, in_channels: int, channels: int) -> None:
+        super().__init__(branches, in_channels, channels)
+        self.synchronised = False
+
+    def reset_parameters(self) -> None:
+        check_own_parameters(self.bn)
+        self.bn.reset_parameters()
+
+
+class BranchNorm(BatchNormModule):
+    """A batch norm of features that no convolution has just computed.
+
+    Args:
+        branches: As in :class:`BranchModule`.
+        channels: Channels of one branch.
+    """
+
+    def __init__(self, branches: int, channels: int) -> None:
+        super().__init__(branches, channels, channels)
+        self.bn = nn.BatchNorm2d(branches * channels)
+
+
+class ConvNorm(BatchNormModule):
     """A convolution without bias, followed by batch norm.
 
     Args:
@@ -110,7 +147,7 @@ class ConvNorm(BranchModule):
         padding: Rows and columns of zeros on each side; by default half of the kernel size, with which a stride of 1
             and an odd kernel keep height and width.
         groups: Groups within a branch.
-        depthwise: Each channel has a filter of its own (``groups`` is not used).
+        depthwise: Each channel has a filter of its own, as with as many groups as input and output channels.
     """
 
     def __init__(
@@ -129,16 +166,15 @@ class ConvNorm(BranchModule):
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = kernel_size // 2 if padding is None else padding
-        self.groups = groups
-        self.depthwise = depthwise
-        self.synchronised = False  # batch statistics over all processes, see HNE.sync_batch_norm_
+        self.depthwise = depthwise or 1 < groups == in_channels == channels
+        self.groups = 1 if self.depthwise else groups
         self.conv = nn.Conv2d(
             branches * in_channels,
             branches * channels,
             kernel_size,
             stride,
             self.padding,
-            groups=branches * (channels if depthwise else groups),
+            groups=branches * (channels if self.depthwise else groups),
             bias=False,
         )
         self.bn = nn.BatchNorm2d(branches * channels)
@@ -146,11 +182,8 @@ class ConvNorm(BranchModule):
     def reset_parameters(self) -> None:
         """Initialise as He et al. (2015), fan out. The fan counts one branch, since each branch belongs to a network of
         its own."""
-        filters = 1 if self.depthwise else self.channels
-        _check_own_parameters(self.conv)
-        _check_own_parameters(self.bn)
-        nn.init.normal_(self.conv.weight, std=(2 / (filters * self.kernel_size**2)) ** 0.5)
-        self.bn.reset_parameters()
+        _initialise_as_he(self.conv, 1 if self.depthwise else self.channels // self.groups)
+        super().reset_parameters()
 
     def weight(self, branches: slice) -> Tensor:
         """Filters of some branches: ``[len(branches), channels, in_channels // groups, k, k]``, or
@@ -179,31 +212,46 @@ class ConvNorm(BranchModule):
 
 
 class BranchConv(BranchModule):
-    """A dense convolution with bias, initialised as ``nn.Conv2d``.
+    """A dense convolution, by default with a bias.
+
+    With a bias it is initialised as ``nn.Conv2d``; without one it belongs to a network with batch norms, and is
+    initialised as a :class:`ConvNorm`.
 
     Args:
         branches, in_channels, channels: As in :class:`BranchModule`.
-        kernel_size, stride, padding: As in ``nn.Conv2d``.
+        kernel_size, stride, padding, bias: As in ``nn.Conv2d``.
     """
 
     def __init__(
-        self, branches: int, in_channels: int, channels: int, kernel_size: int = 1, stride: int = 1, padding: int = 0
+        self,
+        branches: int,
+        in_channels: int,
+        channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__(branches, in_channels, channels)
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = padding
+        self.has_bias = bias
         self.conv = nn.Conv2d(
-            branches * in_channels, branches * channels, kernel_size, stride, padding, groups=branches
+            branches * in_channels, branches * channels, kernel_size, stride, padding, groups=branches, bias=bias
         )
 
     def reset_parameters(self) -> None:
-        _check_own_parameters(self.conv)
-        self.conv.reset_parameters()
+        if self.has_bias:
+            check_own_parameters(self.conv)
+            self.conv.reset_parameters()
+        else:
+            _initialise_as_he(self.conv, self.channels)
 
-    def weight_and_bias(self, branches: slice) -> tuple[Tensor, Tensor]:
-        """Weight ``[len(branches), channels, in_channels, k, k]`` and bias ``[len(branches), channels]`` of some
-        branches.
+    def weight_and_bias(self, branches: slice) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[len(branches), channels, in_channels, k, k]`` and bias ``[len(branches), channels]`` or None of
+        some branches.
 
         Raises:
             SkippedModuleError: ``conv`` was replaced by another kind of module, or has hooks.
@@ -211,9 +259,10 @@ class BranchConv(BranchModule):
         self.check_hooks()
         size, stride, padding = self.kernel_size, self.stride, self.padding
         conv = self.conv
-        _check_conv(conv, ((size, size), (stride, stride), (padding, padding), (1, 1), self.branches, "zeros", True))
-        assert conv.bias is not None
-        return self.select_branches(conv.weight, branches), self.select_branches(conv.bias, branches)
+        settings = (size, size), (stride, stride), (padding, padding), (1, 1), self.branches, "zeros", self.has_bias
+        _check_conv(conv, settings)
+        bias = None if conv.bias is None else self.select_branches(conv.bias, branches)
+        return self.select_branches(conv.weight, branches), bias
 
     def output_size(self, size: Size) -> Size:
         """Height and width of the output."""

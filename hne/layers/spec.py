@@ -19,7 +19,7 @@ class LayerSpec(ABC):
     """Base class of layer specs. Every subclass is registered under its class name, which configs use.
 
     Args:
-        channels: Output channels of one branch.
+        channels: Output channels of one branch. A layer that takes them from its input has the default None.
     """
 
     channels: int
@@ -34,15 +34,17 @@ class LayerSpec(ABC):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             name = f"{type(self).__name__}.{field.name}"
-            if field.name in (*self.scaled_fields, "stride", "kernel_size"):
-                check_int(name, value, 1)
+            counted = field.name in (*self.scaled_fields, "stride", "kernel_size")
+            if counted and not (value is None and field.default is None):
+                check_int(name, value, 0 if field.default == 0 else 1)
             if field.name.endswith("activation") and value not in ACTIVATIONS:
                 raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
 
     def scaled(self, width: float) -> Self:
         """The same layer with every channel count multiplied by ``width``, rounded to the nearest and at least 1."""
-        counts = {name: max(1, int(getattr(self, name) * width + 0.5)) for name in self.scaled_fields}
-        return dataclasses.replace(self, **counts)
+        counts = {name: getattr(self, name) for name in self.scaled_fields}
+        scaled = {name: max(1, int(count * width + 0.5)) for name, count in counts.items() if count}
+        return dataclasses.replace(self, **scaled)
 
     def config(self) -> dict[str, Any]:
         """The spec as a JSON-able dictionary, which :func:`spec_from_config` reads."""
@@ -71,6 +73,12 @@ def check_int(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_odd(name: str, kernel_size: int) -> None:
+    """Raise unless a kernel size is odd, with which a padding of half of it keeps the size of the feature map."""
+    if kernel_size % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {kernel_size}")
 
 
 def stride_text(stride: int) -> str:

@@ -24,9 +24,9 @@ from ..executors import (
 )
 from ..hierarchy import Hierarchy
 from ..layers import (
+    BatchNormModule,
     BranchLinear,
     BranchModule,
-    ConvNorm,
     Layer,
     LayerSpec,
     build_layer,
@@ -164,7 +164,7 @@ class HNE(FoldedWeightCache, ABC):
         ``DistributedDataParallel`` turns the sum into a mean.
         """
         for module in self.modules():
-            if isinstance(module, ConvNorm):
+            if isinstance(module, BatchNormModule):
                 module.synchronised = enabled
         return self
 
