@@ -1,4 +1,5 @@
-"""The kernel paths of layers for inference: batch norm folded into packed weights, one kernel for a whole layer."""
+"""The kernel paths of layers for inference: batch norm folded into packed weights, one kernel for a whole layer where
+there is one, else the layer's forward with folded weights."""
 
 from __future__ import annotations
 
@@ -10,13 +11,22 @@ from torch import Tensor
 import hne_kernels as K
 
 from ..layers import (
+    AveragePoolLayer,
+    BasicBlockLayer,
+    BatchNormModule,
     BottleneckLayer,
     BranchConv,
     BranchLinear,
+    BranchModule,
+    BranchNorm,
     ConvLayer,
     ConvNorm,
+    DenseBottleneckLayer,
     Layer,
+    MaxPoolLayer,
+    NormLayer,
     PoolLinearLayer,
+    PreActivationLayer,
     called_modules,
     check_kind,
     global_hook_dicts,
@@ -24,15 +34,18 @@ from ..layers import (
     running_normalization,
     uses_batch_statistics,
 )
+from .folded_step import FoldedConv, FoldedNorm, FoldedStep
+from .kernels import group_weight
 
-KernelPath = Callable[[Any], Sequence[K.FusedLayer] | None]  # None if the kernels do not know its settings
+FoldedLayer = Sequence[K.FusedLayer] | FoldedStep  # with all branches
+KernelPath = Callable[[Any], FoldedLayer | None]  # None if the kernels do not know its settings
 
 _KERNEL_PATHS: dict[type[Layer], KernelPath] = {}
 
 
 def kernel_path(kind: type[Layer]) -> Callable[[KernelPath], KernelPath]:
     """Decorator that registers a kernel path: a function that converts a layer of class ``kind``, with all branches, to
-    :class:`hne_kernels.FusedLayer` that are computed one after the other."""
+    a sequence of :class:`hne_kernels.FusedLayer`, or to a :class:`FoldedStep`."""
 
     def register(function: KernelPath) -> KernelPath:
         _KERNEL_PATHS[kind] = function
@@ -41,8 +54,8 @@ def kernel_path(kind: type[Layer]) -> Callable[[KernelPath], KernelPath]:
     return register
 
 
-def to_fused_layers(layer: Layer) -> Sequence[K.FusedLayer] | None:
-    """The fused layers, with all branches, that compute a layer one after the other.
+def to_fused_layers(layer: Layer) -> FoldedLayer | None:
+    """The fused layers, or the step, that compute a layer with all branches.
 
     Returns:
         None if inference has to call the layer instead: its class has no kernel path, or none for its settings; the
@@ -54,26 +67,24 @@ def to_fused_layers(layer: Layer) -> Sequence[K.FusedLayer] | None:
         return None
     if any(has_hooks(module) or "forward" in module.__dict__ for module in called_modules(layer)):
         return None
-    if any(isinstance(module, ConvNorm) and uses_batch_statistics(module) for module in layer.modules()):
+    if any(isinstance(module, BatchNormModule) and uses_batch_statistics(module) for module in layer.modules()):
         return None
     return function(layer)
 
 
 @kernel_path(ConvLayer)
-def _conv(layer: ConvLayer) -> Sequence[K.FusedLayer] | None:
+def _conv(layer: ConvLayer) -> FoldedLayer:
     unit, activation = layer.unit, layer.spec.activation
-    if activation not in K.ACTIVATIONS or layer.spec.groups > 1:
-        return None
-    if isinstance(unit, BranchConv):
-        weight, bias = unit.weight_and_bias(slice(0, unit.branches))
-        return [K.FusedLayer((K.pack_weight(weight), bias), unit.stride, unit.padding, activation=activation)]
-    return [fused_conv(unit, activation)]
+    folded = _fold_conv(unit)
+    if activation not in K.ACTIVATIONS or folded.groups > 1 or folded.depthwise:
+        return FoldedStep(layer, {unit: folded})
+    return [K.FusedLayer((folded.weight, folded.bias), folded.stride, folded.padding, activation=activation)]
 
 
 @kernel_path(BottleneckLayer)
-def _bottleneck(layer: BottleneckLayer) -> Sequence[K.FusedLayer] | None:
+def _bottleneck(layer: BottleneckLayer) -> FoldedLayer:
     if not {layer.spec.activation, layer.spec.final_activation} <= set(K.ACTIVATIONS):
-        return None
+        return folded_forward(layer)
     depthwise, depthwise_bias = _fold(layer.depthwise)
     weights = (
         *_fold_dense(layer.expand),
@@ -93,10 +104,25 @@ def _bottleneck(layer: BottleneckLayer) -> Sequence[K.FusedLayer] | None:
 
 
 @kernel_path(PoolLinearLayer)
-def _pool_linear(layer: PoolLinearLayer) -> Sequence[K.FusedLayer] | None:
+def _pool_linear(layer: PoolLinearLayer) -> FoldedLayer:
     if layer.spec.activation not in K.ACTIVATIONS:
-        return None
+        return folded_forward(layer)
     return [fused_pool_linear(layer.linear, layer.spec.activation)]
+
+
+def folded_forward(layer: Layer) -> FoldedStep:
+    """A layer as a step: its forward, with folded weights. It may read parameters through the executor only."""
+    folded: dict[BranchModule, FoldedConv | FoldedNorm] = {}
+    for module in layer.modules():
+        if isinstance(module, BranchNorm):
+            folded[module] = _fold_norm(module)
+        elif isinstance(module, ConvNorm | BranchConv):
+            folded[module] = _fold_conv(module)
+    return FoldedStep(layer, folded)
+
+
+for _kind in (BasicBlockLayer, DenseBottleneckLayer, PreActivationLayer, NormLayer, MaxPoolLayer, AveragePoolLayer):
+    kernel_path(_kind)(folded_forward)
 
 
 def fused_conv(module: ConvNorm, activation: str = "none") -> K.FusedLayer:
@@ -107,8 +133,27 @@ def fused_conv(module: ConvNorm, activation: str = "none") -> K.FusedLayer:
 def fused_pool_linear(linear: BranchLinear, activation: str = "none") -> K.FusedLayer:
     """Global average pooling, a linear layer and an activation as one fused layer."""
     check_kind(linear, BranchLinear)
-    weight, bias = linear.weight_and_bias(slice(0, linear.branches))
-    return K.FusedLayer((K.pack_weight(weight), bias), activation=activation, mean=True)
+    weight, bias, *_ = _fold_conv(linear)
+    return K.FusedLayer((weight, bias), activation=activation, mean=True)
+
+
+def _fold_conv(module: ConvNorm | BranchConv) -> FoldedConv:
+    """A convolution with all branches, and with its batch norm if it has one."""
+    if isinstance(module, BranchConv):
+        weight, bias = module.weight_and_bias(slice(0, module.branches))
+        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
+        return FoldedConv(K.pack_weight(weight), bias, module.stride, module.padding)
+    weight, bias = _fold(module)
+    if module.depthwise:
+        return FoldedConv(weight.squeeze(2), bias, module.stride, module.padding, depthwise=True)
+    weight, bias = group_weight(weight, module.groups), bias.view(-1, module.channels // module.groups)
+    return FoldedConv(K.pack_weight(weight), bias, module.stride, module.padding, module.groups)
+
+
+def _fold_norm(module: BranchNorm) -> FoldedNorm:
+    """A batch norm with all branches."""
+    module.check_hooks()
+    return FoldedNorm(running_normalization(module, slice(0, module.branches)).transpose(0, 1).contiguous())
 
 
 def _fold(module: ConvNorm) -> tuple[Tensor, Tensor]:

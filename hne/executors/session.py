@@ -13,7 +13,8 @@ import hne_kernels as K
 
 from ..layers import Layer, SkippedModuleError, global_hook_dicts, has_hooks
 from .base import Network, check_containers
-from .folding import fused_pool_linear, to_fused_layers
+from .folded_step import FoldedStep
+from .folding import FoldedLayer, fused_pool_linear, to_fused_layers
 from .hook_versions import HookVersions
 from .kernels import KernelExecutor
 from .parameter_versions import ParameterVersions
@@ -30,18 +31,18 @@ class InferenceSession:
     def __init__(self, network: Network, versions: ParameterVersions | None = None) -> None:
         self._hierarchy = network.hierarchy
         self._versions = versions
-        self._blocks: list[list[_FoldedLayer]] = []
+        self._blocks: list[list[_SessionLayer]] = []
         try:
             check_containers(network)
             for block in network.layers_of_blocks():
-                self._blocks.append([_FoldedLayer(layer, to_fused_layers(layer)) for layer in block])
+                self._blocks.append([_SessionLayer(layer, to_fused_layers(layer)) for layer in block])
             self._head = fused_pool_linear(network.head)
         except SkippedModuleError as error:
             raise error.within(network) from None
         # Without the network itself, whose hooks run around each call: the network refers to its session.
         below = (module for top in (network.blocks, network.head) for module in top.modules())
         self._hooks = None if versions is None else HookVersions(below)
-        called = [layer for block in self._blocks for layer, fused in block if fused is None]
+        called = [layer for block in self._blocks for layer, folded in block if folded is None]
         #: Whether the session holds copies of all weights; otherwise it calls layers of the network.
         self.holds_all_weights = not called
         self._streams: set[torch.cuda.Stream] = set()  # those that have read the weights
@@ -49,8 +50,8 @@ class InferenceSession:
             self._copy_views(versions)
             if called:  # they read their own parameters and attributes, which may change in every call
                 below_called = {module for layer in called for module in layer.modules()}
-                folded = [layer for block in self._blocks for layer, fused in block if fused is not None]
-                below_folded = {module for layer in (*folded, network.head) for module in layer.modules()}
+                others = [layer for block in self._blocks for layer, folded in block if folded is not None]
+                below_folded = {module for layer in (*others, network.head) for module in layer.modules()}
                 versions.forget(below_called - below_folded)
         self._programs: dict[tuple[int, int, int, bool], list[_Step]] = {}
 
@@ -91,18 +92,22 @@ class InferenceSession:
 
         storages = versions.storages()
 
-        def copied(layer: K.FusedLayer) -> K.FusedLayer:
-            weights = (
-                weight.clone() if weight is not None and weight.untyped_storage()._cdata in storages else weight
-                for weight in layer.weights
-            )
+        def copied(weight: Tensor) -> Tensor:
+            return weight.clone() if weight.untyped_storage()._cdata in storages else weight
+
+        def copied_layer(layer: K.FusedLayer) -> K.FusedLayer:
+            weights = (None if weight is None else copied(weight) for weight in layer.weights)
             return layer._replace(weights=tuple(weights))
 
+        def independent(folded: FoldedLayer | None) -> FoldedLayer | None:
+            if isinstance(folded, FoldedStep):
+                return folded.independent(copied)
+            return None if folded is None else [*map(copied_layer, folded)]
+
         self._blocks = [
-            [_FoldedLayer(layer, None if fused is None else [*map(copied, fused)]) for layer, fused in block]
-            for block in self._blocks
+            [_SessionLayer(layer, independent(folded)) for layer, folded in block] for block in self._blocks
         ]
-        self._head = copied(self._head)
+        self._head = copied_layer(self._head)
 
     def _read_on_stream(self, stream: torch.cuda.Stream) -> None:
         """Note that kernels on a stream read the weights: their memory is given to others only after these kernels."""
@@ -110,14 +115,16 @@ class InferenceSession:
         if stream in self._streams or torch.cuda.is_current_stream_capturing():
             return
         self._streams.add(stream)
-        layers = [self._head, *(part for block in self._blocks for _, fused in block for part in fused or ())]
-        for layer in layers:
-            for weight in layer.weights:
-                if weight is not None:
-                    weight.record_stream(stream)
+        weights = [*self._head.weights]
+        for _, folded in (layer for block in self._blocks for layer in block):
+            for part in (folded,) if isinstance(folded, FoldedStep) else folded or ():
+                weights += part.weights
+        for weight in weights:
+            if weight is not None:
+                weight.record_stream(stream)
 
     def _program(self, leaves: slice, first: int, keep: bool) -> list[_Step]:
-        """The steps of a subtree. Consecutive fused layers form one step; a layer without a kernel path is a step."""
+        """The steps of a subtree. Consecutive fused layers form one step; every other layer is a step."""
         steps: list[_Step] = []
         fused: list[K.FusedLayer] = []  # the layers of the next step
         ends: list[int] = []  # indices of those whose output the step returns
@@ -131,30 +138,33 @@ class InferenceSession:
                 fused.clear()
                 ends.clear()
 
+        def add_step(compute: Callable[[bool, Tensor], list[Tensor]], keep_output: bool) -> None:
+            finish_step()
+            images = first == 0 and not steps
+            steps.append(_Step(functools.partial(compute, images), keep_output))
+
         *nodes, (heads, replicate) = self._hierarchy.nodes(leaves, first)
         for block, (branches, children) in zip(self._blocks[first:], nodes, strict=True):
-            for index, (layer, all_branches) in enumerate(block):
-                block_ends = index == len(block) - 1
-                if all_branches is None:
-                    finish_step()
-                    images = first == 0 and not steps
-                    forward = functools.partial(_forward, layer, branches, children, images)
-                    steps.append(_Step(forward, keep_output=keep and block_ends))
-                    children = 1  # only the first layer of a block branches
-                    continue
-                fused += K.select_branches(all_branches, branches, children)
-                children = 1
-                if keep and block_ends:
-                    ends.append(len(fused) - 1)
+            for index, (layer, folded) in enumerate(block):
+                kept = keep and index == len(block) - 1
+                if isinstance(folded, FoldedStep):
+                    add_step(functools.partial(_compute, folded.select_branches(branches, children)), kept)
+                elif folded is None:
+                    add_step(functools.partial(_forward, layer, branches, children), kept)
+                else:
+                    fused += K.select_branches(folded, branches, children)
+                    if kept:
+                        ends.append(len(fused) - 1)
+                children = 1  # only the first layer of a block branches
         fused.append(self._head.select_branches(heads, replicate))
         ends.append(len(fused) - 1)
         finish_step()
         return steps
 
 
-class _FoldedLayer(NamedTuple):
+class _SessionLayer(NamedTuple):
     layer: Layer
-    fused: Sequence[K.FusedLayer] | None  # with all branches; None without a kernel path
+    folded: FoldedLayer | None  # with all branches; None without a kernel path
 
 
 class _Step(NamedTuple):
@@ -162,8 +172,16 @@ class _Step(NamedTuple):
     keep_output: bool  # whether the output is kept, too; the next step reads it
 
 
+def _compute(step: FoldedStep, images: bool, x: Tensor) -> list[Tensor]:
+    """Compute a layer that several kernels compute."""
+    try:
+        return [step(step.from_images(x) if images else x)]
+    except SkippedModuleError as error:
+        raise error.within(step.layer) from None
+
+
 def _forward(layer: Layer, branches: slice, replicate: int, images: bool, x: Tensor) -> list[Tensor]:
-    """Call a layer that has no fused layers."""
+    """Call a layer without folded weights."""
     executor = _KERNELS.of_tensors() if has_hooks(layer) or any(global_hook_dicts()) else _KERNELS
     x = executor.from_images(x) if images else x
     try:
