@@ -52,7 +52,7 @@ def add_parser(commands: options.Subparsers) -> None:
         "--input-size",
         type=options.positive_int,
         metavar="PIXELS",
-        help="height and width of the images (default: 32; 224 for hne_mobilenetv2_075)",
+        help="height and width of the images (default: those that the preset is made for, 32 or 224)",
     )
     group.add_argument(
         "--train", action="store_true", help="time a training step (forward, loss, backward) instead of inference"
@@ -70,7 +70,7 @@ def add_parser(commands: options.Subparsers) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Time both implementations, and print the table."""
     device = choose_device(args.device)
-    size = args.input_size or (224 if args.preset == "hne_mobilenetv2_075" else 32)
+    size = args.input_size or PRESETS[args.preset].image_size
     rows = []
     with options.computing(args):
         torch.manual_seed(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 from hne_kernels import default_sizes, environment_report
 
 from ..models import PRESETS, FusedHNE
@@ -16,9 +18,10 @@ _EXAMPLES = """\
   hne info
 """
 
-# Input of each preset (height and width, channels), and the number of outputs for its data set.
-_INPUTS = {"hne_mobilenetv2_075": (224, 3, 1000), "hne_tiny": (8, 1, 10), "hne_mlp": (1, 10, 2)}
-_CIFAR100 = (32, 3, 100)
+# Input of a preset (height and width, channels), and the number of outputs: for its data set, else for CIFAR-100 or
+# ImageNet.
+_INPUTS = {"hne_tiny": (8, 1, 10), "hne_mlp": (1, 10, 2)}
+_OUTPUTS = {32: 100, 224: 1000}
 
 
 def add_parser(commands: options.Subparsers) -> None:
@@ -40,8 +43,10 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _show_preset(name: str) -> None:
-    size, channels, classes = _INPUTS.get(name, _CIFAR100)
-    model = FusedHNE.from_preset(name, num_classes=classes, in_channels=channels)
+    pixels = PRESETS[name].image_size
+    size, channels, classes = _INPUTS.get(name, (pixels, 3, _OUTPUTS[pixels]))
+    with torch.device("meta"):  # the cost takes no memory
+        model = FusedHNE.from_preset(name, num_classes=classes, in_channels=channels)
     sizes = default_sizes(model.num_models)
     used = ", ".join(data for data, (_, preset) in DEFAULTS.items() if preset == name)
     show_table(

@@ -3,7 +3,7 @@
 from .anytime import Anytime
 from .base import SubtreeExecutor, SubtreeRunner
 from .folded import FoldedExecutor, is_capturing
-from .folding import fused_conv, fused_pool_linear, kernel_path, to_fused_layers
+from .folding import folded_forward, fused_conv, fused_pool_linear, kernel_path, to_fused_layers
 from .hook_versions import HookVersions
 from .kernels import KernelExecutor
 from .naive import NaiveExecutor

@@ -148,6 +148,9 @@ class ConvNorm(BatchNormModule):
             and an odd kernel keep height and width.
         groups: Groups within a branch.
         depthwise: Each channel has a filter of its own, as with as many groups as input and output channels.
+
+    Raises:
+        ValueError: ``groups`` do not divide the channels.
     """
 
     def __init__(
@@ -166,6 +169,11 @@ class ConvNorm(BatchNormModule):
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = kernel_size // 2 if padding is None else padding
+        if in_channels % groups or channels % groups:
+            raise ValueError(
+                f"groups must divide the input and output channels of a branch, got {groups} groups of {in_channels} "
+                f"and {channels} channels"
+            )
         self.depthwise = depthwise or 1 < groups == in_channels == channels
         self.groups = 1 if self.depthwise else groups
         self.conv = nn.Conv2d(

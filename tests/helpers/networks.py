@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hne import HNE, Bottleneck, Conv, FusedHNE, Hierarchy, NaiveHNE, PoolLinear
+from hne.layers import LayerSpec
 
 Model = TypeVar("Model", bound=HNE)
 
@@ -37,10 +39,16 @@ BLOCKS = [
 IN_CHANNELS, NUM_CLASSES = 3, 5
 
 
-def build(kind: type[Model], tree: Hierarchy, rng: torch.Generator, dtype: torch.dtype = torch.float64) -> Model:
+def build(
+    kind: type[Model],
+    tree: Hierarchy,
+    rng: torch.Generator,
+    dtype: torch.dtype = torch.float64,
+    blocks: Sequence[Sequence[LayerSpec]] = BLOCKS,
+) -> Model:
     """A network in eval mode with random batch norms (a new batch norm would be close to the identity)."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
-    model = kind(tree, BLOCKS, num_classes=NUM_CLASSES, in_channels=IN_CHANNELS)
+    model = kind(tree, blocks, num_classes=NUM_CLASSES, in_channels=IN_CHANNELS)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
