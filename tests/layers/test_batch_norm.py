@@ -12,9 +12,11 @@ import torch
 from networks import build, each_model, images
 from torch import Tensor, distributed, multiprocessing, nn
 
-from hne import HNE, Hierarchy
+from hne import HNE, Conv, Hierarchy, Norm, PreActivation
+from hne.layers import LayerSpec
 
 PARTS = (3, 5)  # images in each process
+PRE_ACTIVATION: list[list[LayerSpec]] = [[Conv(4)], [PreActivation(4)], [PreActivation(5), Norm()]]
 
 
 def _process(rank: int, folder: str) -> None:
@@ -34,10 +36,11 @@ def _process(rank: int, folder: str) -> None:
 
 
 @each_model
+@pytest.mark.parametrize("blocks", [networks.BLOCKS, PRE_ACTIVATION], ids=["after convolutions", "before"])
 def test_processes_with_parts_of_a_batch_equal_one_with_the_batch(
-    kind: type[HNE], tmp_path: Path, rng: torch.Generator
+    kind: type[HNE], blocks: list[list[LayerSpec]], tmp_path: Path, rng: torch.Generator
 ) -> None:
-    model = build(kind, networks.TREES["odd"], rng).train().sync_batch_norm_()
+    model = build(kind, networks.TREES["odd"], rng, blocks=blocks).train().sync_batch_norm_()
     x = images(rng, sum(PARTS), (5, 4))
     torch.save((model, x), tmp_path / "input.pt")
     whole = copy.deepcopy(model).sync_batch_norm_(False)

@@ -13,6 +13,7 @@ from networks import build, each_model, images
 from placements import Placement
 from plain_networks import CASES, PlainTree, plain_gradients
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hne import (
     HNE,
@@ -308,6 +309,19 @@ def test_single_batch_norms_in_training_mode(rng: torch.Generator) -> None:
             model.get_submodule("blocks.1.1.norm.bn").train(training)
         torch.testing.assert_close(fused(x), naive(x))
         torch.testing.assert_close(_statistics(fused), _statistics(naive))
+
+
+@each_case
+def test_macs(blocks: list[list[LayerSpec]], rng: torch.Generator) -> None:
+    """Those of the naive model, of the fused one in inference, and of both in training."""
+    model = build(FusedHNE, TREE, rng, blocks=blocks)
+    naive, x = model.to_naive(), images(rng, 2, SIZE)
+    for training in (False, True):
+        for n in (1, 4, 6):
+            for network in (naive, model):
+                with FlopCounterMode(display=False) as counter, torch.no_grad():
+                    network.train(training)(x, n)
+                assert counter.get_total_flops() == 2 * 2 * model.macs(n, SIZE)
 
 
 @each_case
