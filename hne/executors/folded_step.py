@@ -39,21 +39,22 @@ class FoldedConv(NamedTuple):
         rows = slice(branches.start * self.groups, branches.stop * self.groups)
         return self.map_weights(lambda weight: weight[rows])
 
-    def __call__(self, x: Tensor, replicate: int, activation: str) -> Tensor:
-        """``activation(conv(x) + bias)``; grouped convolutions take no ``replicate``."""
+    def __call__(self, x: Tensor, replicate: int, activation: str, residual: Tensor | None = None) -> Tensor:
+        """``activation(conv(x) + bias + residual)``; grouped convolutions take no ``replicate``."""
+        weights = self.weight, self.bias
+        options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "replicate": replicate}
         if self.depthwise:
-            options = {"stride": self.stride, "padding": self.padding, "replicate": replicate}
-            return ACTIVATIONS[activation](K.branch_depthwise_conv2d(x, self.weight, self.bias, **options))
-        known = activation in K.ACTIVATIONS
-        y = K.fused_conv2d(
-            *(split_groups(x, self.groups) if self.groups > 1 else x, self.weight, self.bias),
-            stride=self.stride,
-            padding=self.padding,
-            replicate=replicate,
-            activation=activation if known else "none",
-        )
-        y = join_groups(y, self.groups) if self.groups > 1 else y
-        return y if known else ACTIVATIONS[activation](y)
+            y = K.branch_depthwise_conv2d(x, *weights, **options)
+        elif self.groups > 1:
+            y = join_groups(
+                K.fused_conv2d(split_groups(x, self.groups), self.weight, self.bias, **options), self.groups
+            )
+        else:
+            known = activation in K.ACTIVATIONS
+            fused = activation if known else "none"
+            y = K.fused_conv2d(x, *weights, residual, activation=fused, **options)
+            return y if known else ACTIVATIONS[activation](y)
+        return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
 class FoldedNorm(NamedTuple):
@@ -128,9 +129,7 @@ class FoldedStep(KernelExecutor):
         residual: Tensor | None = None,
     ) -> Tensor:
         check_kind(module, ConvNorm)
-        if residual is None:
-            return self._convolve(module, x, branches, replicate, activation)
-        return ACTIVATIONS[activation](self._convolve(module, x, branches, replicate, "none") + residual)
+        return self._convolve(module, x, branches, replicate, activation, residual)
 
     def entry_conv(
         self, module: ConvNorm, x: Tensor, branches: slice, replicate: int, activation: str
@@ -138,10 +137,16 @@ class FoldedStep(KernelExecutor):
         return x, self.conv_norm(module, x, branches, replicate, activation)
 
     def conv(
-        self, module: BranchConv, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
+        self,
+        module: BranchConv,
+        x: Tensor,
+        branches: slice,
+        replicate: int = 1,
+        activation: str = "none",
+        residual: Tensor | None = None,
     ) -> Tensor:
         check_kind(module, BranchConv)
-        return self._convolve(module, x, branches, replicate, activation)
+        return self._convolve(module, x, branches, replicate, activation, residual)
 
     def norm(self, module: BranchNorm, x: Tensor, branches: slice, activation: str = "none") -> Tensor:
         check_kind(module, BranchNorm)
@@ -149,12 +154,18 @@ class FoldedStep(KernelExecutor):
         return y
 
     def _convolve(
-        self, module: ConvNorm | BranchConv, x: Tensor, branches: slice, replicate: int, activation: str
+        self,
+        module: ConvNorm | BranchConv,
+        x: Tensor,
+        branches: slice,
+        replicate: int,
+        activation: str,
+        residual: Tensor | None = None,
     ) -> Tensor:
         folded = self._folded[module]
         if folded.groups > 1 and replicate > 1:
             x, replicate = self.replicate(x, branches, replicate, module.in_channels), 1
-        y: Tensor = folded(x, replicate, activation)
+        y: Tensor = folded(x, replicate, activation, residual)
         return y
 
 

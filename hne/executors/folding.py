@@ -121,8 +121,32 @@ def folded_forward(layer: Layer) -> FoldedStep:
     return FoldedStep(layer, folded)
 
 
-for _kind in (BasicBlockLayer, DenseBottleneckLayer, PreActivationLayer, NormLayer, MaxPoolLayer, AveragePoolLayer):
+for _kind in (PreActivationLayer, NormLayer, MaxPoolLayer, AveragePoolLayer):
     kernel_path(_kind)(folded_forward)
+
+
+@kernel_path(BasicBlockLayer)
+def _basic_block(layer: BasicBlockLayer) -> FoldedLayer:
+    return _residual(layer, layer.first, layer.second)
+
+
+@kernel_path(DenseBottleneckLayer)
+def _dense_bottleneck(layer: DenseBottleneckLayer) -> FoldedLayer:
+    return _residual(layer, layer.expand, layer.spatial, layer.project)
+
+
+def _residual(layer: BasicBlockLayer | DenseBottleneckLayer, *modules: ConvNorm) -> FoldedLayer:
+    """A block with a shortcut: its convolutions, the last of which adds the block's input or the shortcut's output."""
+    activation, count = layer.spec.activation, len(modules)
+    dense = all(isinstance(module, ConvNorm) and module.groups == 1 and not module.depthwise for module in modules)
+    if activation not in K.ACTIVATIONS or layer.squeeze is not None or not dense:
+        return folded_forward(layer)
+    *before, last = [fused_conv(module, activation) for module in modules]
+    last = last._replace(residual=-count)
+    if layer.shortcut is None:
+        return [*before, last]
+    first, *others = before
+    return [fused_conv(layer.shortcut), first._replace(source=-2), *others, last]
 
 
 def fused_conv(module: ConvNorm, activation: str = "none") -> K.FusedLayer:

@@ -114,13 +114,19 @@ class KernelExecutor(SubtreeExecutor):
         return K.materialize(x)
 
     def conv(
-        self, module: BranchConv, x: Features, branches: slice, replicate: int = 1, activation: str = "none"
+        self,
+        module: BranchConv,
+        x: Features,
+        branches: slice,
+        replicate: int = 1,
+        activation: str = "none",
+        residual: Features | None = None,
     ) -> Tensor:
         check_kind(module, BranchConv)
         weight, bias = module.weight_and_bias(branches)
         x = K.materialize(x)
         y = K.branch_conv2d(x, weight, bias, stride=module.stride, padding=module.padding, replicate=replicate)
-        return ACTIVATIONS[activation](y)
+        return ACTIVATIONS[activation](y if residual is None else y + K.materialize(residual))
 
     def pool(self, x: Features) -> Tensor:
         x = K.materialize(x)

@@ -69,7 +69,13 @@ class NaiveExecutor(SubtreeExecutor):
         return ACTIVATIONS[activation](_batch_norm(module, x, branches))
 
     def conv(
-        self, module: BranchConv, x: Tensor, branches: slice, replicate: int = 1, activation: str = "none"
+        self,
+        module: BranchConv,
+        x: Tensor,
+        branches: slice,
+        replicate: int = 1,
+        activation: str = "none",
+        residual: Tensor | None = None,
     ) -> Tensor:
         check_kind(module, BranchConv)
         x = self.replicate(x, branches, replicate, module.in_channels)
@@ -81,7 +87,7 @@ class NaiveExecutor(SubtreeExecutor):
             groups = branches.stop - branches.start
             bias = None if bias is None else bias.flatten()
             x = F.conv2d(x, weight.flatten(0, 1), bias, module.stride, module.padding, groups=groups)
-        return ACTIVATIONS[activation](x)
+        return ACTIVATIONS[activation](x if residual is None else x + residual)
 
     def pool(self, x: Tensor) -> Tensor:
         return x.mean((2, 3), keepdim=True)

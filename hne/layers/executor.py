@@ -48,9 +48,15 @@ class Executor(ABC):
 
     @abstractmethod
     def conv(
-        self, module: BranchConv, x: Features, branches: slice, replicate: int = 1, activation: str = "none"
+        self,
+        module: BranchConv,
+        x: Features,
+        branches: slice,
+        replicate: int = 1,
+        activation: str = "none",
+        residual: Features | None = None,
     ) -> Tensor:
-        """``activation(conv(x) + bias)``, if there is a bias; a linear layer of every pixel where the kernel is 1x1."""
+        """``activation(conv(x) + bias + residual)``; a linear layer of every pixel where the kernel is 1x1."""
 
     @abstractmethod
     def pool(self, x: Features) -> Tensor:

@@ -65,7 +65,7 @@ class PreActivationLayer(Layer, spec=PreActivation):
         else:
             z, y = executor.entry_conv(self.first, z, branches, 1, activation)
             residual = executor.conv(self.shortcut, z, branches)
-        return executor.conv(self.second, y, branches) + residual
+        return executor.conv(self.second, y, branches, residual=residual)
 
     def macs(self, size: Size) -> int:
         shortcut = 0 if self.shortcut is None else self.shortcut.macs(size)
