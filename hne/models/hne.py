@@ -346,8 +346,8 @@ class FusedHNE(HNE):
     """The ensemble on the kernels of :mod:`hne_kernels`. See :class:`HNE` for the arguments.
 
     In ``eval()`` and without gradients (``torch.no_grad()`` or ``torch.inference_mode()``) batch norms are folded into
-    the weights. A layer is one kernel (:class:`Bottleneck`) or one for each convolution; on a CPU all consecutive layers
-    of such kernels are one call. The folded weights are cached, and folded again when parameters have changed; see
+    the weights. A layer is one kernel, or one for each convolution; on a CPU all consecutive layers of such kernels are
+    one call. The folded weights are cached, and folded again when parameters have changed; see
     :meth:`hne.executors.InferenceSession.is_current` for the changes that are noticed.
     """
 

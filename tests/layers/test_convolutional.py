@@ -15,6 +15,7 @@ from plain_networks import CASES, PlainTree, plain_gradients
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import hne_kernels as K
 from hne import (
     HNE,
     AveragePool,
@@ -101,6 +102,22 @@ def test_all_layers_have_folded_weights(
     assert torch.equal(model(x), expected)
     torch.testing.assert_close(model(x, 4), expected[:4])
     list(model.anytime(x))
+
+
+@torch.no_grad()
+def test_number_of_steps(rng: torch.Generator) -> None:
+    """Blocks with shortcuts are fused layers: consecutive ones are one call, which ends where another layer follows."""
+    blocks: list[list[LayerSpec]] = [
+        [Conv(4), MaxPool(), BasicBlock(4)],
+        [DenseBottleneck(8, 4, projection="branch"), BasicBlock(8, projection="branch")],
+        [BasicBlock(9, stride=2), BasicBlock(9, activation="silu"), DenseBottleneck(9, 3)],
+    ]
+    model = build(FusedHNE, TREE, rng, blocks=blocks)
+    x = images(rng, 2, SIZE)
+    torch.testing.assert_close(model(x), PlainTree(model)(x))
+    (program,) = model.folded._programs.values()
+    lengths = [len(step.compute.layers) if isinstance(step.compute, K.FusedLayers) else None for step in program]
+    assert lengths == [1, None, 2 + 4 + 2 + 3, None, 3 + 1]
 
 
 @each_case
@@ -246,6 +263,7 @@ def test_exports_with_a_dynamic_batch(grad: bool, rng: torch.Generator) -> None:
             torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_transforms_and_traces(rng: torch.Generator) -> None:
     model = build(FusedHNE, TREE, rng, blocks=SMALL)
