@@ -10,7 +10,21 @@ from hne_kernels import build_info
 
 from .hierarchy import Hierarchy
 from .inference import AnytimePredictor, GraphedHNE
-from .layers import AveragePool, BasicBlock, Bottleneck, Conv, DenseBottleneck, MaxPool, Norm, PoolLinear, PreActivation
+from .layers import (
+    AveragePool,
+    BasicBlock,
+    Bottleneck,
+    Conv,
+    DenseBottleneck,
+    LayerNorm,
+    MaxPool,
+    Norm,
+    PatchEmbedding,
+    PoolLinear,
+    PreActivation,
+    SelectToken,
+    TransformerBlock,
+)
 from .losses import OBJECTIVES, objective
 from .models import HNE, PRESETS, FusedHNE, NaiveHNE
 
@@ -32,10 +46,14 @@ __all__ = [
     "FusedHNE",
     "GraphedHNE",
     "Hierarchy",
+    "LayerNorm",
     "MaxPool",
     "NaiveHNE",
     "Norm",
+    "PatchEmbedding",
     "PoolLinear",
     "PreActivation",
+    "SelectToken",
+    "TransformerBlock",
     "objective",
 ]

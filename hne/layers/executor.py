@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .branch_parameters import BranchParameters
 from .parameters import BranchConv, BranchNorm, ConvNorm
 
 Features = Any  # the result of an operation; each executor has its own types
@@ -65,6 +66,11 @@ class Executor(ABC):
     @abstractmethod
     def replicate(self, x: Features, branches: slice, replicate: int, channels: int) -> Features:
         """Copy each branch of ``x`` (of ``channels`` channels) to its output branches."""
+
+    def read(self, module: BranchParameters, branches: slice) -> tuple[Tensor, ...]:
+        """The parameters of some branches, each ``[len(branches), ...]``; none if a neighbouring convolution contains
+        them, as after folding."""
+        return module.read(branches)
 
     @abstractmethod
     def to_maps(self, x: Features, channels: int) -> Tensor:

@@ -81,6 +81,14 @@ def check_odd(name: str, kernel_size: int) -> None:
         raise ValueError(f"{name} must be odd, got {kernel_size}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless a field is a positive number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
 def stride_text(stride: int) -> str:
     """The stride as a suffix of a layer's description."""
     return f"/{stride}" if stride > 1 else ""
