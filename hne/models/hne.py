@@ -95,8 +95,8 @@ class HNE(FoldedWeightCache, ABC):
 
         ``hne_resnet50_cifar`` and ``hne_small_resnet50_cifar`` are from the paper's Table 2, ``hne_mobilenetv2_075`` is
         from Table 3. ``hne_resnet18``, ``hne_resnet50`` (torchvision's networks, for images of 224 x 224),
-        ``hne_resnet18_cifar`` and ``hne_wrn28_10`` (for 32 x 32) are trees of widely used networks. ``hne_tiny`` (small
-        images) and ``hne_mlp`` (rows of a table) are for short runs.
+        ``hne_resnet18_cifar`` and ``hne_wrn28_10`` (for 32 x 32), and ``hne_vit_tiny`` (DeiT-Ti, for 224 x 224) are
+        trees of widely used networks. ``hne_tiny`` (small images) and ``hne_mlp`` (rows of a table) are for short runs.
 
         Args:
             name: One of :data:`hne.PRESETS`.

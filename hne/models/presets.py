@@ -11,11 +11,15 @@ from ..layers import (
     Bottleneck,
     Conv,
     DenseBottleneck,
+    LayerNorm,
     LayerSpec,
     MaxPool,
     Norm,
+    PatchEmbedding,
     PoolLinear,
     PreActivation,
+    SelectToken,
+    TransformerBlock,
 )
 
 Block = tuple[LayerSpec, ...]
@@ -117,6 +121,15 @@ WRN28_10: tuple[Block, ...] = (
     (*_pre_activation(640, 2), Norm()),
 )
 
+_ENCODER: Block = (TransformerBlock(192, heads=3, hidden=768),) * 3
+
+VIT_TINY: tuple[Block, ...] = (  # DeiT-Ti (Touvron et al. 2021): 12 encoder blocks
+    (PatchEmbedding(192), *_ENCODER),
+    _ENCODER,
+    _ENCODER,
+    (*_ENCODER, SelectToken(), LayerNorm()),  # the norm of the class token alone, which the head reads
+)
+
 TINY: tuple[Block, ...] = (  # for images of 8x8 to 32x32
     (Conv(16), Conv(32, kernel_size=1)),
     _stage(32, 2, reduction=2),
@@ -134,6 +147,7 @@ PRESETS: dict[str, Preset] = {
     "hne_resnet50": Preset(Hierarchy.doubling(4), RESNET50, 224),
     "hne_resnet18_cifar": Preset(Hierarchy.doubling(4), RESNET18_CIFAR),
     "hne_wrn28_10": Preset(Hierarchy.doubling(4), WRN28_10),
+    "hne_vit_tiny": Preset(Hierarchy.doubling(4), VIT_TINY, 224),
     "hne_tiny": Preset(Hierarchy.doubling(4), TINY),
     "hne_mlp": Preset(Hierarchy.doubling(4), MLP),
 }

@@ -58,6 +58,11 @@ def build(
     return model.to(dtype).eval()
 
 
+def small_size(preset: str, size: int = 32) -> int:
+    """Height and width of images for a preset: ``size``, unless the preset asks for another."""
+    return {"hne_mlp": 1, "hne_vit_tiny": 224}.get(preset, size)
+
+
 def images(
     rng: torch.Generator, batch: int = 3, size: tuple[int, int] = (9, 12), dtype: torch.dtype = torch.float64
 ) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import small_size
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -25,7 +26,7 @@ def _model(preset: str) -> FusedHNE:
 
 def _images(model: HNE, preset: str, rng: torch.Generator) -> Tensor:
     # So large that batch norm sees more than a few values: with four its gradient lost nine digits of sixteen.
-    size = 1 if preset == "hne_mlp" else 32
+    size = small_size(preset)
     return torch.randn(8, model.in_channels, size, size, generator=rng, dtype=torch.float64)
 
 

@@ -37,7 +37,8 @@ def test_presets_agree(preset: str, backend: Placement, rng: torch.Generator) ->
         pytest.skip("Triton's interpreter is slow: only the smallest preset")
     torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
     model = FusedHNE.from_preset(preset, num_classes=NUM_CLASSES, width=0.25).to(backend.device).eval()
-    x = images(rng, 2, (32, 32), torch.float32).to(backend.device)
+    size = networks.small_size(preset)
+    x = images(rng, 2, (size, size), torch.float32).to(backend.device)
     expected = model.to_naive().double()(x.double())
     assert (model(x) - expected).abs().max() <= 1e-3 * expected.abs().max()
 

@@ -20,6 +20,7 @@ from hne import HNE, PRESETS, Hierarchy, NaiveHNE
         ("hne_resnet50", 1000, 224, {1: 4089.18, 2: 4900.47, 4: 7987.38, 8: 15188.80}),
         ("hne_resnet18_cifar", 10, 32, {1: 555.42, 2: 689.65, 4: 1092.31, 8: 2031.85}),
         ("hne_wrn28_10", 10, 32, {1: 5243.33, 2: 6187.05, 4: 8913.36, 8: 16148.56}),
+        ("hne_vit_tiny", 1000, 224, {1: 1253.68, 2: 1560.02, 4: 2478.85, 8: 4622.65}),
     ],
 )
 @each_model
@@ -37,6 +38,7 @@ def test_costs_of_presets(kind: type[HNE], preset: str, classes: int, size: int,
         ("hne_resnet50", 1000, 25_557_032),  # torchvision
         ("hne_resnet18_cifar", 10, 11_173_962),
         ("hne_wrn28_10", 10, 36_479_194),  # Zagoruyko & Komodakis, Table 4: 36.5 million
+        ("hne_vit_tiny", 1000, 5_717_416),  # timm's deit_tiny_patch16_224
     ],
 )
 def test_one_network_of_a_preset_is_the_published_one(preset: str, classes: int, parameters: int) -> None:
