@@ -50,8 +50,8 @@ class Trainer:
         history: One record per finished epoch.
 
     Raises:
-        TrainingError: The processes cannot share the batch equally, the objective does not suit the data, or
-            ``cuda_graph`` is not possible: without a GPU, or with several processes.
+        TrainingError: The processes cannot share the batch equally, the objective or the network does not suit the
+            data, or ``cuda_graph`` is not possible: without a GPU, or with several processes.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, world: World) -> None:
@@ -63,6 +63,10 @@ class Trainer:
         self.batch_size = _batch_size(config, dataset, world)
         torch.manual_seed(config.seed)
         self.model = config.build_model(dataset).to(world.device)
+        try:
+            self.model.macs(1, dataset.input.size)
+        except ValueError as error:
+            raise TrainingError(f"{config.preset} does not suit the images of {config.data}: {error}") from error
         if config.sync_bn and world.size > 1:
             self.model.sync_batch_norm_()
         self.parallel = world.parallel(self.model)

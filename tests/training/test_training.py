@@ -178,6 +178,12 @@ def test_batches_that_cannot_be_shared() -> None:
     assert start(limit_train=9, batch_size=64).batch_size == 9
 
 
+def test_images_of_another_size_than_the_networks() -> None:
+    message = r"hne_vit_tiny does not suit the images of digits: .* 224x224 pixels .*, got 8x8"
+    with pytest.raises(TrainingError, match=message):
+        start(preset="hne_vit_tiny", width=1.0)
+
+
 def test_evaluation_agrees_with_its_definition() -> None:
     trainer = start(limit_test=100)
     list(trainer.train())
