@@ -1,5 +1,6 @@
 """Executors compute the layers of a network: in plain PyTorch, by kernels with gradients, or with folded weights."""
 
+from . import folded_transformer
 from .anytime import Anytime
 from .base import SubtreeExecutor, SubtreeRunner
 from .folded import FoldedExecutor, is_capturing

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import hne_kernels as K
 
-from ..layers import ACTIVATIONS, BranchConv, BranchModule, BranchNorm, ConvNorm, Layer, check_kind
+from ..layers import ACTIVATIONS, BranchConv, BranchModule, BranchNorm, BranchParameters, ConvNorm, Layer, check_kind
 from .kernels import KernelExecutor, join_groups, split_groups
 
 
@@ -31,6 +31,10 @@ class FoldedConv(NamedTuple):
     padding: int
     groups: int = 1
     depthwise: bool = False
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.weight, self.bias
 
     def map_weights(self, function: Callable[[Tensor], Tensor]) -> FoldedConv:
         return self._replace(weight=function(self.weight), bias=function(self.bias))
@@ -62,6 +66,10 @@ class FoldedNorm(NamedTuple):
 
     rows: Tensor
 
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return (self.rows,)
+
     def map_weights(self, function: Callable[[Tensor], Tensor]) -> FoldedNorm:
         return FoldedNorm(function(self.rows))
 
@@ -75,11 +83,26 @@ class FoldedNorm(NamedTuple):
         return ACTIVATIONS[activation](K.branch_normalize(x, norm))
 
 
+class FoldedParameters(NamedTuple):
+    """Parameters ``[G, ...]`` that the layer reads; none if a convolution beside them contains them."""
+
+    weights: tuple[Tensor, ...] = ()
+
+    def map_weights(self, function: Callable[[Tensor], Tensor]) -> FoldedParameters:
+        return FoldedParameters(tuple(map(function, self.weights)))
+
+    def select_branches(self, branches: slice) -> FoldedParameters:
+        return self.map_weights(lambda weight: weight[branches])
+
+
+Folded = FoldedConv | FoldedNorm | FoldedParameters
+
+
 class FoldedStep(KernelExecutor):
     """Computes the forward of one layer in inference, with folded weights.
 
     It serves layers that are no sequence of :class:`hne_kernels.FusedLayer`. The layer may read parameters through the
-    executor only: in :meth:`conv_norm`, :meth:`conv` and :meth:`norm`.
+    executor only: in :meth:`conv_norm`, :meth:`conv`, :meth:`norm` and :meth:`read`.
 
     Args:
         layer: The layer.
@@ -91,7 +114,7 @@ class FoldedStep(KernelExecutor):
     def __init__(
         self,
         layer: Layer,
-        folded: Mapping[BranchModule, FoldedConv | FoldedNorm],
+        folded: Mapping[BranchModule, Folded],
         branches: slice = slice(None),
         replicate: int = 1,
     ) -> None:
@@ -102,7 +125,7 @@ class FoldedStep(KernelExecutor):
     @property
     def weights(self) -> Iterator[Tensor]:
         """The folded weights."""
-        return (value for folded in self._folded.values() for value in folded if isinstance(value, Tensor))
+        return (weight for folded in self._folded.values() for weight in folded.weights)
 
     def independent(self, function: Callable[[Tensor], Tensor]) -> FoldedStep:
         """The same step with ``function`` of each weight, and with the layer as it is now: later changes of its
@@ -152,6 +175,10 @@ class FoldedStep(KernelExecutor):
         check_kind(module, BranchNorm)
         y: Tensor = self._folded[module](x, activation)
         return y
+
+    def read(self, module: BranchParameters, branches: slice) -> tuple[Tensor, ...]:
+        parameters: tuple[Tensor, ...] = self._folded[module].weights
+        return parameters
 
     def _convolve(
         self,

@@ -19,14 +19,18 @@ from ..layers import (
     BranchLinear,
     BranchModule,
     BranchNorm,
+    BranchParameters,
     ConvLayer,
     ConvNorm,
     DenseBottleneckLayer,
     Layer,
+    LayerNormLayer,
     MaxPoolLayer,
     NormLayer,
+    PatchEmbeddingLayer,
     PoolLinearLayer,
     PreActivationLayer,
+    SelectTokenLayer,
     called_modules,
     check_kind,
     global_hook_dicts,
@@ -34,7 +38,7 @@ from ..layers import (
     running_normalization,
     uses_batch_statistics,
 )
-from .folded_step import FoldedConv, FoldedNorm, FoldedStep
+from .folded_step import Folded, FoldedConv, FoldedNorm, FoldedParameters, FoldedStep
 from .kernels import group_weight
 
 FoldedLayer = Sequence[K.FusedLayer] | FoldedStep  # with all branches
@@ -112,16 +116,27 @@ def _pool_linear(layer: PoolLinearLayer) -> FoldedLayer:
 
 def folded_forward(layer: Layer) -> FoldedStep:
     """A layer as a step: its forward, with folded weights. It may read parameters through the executor only."""
-    folded: dict[BranchModule, FoldedConv | FoldedNorm] = {}
+    folded: dict[BranchModule, Folded] = {}
     for module in layer.modules():
         if isinstance(module, BranchNorm):
             folded[module] = _fold_norm(module)
         elif isinstance(module, ConvNorm | BranchConv):
             folded[module] = _fold_conv(module)
+        elif isinstance(module, BranchParameters):
+            folded[module] = FoldedParameters(module.read(slice(0, module.branches)))
     return FoldedStep(layer, folded)
 
 
-for _kind in (PreActivationLayer, NormLayer, MaxPoolLayer, AveragePoolLayer):
+_FORWARD: tuple[type[Layer], ...] = (
+    PreActivationLayer,
+    NormLayer,
+    MaxPoolLayer,
+    AveragePoolLayer,
+    PatchEmbeddingLayer,
+    LayerNormLayer,
+    SelectTokenLayer,
+)
+for _kind in _FORWARD:
     kernel_path(_kind)(folded_forward)
 
 

@@ -80,7 +80,7 @@ def test_backends_and_dtypes(name: str, placement: Placement, rng: torch.Generat
     expected = plain_logits(exact, x)
     model = exact.to_fused().to(placement.device, placement.dtype)
     x = x.to(placement.device, placement.dtype)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4}.get(placement.dtype, 0.1)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(placement.dtype, 0.06)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             y = model(x)
@@ -96,8 +96,9 @@ def test_autocast(kind: type[HNE], name: str, rng: torch.Generator, grad: bool) 
     expected = plain_logits(copy.deepcopy(model).double(), x.double())
     with torch.autocast("cpu", torch.bfloat16):
         y = model(x)
-    assert (y.detach().double() - expected).abs().max() <= 0.1 * expected.abs().max()
+    assert (y.detach().double() - expected).abs().max() <= 0.06 * expected.abs().max()
     assert not torch.equal(y.float(), model(x))  # it did compute in bfloat16
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-4)  # its folded weights are in float32
     if grad:
         y.float().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -249,7 +250,7 @@ def test_modules_that_are_read(kind: type[HNE], name: str, rng: torch.Generator,
     layer, path = (model.blocks[0][0], "blocks.0.0") if name == "position" else (model.blocks[1][0], "blocks.1.0")
     module = getattr(layer, name)
     handle = module.register_forward_hook(lambda *_: None)
-    with pytest.raises(SkippedModuleError, match=rf"^({path}\.)?{name}: a {type(module).__name__} is never called"):
+    with pytest.raises(SkippedModuleError, match=rf"^{path}\.{name}: a {type(module).__name__} is never called"):
         model(x)
     handle.remove()
     before = model(x)
@@ -273,33 +274,54 @@ class _Half(nn.Module):
 # Compiled and exported programs ---------------------------------------------------------------------------------------
 
 
-@each_network
-@each_model
-def test_compiles_in_one_graph(kind: type[HNE], name: str, rng: torch.Generator, grad: bool) -> None:
+def test_compiles_in_one_graph(rng: torch.Generator, grad: bool) -> None:
     torch._dynamo.reset()
-    model = build(kind, name, TREE, rng, torch.float32)
+    model = build(FusedHNE, "class token", Hierarchy((1, 1, 2)), rng, torch.float32)
+    twin = copy.deepcopy(model)
     x = images(rng, 2, SIZE, torch.float32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(compiled(x, 2), model(x, 2), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # without code generation, which is slow
+    y, expected = compiled(x), twin(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     if grad:
-        twin = copy.deepcopy(model)
-        for network in (compiled, twin):
-            network(x).square().sum().backward()
+        for logits in (y, expected):
+            logits.square().sum().backward()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             assert (p.grad - q.grad).abs().max() <= 1e-3 * q.grad.abs().max() + 1e-5
     torch._dynamo.reset()
 
 
-@each_network
 @each_model
-def test_exports_with_a_dynamic_batch(kind: type[HNE], name: str, rng: torch.Generator, grad: bool) -> None:
-    model = build(kind, name, TREE, rng, torch.float32)
+def test_exports_with_a_dynamic_batch(kind: type[HNE], rng: torch.Generator) -> None:
+    model = build(kind, "class token", Hierarchy((1, 1, 2)), rng, torch.float32)
     batch = torch.export.Dim("batch", min=1, max=1024)
-    program = torch.export.export(model, (images(rng, 3, SIZE, torch.float32),), dynamic_shapes=({0: batch},))
-    for size in (1, 5):
-        x = images(rng, size, SIZE, torch.float32)
-        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        program = torch.export.export(model, (images(rng, 3, SIZE, torch.float32),), dynamic_shapes=({0: batch},))
+        for size in (1, 5):
+            x = images(rng, size, SIZE, torch.float32)
+            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+def test_transforms(rng: torch.Generator) -> None:
+    model = build(FusedHNE, "class token", Hierarchy((1, 1, 2)), rng)
+    x = images(rng, 3, SIZE)
+    mapped = torch.func.vmap(lambda image: model(image[None])[:, 0], out_dims=1)(x)
+    torch.testing.assert_close(mapped, model(x))
+    other = {name: tensor * 1.5 for name, tensor in model.state_dict().items()}
+    y = torch.func.functional_call(model, other, (x,))
+    model.load_state_dict(other)
+    torch.testing.assert_close(y, plain_logits(model, x))
+
+
+def test_second_derivatives(rng: torch.Generator) -> None:
+    torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
+    blocks = [[PatchEmbedding(6, 3, 6), TransformerBlock(6, 2, 5, layer_scale=True), LayerNorm()]]
+    model = FusedHNE(Hierarchy((2,)), blocks, num_classes=2).double()
+    for module in (block := model.blocks[0][1]).scale1, block.scale2:
+        nn.init.ones_(module.weight)
+    x = images(rng, 1, (6, 6)).requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(model, x, fast_mode=True)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
