@@ -33,12 +33,14 @@ FUSED_CONVOLUTIONS = [
 ]
 
 
-def fused_convolution(geometry: Geometry, activation: str, residual_replicate: int = 0, variant: str = "") -> Case:
-    """A convolution, with a residual unless ``residual_replicate`` is 0."""
+def fused_convolution(
+    geometry: Geometry, activation: str, residual_replicate: int = 0, *, scaled: bool = False, variant: str = ""
+) -> Case:
+    """A convolution, with a residual unless ``residual_replicate`` is 0; ``scaled`` keeps the variance of x."""
     g = geometry
 
     def make(rng: torch.Generator) -> Inputs:
-        weight = normal(rng, g.branches, g.co, g.ci, g.k, g.k)
+        weight = normal(rng, g.branches, g.co, g.ci, g.k, g.k, scale=(g.ci * g.k**2) ** -0.5 if scaled else 1.0)
         return {
             "x": normal(rng, g.G, g.B, g.H, g.W, g.ci),
             "weight": K.pack_weight(weight),
@@ -330,36 +332,39 @@ LAYERS += [
     ),
 ]
 
+
+def _scaled(geometry: Geometry, activation: str) -> Case:
+    return fused_convolution(geometry, activation, scaled=True)
+
+
 LAYERS += [
     layers(
-        # An identity, a shortcut that is a convolution, an identity where the tree branches.
-        "basic blocks",
-        fused_convolution(Geometry(1, 1, 3, 9, 8, 3, 16, 3, 1, 1), "relu"),
-        fused_convolution(Geometry(1, 1, 3, 9, 8, 16, 16, 3, 1, 1), "relu"),
-        fused_convolution(Geometry(1, 1, 3, 9, 8, 16, 16, 3, 1, 1), "relu"),
-        fused_convolution(Geometry(1, 2, 3, 9, 8, 16, 24, 1, 2, 0), "none"),
-        fused_convolution(Geometry(1, 2, 3, 9, 8, 16, 24, 3, 2, 1), "relu"),
-        fused_convolution(Geometry(2, 1, 3, 5, 4, 24, 24, 3, 1, 1), "relu"),
-        fused_convolution(Geometry(2, 2, 3, 5, 4, 24, 24, 3, 1, 1, missing=1), "relu6"),
-        fused_convolution(Geometry(3, 1, 3, 5, 4, 24, 24, 3, 1, 1), "relu"),
-        fused_convolution(Geometry(3, 2, 3, 1, 1, 24, 10, 1, 1, 0), "none"),
-        mean=[8],
-        reads={
-            2: {"residual": -2},
-            4: {"source": -2},
-            5: {"residual": -2},
-            7: {"residual": -2, "residual_replicate": 2},
-        },
+        "basic block",
+        _scaled(Geometry(1, 1, 3, 9, 8, 3, 16, 3, 1, 1), "relu"),
+        *2 * [_scaled(Geometry(1, 1, 3, 9, 8, 16, 16, 3, 1, 1), "relu")],
+        _scaled(Geometry(1, 2, 3, 1, 1, 16, 10, 1, 1, 0), "none"),
+        mean=[3],
+        reads={2: {"residual": -2}},
+    ),
+    layers(
+        # A block that branches and has a convolution as its shortcut, and one that branches and has the identity.
+        "branching blocks",
+        _scaled(Geometry(1, 2, 3, 9, 8, 16, 24, 1, 2, 0), "none"),
+        _scaled(Geometry(1, 2, 3, 9, 8, 16, 24, 3, 2, 1), "relu"),
+        _scaled(Geometry(2, 1, 3, 5, 4, 24, 24, 3, 1, 1), "relu"),
+        _scaled(Geometry(2, 2, 3, 5, 4, 24, 24, 3, 1, 1, missing=1), "relu6"),
+        _scaled(Geometry(3, 1, 3, 5, 4, 24, 24, 3, 1, 1), "relu"),
+        reads={1: {"source": -2}, 2: {"residual": -2}, 4: {"residual": -2, "residual_replicate": 2}},
     ),
     layers(
         # The output within a chain of bottlenecks and that before a mean have another reader.
         "bottlenecks and sums",
         *2 * [bottleneck(Bottleneck(2, 1, 2, 5, 6, 8, 16, 8, 3, 1, "identity", "relu", "relu"))],
-        fused_convolution(Geometry(2, 1, 2, 5, 6, 8, 8, 3, 1, 1), "relu"),
-        fused_convolution(Geometry(2, 1, 2, 5, 6, 8, 8, 3, 1, 1), "none"),
+        _scaled(Geometry(2, 1, 2, 5, 6, 8, 8, 3, 1, 1), "relu"),
+        _scaled(Geometry(2, 1, 2, 5, 6, 8, 8, 3, 1, 1), "none"),
         *2 * [bottleneck(Bottleneck(2, 1, 2, 5, 6, 8, 16, 8, 3, 1, "identity", "relu6", "none"))],
-        fused_convolution(Geometry(2, 1, 2, 1, 1, 8, 20, 1, 1, 0), "relu"),
-        fused_convolution(Geometry(2, 2, 2, 5, 6, 8, 20, 5, 1, 0), "relu"),
+        _scaled(Geometry(2, 1, 2, 1, 1, 8, 20, 1, 1, 0), "relu"),
+        _scaled(Geometry(2, 2, 2, 5, 6, 8, 20, 5, 1, 0), "relu"),
         keep=[3],
         mean=[6],
         reads={2: {"residual": -3}, 3: {"residual": -3}, 7: {"source": -2}},
@@ -367,11 +372,11 @@ LAYERS += [
     layers(
         # Sums with the input of all layers and with the layer's own, in a stem of one branch before bottlenecks.
         "sums in a stem",
-        fused_convolution(Geometry(1, 1, 4, 7, 9, 5, 5, 3, 1, 1), "relu"),
-        fused_convolution(Geometry(1, 1, 4, 7, 9, 5, 5, 1, 1, 0), "relu"),
-        fused_convolution(Geometry(1, 1, 4, 7, 9, 5, 5, 3, 1, 1), "none"),
+        _scaled(Geometry(1, 1, 4, 7, 9, 5, 5, 3, 1, 1), "relu"),
+        _scaled(Geometry(1, 1, 4, 7, 9, 5, 5, 1, 1, 0), "relu"),
+        _scaled(Geometry(1, 1, 4, 7, 9, 5, 5, 3, 1, 1), "none"),
         bottleneck(Bottleneck(1, 1, 4, 7, 9, 5, 3, 5, 3, 1, "identity", "relu", "relu")),
-        fused_convolution(Geometry(1, 3, 4, 7, 9, 5, 5, 1, 1, 0), "relu"),
+        _scaled(Geometry(1, 3, 4, 7, 9, 5, 5, 1, 1, 0), "relu"),
         reads={0: {"residual": -1}, 1: {"residual": -2}, 4: {"residual": -1, "residual_replicate": 3}},
     ),
 ]
