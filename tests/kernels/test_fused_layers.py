@@ -11,6 +11,7 @@ import torch
 from cases import LAYERS, Case, expected
 from threads import on_threads
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import hne_kernels as K
 from hne_kernels import extension
@@ -440,6 +441,32 @@ def test_layers_that_do_not_fit(rng: torch.Generator) -> None:
     wide = tuple(w if w is None else w.double() for w in singles[1].weights)
     with pytest.raises(TypeError, match=r"layer 1: .*float64"):
         K.FusedLayers([singles[0], singles[1]._replace(weights=wide)])
+
+
+def _basic_block(rng: torch.Generator) -> K.FusedLayers:
+    """From 2 branches of 3 channels to 5 channels, with stride 2 and a convolution as its shortcut."""
+    shortcut, first = (_convolution(rng, 2, 3, 5, k)._replace(stride=2, padding=k // 2) for k in (1, 3))
+    second = _convolution(rng, 2, 5, 5, 3)._replace(padding=1, residual=-2)
+    return K.FusedLayers([shortcut, first._replace(source=-2), second])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_recorded_block(rng: torch.Generator) -> None:
+    layers = _basic_block(rng)
+    x, other = (torch.randn(2, batch, 7, 6, 3, generator=rng, dtype=torch.float64) for batch in (4, 3))
+    traced = torch.jit.trace(lambda x: layers(x)[0], x)
+    compiled = torch.compile(lambda x: layers(x)[0], fullgraph=True, backend="aot_eager")
+    for given in (x, other):
+        torch.testing.assert_close(traced(given), layers(given)[0])
+        torch.testing.assert_close(compiled(given), layers(given)[0])
+
+
+def test_operations_of_a_block_are_counted(rng: torch.Generator) -> None:
+    """Also of a layer that does not read the one before."""
+    layers = _basic_block(rng)
+    with FlopCounterMode(display=False) as counter:
+        layers(torch.randn(2, 4, 7, 6, 3, generator=rng, dtype=torch.float64))
+    assert counter.get_total_flops() == 2 * (2 * 4 * 4 * 3 * 5) * (3 + 9 * 3 + 9 * 5)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
