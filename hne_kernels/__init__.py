@@ -25,7 +25,8 @@ from .ops.branch_pointwise_stats import branch_pointwise_stats
 from .ops.fused_bottleneck import fused_bottleneck
 from .ops.fused_bottleneck_chain import fused_bottleneck_chain
 from .ops.fused_conv2d import fused_conv2d
-from .ops.fused_layers import FusedLayer, FusedLayers, select_branches
+from .ops.fused_layer import FusedLayer, select_branches
+from .ops.fused_layers import FusedLayers
 from .ops.hierarchical_distillation_loss import hierarchical_distillation_loss
 from .ops.prefix_logits import prefix_logits
 from .ops.prefix_mean import prefix_mean
