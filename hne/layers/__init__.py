@@ -11,6 +11,7 @@ from .dense_bottleneck import DenseBottleneck, DenseBottleneckLayer
 from .executor import Executor, Features
 from .layer import Layer, build_layer
 from .layer_norm import BranchLayerNorm, LayerNorm, LayerNormLayer
+from .module import Module, ModuleLayer
 from .parameters import (
     BatchNormModule,
     BranchConv,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import nn
 from typing_extensions import Self
 
 from .activations import ACTIVATIONS
@@ -50,19 +52,29 @@ class LayerSpec(ABC):
         """The spec as a JSON-able dictionary, which :func:`spec_from_config` reads."""
         return {"layer": type(self).__name__, **dataclasses.asdict(self)}
 
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any], templates: Iterator[nn.Module]) -> Self:
+        """The spec of the fields in a config; arguments as in :func:`spec_from_config`."""
+        return cls(**fields)
 
-def spec_from_config(config: dict[str, Any]) -> LayerSpec:
+
+def spec_from_config(config: dict[str, Any], templates: Iterable[nn.Module] = ()) -> LayerSpec:
     """The spec for a dictionary that :meth:`LayerSpec.config` wrote.
 
+    Args:
+        config: The dictionary.
+        templates: An iterator of the modules that configs name and do not hold; a spec that needs one takes the next.
+
     Raises:
-        ValueError: The layer or a field is unknown, a field is missing, or a value is not valid.
+        ValueError: The layer or a field is unknown, a field is missing, a value is not valid, or the next template is
+            missing or of another class.
     """
     fields = dict(config)
     name = fields.pop("layer", None)
     if name not in _SPECS:
         raise ValueError(f"layer must be one of {', '.join(_SPECS)}, got {name!r}")
     try:
-        return _SPECS[name](**fields)
+        return _SPECS[name].from_fields(fields, iter(templates))
     except TypeError as error:
         raise ValueError(f"not the description of a {name}: {config} ({error})") from error
 

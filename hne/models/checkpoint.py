@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, FileError
 from ..files import is_utf8, replacing, to_json, utf8_path
@@ -39,7 +39,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, A
         FileError: The file cannot be written.
         ResultError: The config has a number that is NaN or infinite.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     text = to_json(config, path)
     metadata = {
         "format": FORMAT,
@@ -128,23 +128,39 @@ def restore_model(model: HNE, tensors: Mapping[str, Tensor], path: str | Path) -
     model.load_state_dict(found)
 
 
-def load_model(path: str | Path, *, naive: bool = False) -> tuple[HNE, dict[str, Any]]:
+def load_model(
+    path: str | Path, *, naive: bool = False, templates: Sequence[nn.Module] = ()
+) -> tuple[HNE, dict[str, Any]]:
     """The network of a checkpoint, in eval mode on the CPU, and the checkpoint's config.
 
     Args:
         path: A checkpoint of either class.
         naive: Build a :class:`NaiveHNE` instead of a :class:`FusedHNE`.
+        templates: The template of each :class:`hne.Module` in the order of the layers: modules of the same classes and
+            shapes, with any weights. A checkpoint holds no code.
 
     Raises:
-        CheckpointError: As :func:`load`; or the network cannot be built from the config, or the tensors do not fit it.
+        CheckpointError: As :func:`load`; or the network cannot be built from the config and the templates, or the
+            tensors do not fit it.
     """
     tensors, config = load(path)
     try:
-        model = (NaiveHNE if naive else FusedHNE).from_config(config["model"])
+        model = (NaiveHNE if naive else FusedHNE).from_config(config["model"], templates)
     except (LookupError, AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot build its network ({error})") from error
     restore_model(model, tensors, path)
     return model.eval(), config
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with copies of those that share memory (tied weights), which safetensors does not write."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return apart
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -29,10 +29,13 @@ from ..layers import (
     BranchModule,
     Layer,
     LayerSpec,
+    Module,
+    ModuleLayer,
     build_layer,
     check_kind,
     spec_from_config,
 )
+from .checks import check_network, check_templates
 from .presets import PRESETS, scaled
 
 _Model = TypeVar("_Model", bound="HNE")
@@ -49,10 +52,11 @@ class HNE(FoldedWeightCache, ABC):
 
     Raises:
         TypeError: A layer is not a spec from :mod:`hne.layers`, or a number is not an int.
-        ValueError: The number of blocks is not that of the tree, a block is empty, or a number is below 1.
+        ValueError: The number of blocks is not that of the tree, a block is empty, a number is below 1, or the template
+            of a :class:`Module` does not fit.
 
     Weights of convolutions are initialised as in He et al. (2015), and those of linear layers as in ``nn.Linear``, from
-    PyTorch's global random generator.
+    PyTorch's global random generator; those of modules of other classes as :class:`Module` says.
     """
 
     def __init__(
@@ -64,16 +68,21 @@ class HNE(FoldedWeightCache, ABC):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        _check_network(hierarchy, blocks, num_classes, in_channels)
+        check_network(hierarchy, blocks, num_classes, in_channels)
         self.hierarchy = hierarchy
         self.num_classes = num_classes
         self.in_channels = in_channels
         self.blocks = nn.ModuleList()
         channels = in_channels
-        for specs, branches, replicate in zip(blocks, hierarchy.branches, hierarchy.replication, strict=False):
+        levels = zip(blocks, hierarchy.branches, hierarchy.replication, strict=False)
+        for number, (specs, branches, replicate) in enumerate(levels):
             block = nn.ModuleList()
-            for spec in specs:
-                layer = build_layer(spec, channels, branches, replicate)
+            for index, spec in enumerate(specs):
+                try:
+                    layer = build_layer(spec, channels, branches, replicate)
+                except (TypeError, ValueError) as error:
+                    kind = TypeError if isinstance(error, TypeError) else ValueError
+                    raise kind(f"blocks[{number}][{index}]: {error}") from error
                 block.append(layer)
                 channels, replicate = layer.channels, 1  # only the first layer of a block branches
             self.blocks.append(block)
@@ -122,11 +131,16 @@ class HNE(FoldedWeightCache, ABC):
         return cls(tree, blocks, num_classes=num_classes, in_channels=in_channels)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
+    def from_config(cls, config: dict[str, Any], templates: Sequence[nn.Module] = ()) -> Self:
         """A newly initialised model from a config that :meth:`config` wrote.
 
+        Args:
+            config: The config.
+            templates: The template of each :class:`Module` in the order of the layers, as :meth:`templates` gives them;
+                a config has the names of their classes only.
+
         Raises:
-            ValueError: An entry is missing, unknown or not valid.
+            ValueError: An entry is missing, unknown or not valid, or the templates do not fit.
         """
         expected = {"hierarchy", "blocks", "num_classes", "in_channels"}
         if not isinstance(config, dict) or set(config) != expected:
@@ -134,7 +148,9 @@ class HNE(FoldedWeightCache, ABC):
             raise ValueError(f"a model's config has the entries {sorted(expected)}, got {got}")
         try:
             hierarchy = Hierarchy(**config["hierarchy"])
-            blocks = [[spec_from_config(layer) for layer in block] for block in config["blocks"]]
+            check_templates(config["blocks"], templates)
+            rest = iter(templates)
+            blocks = [[spec_from_config(layer, rest) for layer in block] for block in config["blocks"]]
             return cls(hierarchy, blocks, num_classes=config["num_classes"], in_channels=config["in_channels"])
         except TypeError as error:
             raise ValueError(f"not a model's config: {error}") from error
@@ -151,10 +167,15 @@ class HNE(FoldedWeightCache, ABC):
             "in_channels": self.in_channels,
         }
 
+    def templates(self) -> list[nn.Module]:
+        """The template of each :class:`Module`, in the order of the layers; :meth:`from_config` takes them."""
+        specs = (layer.spec for block in self.layers_of_blocks() for layer in block)
+        return [spec.template for spec in specs if isinstance(spec, Module)]
+
     def reset_parameters(self) -> None:
-        """Initialise all weights and running statistics anew."""
+        """Initialise all weights and running statistics anew, those of a :class:`Module` from its template again."""
         for module in self.modules():
-            if isinstance(module, BranchModule):
+            if isinstance(module, BranchModule | ModuleLayer):
                 module.reset_parameters()
 
     def sync_batch_norm_(self, enabled: bool = True) -> Self:
@@ -164,7 +185,16 @@ class HNE(FoldedWeightCache, ABC):
         may have an empty batch. A single process computes as before. ``nn.SyncBatchNorm.convert_sync_batchnorm`` does
         the same for its process group. Gradients are those of the sum of all processes' losses;
         ``DistributedDataParallel`` turns the sum into a mean.
+
+        Raises:
+            ValueError: A :class:`Module` has batch norms, which only ``convert_sync_batchnorm`` replaces.
         """
+        for name, module in self.named_modules():
+            if enabled and isinstance(module, ModuleLayer) and _has_batch_norm(module):
+                raise ValueError(
+                    f"{name} is a {module.spec} with batch norms of torch.nn: use "
+                    f"torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) instead of sync_batch_norm_()"
+                )
         for module in self.modules():
             if isinstance(module, BatchNormModule):
                 module.synchronised = enabled
@@ -358,26 +388,6 @@ class FusedHNE(HNE):
         return self._TRAINING if self.training or torch.is_grad_enabled() else self._INFERENCE
 
 
-def _check_network(
-    hierarchy: Hierarchy,
-    blocks: Sequence[Sequence[LayerSpec]],
-    num_classes: int,
-    in_channels: int,
-) -> None:
-    if not isinstance(hierarchy, Hierarchy):
-        raise TypeError(f"hierarchy must be a Hierarchy, got {type(hierarchy).__name__}")
-    if len(blocks) != hierarchy.num_blocks:
-        raise ValueError(
-            f"the tree {hierarchy.branches} has {hierarchy.num_blocks} blocks, but blocks describes {len(blocks)}"
-        )
-    for index, block in enumerate(blocks):
-        if not block:
-            raise ValueError(f"blocks[{index}] must have at least one layer, got none")
-        for layer in block:
-            if not isinstance(layer, LayerSpec):
-                raise TypeError(f"blocks[{index}] must list layer specs (Conv, Bottleneck, ...), got {layer!r}")
-    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+def _has_batch_norm(layer: ModuleLayer) -> bool:
+    kind = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, kind) and not isinstance(module, nn.SyncBatchNorm) for module in layer.modules())
