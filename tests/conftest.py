@@ -82,6 +82,13 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
     return torch.Generator().manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(params=[True, False], ids=["grad", "no-grad"])
+def grad(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """The test runs with and without gradients."""
+    with torch.set_grad_enabled(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Fill all new memory with NaN, also in the compiled ops, so that a value that a kernel omits is noticed."""

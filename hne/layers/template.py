@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .parameters import Size
@@ -214,10 +215,11 @@ class DryRuns:
         from torch.utils.flop_counter import FlopCounterMode  # takes long to import
 
         x = self._zeros(module, size)
-        fast_path = torch.backends.mha.get_fastpath_enabled()  # of attention in inference, which is not counted
+        # The counter knows neither PyTorch's fused attention for CPUs nor its fast path of encoder layers.
+        fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with FlopCounterMode(display=False) as counter:
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 y, _ = self._run(module, x)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -241,20 +243,23 @@ def draw_anew(module: nn.Module) -> None:
     Parameters that no such method reaches get noise. Parameters that require no gradient keep their values, and a
     submodule that has no others keeps its buffers, too.
     """
-    before = {
-        name: (parameter, _version(parameter), parameter.clone()) for name, parameter in module.named_parameters()
-    }
+    before = {name: (p, _version(p), p.clone()) for name, p in module.named_parameters()}
+    reset_here: set[int] = set()  # ids of the parameters of submodules that were reset
     for submodule in reversed(list(module.modules())):  # a module may improve on what its submodules have drawn
         own = list(submodule.parameters(recurse=False))
         reset = getattr(submodule, "reset_parameters", None) or getattr(submodule, "_reset_parameters", None)
         if callable(reset) and (not own or any(parameter.requires_grad for parameter in own)):
             reset()
+            reset_here.update(map(id, own))
     for name, parameter in module.named_parameters():
-        old, version, value = before.get(name, (None, None, None))
-        if value is None:
+        if name not in before:
             continue
+        old, version, value = before[name]
         if not parameter.requires_grad:
             parameter.copy_(value)
+        elif version is None:  # made under torch.inference_mode(), where writes are not counted
+            if id(parameter) not in reset_here:
+                _add_noise(parameter, _NOISE)
         elif parameter is old and _version(parameter) == version and _equal(parameter, value):
             _add_noise(parameter, _NOISE)
 
