@@ -257,7 +257,7 @@ def draw_anew(module: nn.Module) -> None:
         old, version, value = before[name]
         if not parameter.requires_grad:
             parameter.copy_(value)
-        elif version is None:  # made under torch.inference_mode(), where writes are not counted
+        elif version is None:  # under torch.inference_mode() writes are not counted
             if id(parameter) not in reset_here:
                 _add_noise(parameter, _NOISE)
         elif parameter is old and _version(parameter) == version and _equal(parameter, value):
@@ -277,7 +277,7 @@ def _add_noise(parameter: Tensor, relative: float) -> None:
 
 
 def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() or torch.is_inference_mode_enabled() else tensor._version
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

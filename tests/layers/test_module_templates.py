@@ -162,13 +162,16 @@ def test_templates_on_the_meta_device() -> None:
 def test_under_inference_mode(rng: torch.Generator) -> None:
     x = images(rng, dtype=torch.float32)
     with torch.inference_mode():
-        model = one_layer(
-            Module(nn.Sequential(nn.Hardswish(inplace=True), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
-        ).eval()
+        template = nn.Sequential(nn.Hardswish(inplace=True), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        model = one_layer(Module(template)).eval()
         first, second, _ = copies_of(model)
         assert not torch.equal(first[1].weight, second[1].weight)
         assert torch.equal(second[2].weight, torch.ones(4))
         torch.testing.assert_close(model(x), model.to_naive()(x))
+    model = one_layer(Module(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))))
+    with torch.inference_mode():
+        model.reset_parameters()
+    assert torch.equal(copies_of(model)[1][1].weight, torch.ones(4))
 
 
 # Cost -----------------------------------------------------------------------------------------------------------------
