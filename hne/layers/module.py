@@ -33,7 +33,8 @@ class Module(LayerSpec):
     template's in all copies.
 
     A template that occurs twice in a network makes two layers. The template itself is not part of the network, and
-    training leaves it as it is. Configs hold the name of its class, not its code.
+    training leaves it as it is. Its copies begin in training mode, as a new network does. Configs hold the name of its
+    class, not its code.
 
     Args:
         template: The module. It does not change the batch, and has no lazy or quantised modules.
@@ -136,7 +137,7 @@ class ModuleLayer(Layer, spec=Module):
         spec = dataclasses.replace(spec, channels=runs.channels, tokens=runs.tokens)
         super().__init__(spec, in_channels, branches, replicate)
         self.in_channels = in_channels
-        self.copies = nn.ModuleList(copied(spec.template) for _ in range(branches))
+        self.copies = nn.ModuleList(copied(spec.template) for _ in range(branches)).train()
         self._runs = runs
 
     def reset_parameters(self) -> None:

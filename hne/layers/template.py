@@ -51,7 +51,6 @@ def copied(template: nn.Module) -> nn.Module:
 class Result(NamedTuple):
     """What a template makes of features of some size."""
 
-    channels: int
     size: Size
     macs: int  # for one image
 
@@ -226,7 +225,7 @@ class DryRuns:
         y = self.as_map(y, x)
         self.check_channels(y, x)
         height, width = y.shape[2:]
-        return Result(y.shape[1], (height, width), counter.get_total_flops() // (2 * _BATCH))
+        return Result((height, width), counter.get_total_flops() // (2 * _BATCH))
 
 
 def _text(size: tuple[int, ...]) -> str:
@@ -255,12 +254,13 @@ def draw_anew(module: nn.Module) -> None:
         if name not in before:
             continue
         old, version, value = before[name]
+        if version is None:  # under torch.inference_mode() writes are not counted
+            reached = id(parameter) in reset_here
+        else:
+            reached = parameter is not old or _version(parameter) != version or not _equal(parameter, value)
         if not parameter.requires_grad:
             parameter.copy_(value)
-        elif version is None:  # under torch.inference_mode() writes are not counted
-            if id(parameter) not in reset_here:
-                _add_noise(parameter, _NOISE)
-        elif parameter is old and _version(parameter) == version and _equal(parameter, value):
+        elif not reached:
             _add_noise(parameter, _NOISE)
 
 

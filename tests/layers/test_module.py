@@ -338,15 +338,17 @@ def test_modules_without_parameters(rng: torch.Generator) -> None:
 
 
 def test_template_stays_apart(rng: torch.Generator) -> None:
-    template = Shuffle(3 * 2).train()
+    template = Shuffle(6).eval()
     before = copy.deepcopy(template.state_dict())
     model = FusedHNE(Hierarchy((2,)), [[Conv(6), Module(template)]], num_classes=2)
     (layer,) = module_layers(model)
     assert isinstance(layer, ModuleLayer)
+    assert all(module.training for module in model.modules())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     model.double().eval()
-    assert template.training
+    model.train()
+    assert not template.training
     torch.testing.assert_close(dict(template.state_dict()), dict(before), rtol=0, atol=0)
     assert not any(name.startswith("blocks.0.1.spec") for name in model.state_dict())

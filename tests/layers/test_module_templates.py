@@ -413,6 +413,7 @@ SPECS: dict[str, tuple[Callable[[], Module], type[Exception], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("case", SPECS)
 def test_bad_specs(case: str) -> None:
     make, error, message = SPECS[case]
