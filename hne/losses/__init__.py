@@ -4,4 +4,5 @@ from __future__ import annotations
 
 from .gaussian import gaussian_divergence, gaussians, likelihood_objective
 from .hydra import average_teacher, hydra_loss
+from .modules import HierarchicalDistillationLoss, HierarchicalLoss, HydraLoss, IndependentLoss
 from .objectives import OBJECTIVES, Objective, objective

@@ -67,10 +67,7 @@ def objective(name: str, alpha: float = 0.5, temperature: float = 2.0) -> Object
     """
     if name not in _OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    check_settings(alpha, temperature)
     formula = _OBJECTIVES[name]
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -80,6 +77,14 @@ def objective(name: str, alpha: float = 0.5, temperature: float = 2.0) -> Object
         return formula(logits, target, alpha, temperature)
 
     return loss
+
+
+def check_settings(alpha: float, temperature: float) -> None:
+    """Raise ValueError unless ``alpha`` and ``temperature`` are in their ranges."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
 
 
 _OBJECTIVES: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
