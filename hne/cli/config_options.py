@@ -36,7 +36,13 @@ _PROTOCOL_LINES = " ".join(f"{name}: {protocol_line(values)}." for name, values 
 
 _OPTIONS: dict[str, _Option] = {
     "limit_train": _Option("train on only K images", positive_int, "K"),
-    "image_size": _Option("scale the images of imagenet to this size (default: 224)", positive_int, "PIXELS"),
+    "image_size": _Option(
+        "scale the images of imagenet or folder to this height and width (default: 224)", positive_int, "PIXELS"
+    ),
+    "val_share": _Option(
+        "for folder without val/: share of the images of each class to test on (default: 0.1)", float, "SHARE"
+    ),
+    "split_seed": _Option("random seed of the choice of these images (default: 0)", int, "K"),
     "augment": _Option("no random crops and flips"),
     "preset": _Option("architecture (default: one that suits the data; see `hne info`)", choices=tuple(PRESETS)),
     "width": _Option("factor on every channel count (default: 1)", float, "F"),
@@ -55,7 +61,7 @@ _OPTIONS: dict[str, _Option] = {
     "alpha": _Option("weight of the second term; the first has 1 - A (default: 0.5, for imagenet 0.75)", float, "A"),
     "temperature": _Option("temperature of the distillation (default: 2)", float, "T"),
     "protocol": _Option(
-        "a set of options. cifar and imagenet are the paper's, quick is for small images, tabular for regression "
+        "a set of options. cifar and imagenet are the paper's, quick is for short runs, tabular for regression "
         f"(default: one that suits the data). {_PROTOCOL_LINES}",
         choices=tuple(PROTOCOLS),
     ),
@@ -79,7 +85,7 @@ _OPTIONS: dict[str, _Option] = {
 
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
-TRAINING_DATA = ("limit_train", "image_size", "augment")
+TRAINING_DATA = ("limit_train", "image_size", "val_share", "split_seed", "augment")
 OPTIMISATION = (
     *("protocol", "epochs", "batch_size", "lr", "schedule"),
     *("momentum", "weight_decay", "clip_grad_norm"),

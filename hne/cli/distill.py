@@ -180,6 +180,7 @@ def _compare(
     ood_images = None if ood_images is None else ood_images.to(device)
     systems = [] if teacher.model is None else [measure_system("teacher", teacher.model, dataset, ood_images)]
     if "test" in teacher.outputs and dataset.target is None:
+        assert dataset.test.labels is not None  # known in data sets by name
         outputs = [(teacher.outputs["test"].to(device), dataset.test.labels)]
         evaluation = evaluate_members(outputs, teacher.num_models, lambda n: 0, World(device))
         systems.append(System("teacher", teacher.num_models, evaluation))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data import Dataset, Images, InputFormat, load_dataset, ood_images
+from ..data import DATASETS, RESIZABLE, Dataset, Images, InputFormat, load_dataset, ood_images
 from ..errors import CheckpointError
 from ..models import HNE, checkpoint
 from ..training import CHECKPOINT, TrainConfig
@@ -64,14 +65,26 @@ def load_test_data(args: argparse.Namespace, stored: dict[str, Any]) -> Dataset:
     """
     trained = stored["data"]
     name = getattr(args, "data", trained["name"])
+    if name not in DATASETS:
+        raise CheckpointError(
+            f"{checkpoint_path(args.checkpoint)}: trained on {name}, a data set that was made in Python: "
+            "--data names one to test on"
+        )
     dataset = load_dataset(
         name,
         args.data_dir,
-        image_size=stored["recipe"]["image_size"] if name == trained["name"] else None,
+        image_size=trained["input"]["size"][0] if name in RESIZABLE else None,
+        **(held_out_options(trained) if name == trained["name"] else {}),
         limit_test=getattr(args, "limit_test", None),
     )
     check_fits(args.checkpoint, stored, dataset)
     return dataset
+
+
+def held_out_options(trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that hold out the same test images as in a training; ``trained`` is the entry "data" of its file."""
+    held_out = trained.get("held_out")
+    return {} if held_out is None else dict(zip(("val_share", "split_seed"), held_out, strict=True))
 
 
 def load_training_data(args: argparse.Namespace, config: TrainConfig) -> Dataset:
@@ -80,6 +93,8 @@ def load_training_data(args: argparse.Namespace, config: TrainConfig) -> Dataset
         config.data,
         args.data_dir,
         image_size=config.image_size,
+        val_share=config.val_share,
+        split_seed=config.split_seed,
         limit_train=config.limit_train,
         limit_test=config.limit_test,
     )

@@ -3,6 +3,8 @@
     dataset = load_dataset("cifar10", data_dir="~/data")
     for images, labels in evaluation_batches(dataset.test, dataset.input, 256): ...
 
+``Dataset.from_torch(train, val)`` takes any two map-style data sets of PyTorch instead.
+
 Images stay uint8 until a batch is made. Augmentation and normalisation work on whole batches. All random numbers come
 from one generator, so that a run can be repeated and resumed exactly.
 """
@@ -13,6 +15,7 @@ from .dataset import Dataset
 from .folder import image_files
 from .formats import InputFormat, TargetFormat
 from .images import FileImages, Images, MemoryImages
+from .items import ItemImages
 from .loader import evaluation_batches, training_batches
 from .ood import ood_images
-from .registry import DATASETS, load_dataset
+from .registry import DATASETS, RESIZABLE, load_dataset

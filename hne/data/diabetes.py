@@ -28,8 +28,7 @@ def diabetes(data_dir: str | Path | None = None) -> Dataset:
     return Dataset(
         "diabetes",
         (),
-        # InputFormat states mean and std for values divided by 255.
-        InputFormat(len(mean), (1, 1), tuple((mean / 255).tolist()), tuple((std / 255).tolist())),
+        InputFormat(len(mean), (1, 1), tuple(mean.tolist()), tuple(std.tolist())),
         MemoryImages(features[~test], target[~test]),
         MemoryImages(features[test], target[test]),
         TargetFormat(target_mean.item(), target_std.item()),

@@ -40,13 +40,15 @@ class InputFormat:
         """Scale every channel to mean 0 and standard deviation 1.
 
         Args:
-            pixels: uint8 ``[B, H, W, C]``.
+            pixels: ``[B, H, W, C]``: uint8, which are scaled to [0, 1], or floating-point numbers as they are. The
+                latter may be overwritten.
 
         Returns:
             ``[B, C, H, W]`` in channels_last memory, of torch's default dtype.
         """
-        mean = torch.tensor(self.mean, device=pixels.device) * 255
-        std = torch.tensor(self.std, device=pixels.device) * 255
+        white = 255 if pixels.dtype == torch.uint8 else 1
+        mean = torch.tensor(self.mean, device=pixels.device) * white
+        std = torch.tensor(self.std, device=pixels.device) * white
         return pixels.to(mean.dtype).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
     def read(self, path: str | Path, noise: Sequence[float] | None = None) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,8 +15,11 @@ from ..errors import DataError
 from . import augment
 from .decode import check_header
 from .formats import InputFormat
+from .items import ItemImages
+from .plan import Plan
 
 _CHECKED_AT_ONCE = 500  # files that a thread checks in a turn
+_PREFETCH = 2  # batches of files that are decoded ahead of the one in use
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,6 @@ class MemoryImages:
     pad: int = 0
     flip: bool = False
 
-    prefetch = 0  # making a batch costs less than handing it between threads
-
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -50,11 +52,20 @@ class MemoryImages:
             return images
         return augment.crop_and_flip(images, noise, pad=self.pad, flip=self.flip)
 
+    def batches(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield pixels and labels of every batch of a plan."""
+        for indices, noise in plan:  # making a batch costs less than handing it between threads
+            yield self.pixels(indices, noise), self.labels[indices.to(self.labels.device)]
+
     def check(self) -> None:
         """Check nothing: these images are decoded already. See :meth:`FileImages.check`."""
 
     def subset(self, indices: Tensor) -> MemoryImages:
         return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def indexed(self) -> MemoryImages:
+        """Return the same images, each with its index as label."""
+        return replace(self, labels=torch.arange(len(self), device=self.labels.device))
 
     def to(self, device: torch.device) -> MemoryImages:
         """Move the images to ``device``; batches are then selected and augmented there."""
@@ -78,8 +89,6 @@ class FileImages:
     workers: int = 8
     _pool: ThreadPoolExecutor = field(init=False, repr=False, compare=False)
 
-    prefetch = 2  # batches decoded ahead of the one in use
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "_pool", ThreadPoolExecutor(self.workers))
 
@@ -100,6 +109,25 @@ class FileImages:
         rows = [None] * len(paths) if noise is None else noise.tolist()
         return torch.from_numpy(np.stack(list(self._pool.map(self.input.read, paths, rows))))
 
+    def batches(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :meth:`MemoryImages.batches`. Another thread prepares the pixels of two batches in advance.
+
+        The calling thread consumes the plan itself, completely and in order: the state of a generator that it draws
+        from does not depend on timing.
+        """
+        waiting: deque[tuple[Tensor, Future[Tensor]]] = deque()
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                for indices, noise in plan:
+                    waiting.append((self.labels[indices], thread.submit(self.pixels, indices, noise)))
+                    if len(waiting) > _PREFETCH:
+                        labels, pixels = waiting.popleft()
+                        yield pixels.result(), labels
+                for labels, pixels in waiting:
+                    yield pixels.result(), labels
+            finally:
+                thread.shutdown(cancel_futures=True)
+
     def check(self) -> None:
         """Check without decoding that all files can be read and begin like images.
 
@@ -116,12 +144,16 @@ class FileImages:
         paths = tuple(self.paths[index] for index in indices.tolist())
         return replace(self, paths=paths, labels=self.labels[indices])
 
+    def indexed(self) -> FileImages:
+        """See :meth:`MemoryImages.indexed`."""
+        return replace(self, labels=torch.arange(len(self)))
+
     def to(self, device: torch.device) -> FileImages:
         """Return the same images: files stay where they are."""
         return self
 
 
-Images = MemoryImages | FileImages
+Images = MemoryImages | FileImages | ItemImages
 
 
 def _problems(paths: Sequence[str]) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -12,9 +10,9 @@ from torch import Tensor
 from ..errors import DataError
 from .formats import InputFormat
 from .images import Images
+from .plan import Plan
 
 Batch = tuple[Tensor, Tensor]  # inputs [B, C, H, W], labels [B]
-Plan = Iterator[tuple[Tensor, Tensor | None]]  # for each batch: indices, and random numbers for the augmentation
 
 
 def training_batches(
@@ -54,10 +52,7 @@ def training_batches(
         raise ValueError(f"batch_size must lie between 1 and the {len(split)} images, got {batch_size}")
     if batch_size % world_size:
         raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {batch_size}")
-    if len(split) > 1 and not split.labels.is_floating_point() and split.labels.min() == split.labels.max():
-        raise DataError(
-            f"expected training images of at least two classes, got {len(split)} images of class {int(split.labels[0])}"
-        )
+    _check_classes(split.labels)
     share = batch_size // world_size
     local = slice(rank * share, (rank + 1) * share)
 
@@ -84,31 +79,15 @@ def evaluation_batches(
     return _load(split, input_format, ((batch, None) for batch in indices), device)
 
 
-def _load(split: Images, input_format: InputFormat, plan: Plan, device: torch.device | str) -> Iterator[Batch]:
-    for indices, pixels in _prefetch(split, plan):
-        labels = split.labels[indices.to(split.labels.device)].to(device)
-        yield input_format.normalise(pixels.to(device)), labels
-
-
-def _prefetch(split: Images, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield indices and pixels of every batch; another thread prepares up to ``split.prefetch`` batches in advance.
-
-    The calling thread consumes the plan itself, completely and in order: the generator's state at the end does not
-    depend on timing.
-    """
-    if not split.prefetch:
-        for indices, noise in plan:
-            yield indices, split.pixels(indices, noise)
+def _check_classes(labels: Tensor | None) -> None:
+    """Check that there are at least two classes, where the labels are known and not those of a regression."""
+    if labels is None or len(labels) < 2 or labels.is_floating_point() or labels.min() < labels.max():
         return
-    waiting: deque[tuple[Tensor, Future[Tensor]]] = deque()
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            for indices, noise in plan:
-                waiting.append((indices, thread.submit(split.pixels, indices, noise)))
-                if len(waiting) > split.prefetch:
-                    first, pixels = waiting.popleft()
-                    yield first, pixels.result()
-            for first, pixels in waiting:
-                yield first, pixels.result()
-        finally:
-            thread.shutdown(cancel_futures=True)
+    raise DataError(
+        f"expected training images of at least two classes, got {len(labels)} images of class {int(labels[0])}"
+    )
+
+
+def _load(split: Images, input_format: InputFormat, plan: Plan, device: torch.device | str) -> Iterator[Batch]:
+    for pixels, labels in split.batches(plan):
+        yield input_format.normalise(pixels.to(device)), labels.to(device)

@@ -48,6 +48,7 @@ def ood_images(
     images = dataset.test
     if isinstance(images, FileImages):
         return replace(images, input=input_format)
+    assert isinstance(images, MemoryImages)  # data sets by name have no items of PyTorch
     return MemoryImages(_convert(images, input_format), images.labels)
 
 

@@ -13,7 +13,8 @@ from .dataset import Dataset
 from .diabetes import diabetes
 from .digits import digits
 from .fashion_mnist import fashion_mnist
-from .folder import imagenet
+from .folder import folder
+from .imagenet import imagenet
 from .images import Images
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
@@ -22,7 +23,20 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "imagenet": imagenet,
+    "folder": folder,
     "diabetes": diabetes,
+}
+
+RESIZABLE = ("imagenet", "folder")
+
+# The data sets that take an option, and why others do not.
+_OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "image_size": (
+        RESIZABLE,
+        "the images of {name} have one size; only imagenet and folder can be resized",
+    ),
+    "val_share": (("folder",), "{name} has test images of its own; only folder can be split"),
+    "split_seed": (("folder",), "{name} has test images of its own; only folder can be split"),
 }
 
 
@@ -31,6 +45,8 @@ def load_dataset(
     data_dir: str | Path | None = None,
     *,
     image_size: int | None = None,
+    val_share: float | None = None,
+    split_seed: int | None = None,
     limit_train: int | None = None,
     limit_test: int | None = None,
 ) -> Dataset:
@@ -39,11 +55,13 @@ def load_dataset(
     Args:
         name: one of ``DATASETS``.
         data_dir: folder of its files; by default ``$HNE_DATA`` and the folders of system packages are searched.
-        image_size: height and width in pixels; only ``imagenet`` can be resized (default 224).
+        image_size: height and width in pixels, for ``imagenet`` and ``folder`` (default 224).
+        val_share: share of the training images to test on, for a ``folder`` without test images (default 0.1).
+        split_seed: chooses these images (default 0).
         limit_train, limit_test: use only this many images, a random but fixed selection.
 
     Raises:
-        ValueError: the name is unknown, a limit or ``image_size`` is below 1, or the data set cannot be resized.
+        ValueError: the name is unknown, an option is out of range, or the data set does not have it.
         DataError: files are missing, truncated or damaged. Image files are opened, yet not decoded: an image
             damaged further on is found when its batch is made.
     """
@@ -51,12 +69,13 @@ def load_dataset(
         raise ValueError(f"data: expected one of {', '.join(DATASETS)}, got {name!r}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
-    if image_size is None:
-        dataset = DATASETS[name](data_dir)
-    elif name == "imagenet":
-        dataset = imagenet(data_dir, image_size)
-    else:
-        raise ValueError(f"image_size: the images of {name} have one size; only imagenet can be resized")
+    options = {"image_size": image_size, "val_share": val_share, "split_seed": split_seed}
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        names, reason = _OPTIONS[option]
+        if name not in names:
+            raise ValueError(f"{option}: {reason.format(name=name)}")
+    dataset = DATASETS[name](data_dir, **given)
     dataset = replace(
         dataset,
         train=limit_images("limit_train", dataset.train, limit_train),

@@ -13,7 +13,7 @@ from ..data import DATASETS, Dataset
 from ..hierarchy import Hierarchy
 from ..models import HNE, FusedHNE, NaiveHNE
 
-# cifar and imagenet: section 4.1 of the HNE paper. quick: small images. tabular: regression.
+# cifar and imagenet: section 4.1 of the HNE paper. quick: short runs. tabular: regression.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "quick": {"epochs": 30, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "schedule": "cosine"},
     "cifar": {"epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine"},
@@ -43,6 +43,7 @@ DEFAULTS: dict[str, tuple[str, str]] = {
     "cifar10": ("cifar", "hne_resnet50_cifar"),
     "cifar100": ("cifar", "hne_resnet50_cifar"),
     "imagenet": ("imagenet", "hne_mobilenetv2_075"),
+    "folder": ("quick", "hne_mobilenetv2_075"),
     "diabetes": ("tabular", "hne_mlp"),
 }
 
@@ -52,7 +53,7 @@ SCHEDULES = ("cosine", "halving")
 _HALVINGS = tuple(epoch / 150 for epoch in (60, 90, 110, 125, 135, 145))
 
 # Options that checkpoints of earlier versions do not have, with the values that their runs had.
-LATER_OPTIONS: dict[str, Any] = {"cuda_graph": False}
+LATER_OPTIONS: dict[str, Any] = {"cuda_graph": False, "val_share": None, "split_seed": None}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class TrainConfig:
     """The config of a training run. Checkpoints store it, and a resumed run follows it to the same result.
 
     ``None`` stands for the whole data set (``limit_train``, ``limit_test``), the size and tree of the preset
-    (``num_models``, ``branches``), the image size of the data set, or no clipping.
+    (``num_models``, ``branches``), the image size and split of the data set, or no clipping.
     """
 
     data: str
@@ -82,6 +83,8 @@ class TrainConfig:
     seed: int = 0
     augment: bool = True
     image_size: int | None = None
+    val_share: float | None = None
+    split_seed: int | None = None
     limit_train: int | None = None
     limit_test: int | None = None
     clip_grad_norm: float | None = None
@@ -113,10 +116,16 @@ class TrainConfig:
                 _check_number(name, value, lambda number: number > 0, "a number above 0")
         _check_number("weight_decay", self.weight_decay, lambda number: number >= 0, "at least 0")
         _check_number("momentum", self.momentum, lambda number: 0 <= number < 1, "at least 0 and below 1")
+        if self.val_share is not None:
+            _check_number("val_share", self.val_share, lambda number: 0 < number < 1, "a number above 0 and below 1")
         if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie between 0 and 1, got {self.alpha!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed: expected a whole number from -2^63 to 2^64 - 1, got {self.seed!r}")
+        for name in ("seed", "split_seed"):
+            value = getattr(self, name)
+            if name == "split_seed" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**64:
+                raise ValueError(f"{name}: expected a whole number from -2^63 to 2^64 - 1, got {value!r}")
 
     @classmethod
     def of(cls, **options: Any) -> Self:

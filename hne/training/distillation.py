@@ -94,7 +94,7 @@ class DistillationTrainer(Trainer):
     config: StudentConfig
 
     def __init__(self, config: StudentConfig, dataset: Dataset, world: World, teacher: Teacher) -> None:
-        indexed = replace(dataset.train, labels=torch.arange(len(dataset.train)))  # the target of an image is its index
+        indexed = dataset.train.indexed()  # the target of an image is its index
         super().__init__(config, replace(dataset, train=indexed), world)
         self.teacher = teacher
 

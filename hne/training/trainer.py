@@ -246,7 +246,8 @@ class Trainer:
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """The entry ``data`` of checkpoints and summaries: name, classes, input format and sizes, as JSON-able values."""
+    """The entry ``data`` of checkpoints and summaries: name, classes, formats and sizes, as JSON-able values."""
+    held_out = {} if dataset.held_out is None else {"held_out": dataset.held_out}
     return {
         "name": dataset.name,
         "classes": dataset.classes,
@@ -254,6 +255,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "target": None if dataset.target is None else asdict(dataset.target),
         "train": len(dataset.train),
         "test": len(dataset.test),
+        **held_out,
     }
 
 

@@ -1,4 +1,4 @@
-"""Folders of images, one per class."""
+"""ImageNet, and how images in class folders are read."""
 
 from __future__ import annotations
 

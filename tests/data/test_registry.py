@@ -58,10 +58,13 @@ def test_bad_options() -> None:
         load_dataset("digits", image_size=16)
     with pytest.raises(ValueError, match="image_size: expected at least 1, got 0"):
         load_dataset("imagenet", image_size=0)
-    assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100", "imagenet", "diabetes"}
+    for option in ({"val_share": 0.2}, {"split_seed": 3}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: digits has test images of its own; only folder"):
+            load_dataset("digits", **option)
+    assert set(DATASETS) == {"digits", "fashion-mnist", "cifar10", "cifar100", "imagenet", "folder", "diabetes"}
 
 
-@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100", "imagenet"])
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100", "imagenet", "folder"])
 def test_missing_files_say_where_and_how(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty, absent = tmp_path / "empty", tmp_path / "absent"
     empty.mkdir()
