@@ -135,8 +135,8 @@ def _train(
 
     def make_trainer(config: StudentConfig) -> Trainer:
         if not config.teacher:
-            return Trainer(config, dataset, world)
-        trainer = DistillationTrainer(config, dataset, world, teach)
+            return Trainer.from_config(config, dataset, world)
+        trainer = DistillationTrainer.from_config(config, dataset, world, teacher=teach)
         if config.first_phase:
             expand_branches(models["first-phase"], trainer.model)
         return trainer

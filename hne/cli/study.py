@@ -184,7 +184,7 @@ def _train_missing(
     reporter = _Reporter(not world.main or args.quiet, len(missing), macs, work)
     runs = train_runs(
         {folder / run_name(config): config for config in missing},
-        lambda config: Trainer(config, dataset, world),
+        lambda config: Trainer.from_config(config, dataset, world),
         reporter,
         resume=True,
         eval_every=max((config.epochs for config in missing), default=1),  # at the end only

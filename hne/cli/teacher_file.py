@@ -13,17 +13,15 @@ from torch import Tensor
 
 from ..data import Dataset
 from ..errors import DataError
-from ..models import HNE, checkpoint
+from ..models import HNE, PRESETS, checkpoint
 from ..training import (
     StudentConfig,
     Teacher,
     check_outputs,
     member_outputs,
-    online_teacher,
     read_outputs,
-    tabulated_teacher,
 )
-from .loading import check_fits, checkpoint_path, load_model
+from .loading import check_fits, checkpoint_path, held_out_options, load_model
 from .options import progress_bar
 
 
@@ -76,8 +74,12 @@ class TeacherFile:
         given = dict(given)
         if self.model is not None:
             trained = self.stored["recipe"]
+            if trained["preset"] not in PRESETS and "preset" not in given:
+                raise ValueError(f"--preset: expected the student's, since that of {self.path} was built in Python")
             given.setdefault("data", trained["data"])
             given.setdefault("image_size", trained["image_size"])
+            if given["data"] == trained["data"]:
+                given = {**held_out_options(self.stored["data"]), **given}
             if given.setdefault("preset", trained["preset"]) == trained["preset"]:
                 given.setdefault("width", trained["width"])
         elif "data" not in given:
@@ -103,9 +105,9 @@ class TeacherFile:
     ) -> Teacher:
         """The teacher for training; without augmentation, its outputs are computed once, in advance."""
         if self.model is None:
-            return tabulated_teacher(self.outputs["train"].to(device))
+            return self.outputs["train"]
         if config.augment:
-            return online_teacher(self.model)
+            return self.model
         with progress_bar(len(dataset.train), args) as bar:
             images = dataset.train.to(device)
-            return tabulated_teacher(member_outputs(self.model, images, dataset.input, progress=bar.update))
+            return member_outputs(self.model, images, dataset.input, progress=bar.update)

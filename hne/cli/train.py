@@ -65,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
         dataset = load_training_data(args, config)
         runs = train_runs(
             {folder: config},
-            lambda config: Trainer(config, dataset, world),
+            lambda config: Trainer.from_config(config, dataset, world),
             _Reporter(not world.main or args.quiet, args.resume),
             **run_options(args),
         )

@@ -135,12 +135,15 @@ class ItemImages:
             raise DataError(f"{where}: expected finite numbers, got NaN or infinity")
 
     def _label(self, value: Any, where: str) -> int:
+        label: int | None
         try:
             label = operator.index(value)
         except (TypeError, ValueError):
-            label = -1
-        if not 0 <= label < self.classes:
-            raise DataError(f"{where}: expected a label from 0 to {self.classes - 1}, got {value!r}")
+            label = None
+        if label is None or not 0 <= label < self.classes:
+            shape = tuple(getattr(value, "shape", ()))
+            got = label if label is not None else f"{type(value).__name__} of shape {shape}" if shape else repr(value)
+            raise DataError(f"{where}: expected a label from 0 to {self.classes - 1}, got {got}")
         return label
 
 

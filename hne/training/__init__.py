@@ -14,5 +14,5 @@ from .run_directory import (
     run_title,
     train_into,
 )
-from .teachers import Teacher, check_outputs, member_outputs, online_teacher, read_outputs, tabulated_teacher
+from .teachers import Teacher, check_outputs, member_outputs, read_outputs
 from .trainer import Trainer, check_same_run

@@ -6,21 +6,23 @@ whose tree branches at the heads alone, or in the last blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils import data
 
 from ..data import Dataset
 from ..distributed import World
 from ..hierarchy import Hierarchy
 from ..layers import ConvNorm
-from ..losses import Objective, average_teacher, gaussian_divergence, gaussians, hydra_loss
+from ..losses import HydraLoss, Objective, gaussian_divergence, gaussians
 from ..metrics import mixture
 from ..models import HNE, PRESETS
 from .config import TrainConfig
-from .teachers import Teacher
-from .trainer import Trainer
+from .teachers import Teacher, ask_teacher, prepare_teacher
+from .trainer import Trainer, as_dataset
 
 # Objectives of students, as checkpoints name them: one head per member, or one network for the members' average
 # (Hinton et al. 2015).
@@ -84,38 +86,66 @@ def student_configs(
 class DistillationTrainer(Trainer):
     """Trains a model to match the outputs of a teacher instead of the labels.
 
+    A student with several heads is a Hydra: head i learns from member i of the teacher. A student with one head learns
+    from the average of all members (Hinton et al. 2015).
+
     Args:
-        config: The student; its objective is ``HYDRA`` or ``HINTON``.
-        dataset: The data to train and evaluate on.
+        model: The student, as for :class:`Trainer`.
+        dataset: The data to train and evaluate on, as for :class:`Trainer`. The labels of the training images are read
+            and not used.
+        config: How the student is trained. ``temperature`` softens both sides; ``objective`` and ``alpha`` are not
+            used.
         world: The processes that train together.
-        teacher: Gives the members' outputs for each training batch.
+        teacher: A function of a batch of images, or the outputs for all images, see :data:`hne.training.Teacher`. A
+            module is put into eval mode; its device should be that of ``world``.
+
+    Raises:
+        TypeError, ValueError: The teacher is of another kind, or its outputs do not fit; those of a function are
+            checked in each batch (for NaN and infinity on a CPU only).
+        TypeError, ValueError, DataError, TrainingError: As for :class:`Trainer`.
     """
 
-    config: StudentConfig
-
-    def __init__(self, config: StudentConfig, dataset: Dataset, world: World, teacher: Teacher) -> None:
-        indexed = dataset.train.indexed()  # the target of an image is its index
-        super().__init__(config, replace(dataset, train=indexed), world)
-        self.teacher = teacher
+    def __init__(
+        self,
+        model: HNE,
+        dataset: Dataset | Sequence[data.Dataset],
+        config: TrainConfig,
+        world: World | None = None,
+        *,
+        teacher: Teacher,
+    ) -> None:
+        dataset = as_dataset(dataset, model)
+        dataset = replace(dataset, train=dataset.train.indexed())  # the target of an image is its index
+        super().__init__(model, dataset, replace(config, objective=HINTON if model.num_models == 1 else HYDRA), world)
+        self.teacher = prepare_teacher(
+            teacher, len(dataset.train), dataset.outputs, augment=config.augment, device=self.world.device
+        )
 
     def _objective(self) -> Objective:
-        temperature, one_head = self.config.temperature, self.config.objective == HINTON
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a positive number, got {temperature}")
-
-        def classification(logits: Tensor, members: Tensor) -> Tensor:
-            return hydra_loss(logits, average_teacher(members, temperature) if one_head else members, temperature)
+        if self.dataset.target is None:
+            return HydraLoss(self.config.temperature)
 
         def regression(outputs: Tensor, members: Tensor) -> Tensor:
             mean, variance = gaussians(members)
-            if one_head:
+            if len(outputs) == 1 < len(members):
                 mean, variance = (moment[None] for moment in mixture(mean, variance))
             return gaussian_divergence(gaussians(outputs), (mean, variance))
 
-        return classification if self.dataset.target is None else regression
+        return regression
 
     def _loss(self, logits: Tensor, images: Tensor, target: Tensor) -> Tensor:
-        return self.objective(logits, self.teacher(images, target))
+        members = ask_teacher(
+            self.teacher,
+            images,
+            target,
+            self.model.num_models,
+            self.dataset.outputs,
+            check_values=images.device.type == "cpu" and not self.config.cuda_graph,
+        )
+        return self.objective(logits, members)
+
+    def _advice(self) -> str:
+        return f"{super()._advice()}, and see that the teacher's outputs are finite"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Teachers of a distillation: an ensemble that sees every batch, or outputs that are known in advance."""
+"""Teachers of a distillation: functions that see every batch, or outputs that are known in advance."""
 
 from __future__ import annotations
 
@@ -10,35 +10,97 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Dataset, Images, InputFormat, evaluation_batches
 from ..errors import DataError
 from ..files import utf8_path
 from ..models import HNE
 
-Teacher = Callable[[Tensor, Tensor], Tensor]
-"""Maps a batch of images and their indices in the training set ``[B]`` to the members' outputs ``[N, B, L]``."""
+Teacher = Callable[[Tensor], Tensor] | Tensor
+"""What a student learns from:
+
+- a function of a batch of images ``[B, C, H, W]``, for instance an :class:`HNE` or any ``nn.Module``. It returns the
+  logits of the M members of an ensemble ``[M, B, L]``, or of one network ``[B, L]``. It sees the images as the student
+  does: augmented, normalised, on the device of the student.
+- a tensor of outputs for all training images in order, ``[M, images, L]``, for training without augmentation.
+"""
 
 
-def online_teacher(model: HNE) -> Teacher:
-    """A teacher that evaluates ``model`` on every batch as it was augmented. Puts ``model`` into eval mode."""
-    model.eval()
-
-    @torch.no_grad()
-    def teacher(images: Tensor, indices: Tensor) -> Tensor:
-        return model(images)
-
-    return teacher
-
-
-def tabulated_teacher(outputs: Tensor) -> Teacher:
-    """A teacher that looks its outputs up in a table.
+def prepare_teacher(teacher: Teacher, images: int, outputs: int, *, augment: bool, device: torch.device) -> Teacher:
+    """Check a teacher as far as possible without images, and put a module into eval mode, a tensor on ``device``.
 
     Args:
-        outputs: Outputs for all training images in order, ``[N, images, L]``. The images must not be augmented.
+        teacher: The teacher.
+        images: Number of training images.
+        outputs: L, the number of outputs of the student.
+        augment: Whether training images are augmented.
+        device: The device of the student.
+
+    Raises:
+        TypeError: The teacher is neither a function nor a tensor.
+        ValueError: A tensor does not fit the images or the outputs, is not finite, or the images are augmented.
     """
-    return lambda images, indices: outputs[:, indices]
+    if isinstance(teacher, Tensor):
+        if augment:
+            raise ValueError("teacher: outputs known in advance are for images without augmentation, set augment=False")
+        _check_outputs(teacher, images, outputs, "images")
+        _check_finite(teacher)
+        return teacher.detach().to(device)
+    if not callable(teacher):
+        raise TypeError(f"teacher: expected a function of images or a tensor of outputs, got {type(teacher).__name__}")
+    return teacher.eval() if isinstance(teacher, nn.Module) else teacher
+
+
+@torch.no_grad()
+def ask_teacher(
+    teacher: Teacher, images: Tensor, indices: Tensor, heads: int, outputs: int, *, check_values: bool = True
+) -> Tensor:
+    """The outputs of a teacher for a batch.
+
+    Args:
+        teacher: From :func:`prepare_teacher`.
+        images: ``[B, C, H, W]``.
+        indices: Of the images in the training set, ``[B]``.
+        heads: Of the student. One head learns from the average of any number of members, several heads from one each.
+        outputs: L, the number of outputs of the student.
+        check_values: Whether to look for NaN and infinity, which waits for a GPU.
+
+    Returns:
+        Outputs ``[M, B, L]`` without gradient.
+
+    Raises:
+        TypeError: The teacher returns something else than a floating-point tensor.
+        ValueError: The shape, the number of members or the device does not fit, or a value is NaN or infinite.
+    """
+    found = teacher[:, indices] if isinstance(teacher, Tensor) else teacher(images)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"teacher: expected a function that returns a tensor, got {type(found).__name__}")
+    found = found[None] if found.dim() == 2 else found
+    _check_outputs(found, len(images), outputs, "batch")
+    if heads > 1 and len(found) != heads:
+        raise ValueError(
+            f"teacher: expected the logits of {heads} members, one for each head of the student, got {len(found)}"
+        )
+    if found.device != images.device:
+        raise ValueError(f"teacher: expected logits on the device of the images, {images.device}, got {found.device}")
+    if check_values:
+        _check_finite(found)
+    return found
+
+
+def _check_outputs(found: Tensor, images: int, outputs: int, name: str) -> None:
+    if not found.is_floating_point():
+        raise TypeError(f"teacher: expected floating-point logits, got {found.dtype}")
+    if found.dim() != 3 or found.shape[1:] != (images, outputs) or len(found) == 0:
+        raise ValueError(
+            f"teacher: expected logits [members, {name}, classes] = [M, {images}, {outputs}], got {tuple(found.shape)}"
+        )
+
+
+def _check_finite(found: Tensor) -> None:
+    if not found.isfinite().all():
+        raise ValueError("teacher: expected finite logits, got NaN or infinity")
 
 
 @torch.no_grad()

@@ -6,30 +6,34 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import data
 from tqdm import tqdm
+from typing_extensions import Self
 
 from ..data import Dataset, training_batches
 from ..distributed import World
 from ..errors import CheckpointError, ResultError, TrainingError
 from ..evaluation import Evaluation, RegressionEvaluation, evaluate, evaluate_regression
 from ..losses import Objective, likelihood_objective, objective
-from ..models import checkpoint
+from ..models import HNE, checkpoint
 from .captured_step import CapturedStep, check_can_capture, training_step
 from .config import LATER_OPTIONS, TrainConfig
 from .history import EpochRecord
+
+CUSTOM = "custom"  # preset in the config of a model that was built elsewhere
 
 _MOMENTUM = "momentum/"  # prefix of the optimizer's tensors in a checkpoint
 
 
 class Trainer:
-    """Trains the model of a config, and holds everything that the next step depends on.
+    """Trains a model, and holds everything that the next step depends on.
 
     With several processes, the batch size of the config is the global one. All processes draw the same order and the
     same augmentation and compute equal shares of each batch, so the mean of their gradients is the gradient of the
@@ -38,37 +42,66 @@ class Trainer:
     On a GPU, SGD is PyTorch's fused one, with the learning rate in a tensor. A run of ordinary steps and one by CUDA
     graphs (``cuda_graph`` of the config) therefore launch the same kernels.
 
+    A run is repeated and resumed exactly: all random numbers follow from the seed of the config. Where a data set of
+    your own draws from a generator of its own, its images are beyond that (see :class:`hne.data.ItemImages`).
+
     Args:
-        config: The model and how it is trained.
-        dataset: The data to train and evaluate on.
-        world: The processes that train together.
+        model: The model to train, of any origin; it is moved to the device of ``world``. :meth:`from_config` builds the
+            one that a config describes.
+        dataset: The data to train and evaluate on: a :class:`hne.data.Dataset`, or a pair (training, test) of map-style
+            data sets of PyTorch (see :meth:`hne.data.Dataset.from_torch`, which has more options).
+        config: How the model is trained. The options that describe model and data (``preset``, ``width``,
+            ``num_models``, ``branches``, ``naive``, ``data``, ``image_size``, ``limit_train``, ...) are not used.
+        world: The processes that train together; by default this one alone, on the device of the model.
 
     Attributes:
         model: The model.
+        dataset: The data, in memory on the device where they are in memory.
+        config: The config; of a given model, ``data`` is the name of the data set, and ``preset`` is "custom".
         batch_size: The global batch size; below that of the config only where there are fewer training images.
         epoch: Number of finished epochs.
         history: One record per finished epoch.
 
     Raises:
+        TypeError: ``model`` is no :class:`hne.HNE`, ``config`` no :class:`TrainConfig`, or ``dataset`` no data set.
+        ValueError: The channels or classes of model and data differ.
+        DataError: A data set of PyTorch is empty, or its items are not images and labels.
         TrainingError: The processes cannot share the batch equally, the objective or the network does not suit the
-            data, or ``cuda_graph`` is not possible: without a GPU, or with several processes.
+            data, no parameter requires a gradient, or ``cuda_graph`` is not possible: without a GPU, or with several processes.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, world: World) -> None:
+    def __init__(
+        self,
+        model: HNE,
+        dataset: Dataset | Sequence[data.Dataset],
+        config: TrainConfig,
+        world: World | None = None,
+    ) -> None:
+        if isinstance(model, TrainConfig):
+            raise TypeError("model must be an HNE, got a config: Trainer.from_config(config, dataset) builds its model")
+        if not isinstance(model, HNE):
+            raise TypeError(f"model must be an HNE (FusedHNE or NaiveHNE), got {type(model).__name__}")
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
+        world = world or World(next(model.parameters()).device)
+        dataset = as_dataset(dataset, model)
+        _check_fits(model, dataset)
         if config.cuda_graph:
             check_can_capture(world)
-        self.config = config
+        self.config = config = replace(config, data=dataset.name, preset=CUSTOM)
         self.dataset = dataset.to(world.device)
         self.world = world
         self.batch_size = _batch_size(config, dataset, world)
         torch.manual_seed(config.seed)
-        self.model = config.build_model(dataset).to(world.device)
         try:
-            self.model.macs(1, dataset.input.size)
+            model.macs(1, dataset.input.size)
         except ValueError as error:
-            raise TrainingError(f"{config.preset} does not suit the images of {config.data}: {error}") from error
+            raise TrainingError(f"the network does not suit the images of {dataset.name}: {error}") from error
+        self.model = model.to(world.device)
         if config.sync_bn and world.size > 1:
             self.model.sync_batch_norm_()
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise TrainingError("model: no parameter requires a gradient")
         self.parallel = world.parallel(self.model)
         fused = world.device.type == "cuda" or config.cuda_graph
         self.optimizer = torch.optim.SGD(
@@ -83,6 +116,25 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)  # order and augmentation
         self.epoch = 0
         self.history: list[EpochRecord] = []
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, dataset: Dataset, world: World | None = None, **options: Any) -> Self:
+        """A trainer of the model that a config describes, with weights from the seed of the config.
+
+        Args:
+            config: The model and how it is trained.
+            dataset: The data to train and evaluate on, as the config describes them.
+            world: The processes that train together; by default this one alone, on the CPU.
+            options: Further arguments of a subclass.
+
+        Raises:
+            ValueError: The preset is unknown, or the tree does not fit it.
+            DataError, TrainingError: As for :class:`Trainer`.
+        """
+        torch.manual_seed(config.seed)
+        trainer = cls(config.build_model(dataset), dataset, config, world, **options)
+        trainer.config = config  # which describes model and data
+        return trainer
 
     @property
     def steps_per_epoch(self) -> int:
@@ -284,6 +336,26 @@ def check_same_run(path: str | Path, stored: Mapping[str, Any], config: TrainCon
                 raise CheckpointError(
                     f"{path}: of another run: {kind} {name} was {found.get(name)!r}, now it is {values.get(name)!r}"
                 )
+
+
+def as_dataset(dataset: Dataset | Sequence[data.Dataset], model: HNE) -> Dataset:
+    """The data set of a pair of PyTorch's; the number of classes is the model's unless the first one names them."""
+    if isinstance(dataset, Dataset):
+        return dataset
+    if not isinstance(dataset, tuple | list) or len(dataset) != 2:
+        got = f"{len(dataset)} values" if isinstance(dataset, tuple | list) else type(dataset).__name__
+        raise TypeError(f"dataset must be an hne.data.Dataset or a pair of data sets (training, test), got {got}")
+    train, val = dataset
+    return Dataset.from_torch(train, val, classes=None if hasattr(train, "classes") else model.num_classes)
+
+
+def _check_fits(model: HNE, dataset: Dataset) -> None:
+    for name, ours, theirs in (
+        ("num_classes", model.num_classes, dataset.outputs),
+        ("in_channels", model.in_channels, dataset.input.channels),
+    ):
+        if ours != theirs:
+            raise ValueError(f"model: expected {name}={theirs} for the data set {dataset.name}, got {ours}")
 
 
 def _batch_size(config: TrainConfig, dataset: Dataset, world: World) -> int:

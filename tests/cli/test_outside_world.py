@@ -394,7 +394,7 @@ def test_export_of_a_regression_has_the_variance_of_the_mixture(kind: str, tmp_p
 
 def test_images_of_another_size_than_the_networks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     message = error_of(capsys, "train", "--preset", "hne_vit_tiny", "--out", str(tmp_path / "run"))
-    assert "hne_vit_tiny does not suit the images of digits: " in message
+    assert "the network does not suit the images of digits: " in message
     assert "224x224" in message
     assert "8x8" in message
     assert not (tmp_path / "run" / CHECKPOINT).exists()

@@ -221,7 +221,7 @@ def test_other_kinds_of_data_sets(rng: torch.Generator) -> None:
         ((torch.zeros(3, 4, 4), 3), "expected a label from 0 to 2, got 3"),
         ((torch.zeros(3, 4, 4), -1), "expected a label from 0 to 2, got -1"),
         ((torch.zeros(3, 4, 4), 1.0), r"expected a label from 0 to 2, got 1\.0"),
-        ((torch.zeros(3, 4, 4), torch.eye(3)[1]), "expected a label from 0 to 2, got tensor"),
+        ((torch.zeros(3, 4, 4), torch.eye(3)[1]), r"expected a label from 0 to 2, got Tensor of shape \(3,\)"),
     ],
 )
 def test_bad_items_are_named(item: Any, message: str) -> None:

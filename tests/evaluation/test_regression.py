@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def start(**options: Any) -> Trainer:
     config = TrainConfig.of(**{"data": "diabetes", "num_models": 4, "epochs": 2, **options})
-    return Trainer(config, load_dataset("diabetes"), World(torch.device("cpu")))
+    return Trainer.from_config(config, load_dataset("diabetes"), World(torch.device("cpu")))
 
 
 def test_evaluation_agrees_with_its_definition() -> None:

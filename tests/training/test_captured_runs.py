@@ -27,10 +27,9 @@ from hne.models import checkpoint
 from hne.training import (
     CapturedStep,
     DistillationTrainer,
+    Teacher,
     TrainConfig,
     Trainer,
-    online_teacher,
-    tabulated_teacher,
 )
 from hne.training.captured_step import _ORDINARY_STEPS
 
@@ -47,7 +46,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
 def start(**options: Any) -> Trainer:
     config = TrainConfig.of(**{**SMALL, "epochs": 2, **options})
     data = load_dataset(config.data, limit_train=config.limit_train, limit_test=config.limit_test)
-    return Trainer(config, data, HERE)
+    return Trainer.from_config(config, data, HERE)
 
 
 def uncaptured(trainer: Trainer) -> Trainer:
@@ -102,11 +101,12 @@ def test_a_run_is_the_same_bit_for_bit(options: dict[str, Any], graphs: type[Gra
 
 @pytest.mark.parametrize("online", [False, True])
 def test_distillation_is_the_same_bit_for_bit(online: bool, graphs: type[Graph], tmp_path: Path) -> None:
-    teacher = tabulated_teacher(random_outputs())
+    teacher: Teacher = random_outputs()
     if online:
         torch.manual_seed(5)
-        teacher = online_teacher(heads(3, epochs=1).build_model(DIGITS))
-    runs = [DistillationTrainer(heads(cuda_graph=True), DIGITS, HERE, teacher) for _ in range(2)]
+        teacher = heads(3, epochs=1).build_model(DIGITS)
+    config = heads(cuda_graph=True, augment=online)
+    runs = [DistillationTrainer.from_config(config, DIGITS, HERE, teacher=teacher) for _ in range(2)]
     uncaptured(runs[1])
     for run in runs:
         list(run.train())
@@ -175,6 +175,6 @@ def test_runs_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch)
     config = TrainConfig.of(**SMALL, cuda_graph=True)
     with pytest.raises(TrainingError, match="cuda_graph: captures the step of a single process, got 2 processes"):
-        Trainer(config, DIGITS, World(torch.device("cpu"), size=2))
+        Trainer.from_config(config, DIGITS, World(torch.device("cpu"), size=2))
     with pytest.raises(ValueError, match="cuda_graph: expected True or False, got 1"):
         TrainConfig.of(cuda_graph=1)

@@ -25,7 +25,6 @@ from hne.training import (
     expand_branches,
     member_outputs,
     student_configs,
-    tabulated_teacher,
 )
 from hne.training.distillation import HINTON, HYDRA
 
@@ -33,7 +32,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(teach: Teacher | None = None, **options: Any) -> DistillationTrainer:
-    return DistillationTrainer(heads(**options), DIGITS, HERE, teach or tabulated_teacher(random_outputs()))
+    if teach is None:
+        teach, options = random_outputs(), {"augment": False, **options}
+    return DistillationTrainer.from_config(heads(**options), DIGITS, HERE, teacher=teach)
 
 
 # Objectives ---------------------------------------------------------------------------------------------------------
@@ -91,12 +92,12 @@ def test_each_head_learns_its_member() -> None:
 
 
 def test_one_head_learns_the_average() -> None:
-    config = replace(heads(), objective=HINTON, num_models=1, epochs=1)
-    trainer = DistillationTrainer(config, DIGITS, HERE, tabulated_teacher(random_outputs()))
+    config = replace(heads(augment=False), objective=HINTON, num_models=1, epochs=1)
+    trainer = DistillationTrainer.from_config(config, DIGITS, HERE, teacher=random_outputs())
     logits, indices = torch.randn(1, 5, 10), torch.tensor([3, 7, 8, 20, 63])
     wanted = (random_outputs()[:, indices] / 2).softmax(-1).mean(0)
     expected = 4 * (wanted * (wanted.log() - (logits[0] / 2).log_softmax(-1))).sum(-1).mean()
-    torch.testing.assert_close(trainer._loss(logits, torch.empty(0), indices), expected)
+    torch.testing.assert_close(trainer._loss(logits, torch.empty(5, 1, 8, 8), indices), expected)
 
 
 @pytest.mark.parametrize("objective", [HYDRA, HINTON])
@@ -105,7 +106,7 @@ def test_regression_matches_gaussians(objective: str) -> None:
     base = StudentConfig.of(data="diabetes", teacher="a", epochs=30)
     config = student_configs(base, 3, compare=True)["hydra" if objective == HYDRA else "distilled"]
     teacher = torch.tensor([[-1.0, 0.5], [0.0, -1.0], [1.0, 1.0]])[:, None].expand(-1, 295, -1)
-    trainer = DistillationTrainer(config, dataset, HERE, tabulated_teacher(teacher))
+    trainer = DistillationTrainer.from_config(config, dataset, HERE, teacher=teacher)
     records = list(trainer.train(eval_every=30))
     assert records[-1].loss < 0.2 * records[0].loss
     mean, variance = gaussians(member_outputs(trainer.model, dataset.train, dataset.input))
@@ -119,16 +120,22 @@ def test_regression_matches_gaussians(objective: str) -> None:
 
 @pytest.mark.parametrize("augment", [True, False])
 def test_the_teacher_sees_what_the_student_sees(augment: bool) -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Tensor] = []
 
-    def teacher(images: Tensor, indices: Tensor) -> Tensor:
-        seen.append((images, indices))
-        return random_outputs()[:, indices]
+    def teacher(images: Tensor) -> Tensor:
+        seen.append(images)
+        return random_outputs(count=len(images))
 
-    list(start(teacher, epochs=1, augment=augment).train())
-    assert sorted(torch.cat([indices for _, indices in seen]).tolist()) == list(range(64)), "every image once"
-    same = [torch.equal(batch, DIGITS.input.normalise(DIGITS.train.pixels(indices))) for batch, indices in seen]
-    assert all(same) if not augment else not any(same)
+    trainer = start(teacher, epochs=1, augment=augment)
+    student: list[Tensor] = []
+    trainer.model.register_forward_pre_hook(lambda model, inputs: student.append(inputs[0]) if model.training else None)
+    list(trainer.train())
+    assert len(seen) == 4
+    assert all(torch.equal(*pair) for pair in zip(seen, student, strict=True))
+    known = {image.numpy().tobytes() for image in DIGITS.input.normalise(DIGITS.train.pixels(torch.arange(64)))}
+    images = {image.numpy().tobytes() for image in torch.cat(seen)}
+    assert len(images) == len(known) == 64, "every image once"
+    assert (images == known) is not augment
 
 
 def test_resumed_run_is_the_same_bit_for_bit(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def start(**options: Any) -> Trainer:
     config = TrainConfig.of(**{**SMALL, "epochs": 1, **options})
-    return Trainer(config, data(config), HERE)
+    return Trainer.from_config(config, data(config), HERE)
 
 
 def data(config: TrainConfig) -> Dataset:
@@ -171,15 +171,15 @@ def test_divergence_is_an_error() -> None:
 def test_batches_that_cannot_be_shared() -> None:
     config = TrainConfig.of(**SMALL, epochs=1)
     with pytest.raises(TrainingError, match="a multiple of the 3 processes, got 16"):
-        Trainer(config, data(config), World(torch.device("cpu"), size=3))
+        Trainer.from_config(config, data(config), World(torch.device("cpu"), size=3))
     few = replace(config, limit_train=1)
     with pytest.raises(TrainingError, match=r"at least 2 images .* got 1 training images"):
-        Trainer(few, data(few), HERE)
+        Trainer.from_config(few, data(few), HERE)
     assert start(limit_train=9, batch_size=64).batch_size == 9
 
 
 def test_images_of_another_size_than_the_networks() -> None:
-    message = r"hne_vit_tiny does not suit the images of digits: .* 224x224 pixels .*, got 8x8"
+    message = r"the network does not suit the images of digits: .* 224x224 pixels .*, got 8x8"
     with pytest.raises(TrainingError, match=message):
         start(preset="hne_vit_tiny", width=1.0)
 
