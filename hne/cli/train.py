@@ -33,6 +33,7 @@ _EXAMPLES = """\
   hne train                                              scikit-learn's digits: needs no download
   hne train --data fashion-mnist --width 0.5 --epochs 5
   hne train --data cifar100 --data-dir ~/data --amp      the paper's protocol: 200 epochs
+  hne train --data folder --data-dir ~/pictures --image-size 128        your images, in train/CLASS/
   hne train --data cifar100 --objective I --branches 16,16,16,16,16     independent networks
   hne train --resume --out runs/digits-hne_tiny          continue after an interruption
 
