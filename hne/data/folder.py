@@ -49,12 +49,12 @@ def folder(
     if len(images) < 2:
         raise DataError(f"{train}: expected at least two class folders, found one, {next(iter(images))}. {_ADVICE}")
     val = train.parent / "val"
-    if not val.exists():
+    if not os.path.lexists(val):
         held_out = VAL_SHARE if val_share is None else val_share, split_seed
         dataset = dataset_of_files("folder", *hold_out(train, images, *held_out), image_size)
         return replace(dataset, held_out=held_out)
     if not val.is_dir():
-        raise DataError(f"folder: expected a folder {val}, found a file. {_ADVICE}")
+        raise DataError(f"folder: expected a folder {val}, found {'a file' if val.exists() else 'a broken link'}")
     if val_share is not None:
         warnings.warn(f"val_share: not used, since there is a folder {val}", stacklevel=2)
     return dataset_of_files("folder", images, images_of_classes(val, tuple(images), advice=_ADVICE), image_size)

@@ -12,6 +12,7 @@ from data_files import write_image_folders
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from properties import property_test
 
 from hne.data import FileImages, load_dataset
 from hne.data.folder import hold_out
@@ -96,6 +97,7 @@ def test_the_split_does_not_depend_on_place_and_order(tmp_path: Path, monkeypatc
 NAMES = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=("Cs",)), min_size=1, max_size=8)
 
 
+@property_test(60)
 @given(
     st.dictionaries(NAMES, st.sets(NAMES, min_size=2, max_size=30), min_size=1, max_size=4),
     st.floats(0.01, 0.99),
@@ -142,5 +144,8 @@ def test_errors(tmp_path: Path) -> None:
     broken.write_bytes(b"no image")
     error_of(f"{broken}: not a complete image")
     shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").symlink_to("nowhere")
+    error_of(f"folder: expected a folder {tmp_path / 'val'}, found a broken link")
+    (tmp_path / "val").unlink()
     (tmp_path / "val").touch()
     error_of(f"folder: expected a folder {tmp_path / 'val'}, found a file")

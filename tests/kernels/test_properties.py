@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,9 +21,10 @@ from cases import (
     prefix_logits,
     prefix_mean,
 )
-from hypothesis import HealthCheck, assume, given, seed, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from placements import SEED, Placement
+from placements import Placement
+from properties import property_test
 from torch import Tensor
 
 import hne_kernels as K
@@ -42,23 +42,6 @@ ACTIVATIONS = st.sampled_from(["none", "relu", "relu6"])
 CHANNELS = st.one_of(st.integers(1, 40), st.sampled_from([48, 64, 65, 100]))
 SEEDS = st.integers(0, 2**31)
 SIZES = st.integers(1, 12)
-
-
-def property_test(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Draw new shapes on every run, and the same with the same HNE_TEST_SEED."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        return seed(SEED)(
-            settings(
-                max_examples=examples,
-                deadline=None,
-                database=None,
-                # The fixture only chooses the backend, which is the same for all examples.
-                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-            )(function)
-        )
-
-    return decorate
 
 
 @st.composite

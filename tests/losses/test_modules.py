@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from properties import property_test
 from test_losses import formula
 from torch import nn
 
@@ -23,6 +24,7 @@ from hne.losses import (
 )
 
 
+@property_test(60)
 @given(
     st.integers(1, 9),
     st.integers(1, 5),
