@@ -50,7 +50,7 @@ class Dataset:
         workers: int = 0,
         name: str = "custom",
     ) -> Dataset:
-        """Use two map-style data sets of PyTorch, with items ``(image, label)``.
+        """Use two map-style data sets of PyTorch, with items ``(image, label)``, for a classification.
 
         An image is a tensor ``[C, H, W]`` or ``[H, W]``, an array ``[H, W, C]`` or ``[H, W]``, or a PIL image. Values
         of uint8 are scaled to [0, 1], floating-point ones are taken as they are. A label is an integer from 0. The

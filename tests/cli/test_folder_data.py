@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from hne import FusedHNE
 from hne.cli import main
+from hne.data import Dataset, load_dataset
 from hne.models import checkpoint
-from hne.training import CHECKPOINT
+from hne.training import CHECKPOINT, TrainConfig, Trainer, train_into
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +44,10 @@ def test_train_resume_and_test(images: Path, tmp_path: Path, capsys: pytest.Capt
     run = str(tmp_path / "run")
     split = ("--val-share", "0.25", "--split-seed", "7")
     assert main(["train", *data, *MODEL, *split, "--epochs", "2", "--out", run, "--threads", "1"]) == 0
-    assert "folder: 30 training and 10 test images, 2 classes" in capsys.readouterr().out
+    assert (
+        "30 training and 10 test images, 2 classes (held out: 0.25 of each class, split seed 7)"
+        in capsys.readouterr().out
+    )
     stored = checkpoint.load(tmp_path / "run" / CHECKPOINT)[1]
     assert stored["data"]["held_out"] == [0.25, 7]
 
@@ -73,6 +79,20 @@ def test_distill(images: Path, tmp_path: Path) -> None:
     stored = [checkpoint.load(path)[1]["data"] for path in sorted(tmp_path.rglob(CHECKPOINT))]
     assert [entry["held_out"] for entry in stored] == [[0.1, 3]] * 2
     assert [entry["train"] for entry in stored] == [36] * 2
+
+
+def test_a_network_trained_in_python(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is tested on a folder in the size that it was trained on."""
+    dataset = load_dataset("folder", images, image_size=24)
+    items = [(dataset.train.pixels(torch.tensor([i]))[0].permute(2, 0, 1), i % 2) for i in range(16)]
+    mine = Dataset.from_torch(items, items, classes=("dark", "light"), name="mine")
+    model = FusedHNE.from_preset("hne_tiny", num_classes=2, width=0.25, num_models=2)
+    list(train_into(tmp_path / "run", Trainer(model, mine, TrainConfig.of(epochs=1, batch_size=8)), quiet=True))
+    flags = ["eval", str(tmp_path / "run"), "--quiet", "--data-dir", str(images)]
+    assert main([*flags, "--data", "folder"]) == 0
+    assert "on folder" in capsys.readouterr().out
+    assert main(flags) == 2
+    assert "trained on mine, a data set that was made in Python: --data names one to test on" in capsys.readouterr().err
 
 
 def test_errors(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
