@@ -15,6 +15,10 @@ class CheckpointError(HNEError, ValueError):
     """A checkpoint is missing, damaged or from another run or model."""
 
 
+class BackboneError(HNEError, ValueError):
+    """A network cannot be cut into the blocks of a tree, or its parts do not compute what it computes."""
+
+
 class TrainingError(HNEError, RuntimeError):
     """Training cannot start with the given options, or failed, for instance because the loss is not finite."""
 

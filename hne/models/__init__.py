@@ -1,5 +1,6 @@
 """Hierarchical neural ensembles as models, their presets and checkpoints."""
 
 from . import checkpoint
+from .backbone import Conversion, load_backbone
 from .hne import HNE, FusedHNE, NaiveHNE
 from .presets import PRESETS, Preset, scaled

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, FileError
 from ..files import is_utf8, replacing, to_json, utf8_path
+from ..hierarchy import Hierarchy
+from ..layers import Module
+from .backbone import Origin, create, templates_of
 from .hne import HNE, FusedHNE, NaiveHNE
 
 FORMAT = "hne-checkpoint"
@@ -137,7 +140,8 @@ def load_model(
         path: A checkpoint of either class.
         naive: Build a :class:`NaiveHNE` instead of a :class:`FusedHNE`.
         templates: The template of each :class:`hne.Module` in the order of the layers: modules of the same classes and
-            shapes, with any weights. A checkpoint holds no code.
+            shapes, with any weights. A checkpoint holds no code. They are not needed for a network that came from a
+            backbone by its name: its architecture is built anew, by the library that it is from.
 
     Raises:
         CheckpointError: As :func:`load`; or the network cannot be built from the config and the templates, or the
@@ -145,11 +149,21 @@ def load_model(
     """
     tensors, config = load(path)
     try:
-        model = (NaiveHNE if naive else FusedHNE).from_config(config["model"], templates)
+        described = config["model"]
+        model = (NaiveHNE if naive else FusedHNE).from_config(described, templates or _templates(described))
     except (LookupError, AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot build its network ({error})") from error
     restore_model(model, tensors, path)
     return model.eval(), config
+
+
+def _templates(config: Mapping[str, Any]) -> Sequence[nn.Module]:
+    """The templates of a network that came from a backbone by its name."""
+    layers = [layer for block in config["blocks"] for layer in block]
+    if "origin" not in config or not any(layer.get("layer") == Module.__name__ for layer in layers):
+        return ()
+    origin = Origin(**config["origin"])
+    return templates_of(create(origin.architecture), Hierarchy(**config["hierarchy"]), origin)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,11 +37,12 @@ from ..layers import (
 )
 from .checks import check_network, check_templates
 from .presets import PRESETS, scaled
+from .trained import START_ENTRIES, StartsTrained
 
 _Model = TypeVar("_Model", bound="HNE")
 
 
-class HNE(FoldedWeightCache, ABC):
+class HNE(StartsTrained, FoldedWeightCache, ABC):
     """An ensemble of networks that share the branches of a tree; base class of :class:`FusedHNE` and :class:`NaiveHNE`.
 
     Args:
@@ -143,7 +144,7 @@ class HNE(FoldedWeightCache, ABC):
             ValueError: An entry is missing, unknown or not valid, or the templates do not fit.
         """
         expected = {"hierarchy", "blocks", "num_classes", "in_channels"}
-        if not isinstance(config, dict) or set(config) != expected:
+        if not isinstance(config, dict) or set(config) - START_ENTRIES != expected:
             got = sorted(config) if isinstance(config, dict) else type(config).__name__
             raise ValueError(f"a model's config has the entries {sorted(expected)}, got {got}")
         try:
@@ -151,7 +152,8 @@ class HNE(FoldedWeightCache, ABC):
             check_templates(config["blocks"], templates)
             rest = iter(templates)
             blocks = [[spec_from_config(layer, rest) for layer in block] for block in config["blocks"]]
-            return cls(hierarchy, blocks, num_classes=config["num_classes"], in_channels=config["in_channels"])
+            model = cls(hierarchy, blocks, num_classes=config["num_classes"], in_channels=config["in_channels"])
+            return model.restore_start(config)
         except TypeError as error:
             raise ValueError(f"not a model's config: {error}") from error
 
@@ -165,6 +167,7 @@ class HNE(FoldedWeightCache, ABC):
             "blocks": [[layer.spec.config() for layer in block] for block in self.layers_of_blocks()],
             "num_classes": self.num_classes,
             "in_channels": self.in_channels,
+            **self.start_config(),
         }
 
     def templates(self) -> list[nn.Module]:
