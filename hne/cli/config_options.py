@@ -52,6 +52,18 @@ _OPTIONS: dict[str, _Option] = {
         positive_ints,
         "B0,B1,...",
     ),
+    "backbone": _Option(
+        "start from a trained network instead of a preset: torchvision:NAME, timm:NAME, or a file of weights with "
+        "--backbone-arch; needs --branches",
+        metavar="SOURCE",
+    ),
+    "backbone_arch": _Option("architecture of a file of weights: torchvision:NAME or timm:NAME", metavar="NAME"),
+    "perturb": _Option(
+        "noise of all branches of the backbone but the first, relative to each tensor's deviation (default: 0.1)",
+        float,
+        "F",
+    ),
+    "freeze_trunk": _Option("keep the blocks of one branch as they are in the backbone"),
     "naive": _Option("train the plain PyTorch implementation, for comparison"),
     "objective": _Option(
         "training objective: I each member by itself (eq. 9), H the nested ensembles (eq. 10), D members and HD nested "
@@ -86,6 +98,7 @@ _OPTIONS: dict[str, _Option] = {
 _DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 
 TRAINING_DATA = ("limit_train", "image_size", "val_share", "split_seed", "augment")
+BACKBONE = ("backbone", "backbone_arch", "perturb", "freeze_trunk")
 OPTIMISATION = (
     *("protocol", "epochs", "batch_size", "lr", "schedule"),
     *("momentum", "weight_decay", "clip_grad_norm"),

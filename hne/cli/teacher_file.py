@@ -75,7 +75,7 @@ class TeacherFile:
         if self.model is not None:
             trained = self.stored["recipe"]
             if trained["preset"] not in PRESETS and "preset" not in given:
-                raise ValueError(f"--preset: expected the student's, since that of {self.path} was built in Python")
+                raise ValueError(f"--preset: expected the student's, since the network of {self.path} is no preset")
             given.setdefault("data", trained["data"])
             given.setdefault("image_size", trained["image_size"])
             if given["data"] == trained["data"]:

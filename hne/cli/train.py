@@ -35,6 +35,7 @@ _EXAMPLES = """\
   hne train --data cifar100 --data-dir ~/data --amp      the paper's protocol: 200 epochs
   hne train --data folder --data-dir ~/pictures --image-size 128        your images, in train/CLASS/
   hne train --data cifar100 --objective I --branches 16,16,16,16,16     independent networks
+  hne train --data cifar10 --backbone torchvision:resnet18 --branches 1,1,2,4 --lr 0.01 --epochs 20
   hne train --resume --out runs/digits-hne_tiny          continue after an interruption
 
   torchrun --nproc-per-node=2 -m hne train --data cifar10 --sync-bn     two processes
@@ -50,6 +51,7 @@ def add_parser(commands: options.Subparsers) -> None:
     for title, names in (
         ("training data", config_options.TRAINING_DATA),
         ("model", ("preset", "num_models", "width", "branches", "naive")),
+        ("start from a trained network", config_options.BACKBONE),
         ("objective", ("objective", "alpha", "temperature")),
         ("optimisation", (*config_options.OPTIMISATION, "seed")),
         ("numerics", config_options.NUMERICS),
@@ -129,6 +131,8 @@ class _Reporter(RunReporter):
             f"{world.size} process(es) on {world.device}, {torch.get_num_threads()} thread(s); "
             f"results in {folder}"
         )
+        if trainer.model.conversion is not None:
+            print(f"backbone {trainer.model.conversion.summary}")
         if trainer.batch_size != config.batch_size:
             print(f"batch size {trainer.batch_size}: there are no more images")
         if self.resume:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import Self
@@ -53,7 +54,15 @@ SCHEDULES = ("cosine", "halving")
 _HALVINGS = tuple(epoch / 150 for epoch in (60, 90, 110, 125, 135, 145))
 
 # Options that checkpoints of earlier versions do not have, with the values that their runs had.
-LATER_OPTIONS: dict[str, Any] = {"cuda_graph": False, "val_share": None, "split_seed": None}
+LATER_OPTIONS: dict[str, Any] = {
+    "cuda_graph": False,
+    "val_share": None,
+    "split_seed": None,
+    "backbone": None,
+    "backbone_arch": None,
+    "perturb": 0.1,
+    "freeze_trunk": False,
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,8 @@ class TrainConfig:
     """The config of a training run. Checkpoints store it, and a resumed run follows it to the same result.
 
     ``None`` stands for the whole data set (``limit_train``, ``limit_test``), the size and tree of the preset
-    (``num_models``, ``branches``), the image size and split of the data set, or no clipping.
+    (``num_models``, ``branches``), the image size and split of the data set, no backbone, or no clipping. With a
+    ``backbone`` (see :meth:`hne.HNE.from_backbone`), ``preset`` is a name for it.
     """
 
     data: str
@@ -80,6 +90,10 @@ class TrainConfig:
     num_models: int | None = None
     branches: tuple[int, ...] | None = None
     naive: bool = False
+    backbone: str | None = None
+    backbone_arch: str | None = None
+    perturb: float = 0.1
+    freeze_trunk: bool = False
     seed: int = 0
     augment: bool = True
     image_size: int | None = None
@@ -96,7 +110,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        for name in ("naive", "augment", "amp", "channels_last", "sync_bn", "cuda_graph"):
+        for name in ("naive", "augment", "amp", "channels_last", "sync_bn", "cuda_graph", "freeze_trunk"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("epochs", "batch_size"):
@@ -114,6 +128,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None or name != "clip_grad_norm":
                 _check_number(name, value, lambda number: number > 0, "a number above 0")
+        _check_number("perturb", self.perturb, lambda number: number >= 0, "at least 0")
+        self._check_backbone()
         _check_number("weight_decay", self.weight_decay, lambda number: number >= 0, "at least 0")
         _check_number("momentum", self.momentum, lambda number: 0 <= number < 1, "at least 0 and below 1")
         if self.val_share is not None:
@@ -126,6 +142,17 @@ class TrainConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**64:
                 raise ValueError(f"{name}: expected a whole number from -2^63 to 2^64 - 1, got {value!r}")
+
+    def _check_backbone(self) -> None:
+        """Check the options that go with a backbone, or without one."""
+        if self.backbone is None:
+            for name, default in (("backbone_arch", None), ("perturb", 0.1), ("freeze_trunk", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}: expected only with a backbone, got {getattr(self, name)!r}")
+        elif self.branches is None:
+            raise ValueError("branches: expected the branches of each block of the backbone, such as 1,1,2,4, got none")
+        elif self.width != 1:
+            raise ValueError(f"width: a backbone keeps its channels, got {self.width:g}")
 
     @classmethod
     def of(cls, **options: Any) -> Self:
@@ -144,6 +171,10 @@ class TrainConfig:
         protocol = options.get("protocol", protocol)
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+        if options.get("backbone") is not None:
+            if "preset" in options:
+                raise ValueError(f"preset: expected none beside a backbone, got {options['preset']!r}")
+            preset = Path(options["backbone"]).name.replace(":", "-")
         return cls(**{**PROTOCOLS[protocol], "protocol": protocol, "preset": preset, **options})
 
     def learning_rate(self, epoch: float) -> float:
@@ -154,9 +185,19 @@ class TrainConfig:
         return self.lr * 0.5 ** sum(progress >= halving for halving in _HALVINGS)
 
     def build_model(self, dataset: Dataset) -> HNE:
-        """The untrained model. Its weights are drawn from torch's global generator."""
+        """The model before training. Its weights are the backbone's, or drawn from torch's global generator."""
         kind = NaiveHNE if self.naive else FusedHNE
         hierarchy = None if self.branches is None else Hierarchy(self.branches, self.num_models)
+        if self.backbone is not None and hierarchy is not None:
+            return kind.from_backbone(
+                self.backbone,
+                hierarchy,
+                num_classes=dataset.outputs,
+                perturb=self.perturb,
+                seed=self.seed,
+                freeze_trunk=self.freeze_trunk,
+                architecture=self.backbone_arch,
+            )
         return kind.from_preset(
             self.preset,
             num_classes=dataset.outputs,
