@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .executor import Executor, Features
 from .layer import Layer
@@ -33,6 +34,8 @@ class Conv(LayerSpec):
     groups: int = 1
     norm: bool = True
     bias: bool = True
+
+    later_fields: ClassVar[tuple[str, ...]] = ("padding", "groups", "norm", "bias")
 
     def __post_init__(self) -> None:
         super().__post_init__()

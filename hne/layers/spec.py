@@ -27,6 +27,7 @@ class LayerSpec(ABC):
     channels: int
 
     scaled_fields: ClassVar[tuple[str, ...]] = ("channels",)  # channel counts, scaled by a width multiplier
+    later_fields: ClassVar[tuple[str, ...]] = ()  # written only if not the default, as configs of before lack them
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -50,7 +51,11 @@ class LayerSpec(ABC):
 
     def config(self) -> dict[str, Any]:
         """The spec as a JSON-able dictionary, which :func:`spec_from_config` reads."""
-        return {"layer": type(self).__name__, **dataclasses.asdict(self)}
+        written = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            if field.name in self.later_fields and written[field.name] == field.default:
+                del written[field.name]
+        return {"layer": type(self).__name__, **written}
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any], templates: Iterator[nn.Module]) -> Self:

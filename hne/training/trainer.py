@@ -67,7 +67,8 @@ class Trainer:
         ValueError: The channels or classes of model and data differ.
         DataError: A data set of PyTorch is empty, or its items are not images and labels.
         TrainingError: The processes cannot share the batch equally, the objective or the network does not suit the
-            data, no parameter requires a gradient, or ``cuda_graph`` is not possible: without a GPU, or with several processes.
+            data, no parameter requires a gradient, or ``cuda_graph`` is not possible: without a GPU, or with several
+            processes.
     """
 
     def __init__(
