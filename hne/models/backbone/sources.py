@@ -109,9 +109,10 @@ def create(name: str, *, pretrained: bool = False, num_classes: int | None = Non
             else:
                 net = package.models.get_model(model, weights="DEFAULT" if pretrained else None, **options)
         except (OSError, RuntimeError, ValueError) as error:  # no network, no weights of that name
+            reason = str(error).rstrip(".")
             raise BackboneError(
-                f"backbone: cannot get {name}: {error}. Without a network, get its weights elsewhere and give the file "
-                f"as the backbone and {name} as its architecture"
+                f"backbone: cannot get {name}: {reason}. Without a network, get its weights elsewhere and give the "
+                f"file as the backbone and {name} as its architecture"
             ) from error
     return cast("nn.Module", net).eval()
 
