@@ -95,7 +95,7 @@ def of_inference(model: HNE, num_models: int, batch: int, size: int, itemsize: i
     """Work of inference with one kernel per layer, which reads its input and weights and writes its output once."""
     layers = list(_layers(model, num_models, size))
     features = sum(sum(values[:1] + values[-1:]) for _, values, _ in layers)
-    weights = sum(filters for *_, filters in layers) + num_models * model.head.macs()
+    weights = sum(filters for *_, filters in layers) + num_models * model.head.macs((1, 1))
     return Work((batch * features + weights) * itemsize, 2 * batch * model.macs(num_models, size))
 
 
@@ -107,7 +107,7 @@ def of_training(model: HNE, batch: int, size: int, itemsize: int) -> Work:
     """
     layers = list(_layers(model, model.num_models, size))
     features = sum(_of_convolutions(layer, values) for layer, values, _ in layers)
-    weights = sum(filters for *_, filters in layers) + model.num_models * model.head.macs()
+    weights = sum(filters for *_, filters in layers) + model.num_models * model.head.macs((1, 1))
     return Work(3 * batch * features * itemsize + 2 * 4 * weights, 3 * 2 * batch * model.macs(None, size))
 
 

@@ -87,6 +87,7 @@ def test_the_compiler_looks_into_the_ops() -> None:
         "branch_norm_conv2d-materialize-window": "3",
         "branch_normalize": "1",
         "fused_conv2d": "1",
+        "fused_conv2d-residual": "1",
         "fused_bottleneck": "4",
         "fused_bottleneck-half": "1",
         "prefix_mean": "1",

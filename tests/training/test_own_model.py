@@ -144,7 +144,7 @@ def test_the_folder_of_a_run(rng: torch.Generator, tmp_path: Path, capsys: pytes
     assert main(["eval", str(tmp_path)]) == 2
     assert "trained on custom, a data set that was made in Python: --data names one" in capsys.readouterr().err
     assert main(["distill", str(tmp_path), "--data", "digits"]) == 2
-    assert "--preset: expected the student's, since that of" in capsys.readouterr().err
+    assert "--preset: expected the student's, since the network of" in capsys.readouterr().err
 
 
 def test_bad_arguments(rng: torch.Generator) -> None:
