@@ -33,7 +33,7 @@ class FoldedConv(NamedTuple):
     depthwise: bool = False
 
     @property
-    def weights(self) -> tuple[Tensor, ...]:
+    def weights(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias
 
     def map_weights(self, function: Callable[[Tensor], Tensor]) -> FoldedConv:
@@ -45,18 +45,16 @@ class FoldedConv(NamedTuple):
 
     def __call__(self, x: Tensor, replicate: int, activation: str, residual: Tensor | None = None) -> Tensor:
         """``activation(conv(x) + bias + residual)``; grouped convolutions take no ``replicate``."""
-        weights = self.weight, self.bias
         options: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "replicate": replicate}
         if self.depthwise:
-            y = K.branch_depthwise_conv2d(x, *weights, **options)
+            y = K.branch_depthwise_conv2d(x, *self.weights, **options)
         elif self.groups > 1:
-            y = join_groups(
-                K.fused_conv2d(split_groups(x, self.groups), self.weight, self.bias, **options), self.groups
-            )
+            groups = split_groups(x, self.groups)
+            y = join_groups(K.fused_conv2d(groups, *self.weights, **options), self.groups)
         else:
             known = activation in K.ACTIVATIONS
             fused = activation if known else "none"
-            y = K.fused_conv2d(x, *weights, residual, activation=fused, **options)
+            y = K.fused_conv2d(x, *self.weights, residual, activation=fused, **options)
             return y if known else ACTIVATIONS[activation](y)
         return ACTIVATIONS[activation](y if residual is None else y + residual)
 

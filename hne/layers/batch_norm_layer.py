@@ -36,10 +36,6 @@ class NormLayer(Layer, spec=Norm):
         check_same_channels(spec, in_channels)
         self.norm = BranchNorm(branches, in_channels)
 
-    @property
-    def channels(self) -> int:
-        return self.norm.channels
-
     def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
         copies = executor.replicate(x, branches, replicate, self.channels)  # each child has its own batch norm
         return executor.norm(self.norm, copies, branches, self.spec.activation)

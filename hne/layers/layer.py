@@ -37,11 +37,13 @@ class Layer(nn.Module, ABC):
     def __init__(self, spec: LayerSpec, in_channels: int, branches: int, replicate: int) -> None:
         super().__init__()
         self.spec = spec
+        self.in_channels = in_channels
 
     @property
     def channels(self) -> int:
-        """Output channels of one branch."""
-        return self.spec.channels
+        """Output channels of one branch: those of the spec, or of the input where the spec leaves them open."""
+        channels: int | None = self.spec.channels
+        return self.in_channels if channels is None else channels
 
     @abstractmethod
     def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:

@@ -47,10 +47,6 @@ class LayerNormLayer(Layer, spec=LayerNorm):
         check_same_channels(spec, in_channels)
         self.norm = BranchLayerNorm(branches, in_channels, spec.eps)
 
-    @property
-    def channels(self) -> int:
-        return self.norm.channels
-
     def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
         maps = executor.to_maps(executor.replicate(x, branches, replicate, self.channels), self.channels)
         tokens = layer_norm(executor, self.norm, to_tokens(maps), branches)

@@ -136,7 +136,6 @@ class ModuleLayer(Layer, spec=Module):
             )
         spec = dataclasses.replace(spec, channels=runs.channels, tokens=runs.tokens)
         super().__init__(spec, in_channels, branches, replicate)
-        self.in_channels = in_channels
         self.copies = nn.ModuleList(copied(spec.template) for _ in range(branches)).train()
         self._runs = runs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,15 +71,12 @@ class PoolingLayer(nn.Module):
     comes before the copies of a branching layer, which are then smaller.
     """
 
+    spec: Any
+    channels: int
+
     def __init__(self, spec: MaxPool | AveragePool, in_channels: int, branches: int, replicate: int) -> None:
         super().__init__(spec, in_channels, branches, replicate)  # of Layer
         check_same_channels(spec, in_channels)
-        self.spec = spec
-        self.in_channels = in_channels
-
-    @property
-    def channels(self) -> int:
-        return self.in_channels
 
     @property
     @abstractmethod

@@ -39,11 +39,6 @@ class SelectTokenLayer(Layer, spec=SelectToken):
     def __init__(self, spec: SelectToken, in_channels: int, branches: int, replicate: int) -> None:
         super().__init__(spec, in_channels, branches, replicate)
         check_same_channels(spec, in_channels)
-        self.in_channels = in_channels
-
-    @property
-    def channels(self) -> int:
-        return self.in_channels
 
     def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
         tokens = to_tokens(executor.to_maps(x, self.channels))

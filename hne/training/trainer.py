@@ -94,10 +94,6 @@ class Trainer:
         self.world = world
         self.batch_size = _batch_size(config, dataset, world)
         torch.manual_seed(config.seed)
-        try:
-            model.macs(1, dataset.input.size)
-        except ValueError as error:
-            raise TrainingError(f"the network does not suit the images of {dataset.name}: {error}") from error
         self.model = model.to(world.device)
         if config.sync_bn and world.size > 1:
             self.model.sync_batch_norm_()
@@ -357,6 +353,10 @@ def _check_fits(model: HNE, dataset: Dataset) -> None:
     ):
         if ours != theirs:
             raise ValueError(f"model: expected {name}={theirs} for the data set {dataset.name}, got {ours}")
+    try:
+        model.macs(1, dataset.input.size)
+    except ValueError as error:
+        raise TrainingError(f"the network does not suit the images of {dataset.name}: {error}") from error
 
 
 def _batch_size(config: TrainConfig, dataset: Dataset, world: World) -> int:
