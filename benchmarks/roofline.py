@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hne_kernels as K
 from hne import HNE
-from hne.layers import BottleneckLayer, BranchModule, Layer, Size
+from hne.layers import BasicBlockLayer, BottleneckLayer, BranchModule, Layer, PreActivationLayer, Size
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _layers(model: HNE, num_models: int, size: int) -> Iterator[tuple[Layer, lis
         for layer in block:
             values = _values(layer, shape, channels, parents, branches)
             yield layer, values, _filters(layer) * branches // all_branches
-            shape, channels, parents = layer.output_size(shape), layer.spec.channels, branches
+            shape, channels, parents = layer.output_size(shape), layer.channels, branches
 
 
 def _values(layer: Layer, shape: Size, channels: int, parents: int, branches: int) -> list[int]:
@@ -137,16 +137,18 @@ def _values(layer: Layer, shape: Size, channels: int, parents: int, branches: in
     if isinstance(layer, BottleneckLayer):
         middle = branches * layer.spec.middle
         inside = [middle * prod(shape), middle * prod(layer.output_size(shape))]
+    elif isinstance(layer, BasicBlockLayer | PreActivationLayer):
+        inside = [branches * layer.channels * prod(layer.output_size(shape))]
     return [
         parents * channels * prod(shape),
         *inside,
-        branches * layer.spec.channels * prod(layer.output_size(shape)),
+        branches * layer.channels * prod(layer.output_size(shape)),
     ]
 
 
 def _of_convolutions(layer: Layer, values: list[int]) -> int:
     """Number of values that the convolutions of a layer read and write."""
-    shortcut = [values[0], values[-1]] if isinstance(layer, BottleneckLayer) and layer.shortcut is not None else []
+    shortcut = [values[0], values[-1]] if getattr(layer, "shortcut", None) is not None else []
     return sum([*values[:-1], *values[1:], *shortcut])
 
 

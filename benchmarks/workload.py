@@ -62,6 +62,8 @@ class Workload:
 
 RESNET = Network("HNE-ResNet", 32, {"name": "hne_resnet50_cifar", "num_classes": 100})
 MOBILENET = Network("HNE-MobileNetV2", 224, {"name": "hne_mobilenetv2_075", "num_classes": 1000})
+RESNET18 = Network("ResNet-18", 224, {"name": "hne_resnet18", "num_classes": 1000})
+WIDE_RESNET = Network("WRN-28-10", 32, {"name": "hne_wrn28_10", "num_classes": 100})
 TINY = Network("HNE-tiny", 8, {"name": "hne_tiny", "num_classes": 10, "width": 0.25, "num_models": 2})
 
 _HEADS = ((16, 128, 256, 100), (8, 450, 1280, 1000))  # of both networks, at their training batch sizes
@@ -78,10 +80,15 @@ CPU = Workload(
     others={"op": (), "inference": _PEERS, "training": ("channels_last", "channels_last_compiled")},
     ops=(32, torch.float32),
     heads=_HEADS,
-    training=tuple((RESNET, batch, torch.float32) for batch in (32, 128)),
+    training=(
+        *((RESNET, batch, torch.float32) for batch in (32, 128)),
+        *((network, 8, torch.float32) for network in (RESNET18, WIDE_RESNET)),
+    ),
     inference=(
         *((RESNET, n, batch, torch.float32) for batch in (1, 8, 64) for n in (1, 2, 4, 8, 16)),
         *((MOBILENET, n, batch, torch.float32) for batch in (1, 8) for n in (1, 2, 4, 8)),
+        *((RESNET18, 8, batch, torch.float32) for batch in (1, 8)),
+        *((WIDE_RESNET, 8, batch, torch.float32) for batch in (1, 8, 64)),
     ),
     anytime=tuple((RESNET, batch, torch.float32) for batch in (1, 8)),
     compiler={},

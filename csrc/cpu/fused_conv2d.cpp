@@ -7,7 +7,7 @@ namespace {
 Tensor fused_conv2d(const Tensor& x_in, const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding,
                     int64_t replicate, const std::string& activation, const std::optional<Tensor>& residual_in,
                     int64_t residual_replicate) {
-  const PackedConvolution convolution(weight, bias, stride, padding, replicate, activation);
+  const PackedConvolution convolution(weight, bias, stride, padding, replicate, activation, false);
   check_kind("x", x_in, weight);
   const Tensor x = torch::stable::contiguous(widen(x_in));
   const auto sizes = x.sizes();

@@ -1,20 +1,24 @@
 // Convolutions with packed weights, bias and activation (inference).
 #pragma once
 
-#include "branch_conv2d.h"
+#include <mutex>
+
+#include "winograd.h"
 
 namespace hne {
 
 class PackedConvolution {
  public:
+  // `reused`: for many calls, so that filters may be transformed in the first.
   PackedConvolution(const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding, int64_t replicate,
-                    std::string activation)
+                    std::string activation, bool reused = true)
       : weight_(weight),
         bias_(bias),
         stride_(stride),
         padding_(padding),
         replicate_(replicate),
-        activation_(std::move(activation)) {
+        activation_(std::move(activation)),
+        winograd_(reused ? std::make_shared<Winograd>() : nullptr) {
     STD_TORCH_CHECK(weight.dim() == 6 && bias.dim() == 2, "weight: expected 6 dimensions, bias: 2");
     branches_ = bias.size(0), in_channels_ = weight.size(4), out_channels_ = bias.size(1);
     kernel_size_ = weight.size(2);
@@ -34,14 +38,27 @@ class PackedConvolution {
 
   template <typename T>
   void forward(const Geometry& g, const T* x, T* out, Summand<T> add = {}) const {
-    convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, weight_.data<T>(), bias_.data<T>(), add,
-                       Clamp<T>::named(activation_), out);
+    const T* const bias = bias_.data<T>();
+    const Clamp<T> clamp = Clamp<T>::named(activation_);
+    if (winograd_ != nullptr && prefers_winograd(g)) {
+      std::call_once(winograd_->once, [&] {
+        winograd_->weights = transform_weights(weight_.data<T>(), branches_, in_channels_, out_channels_);
+      });
+      return convolve_winograd<T>(g, x, winograd_->weights, bias, add, clamp, out);
+    }
+    convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, weight_.data<T>(), bias, add, clamp, out);
   }
 
  private:
   ConstTensor weight_, bias_;
   int64_t branches_, in_channels_, out_channels_, kernel_size_, stride_, padding_, replicate_;
   std::string activation_;
+  // The transformed filters, made when they are first needed.
+  struct Winograd {
+    std::once_flag once;
+    WinogradWeights weights;
+  };
+  std::shared_ptr<Winograd> winograd_;  // null if the convolution is used once
 };
 
 // Convolutions of one branch, applied one after another: the stem before bottlenecks.

@@ -44,6 +44,27 @@ struct Gemm {
   bool outputs_cached = false;  // out and add lie in the cache: they need no prefetch
 };
 
+// Input patches of Winograd's convolution: out[f * stride + tile * channels + c] for the 16 frequencies f.
+template <typename T>
+struct WinogradInput {
+  const T* const* pixels;  // [count][16], the 4x4 pixels of each patch; zeros outside the feature map
+  int64_t count, channels;
+  T* out;
+  int64_t stride;  // between frequencies
+};
+
+// Tiles of 2x2 output pixels, from their sums [16][count][channels].
+template <typename T>
+struct WinogradOutput {
+  const T* sums;
+  int64_t stride;  // between frequencies
+  int64_t count, channels;
+  T* const* out;        // [count][4], null outside the feature map
+  const T* const* add;  // [count][4] or null
+  const T* bias;        // [channels]
+  Clamp<T> clamp;
+};
+
 // sum[i][j] += sum over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights
 template <typename T>
 struct Outer {
@@ -134,7 +155,9 @@ struct Kernels {
   void (*transpose_panel)(const T* in, int64_t stride, int64_t depth, T* out);  // out[k][n] = in[n * stride + k]
   void (*add_scaled)(T* out, const T* x, T scale, int64_t count);               // out += scale * x
   void (*store_scaled)(T* out, const T* x, T scale, int64_t count);             // out = scale * x
-  double (*distill_sample)(const DistillSample<T>&);                            // returns the sample's loss
+  void (*winograd_input)(const WinogradInput<T>&);
+  void (*winograd_output)(const WinogradOutput<T>&);
+  double (*distill_sample)(const DistillSample<T>&);  // returns the sample's loss
 };
 
 namespace portable {

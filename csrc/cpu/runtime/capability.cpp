@@ -1,5 +1,10 @@
 #include "capability.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -57,6 +62,19 @@ const char* cpu_capability() { return name(capability()); }
 const char* cpu_capabilities_supported() {
   if (supported(Capability::avx512)) return "portable, avx2, avx512";
   return supported(Capability::avx2) ? "portable, avx2" : "portable";
+}
+
+int64_t second_cache_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    const int64_t found = 0;
+#endif
+    constexpr int64_t kLeast = 256 << 10, kMost = 4 << 20, kUnknown = 1 << 20;
+    return found <= 0 ? kUnknown : std::clamp(found, kLeast, kMost);
+  }();
+  return bytes;
 }
 
 }  // namespace hne

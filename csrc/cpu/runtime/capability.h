@@ -2,6 +2,8 @@
 // environment variable HNE_CPU_CAPABILITY ("portable", "avx2", "avx512").
 #pragma once
 
+#include <cstdint>
+
 namespace hne {
 
 enum class Capability { portable, avx2, avx512 };
@@ -14,5 +16,8 @@ const char* cpu_capability();
 
 // Names of the instruction sets that this machine supports, comma separated, best last.
 const char* cpu_capabilities_supported();
+
+// Bytes of the second cache of a core.
+int64_t second_cache_bytes();
 
 }  // namespace hne

@@ -5,6 +5,7 @@
 #include "../mean.h"
 #include "../normalize.h"
 #include "../transpose.h"
+#include "../winograd.h"
 
 namespace hne::HNE_ISA {
 
@@ -24,6 +25,8 @@ const Kernels<T>& table() {
       transpose_panel<T>,
       add_scaled<T>,
       store_scaled<T>,
+      winograd_input<T>,
+      winograd_output<T>,
       distill_sample<T>,
   };
   return kernels;
