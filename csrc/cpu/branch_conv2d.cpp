@@ -1,5 +1,5 @@
 // Dense branch convolution as register-blocked products over row pointers.
-#include "branch_conv2d.h"
+#include "winograd.h"
 
 namespace hne {
 namespace {
@@ -73,6 +73,9 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
 template <typename T>
 void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const T* bias, T* out,
               const RowsWritten& written) {
+  Tensor hold = weight;  // windows of several pixels would compute each pixel several times
+  const PrologueInput<T> source = g.pointwise() ? x : in_memory(x, g.parents, hold);
+  if (prefers_winograd(g, false)) return convolve_winograd<T>(g, source.x, weight, bias, out, written);
   const int64_t panel_stride = g.taps() * g.in_channels * kPanel;
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
   const Tensor packed = empty(weight, {g.branches * branch_size});
@@ -80,8 +83,6 @@ void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight
     pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.out_channels, g.in_channels, g.taps(),
          g.in_channels * g.taps(), g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
   });
-  Tensor hold = weight;  // windows of several pixels would compute each pixel several times
-  const PrologueInput<T> source = g.pointwise() ? x : in_memory(x, g.parents, hold);
   convolve_packed(g, source, data<T>(packed), bias, Summand<T>{}, Clamp<T>{}, out, written);
 }
 

@@ -1,5 +1,5 @@
 // The two gradients of the dense branch convolution.
-#include "branch_conv2d.h"
+#include "winograd.h"
 
 namespace hne {
 namespace {
@@ -85,9 +85,10 @@ Tensor pack_transposed(const Geometry& g, const Tensor& weight) {
 template <typename T>
 void convolve_input(const Geometry& g, const PrologueInput<T>& grad, const Tensor& weight, T* out,
                     const RowsWritten& written) {
-  const Tensor packed = pack_transposed<T>(g, weight);
   Tensor hold = weight;
   const PrologueInput<T> source = g.pointwise() ? grad : in_memory(grad, g.branches, hold);
+  if (prefers_winograd(g, false)) return convolve_winograd_input<T>(g, source.x, weight, out, written);
+  const Tensor packed = pack_transposed<T>(g, weight);
   convolve_input_packed(g, source, data<T>(packed), out, written);
 }
 
@@ -169,6 +170,8 @@ void convolve_weight(const Geometry& g, const PrologueInput<T>& grad_in, const P
                      const Tensor& out) {
   Tensor hold_grad = out, hold_x = out;
   const PrologueInput<T> x = g.pointwise() ? x_in : in_memory(x_in, g.parents, hold_x);
+  if (prefers_winograd(g, false))
+    return convolve_winograd_weight<T>(g, in_memory(grad_in, g.branches, hold_grad).x, x.x, out);
   const WeightSums sums(g, x.computed());
   const PrologueInput<T> grad = sums.matrices == 1 ? grad_in : in_memory(grad_in, g.branches, hold_grad);
   const int64_t threads = num_threads(), matrices = g.branches * sums.matrices;

@@ -16,6 +16,44 @@ namespace {
 // The mean over the pixels of each feature map.
 struct GlobalPool {};
 
+// Batch norm by given statistics, and an activation.
+class Normalize {
+ public:
+  Normalize(const Tensor& rows, int64_t replicate, std::string activation)
+      : rows_(rows), replicate_(replicate), activation_(std::move(activation)) {
+    STD_TORCH_CHECK(rows.dim() == 3 && rows.size(1) == 3, "weights: expected the rows [branch][3][channel]");
+    branches_ = rows.size(0), channels_ = rows.size(2);
+  }
+
+  void check(const std::vector<int64_t>& shape) const {
+    STD_TORCH_CHECK(shape[4] == channels_ && shape[0] == ceil_div(branches_, replicate_),
+                    "x: does not have the branches and channels of the normalisation");
+  }
+
+  int64_t branches() const { return branches_; }
+
+  // `rows` is the number of rows of a branch.
+  template <typename T>
+  void forward(const T* x, int64_t rows, T* out) const {
+    const int64_t chunks = ceil_div(rows, kRows);
+    parallel_tasks(branches_ * chunks, [&](int64_t task) {
+      const int64_t branch = task / chunks, first = task % chunks * kRows;
+      const T* const norm = rows_.data<T>() + branch * 3 * channels_;
+      NormRows<T> r{};
+      r.x = x + (branch / replicate_ * rows + first) * channels_, r.out = out + (branch * rows + first) * channels_;
+      r.mean = norm, r.scale = norm + channels_, r.shift = norm + 2 * channels_;
+      r.count = std::min(kRows, rows - first), r.channels = channels_, r.clamp = Clamp<T>::named(activation_);
+      kernels<T>().normalize(r);
+    });
+  }
+
+ private:
+  static constexpr int64_t kRows = 128;
+  ConstTensor rows_;
+  int64_t branches_, channels_, replicate_;
+  std::string activation_;
+};
+
 // Consecutive bottlenecks, with the convolutions of one branch before them and the global pool after them, if any.
 struct BottleneckSequence {
   std::vector<PackedConvolution> stem;
@@ -26,7 +64,7 @@ struct BottleneckSequence {
 // Layers that are computed together: only the output of the last one is stored for the whole batch. Stages and features
 // have numbers: stage s computes features s + 1, and features 0 are the input of all stages.
 struct Stage {
-  std::variant<GlobalPool, PackedConvolution, BottleneckSequence> operation;
+  std::variant<GlobalPool, Normalize, PackedConvolution, BottleneckSequence> operation;
   size_t source;                        // the features that it reads
   bool returned = false;                // whether the output is a result of the call
   bool kept = false;                    // whether the output has a reader other than the next layer
@@ -46,10 +84,9 @@ class PreparedLayers {
     const int64_t count = int64_t(numbers.size()) / LayerSpec::kNumbers;
     STD_TORCH_CHECK(count > 0 && count * LayerSpec::kNumbers == int64_t(numbers.size()), "numbers: expected ",
                     LayerSpec::kNumbers, " for each of one or more layers");
-    STD_TORCH_CHECK(!weights.empty() && weights[0].has_value(), "weights: expected at least one");
-    type_ = weights[0]->scalar_type();
     std::vector<LayerSpec> layers;
     for (int64_t i = 0; i < count; ++i) layers.emplace_back(&numbers[i * LayerSpec::kNumbers]);
+    type_ = features_type(layers, weights);
     std::vector<bool> kept(count);
     for (int64_t i = 0; i < count; ++i) {
       const LayerSpec& layer = layers[i];
@@ -95,11 +132,30 @@ class PreparedLayers {
   }
 
  private:
+  // The dtype of the first filters: a normalisation of bfloat16 features is float32.
+  static ScalarType features_type(const std::vector<LayerSpec>& layers,
+                                  const std::vector<std::optional<Tensor>>& weights) {
+    size_t used = 0;
+    for (const LayerSpec& layer : layers) {
+      if (layer.kind != LayerSpec::normalize) break;
+      used += layer.num_weights();
+    }
+    STD_TORCH_CHECK(used < weights.size() && weights[used].has_value(), "weights: expected the filters of a layer");
+    return weights[used]->scalar_type();
+  }
+
   // Adds the layer, which reads the features `source`, to the last stage where it can be computed together with it,
   // else as a new stage.
   void add(const LayerSpec& layer, const std::optional<Tensor>* weights, size_t source) {
-    STD_TORCH_CHECK(weights[0].has_value() && weights[0]->scalar_type() == type_, "weights: expected one dtype");
     const std::string activation = activation_name(layer.activation);
+    if (layer.kind == LayerSpec::normalize) {
+      STD_TORCH_CHECK(weights[0].has_value(), "weights: expected the rows of a normalisation");
+      const ScalarType type = type_ == ScalarType::Double ? type_ : ScalarType::Float;
+      STD_TORCH_CHECK(weights[0]->scalar_type() == type, "weights: expected float32 rows, or float64 as the filters");
+      stages_.push_back({Normalize(*weights[0], layer.replicate, activation), source});
+      return;
+    }
+    STD_TORCH_CHECK(weights[0].has_value() && weights[0]->scalar_type() == type_, "weights: expected one dtype");
     // A sequence ends where its features have another reader.
     BottleneckSequence* sequence = stages_.empty() || source != stages_.size() || stages_.back().kept
                                        ? nullptr
@@ -260,6 +316,11 @@ class PreparedLayers {
     shape = convolution.geometry(shape).out_shape();
   }
 
+  static void update_shape(const Normalize& normalize, std::vector<int64_t>& shape) {
+    normalize.check(shape);
+    shape[0] = normalize.branches();
+  }
+
   static void update_shape(const BottleneckSequence& sequence, std::vector<int64_t>& shape) {
     for (const PackedConvolution& convolution : sequence.stem) update_shape(convolution, shape);
     for (const BottleneckWeights& bottleneck : sequence.bottlenecks) shape = bottleneck.geometry(shape).out_shape();
@@ -296,6 +357,15 @@ class PreparedLayers {
     if (sequence.pool) update_shape(GlobalPool{}, shape);
     Tensor out = empty(like, shape);
     forward_bottlenecks<T>(stem, bottlenecks, x, mutable_data<T>(out), sequence.pool, out);
+    return out;
+  }
+
+  template <typename T>
+  static Tensor forward_stage(const Normalize& normalize, const T* x, Summand<T>, const Tensor& like, bool,
+                              std::vector<int64_t>& shape) {
+    update_shape(normalize, shape);
+    Tensor out = empty(like, shape);
+    normalize.forward<T>(x, shape[1] * shape[2] * shape[3], mutable_data<T>(out));
     return out;
   }
 

@@ -9,7 +9,8 @@ namespace hne {
 
 // The numbers that describe a layer to prepare_layers, in the order of hne_kernels/ops/fused_layers.py.
 struct LayerSpec {
-  enum Kind : int64_t { convolution, bottleneck, pool_linear };  // pool_linear: linear layer of the mean over pixels
+  // pool_linear: linear layer of the mean over pixels; normalize: batch norm and activation
+  enum Kind : int64_t { convolution, bottleneck, pool_linear, normalize };
   int64_t kind, stride, padding, replicate, activation, final_activation, identity, returned;
   // The layers whose outputs are its input and its residual, counted from itself: -1 is the layer before. The input of
   // all layers counts as the output of a layer before the first. Residual 0: there is none.
@@ -28,13 +29,14 @@ struct LayerSpec {
         source(n[8]),
         residual(n[9]),
         residual_replicate(n[10]) {
-    STD_TORCH_CHECK(kind >= convolution && kind <= pool_linear, "numbers: expected a kind from 0 to 2");
+    STD_TORCH_CHECK(kind >= convolution && kind <= normalize, "numbers: expected a kind from 0 to 3");
     STD_TORCH_CHECK(source < 0 && residual <= 0, "numbers: expected that layers read the outputs of earlier ones");
-    STD_TORCH_CHECK(residual == 0 || kind != bottleneck, "numbers: expected no residual of a bottleneck");
+    STD_TORCH_CHECK(residual == 0 || (kind != bottleneck && kind != normalize),
+                    "numbers: expected no residual of a bottleneck or a normalisation");
     STD_TORCH_CHECK(residual_replicate >= 1, "numbers: expected a residual_replicate of at least 1");
   }
 
-  int64_t num_weights() const { return kind == bottleneck ? 8 : 2; }
+  int64_t num_weights() const { return kind == bottleneck ? 8 : kind == normalize ? 1 : 2; }
 };
 
 inline std::string activation_name(int64_t number) {

@@ -40,9 +40,9 @@ class PackedConvolution {
   void forward(const Geometry& g, const T* x, T* out, Summand<T> add = {}) const {
     const T* const bias = bias_.data<T>();
     const Clamp<T> clamp = Clamp<T>::named(activation_);
-    if (winograd_ != nullptr && prefers_winograd(g)) {
+    if (winograd_ != nullptr && prefers_winograd(g, true)) {
       std::call_once(winograd_->once, [&] {
-        winograd_->weights = transform_weights(weight_.data<T>(), branches_, in_channels_, out_channels_);
+        winograd_->weights = transform_packed(weight_.data<T>(), branches_, in_channels_, out_channels_);
       });
       return convolve_winograd<T>(g, x, winograd_->weights, bias, add, clamp, out);
     }

@@ -8,12 +8,14 @@ namespace hne {
 namespace {
 
 constexpr int64_t kFrequencies = 16, kTaps = 9;
-constexpr int64_t kMaxDepth = 128;      // input channels of a product: a panel pair of filters fits the first cache
-constexpr int64_t kMaxPanels = 8;       // panels of a task
-constexpr int64_t kTileMultiple = 14;   // rows of a tile of the matrix product
-constexpr int64_t kMinChannels = 32;    // with fewer, the transforms take longer than the products that they save
-constexpr int64_t kMinTiles = 8;        // with fewer, a convolution waits for its filters, which are 16/9 as large
-constexpr int64_t kTasksPerThread = 4;  // with fewer, their number is a multiple of the number of threads
+constexpr int64_t kMaxDepth = 128;     // input channels of a product: a panel pair of filters fits the first cache
+constexpr int64_t kMaxPanels = 8;      // panels of a task
+constexpr int64_t kTileMultiple = 14;  // rows of a tile of the matrix product
+constexpr int64_t kSumBlockRows = 64, kSumBlockColumns = 128;  // channels of the sums of a weight's gradient in a task
+constexpr int64_t kMinChannels = 32;       // with fewer, the transforms take longer than the products that they save
+constexpr int64_t kMinTiles = 8;           // with fewer, a convolution waits for its filters, which are 16/9 as large
+constexpr int64_t kMinTrainingTiles = 64;  // with fewer, transforming the filters takes too long
+constexpr int64_t kTasksPerThread = 4;     // with fewer, their number is a multiple of the number of threads
 
 // Parts of `count` of nearly equal size, a multiple of `multiple`, and at most `most`.
 int64_t part_size(int64_t count, int64_t most, int64_t multiple) {
@@ -62,17 +64,18 @@ void transform_filters(const T* g, int64_t tap_stride, const F& out) {
   }
 }
 
+// Transforms one panel [3][3][in_channels][kPanel] of a branch. `mirrored` filters read the kernel backwards, which
+// exchanges the first and the last frequency of each axis.
 template <typename T>
-void transform_branch(const T* packed, const FilterOrder& order, T* out) {
-  const int64_t tap_stride = order.in_channels * kPanel;
-  for (int64_t panel = 0; panel < order.panels; ++panel) {
-    const int64_t group = panel / order.group_panels, panels = order.panels_of(group);
-    for (int64_t k = 0; k < order.in_channels; ++k) {
-      const int64_t k0 = k / order.depth * order.depth, depth = order.depth_of(k0);
-      T* const at = out + order.block(group, k0) + ((panel - group * order.group_panels) * depth + k - k0) * kPanel;
-      transform_filters(packed + panel * kTaps * tap_stride + k * kPanel, tap_stride,
-                        [&](int64_t frequency) { return at + frequency * panels * depth * kPanel; });
-    }
+void transform_panel(const T* packed, const FilterOrder& order, int64_t panel, bool mirrored, T* out) {
+  const int64_t group = panel / order.group_panels, panels = order.panels_of(group);
+  const auto axis = [&](int64_t f) { return mirrored && f % 3 == 0 ? 3 - f : f; };
+  for (int64_t k = 0; k < order.in_channels; ++k) {
+    const int64_t k0 = k / order.depth * order.depth, depth = order.depth_of(k0);
+    T* const at = out + order.block(group, k0) + ((panel - group * order.group_panels) * depth + k - k0) * kPanel;
+    transform_filters(packed + k * kPanel, order.in_channels * kPanel, [&](int64_t frequency) {
+      return at + (axis(frequency / 4) * 4 + axis(frequency % 4)) * panels * depth * kPanel;
+    });
   }
 }
 
@@ -103,6 +106,131 @@ FiltersRegistry& registry() {
   return *registry;
 }
 
+// Pointers to the 4x4 input pixels of tiles [first, first + count) of a feature map, over batch, rows and columns.
+template <typename T>
+void gather_patches(const Geometry& g, const T* x, const T* zeros, int64_t first, int64_t count, const T** pixels) {
+  PixelWalk tile(ceil_div(g.out_height, 2), ceil_div(g.out_width, 2), first);
+  for (int64_t m = 0; m < count; ++m, tile.next()) {
+    const int64_t y0 = 2 * tile.y - g.padding, x0 = 2 * tile.x - g.padding;
+    const T* const sample = x + tile.b * g.pixels() * g.in_channels;
+    for (int64_t i = 0; i < kFrequencies; ++i) {
+      const int64_t py = y0 + i / 4, px = x0 + i % 4;
+      const bool inside = py >= 0 && py < g.height && px >= 0 && px < g.width;
+      pixels[kFrequencies * m + i] = inside ? sample + (py * g.width + px) * g.in_channels : zeros;
+    }
+  }
+}
+
+// Pointers to the 2x2 output pixels of these tiles; `outside` beyond the feature map.
+template <typename T>
+void gather_tiles(const Geometry& g, T* out, T* outside, int64_t first, int64_t count, T** pixels) {
+  PixelWalk tile(ceil_div(g.out_height, 2), ceil_div(g.out_width, 2), first);
+  for (int64_t m = 0; m < count; ++m, tile.next())
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t y = 2 * tile.y + i / 2, x = 2 * tile.x + i % 2;
+      const bool inside = y < g.out_height && x < g.out_width;
+      pixels[4 * m + i] = inside ? out + ((tile.b * g.out_height + y) * g.out_width + x) * g.out_channels : outside;
+    }
+}
+
+int64_t tiles_of(const Geometry& g) { return g.batch * ceil_div(g.out_height, 2) * ceil_div(g.out_width, 2); }
+
+// Tiles whose patches and sums, of `channels` together, take at most half of the second cache.
+template <typename T>
+int64_t most_tiles(int64_t channels) {
+  const int64_t bytes = kFrequencies * channels * int64_t(sizeof(T));
+  return std::max<int64_t>(1, second_cache_bytes() / 2 / bytes / kTileMultiple) * kTileMultiple;
+}
+
+// out = clamp(sum of conv(x, filters) over sources + bias + add). Output branch b reads source b / g.replicate or, with
+// several `sources` each, those from b * sources on, of which there are g.parents. Filters are those of an output
+// branch and source.
+template <typename T>
+void convolve_tiles(const Geometry& g, int64_t sources, const T* x, const std::vector<const T*>& filters, const T* bias,
+                    Summand<T> add, Clamp<T> clamp, T* out) {
+  const FilterOrder order(g.in_channels, g.out_channels);
+  const int64_t total = tiles_of(g), groups = order.groups();
+  int64_t chunks = ceil_div(total, most_tiles<T>(order.depth + order.group_panels * kPanel));
+  const int64_t others = g.branches * groups, threads = num_threads();
+  if (others * chunks < kTasksPerThread * threads && total >= threads * kTileMultiple)
+    while (others * chunks % threads != 0) ++chunks;
+  const int64_t chunk = std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(chunks, 1)));
+  const std::vector<T> zeros(std::max(g.in_channels, g.out_channels), T(0));
+  parallel_tasks(others * chunks, [&](int64_t task) {
+    const int64_t branch = task / chunks / groups, group = task / chunks % groups, first = task % chunks * chunk;
+    const int64_t count = std::min(chunk, total - first);
+    if (count <= 0) return;
+    const int64_t panels = order.panels_of(group), channel = group * order.group_panels * kPanel;
+    const int64_t channels = std::min(panels * kPanel, g.out_channels - channel);
+    const int64_t in_size = g.batch * g.pixels() * g.in_channels, out_size = g.batch * g.out_pixels() * g.out_channels;
+    const T** const pixels = scratch<const T*>(0, kFrequencies * count);
+    T* const patches = scratch<T>(3, kFrequencies * count * order.depth);
+    T* const sums = scratch<T>(4, kFrequencies * count * channels);
+    T** const sum_rows = scratch<T*>(5, kFrequencies * count);
+    for (int64_t i = 0; i < kFrequencies * count; ++i) sum_rows[i] = sums + i * channels;
+    const int64_t first_source = branch * sources / g.replicate;
+    const int64_t last_source = std::min(first_source + sources, g.parents);
+    for (int64_t source = first_source; source < last_source; ++source) {
+      gather_patches(g, x + source * in_size, zeros.data(), first, count, pixels);
+      const T* block = filters[sources > 1 ? source : branch] + order.block(group, 0);
+      for (int64_t k0 = 0; k0 < g.in_channels; k0 += order.depth) {
+        const int64_t depth = order.depth_of(k0), frequency_size = panels * depth * kPanel;
+        const bool accumulate = source > first_source || k0 > 0, last_block = k0 + depth >= g.in_channels;
+        kernels<T>().winograd_input({pixels, count, depth, patches, count * depth});
+        for (int64_t i = 0; i < kFrequencies * count; ++i) pixels[i] += pixels[i] == zeros.data() ? 0 : depth;
+        for (int64_t f = 0; f < kFrequencies; ++f, block += frequency_size) {
+          const T* const left = patches + f * count * depth;
+          const Tap<T> tap = {&left, block, depth * kPanel, depth, depth};
+          T** const to = sum_rows + f * count;
+          const int64_t next = last_block && f + 1 == kFrequencies ? 0 : frequency_size;
+          kernels<T>().gemm({&tap, 1, count, channels, to, nullptr, accumulate ? to : nullptr, Clamp<T>{},
+                             Prefetch<T>{block + frequency_size, next}, true});
+        }
+      }
+    }
+    T** const outputs = scratch<T*>(1, 4 * count);
+    const T** summands = nullptr;
+    gather_tiles<T>(g, out + branch * out_size + channel, nullptr, first, count, outputs);
+    if (add.features != nullptr) {
+      summands = scratch<const T*>(2, 4 * count);
+      gather_tiles<const T>(g, add.features + branch / add.replicate * out_size + channel, nullptr, first, count,
+                            summands);
+    }
+    kernels<T>().winograd_output({sums, count * channels, count, channels, outputs, summands,
+                                  bias != nullptr ? bias + branch * g.out_channels + channel : zeros.data(), clamp});
+  });
+}
+
+// The weight of every branch [out_channels][in_channels][3][3] at the 16 frequencies; transposed and mirrored for the
+// gradient of the input.
+template <typename T>
+Tensor transform(const Geometry& g, const Tensor& weight, bool backward, std::vector<const T*>& filters) {
+  const int64_t taps = kTaps, depth = backward ? g.out_channels : g.in_channels;
+  const int64_t channels = backward ? g.in_channels : g.out_channels;
+  const int64_t row = g.in_channels * taps, stride_n = backward ? taps : row, stride_k = backward ? row : taps;
+  const FilterOrder order(depth, channels);
+  const Tensor transformed = empty(weight, {g.branches * order.size()});
+  T* const values = mutable_data<T>(transformed);
+  parallel_tasks(g.branches * order.panels, [&](int64_t task) {
+    const int64_t branch = task / order.panels, panel = task % order.panels, first = panel * kPanel;
+    T* const packed = scratch<T>(3, taps * depth * kPanel);
+    pack(data<T>(weight) + branch * g.out_channels * row + first * stride_n, std::min(kPanel, channels - first), depth,
+         taps, stride_n, stride_k, 0, packed);
+    transform_panel(packed, order, panel, backward, values + branch * order.size());
+  });
+  for (int64_t branch = 0; branch < g.branches; ++branch) filters.push_back(values + branch * order.size());
+  return transformed;
+}
+
+void report_rows(int64_t branches, int64_t rows, const RowsWritten& written) {
+  if (!written) return;
+  const int64_t blocks = ceil_div(rows, kBlockRows);
+  parallel_tasks(branches * blocks, [&](int64_t task) {
+    const int64_t first = task % blocks * kBlockRows;
+    written(task / blocks, first, std::min(kBlockRows, rows - first));
+  });
+}
+
 }  // namespace
 
 WinogradFilters::WinogradFilters(size_t bytes) : values(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {
@@ -111,27 +239,30 @@ WinogradFilters::WinogradFilters(size_t bytes) : values(std::aligned_alloc(64, (
 
 WinogradFilters::~WinogradFilters() { std::free(values); }
 
-bool prefers_winograd(const Geometry& g) {
-  const int64_t tiles = ceil_div(g.out_height, 2) * ceil_div(g.out_width, 2);
-  return g.kernel_size == 3 && g.stride == 1 && g.in_channels >= kMinChannels && g.out_channels >= kMinChannels &&
-         g.batch * tiles >= kMinTiles && kFrequencies * tiles < kTaps * g.out_pixels();
+bool prefers_winograd(const Geometry& g, bool transformed) {
+  const int64_t tiles = tiles_of(g);
+  return g.kernel_size == 3 && g.stride == 1 && g.padding <= 2 && g.in_channels >= kMinChannels &&
+         g.out_channels >= kMinChannels && tiles >= (transformed ? kMinTiles : kMinTrainingTiles) &&
+         kFrequencies * tiles < kTaps * g.batch * g.out_pixels();
 }
 
 template <typename T>
-WinogradWeights transform_weights(const T* packed, int64_t branches, int64_t in_channels, int64_t out_channels) {
+WinogradWeights transform_packed(const T* packed, int64_t branches, int64_t in_channels, int64_t out_channels) {
   const FilterOrder order(in_channels, out_channels);
-  const int64_t branch_size = order.panels * kTaps * in_channels * kPanel;
+  const int64_t panel_size = kTaps * in_channels * kPanel;
   WinogradWeights weights(branches);
   parallel_tasks(branches, [&](int64_t branch) {
-    const T* const filters = packed + branch * branch_size;
+    const T* const filters = packed + branch * order.panels * panel_size;
     const Key key = key_of(filters, in_channels, out_channels);
     {
       const std::lock_guard<std::mutex> guard(registry().mutex);
-      weights[branch] = registry().filters[key].lock();
+      const auto found = registry().filters.find(key);
+      if (found != registry().filters.end()) weights[branch] = found->second.lock();
     }
     if (weights[branch] != nullptr) return;
     const auto transformed = std::make_shared<const WinogradFilters>(order.size() * sizeof(T));
-    transform_branch(filters, order, static_cast<T*>(transformed->values));
+    for (int64_t panel = 0; panel < order.panels; ++panel)
+      transform_panel(filters + panel * panel_size, order, panel, false, static_cast<T*>(transformed->values));
     const std::lock_guard<std::mutex> guard(registry().mutex);
     registry().filters[key] = transformed;
     weights[branch] = transformed;
@@ -146,78 +277,111 @@ WinogradWeights transform_weights(const T* packed, int64_t branches, int64_t in_
 template <typename T>
 void convolve_winograd(const Geometry& g, const T* x, const WinogradWeights& weights, const T* bias, Summand<T> add,
                        Clamp<T> clamp, T* out) {
-  const FilterOrder order(g.in_channels, g.out_channels);
-  const int64_t columns = ceil_div(g.out_width, 2), rows = ceil_div(g.out_height, 2);
-  const int64_t total = g.batch * rows * columns, groups = order.groups();
-  // Patches and sums of a chunk of tiles take at most half of the second cache.
-  const int64_t tile_bytes = kFrequencies * (order.depth + order.group_panels * kPanel) * int64_t(sizeof(T));
-  const int64_t most = std::max<int64_t>(1, second_cache_bytes() / 2 / tile_bytes / kTileMultiple) * kTileMultiple;
-  int64_t chunks = ceil_div(total, most);
-  const int64_t others = g.branches * groups, threads = num_threads();
-  if (others * chunks < kTasksPerThread * threads && total >= threads * kTileMultiple)
-    while (others * chunks % threads != 0) ++chunks;
-  const int64_t chunk = std::max<int64_t>(1, ceil_div(total, chunks));
-  const std::vector<T> zeros(g.in_channels, T(0));
-  parallel_tasks(others * chunks, [&](int64_t task) {
-    const int64_t branch = task / chunks / groups, group = task / chunks % groups, first = task % chunks * chunk;
-    const int64_t count = std::min(chunk, total - first), parent = branch / g.replicate;
-    if (count <= 0) return;
-    const int64_t panels = order.panels_of(group), channel = group * order.group_panels * kPanel;
-    const int64_t channels = std::min(panels * kPanel, g.out_channels - channel);
-    const T* const branch_x = x + parent * g.batch * g.pixels() * g.in_channels;
-    T* const branch_out = out + branch * g.batch * g.out_pixels() * g.out_channels + channel;
-    const T* const branch_add =
-        add.features == nullptr
-            ? nullptr
-            : add.features + branch / add.replicate * g.batch * g.out_pixels() * g.out_channels + channel;
-    const T** const pixels = scratch<const T*>(0, kFrequencies * count);
-    T** const outputs = scratch<T*>(1, 4 * count);
-    const T** const summands = scratch<const T*>(2, 4 * count);
-    T* const patches = scratch<T>(3, kFrequencies * count * order.depth);
-    T* const sums = scratch<T>(4, kFrequencies * count * channels);
-    T** const sum_rows = scratch<T*>(5, kFrequencies * count);
-    PixelWalk tile(rows, columns, first);
-    for (int64_t m = 0; m < count; ++m, tile.next()) {
-      const int64_t y0 = 2 * tile.y - g.padding, x0 = 2 * tile.x - g.padding;
-      const T* const sample = branch_x + tile.b * g.pixels() * g.in_channels;
-      for (int64_t i = 0; i < kFrequencies; ++i) {
-        const int64_t py = y0 + i / 4, px = x0 + i % 4;
-        const bool inside = py >= 0 && py < g.height && px >= 0 && px < g.width;
-        pixels[kFrequencies * m + i] = inside ? sample + (py * g.width + px) * g.in_channels : zeros.data();
-      }
-      for (int64_t i = 0; i < 4; ++i) {
-        const int64_t oy = 2 * tile.y + i / 2, ox = 2 * tile.x + i % 2;
-        const bool inside = oy < g.out_height && ox < g.out_width;
-        const int64_t offset = ((tile.b * g.out_height + oy) * g.out_width + ox) * g.out_channels;
-        outputs[4 * m + i] = inside ? branch_out + offset : nullptr;
-        summands[4 * m + i] = inside && branch_add != nullptr ? branch_add + offset : nullptr;
+  std::vector<const T*> filters;
+  for (const auto& branch : weights) filters.push_back(static_cast<const T*>(branch->values));
+  convolve_tiles(g, 1, x, filters, bias, add, clamp, out);
+}
+
+template <typename T>
+void convolve_winograd(const Geometry& g, const T* x, const Tensor& weight, const T* bias, T* out,
+                       const RowsWritten& written) {
+  std::vector<const T*> filters;
+  const Tensor transformed = transform(g, weight, false, filters);
+  convolve_tiles(g, 1, x, filters, bias, Summand<T>{}, Clamp<T>{}, out);
+  report_rows(g.branches, g.batch * g.out_pixels(), written);
+}
+
+// A convolution of the output's gradient, over the children of each parent, with the padding that restores the size.
+template <typename T>
+void convolve_winograd_input(const Geometry& g, const T* grad, const Tensor& weight, T* out,
+                             const RowsWritten& written) {
+  std::vector<const T*> filters;
+  const Tensor transformed = transform(g, weight, true, filters);
+  Geometry back = g;
+  back.parents = g.branches, back.branches = g.parents, back.replicate = 1, back.padding = 2 - g.padding;
+  back.height = g.out_height, back.width = g.out_width, back.in_channels = g.out_channels;
+  back.out_height = g.height, back.out_width = g.width, back.out_channels = g.in_channels;
+  convolve_tiles(back, g.replicate, grad, filters, static_cast<const T*>(nullptr), Summand<T>{}, Clamp<T>{}, out);
+  report_rows(g.parents, g.batch * g.pixels(), written);
+}
+
+// G' (sum over tiles of (A d A') * (B' x B)) G: an outer product at every frequency. A task sums a block of output by
+// input channels, over a part of the tiles.
+template <typename T>
+void convolve_winograd_weight(const Geometry& g, const T* grad, const T* x, const Tensor& out) {
+  const int64_t rows = part_size(g.out_channels, kSumBlockRows, 1),
+                columns = part_size(g.in_channels, kSumBlockColumns, 1);
+  const int64_t row_blocks = ceil_div(g.out_channels, rows), column_blocks = ceil_div(g.in_channels, columns);
+  const int64_t blocks = g.branches * row_blocks * column_blocks, total = tiles_of(g), size = rows * columns;
+  const int64_t chunk = most_tiles<T>(rows + columns), chunks = ceil_div(total, chunk), threads = num_threads();
+  const int64_t parts =
+      std::clamp<int64_t>(ceil_div(2 * threads, std::max<int64_t>(blocks, 1)), 1, std::max<int64_t>(chunks, 1));
+  const Tensor sums = empty(out, {blocks * parts * kFrequencies * size});
+  const std::vector<T> zeros(std::max(g.in_channels, g.out_channels), T(0));
+  parallel_tasks(blocks * parts, [&](int64_t task) {
+    const int64_t block = task / parts, part = task % parts, branch = block / column_blocks / row_blocks;
+    const int64_t row = block / column_blocks % row_blocks * rows, column = block % column_blocks * columns;
+    const int64_t num_rows = std::min(rows, g.out_channels - row),
+                  num_columns = std::min(columns, g.in_channels - column);
+    T* const sum = mutable_data<T>(sums) + task * kFrequencies * size;
+    std::fill(sum, sum + kFrequencies * size, T(0));
+    if (num_rows <= 0 || num_columns <= 0) return;
+    const T** const pixels = scratch<const T*>(0, kFrequencies * chunk);
+    const T** const left = scratch<const T*>(1, chunk);
+    const T** const right = scratch<const T*>(2, chunk);
+    T* const patches = scratch<T>(3, kFrequencies * chunk * columns);
+    T* const tiles = scratch<T>(4, kFrequencies * chunk * rows);
+    const T* const branch_x = x + branch / g.replicate * g.batch * g.pixels() * g.in_channels + column;
+    const T* const branch_grad = grad + branch * g.batch * g.out_pixels() * g.out_channels + row;
+    for (int64_t i = chunks * part / parts; i < chunks * (part + 1) / parts; ++i) {
+      const int64_t first = i * chunk, count = std::min(chunk, total - first);
+      gather_patches(g, branch_x, zeros.data(), first, count, pixels);
+      kernels<T>().winograd_input({pixels, count, num_columns, patches, count * num_columns});
+      gather_tiles<const T>(g, branch_grad, zeros.data(), first, count, pixels);
+      kernels<T>().winograd_output_gradient({pixels, count, num_rows, tiles, count * num_rows});
+      for (int64_t f = 0; f < kFrequencies; ++f) {
+        for (int64_t m = 0; m < count; ++m) left[m] = tiles + (f * count + m) * num_rows;
+        for (int64_t m = 0; m < count; ++m) right[m] = patches + (f * count + m) * num_columns;
+        kernels<T>().outer({left, right, count, num_rows, num_columns, sum + f * num_rows * num_columns});
       }
     }
-    for (int64_t i = 0; i < kFrequencies * count; ++i) sum_rows[i] = sums + i * channels;
-    const T* filters = static_cast<const T*>(weights[branch]->values) + order.block(group, 0);
-    for (int64_t k0 = 0; k0 < g.in_channels; k0 += order.depth) {
-      const int64_t depth = order.depth_of(k0), frequency_size = panels * depth * kPanel;
-      kernels<T>().winograd_input({pixels, count, depth, patches, count * depth});
-      for (int64_t i = 0; i < kFrequencies * count; ++i) pixels[i] += pixels[i] == zeros.data() ? 0 : depth;
-      for (int64_t f = 0; f < kFrequencies; ++f, filters += frequency_size) {
-        const T* const left = patches + f * count * depth;
-        const Tap<T> tap = {&left, filters, depth * kPanel, depth, depth};
-        T** const to = sum_rows + f * count;
-        const bool last = k0 + depth >= g.in_channels && f + 1 == kFrequencies;
-        kernels<T>().gemm({&tap, 1, count, channels, to, nullptr, k0 > 0 ? to : nullptr, Clamp<T>{},
-                           Prefetch<T>{filters + frequency_size, last ? 0 : frequency_size}, true});
+  });
+  parallel_tasks(blocks, [&](int64_t block) {
+    const int64_t branch = block / column_blocks / row_blocks;
+    const int64_t row = block / column_blocks % row_blocks * rows, column = block % column_blocks * columns;
+    const int64_t num_rows = std::min(rows, g.out_channels - row),
+                  num_columns = std::min(columns, g.in_channels - column);
+    if (num_rows <= 0 || num_columns <= 0) return;
+    T* const sum = mutable_data<T>(sums) + block * parts * kFrequencies * size;
+    for (int64_t part = 1; part < parts; ++part)
+      kernels<T>().add_scaled(sum, sum + part * kFrequencies * size, T(1), kFrequencies * num_rows * num_columns);
+    const int64_t stride = num_rows * num_columns;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      T* to = mutable_data<T>(out) + ((branch * g.out_channels + row + r) * g.in_channels + column) * kTaps;
+      for (int64_t c = 0; c < num_columns; ++c, to += kTaps) {
+        const T* const u = sum + r * num_columns + c;
+        T half[3][4];  // G' u
+        for (int64_t i = 0; i < 4; ++i) {
+          const T u0 = u[i * stride], u1 = u[(4 + i) * stride], u2 = u[(8 + i) * stride], u3 = u[(12 + i) * stride];
+          half[0][i] = u0 + (u1 + u2) / 2, half[1][i] = (u1 - u2) / 2, half[2][i] = (u1 + u2) / 2 + u3;
+        }
+        for (int64_t i = 0; i < 3; ++i) {
+          const T* const h = half[i];
+          to[3 * i] = h[0] + (h[1] + h[2]) / 2, to[3 * i + 1] = (h[1] - h[2]) / 2;
+          to[3 * i + 2] = (h[1] + h[2]) / 2 + h[3];
+        }
       }
     }
-    kernels<T>().winograd_output({sums, count * channels, count, channels, outputs,
-                                  branch_add != nullptr ? summands : nullptr, bias + branch * g.out_channels + channel,
-                                  clamp});
   });
 }
 
 #define HNE_INSTANTIATE(T)                                                                                           \
-  template WinogradWeights transform_weights(const T*, int64_t, int64_t, int64_t);                                   \
+  template WinogradWeights transform_packed(const T*, int64_t, int64_t, int64_t);                                    \
   template void convolve_winograd(const Geometry&, const T*, const WinogradWeights&, const T*, Summand<T>, Clamp<T>, \
-                                  T*);
+                                  T*);                                                                               \
+  template void convolve_winograd(const Geometry&, const T*, const Tensor&, const T*, T*, const RowsWritten&);       \
+  template void convolve_winograd_input(const Geometry&, const T*, const Tensor&, T*, const RowsWritten&);           \
+  template void convolve_winograd_weight(const Geometry&, const T*, const T*, const Tensor&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
 #undef HNE_INSTANTIATE

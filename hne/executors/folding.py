@@ -128,8 +128,6 @@ def folded_forward(layer: Layer) -> FoldedStep:
 
 
 _FORWARD: tuple[type[Layer], ...] = (
-    PreActivationLayer,
-    NormLayer,
     MaxPoolLayer,
     AveragePoolLayer,
     PatchEmbeddingLayer,
@@ -164,9 +162,35 @@ def _residual(layer: BasicBlockLayer | DenseBottleneckLayer, *modules: ConvNorm)
     return [fused_conv(layer.shortcut), first._replace(source=-2), *others, last]
 
 
-def fused_conv(module: ConvNorm, activation: str = "none") -> K.FusedLayer:
-    """A dense convolution with its batch norm and an activation as one fused layer."""
-    return K.FusedLayer(_fold_dense(module), module.stride, module.padding, activation=activation)
+@kernel_path(PreActivationLayer)
+def _preactivation(layer: PreActivationLayer) -> FoldedLayer:
+    activation = layer.spec.activation
+    if activation not in K.ACTIVATIONS or layer.first.groups > 1 or layer.first.depthwise:
+        return folded_forward(layer)
+    norm, first = fused_norm(layer.norm, activation), fused_conv(layer.first, activation)
+    if layer.shortcut is None:
+        return [norm, first, fused_conv(layer.second)._replace(residual=-3)]
+    shortcut = fused_conv(layer.shortcut)
+    return [norm, shortcut, first._replace(source=-2), fused_conv(layer.second)._replace(residual=-2)]
+
+
+@kernel_path(NormLayer)
+def _norm(layer: NormLayer) -> FoldedLayer:
+    if layer.spec.activation not in K.ACTIVATIONS:
+        return folded_forward(layer)
+    return [fused_norm(layer.norm, layer.spec.activation)]
+
+
+def fused_norm(module: BranchNorm, activation: str = "none") -> K.FusedLayer:
+    """A batch norm and an activation as one fused layer."""
+    check_kind(module, BranchNorm)
+    return K.FusedLayer((_fold_norm(module).rows,), activation=activation)
+
+
+def fused_conv(module: ConvNorm | BranchConv, activation: str = "none") -> K.FusedLayer:
+    """A dense convolution with its batch norm, if it has one, and an activation as one fused layer."""
+    folded = _fold_conv(module)
+    return K.FusedLayer((folded.weight, folded.bias), folded.stride, folded.padding, activation=activation)
 
 
 def fused_pool_linear(linear: BranchLinear, activation: str = "none") -> K.FusedLayer:

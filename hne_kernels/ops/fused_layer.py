@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import checks
+from .branch_normalize import branch_normalize
+from .branch_normalize import check as check_normalize
 from .fused_bottleneck import check as check_bottleneck
 from .fused_bottleneck import fused_bottleneck
 from .fused_conv2d import check as check_convolution
@@ -15,7 +17,7 @@ from .fused_conv2d import fused_conv2d
 
 
 class FusedLayer(NamedTuple):
-    """A layer with its weights, which calls :func:`fused_conv2d` or :func:`fused_bottleneck`.
+    """A layer with its weights, which calls :func:`fused_conv2d`, :func:`fused_bottleneck` or :func:`branch_normalize`.
 
     In a sequence, ``source`` and ``residual`` count layers backwards: -1 is the output of the layer before, and the
     input of the sequence counts as the output of a layer before the first. Two basic blocks, the second with a
@@ -26,8 +28,8 @@ class FusedLayer(NamedTuple):
 
     Args:
         weights: the tensors that the op takes after ``x``: two for a convolution, eight for a bottleneck (the last two
-            may be None).
-        stride, replicate, activation: as in either op.
+            may be None), one for a normalisation: ``[G', 3, C]``, the rows mean, scale and shift.
+        stride, replicate, activation: as in either op; a normalisation has no stride.
         padding: as in :func:`fused_conv2d`.
         identity, final_activation: as in :func:`fused_bottleneck`.
         mean: average over each feature map before the convolution, which makes it a linear layer.
@@ -53,20 +55,34 @@ class FusedLayer(NamedTuple):
         return len(self.weights) == 8
 
     @property
+    def is_norm(self) -> bool:
+        return len(self.weights) == 1
+
+    @property
     def op(self) -> str:
         """Name of the op."""
-        return "fused_bottleneck" if self.is_bottleneck else "fused_conv2d"
+        return "fused_bottleneck" if self.is_bottleneck else "branch_normalize" if self.is_norm else "fused_conv2d"
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The arguments of the op after x, in order, but for those of a residual."""
         if self.is_bottleneck:
             return *self.weights, self.stride, self.replicate, self.activation, self.identity, self.final_activation
+        if self.is_norm:
+            return self._norm, None, None, self.activation
         return *self.weights, self.stride, self.padding, self.replicate, self.activation
+
+    @property
+    def _norm(self) -> Tensor:
+        (rows,) = self.weights
+        assert rows is not None
+        return rows.transpose(0, 1)
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that the op takes after the weights, by name."""
+        if self.is_norm:
+            return {"activation": self.activation}
         common = {"stride": self.stride, "replicate": self.replicate, "activation": self.activation}
         if self.is_bottleneck:
             return common | {"identity": self.identity, "final_activation": self.final_activation}
@@ -80,22 +96,29 @@ class FusedLayer(NamedTuple):
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the layer for features ``[G, B, H, W, C]`` and, for a convolution, a residual."""
+        x = self.input(x)
+        if residual is None and self.residual is not None:
+            raise ValueError("residual: expected the output of the layer that this one names, got None")
+        if self.is_norm:
+            return branch_normalize(x, self._norm, residual=residual, **self.options)
         op: Callable[..., Tensor] = fused_bottleneck if self.is_bottleneck else fused_conv2d
-        if residual is None:
-            if self.residual is not None:
-                raise ValueError("residual: expected the output of the layer that this one names, got None")
-            return op(self.pool(x), *self.weights, **self.options)
-        return op(self.pool(x), *self.weights, residual=residual, **self.options)
+        return op(x, *self.weights, **self.options, **({} if residual is None else {"residual": residual}))
 
-    def pool(self, x: Tensor) -> Tensor:
-        """The mean over each feature map, if the layer reads that, else ``x``."""
-        return x.mean((2, 3), keepdim=True) if self.mean else x
+    def input(self, x: Tensor) -> Tensor:
+        """What the op reads of features: with ``mean`` their mean over each feature map; for a normalisation, which
+        takes no ``replicate``, a copy for each of its branches."""
+        if self.mean:
+            return x.mean((2, 3), keepdim=True)
+        if self.is_norm and self.replicate > 1:
+            return x.repeat_interleave(self.replicate, 0)[: len(self._norm[0])]
+        return x
 
     def check(self, x: Tensor, residual: Tensor | None = None) -> tuple[int, ...]:
         """Raise unless the layer fits features and a residual like these; return the shape of its output."""
-        if len(self.weights) not in (2, 8):
+        if len(self.weights) not in (1, 2, 8):
             raise ValueError(
-                f"weights: expected two of a convolution or eight of a bottleneck, got {len(self.weights)}"
+                "weights: expected two of a convolution, one of a normalisation or eight of a bottleneck, "
+                f"got {len(self.weights)}"
             )
         checks.at_least("stride", self.stride, 1)
         checks.at_least("padding", self.padding, 0)
@@ -103,12 +126,28 @@ class FusedLayer(NamedTuple):
         checks.at_least("residual_replicate", self.residual_replicate, 1)
         if self.mean:
             x = x.new_empty(()).expand(*x.shape[:2], 1, 1, x.shape[4])
+        if self.residual is not None and (self.is_bottleneck or self.is_norm):
+            kind = "bottleneck, which has its own" if self.is_bottleneck else "normalisation"
+            raise ValueError(f"residual: expected None for a {kind}, got {self.residual}")
+        if self.is_norm:
+            return self._check_norm(x)
         check: Callable[..., tuple[int, ...]] = check_bottleneck if self.is_bottleneck else check_convolution
         if self.residual is None:
             return check(x, *self.arguments)
-        if self.is_bottleneck:
-            raise ValueError(f"residual: expected None for a bottleneck, which has its own, got {self.residual}")
         return check(x, *self.arguments, residual, self.residual_replicate)
+
+    def _check_norm(self, x: Tensor) -> tuple[int, ...]:
+        (rows,) = self.weights
+        if rows is None:
+            raise ValueError("weights: expected a tensor [branches, 3, channels], got None")
+        checks.rank("weights[0]", rows, 3, "[branches, 3, channels]")
+        if -(-len(rows) // self.replicate) != len(x):
+            raise ValueError(
+                f"weights[0]: expected the branches of {len(x)} times replicate {self.replicate}, got {len(rows)}"
+            )
+        shape = (len(rows), *x.shape[1:])
+        check_normalize(x.new_empty(()).expand(shape), self._norm, None, None, self.activation)
+        return shape
 
 
 def select_branches(layers: Sequence[FusedLayer], branches: slice, replicate: int) -> list[FusedLayer]:

@@ -146,12 +146,17 @@ class FusedLayers:
         for index, found in readers.items():
             if found:
                 self._finished[found[-1]].append(index)
-        weight = self.layers[0].weights[0]
-        checks.rank("layer 0: weights[0]", weight, 6, "[out_branches, panels, k, k, channels, 16]")  # type: ignore[arg-type]
+        first = self.layers[0]
+        weight = first.weights[0]
+        shape = "[branches, 3, channels]" if first.is_norm else "[out_branches, panels, k, k, channels, 16]"
+        checks.rank("layer 0: weights[0]", weight, 3 if first.is_norm else 6, shape)  # type: ignore[arg-type]
         assert weight is not None
-        checks.at_least("layer 0: replicate", self.layers[0].replicate, 1)
-        parents = -(-weight.shape[0] // self.layers[0].replicate)
-        self._check(weight.new_empty(()).expand(parents, 1, _LARGE, _LARGE, weight.shape[4]), any_size=True)
+        checks.at_least("layer 0: replicate", first.replicate, 1)
+        parents, channels = -(-weight.shape[0] // first.replicate), weight.shape[2 if first.is_norm else 4]
+        # The dtype of the features: a normalisation of bfloat16 features is float32.
+        filters = next((layer.weights[0] for layer in self.layers if not layer.is_norm), weight)
+        assert filters is not None
+        self._check(filters.new_empty(()).expand(parents, 1, _LARGE, _LARGE, channels), any_size=True)
         # Outputs that something else reads than the next layer, as its input.
         kept = {
             index for index, found in readers.items() if found != [index + 1] or self.layers[index + 1].source != -1
@@ -161,7 +166,8 @@ class FusedLayers:
         self._call = torch.ops.hne.fused_layers.default  # looked up once
         # A recorded program must hold the weights, so nothing is prepared while one is recorded.
         in_memory = all(_in_memory(weight) for layer in self.layers for weight in layer.weights)
-        if prepare and in_memory and weight.is_cpu and weight.dtype in dispatch.DTYPES["cpp"] and not is_traced():
+        known = filters.is_cpu and filters.dtype in dispatch.DTYPES["cpp"] and not self.layers[-1].is_norm
+        if prepare and in_memory and known and not is_traced():
             self._prepared = self._prepare()
             _PREPARED[self._prepared] = self
             weakref.finalize(self, extension.cpu_library().forget_layers, self._prepared)
@@ -177,7 +183,7 @@ class FusedLayers:
         for index, layer in enumerate(self.layers):
             weights += layer.weights
             numbers += [
-                1 if layer.is_bottleneck else 2 if layer.mean else 0,
+                3 if layer.is_norm else 1 if layer.is_bottleneck else 2 if layer.mean else 0,
                 layer.stride,
                 layer.padding,
                 layer.replicate,
@@ -251,7 +257,7 @@ class FusedLayers:
                 arguments = [*layer.arguments]
                 if layer.residual is not None:
                     arguments += [features[index + layer.residual], layer.residual_replicate]
-                x = x if pooled else layer.pool(x)
+                x = x if pooled else layer.input(x)
                 x = dispatch.implementation(layer.op, x)(x, *arguments)
                 index, pooled = index + 1, False
             features[index - 1] = x

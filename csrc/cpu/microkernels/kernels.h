@@ -44,10 +44,11 @@ struct Gemm {
   bool outputs_cached = false;  // out and add lie in the cache: they need no prefetch
 };
 
-// Input patches of Winograd's convolution: out[f * stride + tile * channels + c] for the 16 frequencies f.
+// Pixels of Winograd's convolution at the 16 frequencies f, at out[f * stride + tile * channels + c]: 4x4 pixels of the
+// input, or 2x2 pixels of the output's gradient.
 template <typename T>
 struct WinogradInput {
-  const T* const* pixels;  // [count][16], the 4x4 pixels of each patch; zeros outside the feature map
+  const T* const* pixels;  // [count][16] or [count][4]; zeros outside the feature map
   int64_t count, channels;
   T* out;
   int64_t stride;  // between frequencies
@@ -157,6 +158,7 @@ struct Kernels {
   void (*store_scaled)(T* out, const T* x, T scale, int64_t count);             // out = scale * x
   void (*winograd_input)(const WinogradInput<T>&);
   void (*winograd_output)(const WinogradOutput<T>&);
+  void (*winograd_output_gradient)(const WinogradInput<T>&);
   double (*distill_sample)(const DistillSample<T>&);  // returns the sample's loss
 };
 

@@ -65,4 +65,31 @@ void winograd_output(const WinogradOutput<T>& w) {
   }
 }
 
+// out = A d A' for the gradient d of every tile.
+template <typename T>
+void winograd_output_gradient(const WinogradInput<T>& w) {
+  for (int64_t tile = 0; tile < w.count; ++tile) {
+    const T* const* pixels = w.pixels + 4 * tile;
+    T* const out = w.out + tile * w.channels;
+    for_lanes<T>(w.channels, [&](auto width, int64_t c) {
+      constexpr int W = decltype(width)::value;
+      Vec<T, W> columns[4][2];  // A d
+#pragma GCC unroll 2
+      for (int x = 0; x < 2; ++x) {
+        const Vec<T, W> d0 = load<W>(pixels[x] + c), d1 = load<W>(pixels[2 + x] + c);
+        columns[0][x] = d0, columns[1][x] = d0 + d1, columns[2][x] = d0 - d1, columns[3][x] = -d1;
+      }
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; ++y) {
+        const auto& row = columns[y];
+        T* const at = out + 4 * y * w.stride + c;
+        store<W>(at, row[0]);
+        store<W>(at + w.stride, row[0] + row[1]);
+        store<W>(at + 2 * w.stride, row[0] - row[1]);
+        store<W>(at + 3 * w.stride, -row[1]);
+      }
+    });
+  }
+}
+
 }  // namespace hne::HNE_ISA

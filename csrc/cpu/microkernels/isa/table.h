@@ -27,6 +27,7 @@ const Kernels<T>& table() {
       store_scaled<T>,
       winograd_input<T>,
       winograd_output<T>,
+      winograd_output_gradient<T>,
       distill_sample<T>,
   };
   return kernels;
