@@ -6,17 +6,36 @@ namespace {
 
 constexpr int64_t kTilePixels = 14;  // of a row, for tiles that do not span rows
 constexpr int64_t kTaskPanels = 4;   // least panels of a task, where several tasks divide the output channels
+constexpr int64_t kDepth = 192;      // terms of a product: a tile's rows and weights fit the first cache
+
+// Windows that are copied before they are multiplied: equally spaced rows allow larger tiles, and products of few terms
+// read their weights from the first cache. A product takes some channels of one tap, or several taps.
+struct WindowParts {
+  int64_t taps, depth;
+  explicit WindowParts(const Geometry& g)
+      : taps(std::clamp<int64_t>(kDepth / std::max<int64_t>(g.in_channels, 1), 1, g.taps())),
+        depth(ceil_div(g.in_channels, ceil_div(std::max<int64_t>(g.in_channels, 1), kDepth))) {}
+};
+
+// Rows of a task, at most kBlockRows: whole tiles, and as many for each task as possible.
+int64_t rows_per_task(int64_t total) {
+  const int64_t rows = ceil_div(total, std::max<int64_t>(ceil_div(total, kBlockRows), 1));
+  return std::max<int64_t>(1, std::min(kBlockRows, ceil_div(rows, kTilePixels) * kTilePixels));
+}
 
 }  // namespace
 
 template <typename T>
 void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Summand<T> add,
                      Clamp<T> clamp, T* out, const RowsWritten& written) {
-  const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kBlockRows);
+  const int64_t total = g.batch * g.out_pixels(), block = written ? kBlockRows : rows_per_task(total);
+  const int64_t chunks = ceil_div(total, block);
   const int64_t tap_size = g.in_channels * kPanel, panel_stride = g.taps() * tap_size;
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
   const int64_t line_size = g.kernel_size * g.in_channels;
   const bool by_lines = g.in_channels < kFewChannels && !x.computed();
+  const bool by_windows = !by_lines && !g.pointwise();
+  const WindowParts parts(g);
   // Lines of the output pixels of one row are equally spaced, which is faster for long rows.
   const bool by_rows = by_lines && g.out_width >= kTilePixels;
   const std::vector<T> zeros(g.in_channels, T(0));
@@ -27,8 +46,8 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
       written || blocks == 0 ? 1 : std::clamp<int64_t>(threads / blocks, 1, ceil_div(panels, kTaskPanels));
   const int64_t task_panels = ceil_div(panels, tasks);
   parallel_tasks(blocks * tasks, [&](int64_t task) {
-    const int64_t branch = task / tasks / chunks, first = task / tasks % chunks * kBlockRows;
-    const int64_t count = std::min(kBlockRows, total - first), parent = branch / g.replicate;
+    const int64_t branch = task / tasks / chunks, first = task / tasks % chunks * block;
+    const int64_t count = std::min(block, total - first), parent = branch / g.replicate;
     const int64_t panel = task % tasks * task_panels, channel = panel * kPanel;
     const int64_t channels = std::min(task_panels * kPanel, g.out_channels - channel);
     if (channels <= 0) return;
@@ -44,25 +63,48 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
       add_rows = scratch<const T*>(5, kBlockRows);
       for (int64_t m = 0; m < count; ++m, row += g.out_channels) add_rows[m] = row;
     }
+    const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels + channel : nullptr;
+    if (by_windows) {
+      gather_rows(g, branch_x, zeros.data(), first, count, rows, kBlockRows);
+      T* const windows = scratch<T>(3, kBlockRows * parts.taps * parts.depth);
+      for (int64_t tap = 0; tap < g.taps(); tap += parts.taps)
+        for (int64_t k0 = 0; k0 < g.in_channels; k0 += parts.depth) {
+          const int64_t depth = std::min(parts.depth, g.in_channels - k0);
+          const int64_t terms = std::min(parts.taps, g.taps() - tap) * depth;
+          T* to = windows;
+          for (int64_t m = 0; m < count; ++m)
+            for (int64_t t = tap; t < std::min(tap + parts.taps, g.taps()); ++t)
+              to = std::copy_n(rows[t * kBlockRows + m] + k0, depth, to);
+          const T* const left = windows;
+          const Tap<T> part = {&left, branch_weight + tap * tap_size + k0 * kPanel, panel_stride, terms, terms};
+          const bool starts = tap == 0 && k0 == 0;
+          const bool ends = tap + parts.taps >= g.taps() && k0 + depth >= g.in_channels;
+          kernels<T>().gemm({&part,
+                             1,
+                             count,
+                             channels,
+                             out_rows,
+                             starts ? branch_bias : nullptr,
+                             starts ? add_rows : out_rows,
+                             ends ? clamp : Clamp<T>{},
+                             {},
+                             !starts});
+        }
+      if (written) written(branch, first, count);
+      return;
+    }
     if (by_lines) {
       gather_lines(g, branch_x, first, count, scratch<T>(3, lines_size(g, kBlockRows)), rows, kBlockRows);
       for (int64_t ky = 0; ky < g.kernel_size; ++ky)
         taps[ky] = {rows + ky * kBlockRows, branch_weight + ky * line_size * kPanel, panel_stride, line_size,
                     by_rows ? line_step(g) : 0};
     } else {
-      if (g.pointwise()) {
-        rows[0] = x.read(parent, first, count, scratch<T>(4, kBlockRows * g.in_channels));
-      } else {
-        gather_rows(g, branch_x, zeros.data(), first, count, rows, kBlockRows);
-      }
-      for (int64_t t = 0; t < g.taps(); ++t)
-        taps[t] = {rows + t * kBlockRows, branch_weight + t * tap_size, panel_stride, g.in_channels,
-                   g.pointwise() ? g.in_channels : 0};
+      rows[0] = x.read(parent, first, count, scratch<T>(4, kBlockRows * g.in_channels));
+      taps[0] = {rows, branch_weight, panel_stride, g.in_channels, g.in_channels};
     }
-    const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels + channel : nullptr;
     for (int64_t m = 0, pixels; m < count; m += pixels) {
       pixels = by_rows ? std::min(count - m, g.out_width - (first + m) % g.out_width) : count;
-      kernels<T>().gemm({taps, by_lines ? g.kernel_size : g.taps(), pixels, channels, out_rows + m, branch_bias,
+      kernels<T>().gemm({taps, by_lines ? g.kernel_size : 1, pixels, channels, out_rows + m, branch_bias,
                          add_rows != nullptr ? add_rows + m : nullptr, clamp});
       for (int64_t ky = 0; by_rows && ky < g.kernel_size; ++ky) taps[ky].rows += pixels;
     }
