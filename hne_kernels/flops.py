@@ -94,11 +94,11 @@ def _fused_layers(x: Shape, handle: int, *_: Any, **__: Any) -> int:
     total = 0
     for index, layer in enumerate(prepared_layers(handle)):
         shapes: list[Any] = [None if weight is None else weight.shape for weight in layer.weights]
-        count = _none if layer.is_norm else _fused_bottleneck if layer.is_bottleneck else _fused_conv2d
+        count = _none if layer.is_norm or layer.pooling else _fused_bottleneck if layer.is_bottleneck else _fused_conv2d
         features = outputs[index + 1 + layer.source]
         features = (*features[:2], 1, 1, features[4]) if layer.mean else features
-        assert layer.weights[0] is not None
-        outputs.append(layer.check(layer.weights[0].new_empty(()).expand(features)))
+        like = next(weight for weight in (*layer.weights, torch.empty(())) if weight is not None)
+        outputs.append(layer.check(like.new_empty(()).expand(features)))
         total += count(features, *shapes, out_shape=outputs[-1])
     return total
 

@@ -54,6 +54,35 @@ class Normalize {
   std::string activation_;
 };
 
+// The maximum or the mean over windows of pixels.
+struct WindowPool {
+  bool max;
+  int64_t window, stride, padding, replicate, branches;
+
+  Geometry geometry(const std::vector<int64_t>& shape) const {
+    return forward_geometry(shape, branches, shape[4], window, stride, padding, replicate);
+  }
+
+  template <typename T>
+  void forward(const Geometry& g, const T* x, T* out) const {
+    parallel_tasks(g.branches * g.batch * g.out_height, [&](int64_t task) {
+      const int64_t map = task / g.out_height, branch = map / g.batch, y = task % g.out_height * stride - padding;
+      const T* const in = x + (branch / replicate * g.batch + map % g.batch) * g.pixels() * g.in_channels;
+      T* to = out + task * g.out_width * g.in_channels;
+      const T** const rows = scratch<const T*>(0, g.taps());
+      for (int64_t i = 0; i < g.out_width; ++i, to += g.in_channels) {
+        const int64_t x0 = i * stride - padding;
+        int64_t count = 0;
+        for (int64_t iy = std::max<int64_t>(y, 0); iy < std::min(y + window, g.height); ++iy)
+          for (int64_t ix = std::max<int64_t>(x0, 0); ix < std::min(x0 + window, g.width); ++ix)
+            rows[count++] = in + (iy * g.width + ix) * g.in_channels;
+        max ? kernels<T>().max_of_rows(rows, count, g.in_channels, to)
+            : kernels<T>().sum_of_rows(rows, count, g.in_channels, T(1) / T(g.taps()), to);
+      }
+    });
+  }
+};
+
 // Consecutive bottlenecks, with the convolutions of one branch before them and the global pool after them, if any.
 struct BottleneckSequence {
   std::vector<PackedConvolution> stem;
@@ -64,7 +93,7 @@ struct BottleneckSequence {
 // Layers that are computed together: only the output of the last one is stored for the whole batch. Stages and features
 // have numbers: stage s computes features s + 1, and features 0 are the input of all stages.
 struct Stage {
-  std::variant<GlobalPool, Normalize, PackedConvolution, BottleneckSequence> operation;
+  std::variant<GlobalPool, WindowPool, Normalize, PackedConvolution, BottleneckSequence> operation;
   size_t source;                        // the features that it reads
   bool returned = false;                // whether the output is a result of the call
   bool kept = false;                    // whether the output has a reader other than the next layer
@@ -101,7 +130,7 @@ class PreparedLayers {
     for (int64_t i = 0; i < count; ++i) {
       const LayerSpec& layer = layers[i];
       STD_TORCH_CHECK(used + layer.num_weights() <= weights.size(), "weights: fewer than the layers need");
-      add(layer, &weights[used], outputs[i + 1 + layer.source]);
+      add(layer, weights.data() + used, outputs[i + 1 + layer.source]);
       used += layer.num_weights();
       Stage& stage = stages_.back();
       stage.returned = layer.returned != 0, stage.kept = kept[i];
@@ -137,7 +166,7 @@ class PreparedLayers {
                                   const std::vector<std::optional<Tensor>>& weights) {
     size_t used = 0;
     for (const LayerSpec& layer : layers) {
-      if (layer.kind != LayerSpec::normalize) break;
+      if (layer.kind != LayerSpec::normalize && !layer.pools()) break;
       used += layer.num_weights();
     }
     STD_TORCH_CHECK(used < weights.size() && weights[used].has_value(), "weights: expected the filters of a layer");
@@ -147,6 +176,12 @@ class PreparedLayers {
   // Adds the layer, which reads the features `source`, to the last stage where it can be computed together with it,
   // else as a new stage.
   void add(const LayerSpec& layer, const std::optional<Tensor>* weights, size_t source) {
+    if (layer.pools()) {
+      const bool max = layer.kind == LayerSpec::max_pool;
+      stages_.push_back(
+          {WindowPool{max, layer.window, layer.stride, layer.padding, layer.replicate, layer.branches}, source});
+      return;
+    }
     const std::string activation = activation_name(layer.activation);
     if (layer.kind == LayerSpec::normalize) {
       STD_TORCH_CHECK(weights[0].has_value(), "weights: expected the rows of a normalisation");
@@ -248,30 +283,82 @@ class PreparedLayers {
     features[0].shape = features_shape(x_in);
     features[0].values = channels_last<T>(x_in, features[0].shape);
     std::vector<Tensor> results;
-    for (size_t s = 0; s < stages_.size(); ++s) {
+    // Memory that nobody reads any more is used again.
+    const auto release = [&](size_t s) {
       const Stage& stage = stages_[s];
-      const bool flat = ends_linear_ && s + 1 == stages_.size();
-      const Features& x = features[stage.source];
-      const Features* const residual = stage.residual.has_value() ? &features[*stage.residual] : nullptr;
-      Features& out = features[s + 1];
-      out.shape = x.shape;
-      if (residual != nullptr) {
-        const auto& convolution = std::get<PackedConvolution>(stage.operation);
-        check_residual(residual->shape, stage.residual_replicate, convolution.geometry(x.shape));
-      }
-      const Summand<T> add = {residual != nullptr ? data<T>(residual->values) : nullptr, stage.residual_replicate};
-      out.values = std::visit(
-          [&](const auto& operation) {
-            return forward_stage<T>(operation, data<T>(x.values), add, x_in, flat, out.shape);
-          },
-          stage.operation);
-      if (stage.returned) results.push_back(out.values);
-      // Memory that nobody reads any more is used again.
       if (last_readers_[stage.source] == s) features[stage.source].values = Tensor();
       if (stage.residual.has_value() && last_readers_[*stage.residual] == s)
         features[*stage.residual].values = Tensor();
+    };
+    for (size_t s = 0; s < stages_.size(); ++s) {
+      const Features& x = features[stages_[s].source];
+      const size_t first = s;
+      if (forms_pair<T>(s, x.shape)) ++s;
+      const Stage& stage = stages_[s];
+      const Features* const residual = stage.residual.has_value() ? &features[*stage.residual] : nullptr;
+      const Summand<T> add = {residual != nullptr ? data<T>(residual->values) : nullptr, stage.residual_replicate};
+      const auto check_add = [&](const Geometry& g) {
+        if (residual != nullptr) check_residual(residual->shape, stage.residual_replicate, g);
+      };
+      Features& out = features[s + 1];
+      out.shape = x.shape;
+      if (first < s) {
+        const auto& one = std::get<PackedConvolution>(stages_[first].operation);
+        const auto& two = std::get<PackedConvolution>(stage.operation);
+        out.values = forward_pair<T>(one, two, data<T>(x.values), add, check_add, x_in, out.shape);
+      } else {
+        if (residual != nullptr) check_add(std::get<PackedConvolution>(stage.operation).geometry(x.shape));
+        const bool flat = ends_linear_ && s + 1 == stages_.size();
+        out.values = std::visit(
+            [&](const auto& operation) {
+              return forward_stage<T>(operation, data<T>(x.values), add, x_in, flat, out.shape);
+            },
+            stage.operation);
+      }
+      if (stage.returned) results.push_back(out.values);
+      for (size_t done = first; done <= s; ++done) release(done);
     }
     return results;
+  }
+
+  // Whether stage s and the next are convolutions that are computed together, as in a basic block: the features between
+  // them have no other reader, and one feature map of them fits into the second cache beside the filters.
+  template <typename T>
+  bool forms_pair(size_t s, const std::vector<int64_t>& shape) const {
+    const bool flat = ends_linear_ && s + 2 == stages_.size();
+    if (s + 1 >= stages_.size() || flat || stages_[s].kept || stages_[s].residual.has_value()) return false;
+    const auto* one = std::get_if<PackedConvolution>(&stages_[s].operation);
+    const auto* two = std::get_if<PackedConvolution>(&stages_[s + 1].operation);
+    if (one == nullptr || two == nullptr || stages_[s + 1].source != s + 1) return false;
+    const Geometry first = one->geometry(shape), second = two->geometry(first.out_shape());
+    const int64_t map_bytes = first.out_pixels() * first.out_channels * int64_t(sizeof(T));
+    const int64_t filters = first.in_channels * first.out_channels + second.in_channels * second.out_channels;
+    const int64_t filter_bytes = 16 * filters * int64_t(sizeof(T));  // read once for each map
+    return second.replicate == 1 && second.branches * second.batch >= kMapsPerThread * num_threads() &&
+           2 * map_bytes <= second_cache_bytes() &&
+           filter_bytes <= std::min(second_cache_bytes(), kFiltersPerMap * map_bytes);
+  }
+
+  // A thread takes one feature map after another through both convolutions.
+  template <typename T, typename F>
+  static Tensor forward_pair(const PackedConvolution& one, const PackedConvolution& two, const T* x, Summand<T> add,
+                             const F& check_add, const Tensor& like, std::vector<int64_t>& shape) {
+    const Geometry first = one.geometry(shape), second = two.geometry(first.out_shape());
+    check_add(second);
+    shape = second.out_shape();
+    Tensor result = empty(like, shape);
+    T* const out = mutable_data<T>(result);
+    const int64_t in_size = first.pixels() * first.in_channels, size = second.out_pixels() * second.out_channels;
+    parallel_tasks(second.branches * second.batch, [&](int64_t map) {
+      const int64_t branch = map / second.batch, sample = map % second.batch;
+      T* const middle = scratch<T>(8, first.out_pixels() * first.out_channels);
+      one.forward_map(first, branch, x + (branch / first.replicate * first.batch + sample) * in_size, middle,
+                      static_cast<const T*>(nullptr));
+      const T* const summand =
+          add.features == nullptr ? nullptr : add.features + (branch / add.replicate * second.batch + sample) * size;
+      two.forward_map(second, branch, static_cast<const T*>(middle), out + map * size, summand);
+    });
+    return result;
   }
 
   // [branch, batch, height, width, channel]; images [batch, channel, height, width] are features of one branch.
@@ -314,6 +401,10 @@ class PreparedLayers {
   // Replaces the shape of a stage's input by the shape of its output, as forward_stage() does.
   static void update_shape(const PackedConvolution& convolution, std::vector<int64_t>& shape) {
     shape = convolution.geometry(shape).out_shape();
+  }
+
+  static void update_shape(const WindowPool& pool, std::vector<int64_t>& shape) {
+    shape = pool.geometry(shape).out_shape();
   }
 
   static void update_shape(const Normalize& normalize, std::vector<int64_t>& shape) {
@@ -361,6 +452,16 @@ class PreparedLayers {
   }
 
   template <typename T>
+  static Tensor forward_stage(const WindowPool& pool, const T* x, Summand<T>, const Tensor& like, bool,
+                              std::vector<int64_t>& shape) {
+    const Geometry g = pool.geometry(shape);
+    shape = g.out_shape();
+    Tensor out = empty(like, shape);
+    pool.forward<T>(g, x, mutable_data<T>(out));
+    return out;
+  }
+
+  template <typename T>
   static Tensor forward_stage(const Normalize& normalize, const T* x, Summand<T>, const Tensor& like, bool,
                               std::vector<int64_t>& shape) {
     update_shape(normalize, shape);
@@ -382,6 +483,8 @@ class PreparedLayers {
     return out;
   }
 
+  static constexpr int64_t kMapsPerThread = 2;  // least number for which threads take whole feature maps
+  static constexpr int64_t kFiltersPerMap = 6;  // most bytes of filters for a byte that stays in the cache
   static constexpr int64_t kCopyValues = 4096;  // values of images per task
   // Features between two stages: 8 MiB are 16 images of HNE-ResNet. A micro-batch has at least 8 samples, since each of
   // them reads all weights once.

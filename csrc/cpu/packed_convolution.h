@@ -39,14 +39,21 @@ class PackedConvolution {
   template <typename T>
   void forward(const Geometry& g, const T* x, T* out, Summand<T> add = {}) const {
     const T* const bias = bias_.data<T>();
-    const Clamp<T> clamp = Clamp<T>::named(activation_);
-    if (winograd_ != nullptr && prefers_winograd(g, true)) {
-      std::call_once(winograd_->once, [&] {
-        winograd_->weights = transform_packed(weight_.data<T>(), branches_, in_channels_, out_channels_);
-      });
-      return convolve_winograd<T>(g, x, winograd_->weights, bias, add, clamp, out);
-    }
-    convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, weight_.data<T>(), bias, add, clamp, out);
+    if (winograd_ != nullptr && prefers_winograd(g, true))
+      return convolve_winograd<T>(g, x, winograd_weights<T>(), bias, add, clamp<T>(), out);
+    convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, weight_.data<T>(), bias, add, clamp<T>(), out);
+  }
+
+  // The same for one feature map, of a branch of the output; `add` is a feature map or null.
+  template <typename T>
+  void forward_map(Geometry g, int64_t branch, const T* x, T* out, const T* add) const {
+    g.parents = g.branches = g.batch = g.replicate = 1;
+    const T* const bias = bias_.data<T>() + branch * out_channels_;
+    if (winograd_ != nullptr && prefers_winograd(g, true))
+      return convolve_winograd<T>(g, x, {winograd_weights<T>()[branch]}, bias, {add}, clamp<T>(), out);
+    const T* const weight =
+        weight_.data<T>() + branch * ceil_div(out_channels_, kPanel) * kPanel * g.taps() * in_channels_;
+    convolve_packed<T>(g, {x, g.pixels(), g.in_channels}, weight, bias, {add}, clamp<T>(), out);
   }
 
  private:
@@ -59,6 +66,19 @@ class PackedConvolution {
     WinogradWeights weights;
   };
   std::shared_ptr<Winograd> winograd_;  // null if the convolution is used once
+
+  template <typename T>
+  Clamp<T> clamp() const {
+    return Clamp<T>::named(activation_);
+  }
+
+  template <typename T>
+  const WinogradWeights& winograd_weights() const {
+    std::call_once(winograd_->once, [&] {
+      winograd_->weights = transform_packed(weight_.data<T>(), branches_, in_channels_, out_channels_);
+    });
+    return winograd_->weights;
+  }
 };
 
 // Convolutions of one branch, applied one after another: the stem before bottlenecks.

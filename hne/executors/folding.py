@@ -128,8 +128,6 @@ def folded_forward(layer: Layer) -> FoldedStep:
 
 
 _FORWARD: tuple[type[Layer], ...] = (
-    MaxPoolLayer,
-    AveragePoolLayer,
     PatchEmbeddingLayer,
     LayerNormLayer,
     SelectTokenLayer,
@@ -172,6 +170,16 @@ def _preactivation(layer: PreActivationLayer) -> FoldedLayer:
         return [norm, first, fused_conv(layer.second)._replace(residual=-3)]
     shortcut = fused_conv(layer.shortcut)
     return [norm, shortcut, first._replace(source=-2), fused_conv(layer.second)._replace(residual=-2)]
+
+
+@kernel_path(MaxPoolLayer)
+@kernel_path(AveragePoolLayer)
+def _pool(layer: MaxPoolLayer | AveragePoolLayer) -> FoldedLayer:
+    pooling = "max" if isinstance(layer, MaxPoolLayer) else "average"
+    spec = layer.spec
+    return [
+        K.FusedLayer((), spec.stride, layer.padding, pooling=pooling, window=spec.kernel_size, branches=layer.branches)
+    ]
 
 
 @kernel_path(NormLayer)

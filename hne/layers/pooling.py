@@ -67,8 +67,8 @@ class AveragePool(LayerSpec):
 class PoolingLayer(nn.Module):
     """Base class, beside :class:`Layer`, of both kinds of pooling.
 
-    There is no kernel for them: PyTorch's pooling reads the channels-last view of the features, without a copy. It
-    comes before the copies of a branching layer, which are then smaller.
+    PyTorch's pooling reads the channels-last view of the features, without a copy; in inference on a CPU the fused
+    layers pool. Pooling comes before the copies of a branching layer, which are then smaller.
     """
 
     spec: Any
@@ -77,6 +77,7 @@ class PoolingLayer(nn.Module):
     def __init__(self, spec: MaxPool | AveragePool, in_channels: int, branches: int, replicate: int) -> None:
         super().__init__(spec, in_channels, branches, replicate)  # of Layer
         check_same_channels(spec, in_channels)
+        self.branches = branches
 
     @property
     @abstractmethod

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import checks
 from .branch_normalize import branch_normalize
@@ -17,7 +18,7 @@ from .fused_conv2d import fused_conv2d
 
 
 class FusedLayer(NamedTuple):
-    """A layer with its weights, which calls :func:`fused_conv2d`, :func:`fused_bottleneck` or :func:`branch_normalize`.
+    """A layer with its weights: :func:`fused_conv2d`, :func:`fused_bottleneck`, :func:`branch_normalize` or pooling.
 
     In a sequence, ``source`` and ``residual`` count layers backwards: -1 is the output of the layer before, and the
     input of the sequence counts as the output of a layer before the first. Two basic blocks, the second with a
@@ -28,14 +29,17 @@ class FusedLayer(NamedTuple):
 
     Args:
         weights: the tensors that the op takes after ``x``: two for a convolution, eight for a bottleneck (the last two
-            may be None), one for a normalisation: ``[G', 3, C]``, the rows mean, scale and shift.
-        stride, replicate, activation: as in either op; a normalisation has no stride.
-        padding: as in :func:`fused_conv2d`.
+            may be None), one for a normalisation: ``[G', 3, C]``, the rows mean, scale and shift; none for pooling.
+        stride, replicate, activation: as in either op; a normalisation has no stride, pooling no activation.
+        padding: as in :func:`fused_conv2d`; for pooling at most half of the window, and as in PyTorch.
         identity, final_activation: as in :func:`fused_bottleneck`.
         mean: average over each feature map before the convolution, which makes it a linear layer.
         source: the layer whose output is the input.
         residual: the layer whose output is the residual of a convolution, or None.
         residual_replicate: as in :func:`fused_conv2d`.
+        pooling: ``max`` or ``average`` over windows of pixels.
+        window: height and width of the windows.
+        branches: of the output of pooling.
     """
 
     weights: tuple[Tensor | None, ...]
@@ -49,6 +53,9 @@ class FusedLayer(NamedTuple):
     source: int = -1
     residual: int | None = None
     residual_replicate: int = 1
+    pooling: str = ""
+    window: int = 0
+    branches: int = 0
 
     @property
     def is_bottleneck(self) -> bool:
@@ -92,13 +99,16 @@ class FusedLayer(NamedTuple):
         """Some branches of the layer, with ``replicate`` output branches per branch of the input and
         ``residual_replicate`` per branch of the residual; views of its weights."""
         weights = tuple(None if weight is None else weight[branches] for weight in self.weights)
-        return self._replace(weights=weights, replicate=replicate, residual_replicate=residual_replicate)
+        layer = self._replace(weights=weights, replicate=replicate, residual_replicate=residual_replicate)
+        return layer._replace(branches=branches.stop - branches.start) if self.pooling else layer
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the layer for features ``[G, B, H, W, C]`` and, for a convolution, a residual."""
         x = self.input(x)
         if residual is None and self.residual is not None:
             raise ValueError("residual: expected the output of the layer that this one names, got None")
+        if self.pooling:
+            return x
         if self.is_norm:
             return branch_normalize(x, self._norm, residual=residual, **self.options)
         op: Callable[..., Tensor] = fused_bottleneck if self.is_bottleneck else fused_conv2d
@@ -106,35 +116,63 @@ class FusedLayer(NamedTuple):
 
     def input(self, x: Tensor) -> Tensor:
         """What the op reads of features: with ``mean`` their mean over each feature map; for a normalisation, which
-        takes no ``replicate``, a copy for each of its branches."""
+        takes no ``replicate``, a copy for each of its branches. Pooling has no op: this is its output."""
         if self.mean:
             return x.mean((2, 3), keepdim=True)
-        if self.is_norm and self.replicate > 1:
-            return x.repeat_interleave(self.replicate, 0)[: len(self._norm[0])]
+        if self.pooling:
+            maps = x.permute(0, 1, 4, 2, 3)
+            pool = F.max_pool2d if self.pooling == "max" else F.avg_pool2d
+            pooled = pool(maps.flatten(0, 1), self.window, self.stride, self.padding)
+            x = pooled.unflatten(0, maps.shape[:2]).permute(0, 1, 3, 4, 2)
+        if (self.is_norm or self.pooling) and self.replicate > 1:
+            return x.repeat_interleave(self.replicate, 0)[: self.branches or len(self._norm[0])]
         return x
 
     def check(self, x: Tensor, residual: Tensor | None = None) -> tuple[int, ...]:
         """Raise unless the layer fits features and a residual like these; return the shape of its output."""
-        if len(self.weights) not in (1, 2, 8):
-            raise ValueError(
-                "weights: expected two of a convolution, one of a normalisation or eight of a bottleneck, "
-                f"got {len(self.weights)}"
+        if len(self.weights) not in ((0,) if self.pooling else (1, 2, 8)):
+            expected = (
+                "none for pooling"
+                if self.pooling
+                else "two of a convolution, one of a normalisation or eight of a bottleneck"
             )
+            raise ValueError(f"weights: expected {expected}, got {len(self.weights)}")
         checks.at_least("stride", self.stride, 1)
         checks.at_least("padding", self.padding, 0)
         checks.at_least("replicate", self.replicate, 1)
         checks.at_least("residual_replicate", self.residual_replicate, 1)
         if self.mean:
             x = x.new_empty(()).expand(*x.shape[:2], 1, 1, x.shape[4])
-        if self.residual is not None and (self.is_bottleneck or self.is_norm):
-            kind = "bottleneck, which has its own" if self.is_bottleneck else "normalisation"
+        if self.residual is not None and (self.is_bottleneck or self.is_norm or self.pooling):
+            kind = "bottleneck, which has its own" if self.is_bottleneck else "normalisation or pooling"
             raise ValueError(f"residual: expected None for a {kind}, got {self.residual}")
+        if self.pooling:
+            return self._check_pooling(x)
         if self.is_norm:
             return self._check_norm(x)
         check: Callable[..., tuple[int, ...]] = check_bottleneck if self.is_bottleneck else check_convolution
         if self.residual is None:
             return check(x, *self.arguments)
         return check(x, *self.arguments, residual, self.residual_replicate)
+
+    def _check_pooling(self, x: Tensor) -> tuple[int, ...]:
+        if self.pooling not in ("max", "average"):
+            raise ValueError(f"pooling: expected max or average, got {self.pooling}")
+        checks.at_least("window", self.window, 1)
+        checks.at_least("branches", self.branches, 1)
+        if self.activation != "none":
+            raise ValueError(f"activation: expected none for pooling, got {self.activation}")
+        if self.padding > self.window // 2:
+            raise ValueError(f"padding: expected at most half of the window, {self.window // 2}, got {self.padding}")
+        if -(-self.branches // self.replicate) != len(x):
+            raise ValueError(
+                f"branches: expected those of {len(x)} times replicate {self.replicate}, got {self.branches}"
+            )
+        height, width = (size + 2 * self.padding - self.window for size in x.shape[2:4])
+        if height < 0 or width < 0:
+            least = self.window - 2 * self.padding
+            raise ValueError(f"x: expected feature maps of at least {least}x{least}, got {x.shape[2]}x{x.shape[3]}")
+        return self.branches, x.shape[1], height // self.stride + 1, width // self.stride + 1, x.shape[4]
 
     def _check_norm(self, x: Tensor) -> tuple[int, ...]:
         (rows,) = self.weights

@@ -146,17 +146,9 @@ class FusedLayers:
         for index, found in readers.items():
             if found:
                 self._finished[found[-1]].append(index)
-        first = self.layers[0]
-        weight = first.weights[0]
-        shape = "[branches, 3, channels]" if first.is_norm else "[out_branches, panels, k, k, channels, 16]"
-        checks.rank("layer 0: weights[0]", weight, 3 if first.is_norm else 6, shape)  # type: ignore[arg-type]
-        assert weight is not None
-        checks.at_least("layer 0: replicate", first.replicate, 1)
-        parents, channels = -(-weight.shape[0] // first.replicate), weight.shape[2 if first.is_norm else 4]
-        # The dtype of the features: a normalisation of bfloat16 features is float32.
-        filters = next((layer.weights[0] for layer in self.layers if not layer.is_norm), weight)
-        assert filters is not None
-        self._check(filters.new_empty(()).expand(parents, 1, _LARGE, _LARGE, channels), any_size=True)
+        entry = self._entry()
+        if entry is not None:
+            self._check(entry, any_size=True)
         # Outputs that something else reads than the next layer, as its input.
         kept = {
             index for index, found in readers.items() if found != [index + 1] or self.layers[index + 1].source != -1
@@ -166,7 +158,7 @@ class FusedLayers:
         self._call = torch.ops.hne.fused_layers.default  # looked up once
         # A recorded program must hold the weights, so nothing is prepared while one is recorded.
         in_memory = all(_in_memory(weight) for layer in self.layers for weight in layer.weights)
-        known = filters.is_cpu and filters.dtype in dispatch.DTYPES["cpp"] and not self.layers[-1].is_norm
+        known = entry is not None and entry.is_cpu and entry.dtype in dispatch.DTYPES["cpp"]
         if prepare and in_memory and known and not is_traced():
             self._prepared = self._prepare()
             _PREPARED[self._prepared] = self
@@ -177,13 +169,34 @@ class FusedLayers:
         make = functools.partial(FusedLayers, images=self.images, prepare=self._prepared is not None)
         return make, (self.layers, sorted(self._result_indices))
 
+    def _entry(self) -> Tensor | None:
+        """Features like those that the first layer reads, without memory; None if no layer has filters, and any fit."""
+        filters = next((layer.weights[0] for layer in self.layers if layer.weights and not layer.is_norm), None)
+        for index, layer in enumerate(self.layers):
+            shape = "[branches, 3, channels]" if layer.is_norm else "[out_branches, panels, k, k, channels, 16]"
+            if layer.weights:
+                weight = layer.weights[0]
+                checks.rank(f"layer {index}: weights[0]", weight, 3 if layer.is_norm else 6, shape)  # type: ignore[arg-type]
+                assert weight is not None
+                break
+        if filters is None:
+            return None
+        first = self.layers[0]
+        checks.at_least("layer 0: replicate", first.replicate, 1)
+        branches, channels = (
+            first.branches if first.pooling else len(first.weights[0]),
+            weight.shape[-2 if weight.dim() == 6 else 2],
+        )  # type: ignore[arg-type]
+        # The features have the dtype of filters: a normalisation of bfloat16 features is float32.
+        return filters.new_empty(()).expand(-(-branches // first.replicate), 1, _LARGE, _LARGE, channels)
+
     def _prepare(self) -> int:
         weights: list[Tensor | None] = []
         numbers: list[int] = []
         for index, layer in enumerate(self.layers):
             weights += layer.weights
             numbers += [
-                3 if layer.is_norm else 1 if layer.is_bottleneck else 2 if layer.mean else 0,
+                _kind(layer),
                 layer.stride,
                 layer.padding,
                 layer.replicate,
@@ -194,6 +207,8 @@ class FusedLayers:
                 layer.source,
                 layer.residual or 0,
                 layer.residual_replicate,
+                layer.window,
+                layer.branches,
             ]
         prepared: int = torch.ops.hne.prepare_layers(weights, numbers)
         return prepared
@@ -254,11 +269,11 @@ class FusedLayers:
                 x = dispatch.implementation("fused_bottleneck_chain", x)(x, *arguments)
                 index, pooled = index + length, chain.pool
             else:
-                arguments = [*layer.arguments]
+                arguments = [*layer.arguments] if layer.weights else []
                 if layer.residual is not None:
                     arguments += [features[index + layer.residual], layer.residual_replicate]
                 x = x if pooled else layer.input(x)
-                x = dispatch.implementation(layer.op, x)(x, *arguments)
+                x = dispatch.implementation(layer.op, x)(x, *arguments) if layer.weights else x
                 index, pooled = index + 1, False
             features[index - 1] = x
             for number in finished:
@@ -286,6 +301,13 @@ class FusedLayers:
             except (ValueError, TypeError) as error:
                 raise type(error)(f"layer {index}: {error}") from None
             features.append(x.new_empty(()).expand(shape))
+
+
+def _kind(layer: FusedLayer) -> int:
+    """The number of a layer's kind in csrc/cpu/layer_spec.h."""
+    if layer.pooling:
+        return 4 if layer.pooling == "max" else 5
+    return 3 if layer.is_norm else 1 if layer.is_bottleneck else 2 if layer.mean else 0
 
 
 # By handle: the sequences that are prepared.

@@ -281,12 +281,13 @@ def test_the_library_guards_itself(rng: torch.Generator) -> None:
     """Without the checks in Python, the library still refuses wrong arguments."""
     x, singles, _ = arguments("one", rng)
     (weights, *_) = singles[0]
-    numbers = [1, 1, 0, 1, 1, 1, 1, 1, -1, 0, 1]
+    numbers = [1, 1, 0, 1, 1, 1, 1, 1, -1, 0, 1, 0, 0]
     prepare = torch.ops.hne.prepare_layers
     for wrong in (numbers[:-1], [], [9, *numbers[1:]], [1, 0, *numbers[2:]], [1, 1, 0, 0, *numbers[4:]],
                   [*numbers[:4], 3, *numbers[5:]], [*numbers[:7], 0, *numbers[8:]], numbers * 2,
-                  [*numbers[:8], 0, 0, 1], [*numbers[:8], -2, 0, 1], [*numbers[:9], -1, 1], [*numbers[:9], 1, 1],
-                  [*numbers[:10], 0]):  # fmt: skip
+                  [*numbers[:8], 0, *numbers[9:]], [*numbers[:8], -2, *numbers[9:]],
+                  [*numbers[:9], -1, *numbers[10:]], [*numbers[:9], 1, *numbers[10:]],
+                  [*numbers[:10], 0, *numbers[11:]]):  # fmt: skip
         with pytest.raises(RuntimeError):
             prepare(list(weights), wrong)
     for missing in range(6):
@@ -295,12 +296,20 @@ def test_the_library_guards_itself(rng: torch.Generator) -> None:
     with pytest.raises(RuntimeError):
         prepare([*weights, weights[0]], numbers)
     convolution = [0, 1, 0, 1, 0, 0, 0, 1, -1]
-    for wrong in ([*convolution, -2, 1], [*convolution, 1, 1], [*convolution, -1, 0]):
+    for wrong in ([*convolution, -2, 1, 0, 0], [*convolution, 1, 1, 0, 0], [*convolution, -1, 0, 0, 0]):
         with pytest.raises(RuntimeError):
             prepare(list(weights[:2]), wrong)
-    number = prepare(list(weights[:2]), [*convolution, -1, 1])
+    number = prepare(list(weights[:2]), [*convolution, -1, 1, 0, 0])
     with pytest.raises(RuntimeError, match="residual"):
         torch.ops.hne.fused_layers(x, number)
+    pool = [4, 2, 1, 1, 0, 0, 0, 0, -1, 0, 1, 3, 1]  # window 3, stride 2, padding 1, one branch
+    for wrong in ([*pool[:11], 0, 1], [*pool[:11], 1, 1], [*pool[:12], 0], [4, 0, *pool[2:]], [*pool[:9], -1, *pool[10:]]):
+        with pytest.raises(RuntimeError):
+            prepare(list(weights), [*wrong, *numbers])
+    rows = torch.ones(len(weights[1]), 3, 4, dtype=torch.float64)
+    for wrong in (None, rows, rows[0].float()):
+        with pytest.raises(RuntimeError):
+            prepare([wrong, *weights], [3, *numbers[1:], *numbers])
     number = prepare(list(weights), numbers)
     for features in (x[0], x[..., 1:], x.double(), x[:, :, :0], torch.cat([x, x])):
         with pytest.raises(RuntimeError):

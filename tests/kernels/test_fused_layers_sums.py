@@ -35,7 +35,15 @@ class _Sequence:
         replicate = 2 if branches < 6 and self._below(4) == 0 else 1
         children = branches * replicate - self._below(replicate)
         mean = self._below(8) == 0
-        if not mean and self._below(3) == 0:
+        if not mean and min(height, width) > 3 and self._below(6) == 0:
+            stride, padding, average = 1 + self._below(2), self._below(2), self._below(2)
+            layer = K.FusedLayer(
+                (), stride, padding, pooling="average" if average else "max", window=2 + self._below(2), branches=children
+            )
+        elif not mean and self._below(6) == 0:
+            rows = torch.randn(children, 3, channels, generator=self._rng, dtype=torch.float64)
+            layer = K.FusedLayer((rows,), activation="relu6")
+        elif not mean and self._below(3) == 0:
             layer = random_bottleneck(self._rng, children, channels, 3 + self._below(9), 4 + self._below(2), 3, 1)
         else:
             kernel = 1 if mean else 1 + self._below(3)
@@ -44,7 +52,7 @@ class _Sequence:
             layer = layer._replace(stride=stride, padding=kernel // 2, mean=mean, activation="relu")
         layer = layer._replace(replicate=replicate, source=source)
         out = layer.check(self.x.new_empty(()).expand(self._shapes[source]))
-        if not layer.is_bottleneck:
+        if len(layer.weights) == 2:  # a convolution
             fitting = [
                 (number, -(-children // shape[0]))
                 for number, shape in zip(range(-len(self._shapes), 0), self._shapes, strict=True)

@@ -117,7 +117,7 @@ def test_number_of_steps(rng: torch.Generator) -> None:
     torch.testing.assert_close(model(x), PlainTree(model)(x))
     (program,) = model.folded._programs.values()
     lengths = [len(step.compute.layers) if isinstance(step.compute, K.FusedLayers) else None for step in program]
-    assert lengths == [1, None, 2 + 4 + 2 + 3, None, 3 + 1]
+    assert lengths == [2 + 2 + 4 + 2 + 3, None, 3 + 1]
 
 
 @each_case

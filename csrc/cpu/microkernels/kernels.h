@@ -150,9 +150,11 @@ struct Kernels {
   void (*depthwise_weight_row)(const DepthwiseWeightRow<T>&);
   void (*normalize)(const NormRows<T>&);
   void (*normalize_backward)(const NormRows<T>&);
-  void (*mask)(const NormRows<T>&);                                             // the gradient of the activation
-  void (*moments)(const NormRows<T>&);                                          // sums of x - shift and of its squares
-  void (*mean_rows)(const T* rows, int64_t count, int64_t channels, T* out);    // out[c] = mean over m of rows[m][c]
+  void (*mask)(const NormRows<T>&);                                           // the gradient of the activation
+  void (*moments)(const NormRows<T>&);                                        // sums of x - shift and of its squares
+  void (*mean_rows)(const T* rows, int64_t count, int64_t channels, T* out);  // out[c] = mean over m of rows[m][c]
+  void (*max_of_rows)(const T* const* rows, int64_t count, int64_t channels, T* out);
+  void (*sum_of_rows)(const T* const* rows, int64_t count, int64_t channels, T scale, T* out);
   void (*transpose_panel)(const T* in, int64_t stride, int64_t depth, T* out);  // out[k][n] = in[n * stride + k]
   void (*add_scaled)(T* out, const T* x, T scale, int64_t count);               // out += scale * x
   void (*store_scaled)(T* out, const T* x, T scale, int64_t count);             // out = scale * x

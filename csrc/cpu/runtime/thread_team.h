@@ -63,28 +63,27 @@ class ThreadTeam {
 
   int64_t threads() const { return threads_; }
 
-  // Calls f(task) for every task in [0, tasks) on all threads of the team; on the leader alone within another loop.
-  // Only the leader calls it.
+  // Whether the calling thread computes a task: loops within a task are its own.
+  static bool& in_task() {
+    static thread_local bool in_task = false;
+    return in_task;
+  }
+
+  // Calls f(task) for every task in [0, tasks) on all threads of the team. Only the leader calls it, outside of tasks.
   template <typename F>
   void run_tasks(int64_t tasks, const F& f) {
-    if (tasks == 1 || in_loop_) {
-      for (int64_t task = 0; task < tasks; ++task) f(task);
-      return;
-    }
     for (int64_t i = 0; i < threads_; ++i) {  // consecutive tasks per thread: they often read the same weights
       ranges_[i].next.store(tasks * i / threads_, std::memory_order_relaxed);
       ranges_[i].end = tasks * (i + 1) / threads_;
     }
     context_ = &f;
     call_ = [](const void* context, int64_t task) { (*static_cast<const F*>(context))(task); };
-    in_loop_ = true;
     const int64_t loop = loop_.load(std::memory_order_relaxed) + 1;
     loop_.store(loop);
     work(0);
     loop_.store(loop + 1);  // closed: no helper starts on this loop any more
     SpinWait spin;
     while (active_helpers_.load() > 0) spin.wait();
-    in_loop_ = false;
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
@@ -139,6 +138,7 @@ class ThreadTeam {
 
   // Runs the tasks of thread `self` first, then the remaining tasks of the others.
   void work(int64_t self) {
+    in_task() = true;
     for (int64_t i = 0; i < threads_; ++i) {
       TaskRange& range = ranges_[(self + i) % threads_];
       while (range.next.load(std::memory_order_relaxed) < range.end) {
@@ -152,6 +152,7 @@ class ThreadTeam {
         }
       }
     }
+    in_task() = false;
   }
 
   // Ends the helpers' work. A helper that has not arrived may be waiting for this core: yield it.
@@ -189,7 +190,6 @@ class ThreadTeam {
   const int64_t threads_;
   ThreadTeam** const leader_;  // address of the leading thread's current(): identifies that thread
   std::unique_ptr<TaskRange[]> ranges_;
-  bool in_loop_ = false;
   std::mutex failure_mutex_;
   std::exception_ptr failure_;
   alignas(64) std::atomic<int64_t> loop_{0};  // number of the loop: odd while it is open; or kDismissed
@@ -202,18 +202,22 @@ class ThreadTeam {
 
 // Number of threads that share a parallel loop.
 inline int64_t num_threads() {
+  if (ThreadTeam::in_task()) return 1;
   const ThreadTeam* team = ThreadTeam::current();
   return team != nullptr ? team->threads() : int64_t(torch::stable::get_num_threads());
 }
 
-// Calls f(task) for every task in [0, tasks), on all threads of torch.set_num_threads.
+// Calls f(task) for every task in [0, tasks), on all threads of torch.set_num_threads; within a task, on the calling
+// thread.
 template <typename F>
 void parallel_tasks(int64_t tasks, const F& f) {
-  if (tasks <= 0) return;
-  if (tasks == 1) return f(0);
+  const auto in_turn = [&] {
+    for (int64_t task = 0; task < tasks; ++task) f(task);
+  };
+  if (tasks <= 1 || ThreadTeam::in_task()) return in_turn();
   ThreadTeam::lead([&] {
-    if (ThreadTeam* team = ThreadTeam::current()) return team->run_tasks(tasks, f);
-    for (int64_t task = 0; task < tasks; ++task) f(task);  // torch has one thread
+    ThreadTeam* const team = ThreadTeam::current();
+    team != nullptr ? team->run_tasks(tasks, f) : in_turn();  // no team: torch has one thread
   });
 }
 

@@ -2,8 +2,8 @@
 #include "../depthwise.h"
 #include "../distillation.h"
 #include "../gemm.h"
-#include "../mean.h"
 #include "../normalize.h"
+#include "../pooling.h"
 #include "../transpose.h"
 #include "../winograd.h"
 
@@ -22,6 +22,8 @@ const Kernels<T>& table() {
       mask<T>,
       moments<T>,
       mean_rows<T>,
+      max_of_rows<T>,
+      sum_of_rows<T>,
       transpose_panel<T>,
       add_scaled<T>,
       store_scaled<T>,
