@@ -170,8 +170,11 @@ class FusedLayer(NamedTuple):
             )
         height, width = (size + 2 * self.padding - self.window for size in x.shape[2:4])
         if height < 0 or width < 0:
-            least = self.window - 2 * self.padding
-            raise ValueError(f"x: expected feature maps of at least {least}x{least}, got {x.shape[2]}x{x.shape[3]}")
+            least, step = self.window - 2 * self.padding, f"/{self.stride}" if self.stride > 1 else ""
+            raise ValueError(
+                f"{self.pooling} pool {self.window}x{self.window}{step}: expected feature maps of at least "
+                f"{least}x{least}, got {x.shape[2]}x{x.shape[3]}"
+            )
         return self.branches, x.shape[1], height // self.stride + 1, width // self.stride + 1, x.shape[4]
 
     def _check_norm(self, x: Tensor) -> tuple[int, ...]:

@@ -171,24 +171,24 @@ class FusedLayers:
 
     def _entry(self) -> Tensor | None:
         """Features like those that the first layer reads, without memory; None if no layer has filters, and any fit."""
-        filters = next((layer.weights[0] for layer in self.layers if layer.weights and not layer.is_norm), None)
-        for index, layer in enumerate(self.layers):
-            shape = "[branches, 3, channels]" if layer.is_norm else "[out_branches, panels, k, k, channels, 16]"
-            if layer.weights:
-                weight = layer.weights[0]
-                checks.rank(f"layer {index}: weights[0]", weight, 3 if layer.is_norm else 6, shape)  # type: ignore[arg-type]
-                assert weight is not None
-                break
-        if filters is None:
-            return None
-        first = self.layers[0]
+        first, like, channels = self.layers[0], None, 0
         checks.at_least("layer 0: replicate", first.replicate, 1)
-        branches, channels = (
-            first.branches if first.pooling else len(first.weights[0]),
-            weight.shape[-2 if weight.dim() == 6 else 2],
-        )  # type: ignore[arg-type]
-        # The features have the dtype of filters: a normalisation of bfloat16 features is float32.
-        return filters.new_empty(()).expand(-(-branches // first.replicate), 1, _LARGE, _LARGE, channels)
+        branches = first.branches
+        for index, layer in enumerate(self.layers):
+            if not layer.weights:
+                continue
+            weight = layer.weights[0]
+            shape = "[branches, 3, channels]" if layer.is_norm else "[out_branches, panels, k, k, channels, 16]"
+            checks.rank(f"layer {index}: weights[0]", weight, 3 if layer.is_norm else 6, shape)  # type: ignore[arg-type]
+            assert weight is not None
+            branches = branches if index else len(weight)
+            channels = channels or weight.shape[2 if layer.is_norm else 4]
+            if not layer.is_norm:  # of bfloat16 features, that is float32
+                like = weight
+                break
+        if like is None:
+            return None
+        return like.new_empty(()).expand(-(-branches // first.replicate), 1, _LARGE, _LARGE, channels)
 
     def _prepare(self) -> int:
         weights: list[Tensor | None] = []

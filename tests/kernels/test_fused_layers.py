@@ -303,7 +303,13 @@ def test_the_library_guards_itself(rng: torch.Generator) -> None:
     with pytest.raises(RuntimeError, match="residual"):
         torch.ops.hne.fused_layers(x, number)
     pool = [4, 2, 1, 1, 0, 0, 0, 0, -1, 0, 1, 3, 1]  # window 3, stride 2, padding 1, one branch
-    for wrong in ([*pool[:11], 0, 1], [*pool[:11], 1, 1], [*pool[:12], 0], [4, 0, *pool[2:]], [*pool[:9], -1, *pool[10:]]):
+    for wrong in (
+        [*pool[:11], 0, 1],
+        [*pool[:11], 1, 1],
+        [*pool[:12], 0],
+        [4, 0, *pool[2:]],
+        [*pool[:9], -1, *pool[10:]],
+    ):
         with pytest.raises(RuntimeError):
             prepare(list(weights), [*wrong, *numbers])
     rows = torch.ones(len(weights[1]), 3, 4, dtype=torch.float64)

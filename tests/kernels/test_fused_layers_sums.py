@@ -38,7 +38,12 @@ class _Sequence:
         if not mean and min(height, width) > 3 and self._below(6) == 0:
             stride, padding, average = 1 + self._below(2), self._below(2), self._below(2)
             layer = K.FusedLayer(
-                (), stride, padding, pooling="average" if average else "max", window=2 + self._below(2), branches=children
+                (),
+                stride,
+                padding,
+                pooling="average" if average else "max",
+                window=2 + self._below(2),
+                branches=children,
             )
         elif not mean and self._below(6) == 0:
             rows = torch.randn(children, 3, channels, generator=self._rng, dtype=torch.float64)
