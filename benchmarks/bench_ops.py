@@ -1,5 +1,5 @@
-"""Every op in the layers of HNE-ResNet (Table 2), forward and backward through the gradients of all inputs. The ops of
-the heads also run with the sizes of HNE-MobileNetV2 (Table 3).
+"""Every op in the layers of HNE-ResNet (Table 2), forward and backward through the gradients of all inputs; dense 3x3
+convolutions with the sizes of a ResNet-18. The ops of the heads also run with the sizes of HNE-MobileNetV2 (Table 3).
 
 The naive side is the reference: it copies features for every child and runs one grouped convolution over the channels
 of all branches. Its inputs already have its memory layout ([batch, branch * channel, height, width]), so that its time
@@ -35,6 +35,10 @@ CONVOLUTIONS = {
     "block 3, expand": (8, 1, 8, 256, 64, 1, 1),
     "block 4, expand": (8, 2, 8, 256, 64, 1, 1),
     "block 4, project": (16, 1, 8, 64, 256, 1, 1),
+    "ResNet-18, block 1": (1, 1, 56, 64, 64, 3, 1),
+    "ResNet-18, block 2, first": (1, 2, 56, 64, 128, 3, 2),
+    "ResNet-18, block 3": (4, 1, 14, 256, 256, 3, 1),
+    "ResNet-18, block 4": (8, 1, 7, 512, 512, 3, 1),
 }
 # layer: branches, height, channels, stride
 DEPTHWISE = {

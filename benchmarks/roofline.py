@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hne_kernels as K
 from hne import HNE
-from hne.layers import BasicBlockLayer, BottleneckLayer, BranchModule, Layer, PreActivationLayer, Size
+from hne.layers import BasicBlockLayer, BottleneckLayer, BranchConv, ConvNorm, Layer, PreActivationLayer, Size
 
 
 @dataclass(frozen=True)
@@ -153,4 +153,4 @@ def _of_convolutions(layer: Layer, values: list[int]) -> int:
 
 
 def _filters(layer: Layer) -> int:
-    return sum(module.conv.weight.numel() for module in layer.modules() if isinstance(module, BranchModule))
+    return sum(module.conv.weight.numel() for module in layer.modules() if isinstance(module, ConvNorm | BranchConv))
