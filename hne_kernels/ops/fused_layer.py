@@ -107,10 +107,12 @@ class FusedLayer(NamedTuple):
         x = self.input(x)
         if residual is None and self.residual is not None:
             raise ValueError("residual: expected the output of the layer that this one names, got None")
+        if residual is not None and len(self.weights) != 2:
+            raise ValueError("residual: expected None, since only convolutions add one; got a tensor")
         if self.pooling:
             return x
         if self.is_norm:
-            return branch_normalize(x, self._norm, residual=residual, **self.options)
+            return branch_normalize(x, self._norm, **self.options)
         op: Callable[..., Tensor] = fused_bottleneck if self.is_bottleneck else fused_conv2d
         return op(x, *self.weights, **self.options, **({} if residual is None else {"residual": residual}))
 
