@@ -54,7 +54,8 @@ class StartsTrained(nn.Module):
 
         Known families are cut without help: ResNet, WideResNet, MobileNetV2, VGG and VisionTransformer of torchvision
         and timm, and any ``nn.Sequential``. Their stages are combined evenly, the first ones first, if ``branches`` has
-        fewer counts.
+        fewer counts. The blocks of an :class:`HNE` of one network, as ``hne train --branches 1,1,1,1`` trains it, are
+        those of the tree.
 
         Args:
             backbone: The network, which maps images to logits; or its name as in :func:`load_backbone`, such as

@@ -17,7 +17,7 @@ from .units import Unit, check_complete, check_once, evaluating, find, units_at
 Shape = tuple[int, ...]
 Stage = Sequence[str | nn.Module]
 
-_SIZES = (64, 224, 32, 28, 16, 8)  # heights and widths to try
+SIZES = (64, 224, 32, 28, 16, 8)  # heights and widths to try
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def image_shape(net: nn.Module, units: Sequence[Unit], input_size: int | tuple[i
             size = tuple(found)[1:]
             patches = getattr(getattr(net, "patch_embed", None), "img_size", None)
             size = size if patches is None else tuple(patches)
-    sizes = [size] if size is not None else list(_SIZES)
+    sizes = [size] if size is not None else list(SIZES)
     for candidate in sizes:
         shape = (candidate, candidate) if isinstance(candidate, int) else tuple(candidate)
         if len(shape) == 2 and channels is not None:
@@ -118,7 +118,7 @@ def image_shape(net: nn.Module, units: Sequence[Unit], input_size: int | tuple[i
         if len(sizes) == 1 or _runs(net, shape):
             return shape
     raise BackboneError(
-        f"input_size: the backbone computes no images of {', '.join(f'{s}x{s}' for s in _SIZES)} pixels: "
+        f"input_size: the backbone computes no images of {', '.join(f'{s}x{s}' for s in SIZES)} pixels: "
         "give the size that it expects"
     )
 

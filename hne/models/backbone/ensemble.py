@@ -15,6 +15,7 @@ from .conversion import Conversion, ConvertedModule
 from .convert import ConvertedLayer, as_module, convert_block
 from .cut import Stage, cut
 from .families import recognise, unknown_family
+from .network import is_network, network_parts
 from .sources import Origin
 from .units import check_convertible, find
 from .verify import check_first_leaf, check_stages
@@ -55,6 +56,12 @@ def plan(
     """Cut and convert a backbone; see :meth:`hne.HNE.from_backbone`."""
     check_convertible(net)
     tree = branches if isinstance(branches, Hierarchy) else Hierarchy(branches)
+    if is_network(net):
+        if stages is not None or head is not None:
+            raise ValueError("stages, head: expected none, since the network is one of this package, got some")
+        own = network_parts(net, tree, input_size)
+        table = _table(net, own.blocks, "head", own.head, own.image)
+        return Plan(tree, own.blocks, own.head, own.image, table, own.check)
     try:
         parts = cut(net, tree.num_blocks, stages, head, input_size)
         linear = find(net, parts.head)
@@ -68,10 +75,8 @@ def plan(
     for block in blocks:
         if all(layer.spec is None for layer in block):  # a block has at least one layer
             block[0] = as_module(block[0].units, block[0].note)
-    rows = [row for index, block in enumerate(blocks) for layer in block for row in _rows(index, layer)]
-    count = sum(p.numel() for p in linear.parameters())
-    rows.append(ConvertedModule(parts.head, "Linear", len(blocks), f"head: linear {linear.out_features}", count))
-    return Plan(tree, blocks, linear, parts.image, Conversion(type(net).__name__, parts.image, tuple(rows)), check)
+    table = _table(net, blocks, parts.head, linear, parts.image)
+    return Plan(tree, blocks, linear, parts.image, table, check)
 
 
 def build(
@@ -151,6 +156,16 @@ def _take_over(layer: nn.Module, source: ConvertedLayer, perturb: float, generat
                 noise = torch.randn(target.shape, generator=generator, dtype=torch.float32)
                 scale = perturb * float(tensor.detach().std(correction=0))
                 target.add_((scale * noise).to(target.device, target.dtype))
+
+
+def _table(
+    net: nn.Module, blocks: list[list[ConvertedLayer]], path: str, head: nn.Linear, image: tuple[int, ...]
+) -> Conversion:
+    """The table of all modules; the head, at ``path``, comes last."""
+    rows = [row for index, block in enumerate(blocks) for layer in block for row in _rows(index, layer)]
+    count = sum(p.numel() for p in head.parameters())
+    rows.append(ConvertedModule(path, "Linear", len(blocks), f"head: linear {head.out_features}", count))
+    return Conversion(type(net).__name__, image, tuple(rows))
 
 
 def _rows(block: int, layer: ConvertedLayer) -> list[ConvertedModule]:
