@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .classification import EnsembleMetrics, Evaluation, evaluate, evaluate_members
-from .latency import AnytimeStep, measure_anytime, seconds_per_call
+from .classification import AVERAGES, EnsembleMetrics, Evaluation, evaluate, evaluate_members
+from .latency import AnytimeStep, alternating_seconds, measure_anytime, seconds_per_call
 from .ood import OODEvaluation, evaluate_ood
+from .predict import Ensemble
 from .regression import RegressionEvaluation, RegressionMetrics, evaluate_regression

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,9 +25,9 @@ from ..metrics import (
     mutual_information,
     negative_log_likelihood,
     predictive_entropy,
+    prefix_mixtures,
 )
-from ..models import HNE
-from .predict import finite, predict
+from .predict import Ensemble, finite, predict
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,23 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: HNE,
+    model: Ensemble,
     dataset: Dataset,
     *,
+    sizes: Sequence[int] | None = None,
+    average: str = "logits",
     batch_size: int = 256,
     channels_last: bool = True,
     world: World | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
-    """Evaluate every ensemble of ``model.prefix_sizes`` on the test images, in one pass.
+    """Evaluate ensembles of the first n members on the test images, in one pass.
 
     Args:
         model: is put into eval mode.
         dataset: provides the test images and their format.
+        sizes: the ensemble sizes n, rising; by default the powers of two below N, then N.
+        average: what an ensemble averages, a name of :data:`AVERAGES`.
         batch_size: images at a time in each process.
         channels_last: memory layout of the batches.
         world: the processes that share the work; each gets the whole result.
@@ -132,6 +136,8 @@ def evaluate(
         lambda n: model.macs(n, dataset.input.size),
         world,
         progress,
+        sizes=sizes,
+        average=average,
     )
 
 
@@ -142,8 +148,11 @@ def evaluate_members(
     macs: Callable[[int], int],
     world: World,
     progress: Callable[[int], object] | None = None,
+    *,
+    sizes: Sequence[int] | None = None,
+    average: str = "logits",
 ) -> Evaluation:
-    """Evaluate the ensembles of 1, 2, 4, ... N members, given the members' logits.
+    """Evaluate ensembles of the first n members, given the members' logits.
 
     Args:
         batches: logits of the members ``[N, B, L]`` and classes ``[B]``.
@@ -151,17 +160,21 @@ def evaluate_members(
         macs: multiply-adds of the first n members for one image.
         world: the processes, each with batches of its own; each gets the whole result.
         progress: called with the size of every batch that this process has evaluated.
+        sizes, average: as for :func:`evaluate`.
 
     Raises:
+        ValueError: ``average`` is unknown.
         ResultError: a metric is NaN or infinite.
     """
-    sizes = default_sizes(num_models)
+    if average not in AVERAGES:
+        raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {average!r}")
+    sizes = tuple(default_sizes(num_models) if sizes is None else sizes)
     totals = [
         torch.zeros(shape, dtype=torch.float64, device=world.device)
         for shape in ((), (num_models,), (len(sizes), BINS), (len(sizes), len(_METRICS)))
     ]
     for members, target in batches:
-        ensembles = prefix_mean(members, sizes)
+        ensembles = AVERAGES[average](members, sizes)
         metrics = torch.stack(
             [_batch_metrics(members[:n], logits, target) for n, logits in zip(sizes, ensembles, strict=True)]
         )
@@ -194,6 +207,11 @@ def evaluate_members(
         )
     )
 
+
+AVERAGES: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
+    "logits": prefix_mean,  # as in the HNE paper
+    "probabilities": prefix_mixtures,  # as usual for deep ensembles and MC dropout
+}
 
 _METRICS = ("accuracy", "nll", "brier", "diversity", "disagreement", "entropy", "mutual_information")
 

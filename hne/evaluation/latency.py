@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,25 @@ def seconds_per_call(function: Callable[[], object], min_seconds: float) -> floa
         raise ValueError(f"min_seconds: expected a finite number above 0, got {min_seconds}")
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=min_seconds).median
+
+
+def alternating_seconds(calls: Sequence[Callable[[], object]], rounds: int, min_seconds: float) -> list[float]:
+    """Median time of each of several calls that are to be compared.
+
+    In each round every call is timed once, one after the other, so that a change of the machine's speed changes all of
+    them.
+
+    Args:
+        calls: the calls.
+        rounds: number of rounds, at least 1.
+        min_seconds: least time to spend on a call in a round, by repeating it; the calls' own time if it is longer.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: expected a number of at least 1, got {rounds}")
+    timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
+    repeats = [max(1, math.ceil(min_seconds / timer.timeit(1).mean)) for timer in timers]
+    times = [[timer.timeit(n).mean for timer, n in zip(timers, repeats, strict=True)] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
 @torch.inference_mode()

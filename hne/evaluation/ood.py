@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hne_kernels import default_sizes
+
 from ..data import Dataset, Images
 from ..metrics import Detection, detection, mutual_information, predictive_entropy
-from ..models import HNE
-from .predict import finite, predict
+from .predict import Ensemble, finite, predict
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,28 @@ class OODEvaluation:
 
 @torch.inference_mode()
 def evaluate_ood(
-    model: HNE,
+    model: Ensemble,
     dataset: Dataset,
     ood_images: Images,
     *,
+    sizes: Sequence[int] | None = None,
     batch_size: int = 256,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[OODEvaluation, ...]:
-    """Measure how well uncertainty separates OOD images from test images, for each of ``model.prefix_sizes``.
+    """Measure how well the uncertainty of the first n members separates OOD images from test images.
 
     Args:
         model: is put into eval mode.
         dataset: provides the test images and their format.
         ood_images: images in that format, see :func:`hne.data.ood_images`; they are the positive class.
+        sizes: the ensemble sizes n, rising; by default the powers of two below N, then N.
         batch_size: images at a time.
         progress: called with the size of every batch that was evaluated.
 
     Raises:
         ResultError: a result is NaN or infinite.
     """
-    sizes = model.prefix_sizes
+    sizes = default_sizes(model.num_models) if sizes is None else sizes
     inside, outside = (
         torch.cat(
             [

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Images, InputFormat, evaluation_batches
 from ..distributed import World
 from ..errors import ResultError
 from ..files import first_not_finite
-from ..models import HNE
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Results = TypeVar("Results", bound="DataclassInstance")
+
+
+class Ensemble(Protocol):
+    """What is evaluated: an :class:`hne.HNE`, or another module that gives the logits of N members."""
+
+    @property
+    def num_models(self) -> int:
+        """N."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Logits of all members ``[N, B, L]`` for images ``[B, C, H, W]``."""
+
+    def macs(self, num_models: int, input_size: tuple[int, int], /) -> int:
+        """Multiply-adds of the first members for one image."""
+
+    def eval(self) -> Any:
+        """Switch to eval mode."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters; their device is that of the images."""
 
 
 def finite(results: Results) -> Results:
@@ -35,7 +54,7 @@ def finite(results: Results) -> Results:
 
 
 def predict(
-    model: HNE,
+    model: Ensemble,
     images: Images,
     input_format: InputFormat,
     batch_size: int,
