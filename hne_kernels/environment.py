@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -27,6 +29,15 @@ def _gpus() -> str:
         major, minor = torch.cuda.get_device_capability(index)
         gpus.append(f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})")
     return ", ".join(gpus)
+
+
+def processor_name() -> str:
+    """Model name of the processor, as far as the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def environment_report() -> list[Section]:
@@ -65,6 +76,7 @@ def environment_report() -> list[Section]:
         (
             "machine",
             {
+                "processor": processor_name(),
                 "CPU instructions": f"{library.cpu_capability()} "
                 f"(this machine: {library.cpu_capabilities_supported()})",
                 "threads": str(torch.get_num_threads()),
