@@ -1,4 +1,4 @@
-"""The command ``hne``: train, study, distill, eval, anytime, bench, info, export."""
+"""The command ``hne``: train, study, compare, distill, eval, anytime, bench, info, export."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import suppress
 from typing import TextIO
 
 from ..distributed import is_main_process
-from . import anytime, bench, distill, evaluate, export, info, study, train
+from . import anytime, bench, compare, distill, evaluate, export, info, study, train
 from .console import Terminated, cleaning_up_on_signals, discard_output, explain, usable_streams
 
 __all__ = ["main"]
 
-_COMMANDS = (train, study, distill, evaluate, anytime, bench, info, export)
+_COMMANDS = (train, study, compare, distill, evaluate, anytime, bench, info, export)
 
 _DESCRIPTION = """\
 Hierarchical neural ensembles: N networks that share the trunk of a tree. They are evaluated one after

@@ -132,3 +132,18 @@ def add_options(group: Any, *names: str, helps: Mapping[str, str] | None = None)
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a config that the user has given."""
     return {name: value for name, value in vars(args).items() if name in _DEFAULTS}
+
+
+def as_flags(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that give ``values``, without those that are equal to their ``defaults``."""
+    words: list[str] = []
+    for option, value in values.items():
+        flag = option.replace("_", "-")
+        if value is False:
+            words.append(f"--no-{flag}")
+        elif value is True:
+            words.append(f"--{flag}")
+        elif value != defaults.get(option):
+            text = ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
+            words += [f"--{flag}", text]
+    return words

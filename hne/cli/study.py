@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,10 +30,10 @@ from ..experiments import (
     write_report,
 )
 from ..reporting import show_table
-from ..training import EpochRecord, TrainConfig, Trainer, final_evaluation
+from ..training import TrainConfig, Trainer, final_evaluation
 from . import config_options, options
 from .loading import load_training_data
-from .training_runs import RunReporter, train_runs
+from .training_runs import ProgressReporter, train_runs
 
 _DESCRIPTION = """\
 Repeat experiments of the HNE paper: train every model that they compare, over several seeds, and
@@ -198,51 +197,17 @@ def _train_missing(
     return reporter.failures
 
 
-class _Reporter(RunReporter):
-    """Estimates the remaining time, and goes on after a failed run.
-
-    Args:
-        silent: Print nothing.
-        runs: Number of runs.
-        macs: Multiply-adds of an epoch of each run.
-        work: Multiply-adds of all epochs of all runs.
-    """
+class _Reporter(ProgressReporter):
+    """Goes on after a failed run."""
 
     def __init__(self, silent: bool, runs: int, macs: Mapping[TrainConfig, int], work: int) -> None:
-        super().__init__(silent)
+        super().__init__(silent, runs, macs, work)
         self.failures: list[str] = []
-        self._runs, self._macs, self._work = runs, macs, work
-        self._started = self._done = 0
-        self._start_time = time.monotonic()
-
-    def start(self, folder: Path, trainer: Trainer) -> None:
-        self._started += 1
-        self._print(f"run {self._started}/{self._runs}  {folder.name}")
-
-    def epoch(self, trainer: Trainer, record: EpochRecord) -> None:
-        self._done += self._macs[trainer.config]
-        left = (time.monotonic() - self._start_time) * (self._work - self._done) / self._done
-        epochs = trainer.config.epochs
-        self._print(
-            f"  epoch {record.epoch:{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  "
-            f"{record.images_per_second:.0f} img/s  {_duration(left)} left"
-        )
 
     def failure(self, folder: Path, trainer: Trainer, error: TrainingError) -> None:
         self.failures.append(f"{folder.name}: {error}")
-        self._work -= self._macs[trainer.config] * (trainer.config.epochs - trainer.epoch)
-        self._print(f"  failed: {error}")
-
-    def _print(self, text: str) -> None:
-        if not self.silent:
-            print(text, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+        self.work -= self.macs[trainer.config] * (trainer.config.epochs - trainer.epoch)
+        self.print(f"  failed: {error}")
 
 
 def _report(
@@ -285,15 +250,5 @@ def _about(base: TrainConfig, dataset: Dataset, args: argparse.Namespace) -> str
 
 def _command(name: str, args: argparse.Namespace) -> str:
     """The command that repeats a study, without the paths and the options that change no result."""
-    words = ["hne", "study", name]
     given = config_options.given_options(args) | {option: getattr(args, option) for option in _DEFAULTS}
-    for option, value in given.items():
-        flag = option.replace("_", "-")
-        if value is False:
-            words.append(f"--no-{flag}")
-        elif value is True:
-            words.append(f"--{flag}")
-        elif value != _DEFAULTS.get(option):
-            text = ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
-            words += [f"--{flag}", text]
-    return shlex.join(words)
+    return shlex.join(["hne", "study", name, *config_options.as_flags(given, _DEFAULTS)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -66,6 +67,51 @@ class RunReporter:
     def failure(self, folder: Path, trainer: Trainer, error: TrainingError) -> None:
         """Called when a run fails. Raises the error again; a subclass may go on with the next run instead."""
         raise error
+
+
+class ProgressReporter(RunReporter):
+    """Prints the name of each run, and estimates the remaining time of all.
+
+    Args:
+        silent: Print nothing.
+        runs: Number of runs.
+        macs: Multiply-adds of an epoch of each run.
+        work: Multiply-adds of all epochs that are missing.
+    """
+
+    def __init__(self, silent: bool, runs: int, macs: Mapping[TrainConfig, int], work: int) -> None:
+        super().__init__(silent)
+        self.work = work
+        self.macs = macs
+        self._runs = runs
+        self._started = self._done = 0
+        self._start_time = time.monotonic()
+
+    def start(self, folder: Path, trainer: Trainer) -> None:
+        self._started += 1
+        finished = ": finished" if trainer.epoch == trainer.config.epochs else ""
+        self.print(f"run {self._started}/{self._runs}  {folder.name}{finished}")
+
+    def epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+        self._done += self.macs[trainer.config]
+        left = (time.monotonic() - self._start_time) * (self.work - self._done) / self._done
+        epochs = trainer.config.epochs
+        self.print(
+            f"  epoch {record.epoch:{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  "
+            f"{record.images_per_second:.0f} img/s  {_duration(left)} left"
+        )
+
+    def print(self, text: str) -> None:
+        """Print a line unless silent."""
+        if not self.silent:
+            print(text, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 def train_runs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +26,25 @@ _STYLES = {  # by kind of curve: colour and markers
     "independent": (_BLUE, "o"),
     "multi-branch": (_GREEN, "o"),
     "single": (_GREY, "D"),
+    "continued": ("#000000", "D"),
+    "MC dropout": ("#AA4499", "o"),
 }
+# By the quantities that a figure shows: the factor, and the label of the axis.
+ACCURACY_AND_DIVERSITY = {
+    "accuracy": (100, "test accuracy (%)"),
+    "diversity": (1, "diversity (std. deviation of the logits)"),
+}
+ACCURACY_AND_NLL = {"accuracy": (100, "test accuracy (%)"), "nll": (1, "negative log-likelihood (nats)")}
 _LINE = 13  # typographic points between labels
 
 
-def plot_against_cost(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
-    """Plot accuracy and diversity against multiply-adds, side by side, a row for each panel.
+def plot_against_cost(
+    panels: Sequence[PanelResult],
+    path: str | Path,
+    title: str,
+    quantities: Mapping[str, tuple[float, str]] = ACCURACY_AND_DIVERSITY,
+) -> None:
+    """Plot two quantities against multiply-adds, side by side, a row for each panel.
 
     The x-axis names the ensemble sizes where all results of a panel have the same costs; elsewhere the markers do.
 
@@ -39,17 +52,15 @@ def plot_against_cost(panels: Sequence[PanelResult], path: str | Path, title: st
         panels: Panels with at least one curve each.
         path: The file; its ending chooses the format.
         title: Title above the figure.
+        quantities: The quantities, with factors and labels.
     """
     figure = new_figure(11.5, 4.4 * len(panels))
     figure.set_layout_engine("constrained", w_pad=0.15)
     grid = figure.subplots(len(panels), 2, squeeze=False, sharex="row")
     figure.suptitle(plain_text(title), parse_math=False)
-    for panel, (accuracy, diversity) in zip(panels, grid, strict=True):
+    for panel, row in zip(panels, grid, strict=True):
         prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
-        for axes, quantity, factor, label in (
-            (accuracy, "accuracy", 100, "test accuracy (%)"),
-            (diversity, "diversity", 1, "diversity (std. deviation of the logits)"),
-        ):
+        for axes, (quantity, (factor, label)) in zip(row, quantities.items(), strict=True):
             _draw_against_cost(axes, panel, quantity, factor)
             axes.set_ylabel(prefix + label)
             axes.set_xlabel(COST)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..evaluation import Evaluation
 from ..training import TrainConfig
@@ -18,15 +18,17 @@ class Estimate:
     Attributes:
         mean: Mean of the repetitions.
         deviation: Sample standard deviation; None for a single repetition.
+        count: Number of repetitions.
     """
 
     mean: float
     deviation: float | None
+    count: int = field(default=1, compare=False)
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
         """The estimate from at least one value."""
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
     def format(self, digits: int, factor: float = 1.0) -> str:
         """``mean ± deviation``, both times ``factor``."""
@@ -42,11 +44,13 @@ class Result:
         label: Name in tables.
         config: The config; its seed has no meaning.
         evaluations: Evaluations of the finished seeds, at least one.
+        more: Further quantities by name, for each ensemble size.
     """
 
     label: str
     config: TrainConfig
     evaluations: tuple[Evaluation, ...]
+    more: Mapping[str, tuple[Estimate, ...]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -59,7 +63,9 @@ class Result:
         return tuple(ensemble.macs for ensemble in self.evaluations[0].ensembles)
 
     def of_ensembles(self, quantity: str) -> tuple[Estimate, ...]:
-        """An attribute of :class:`hne.evaluation.EnsembleMetrics`, for each ensemble size."""
+        """An attribute of :class:`hne.evaluation.EnsembleMetrics`, or one of ``more``, for each ensemble size."""
+        if quantity in self.more:
+            return self.more[quantity]
         columns = zip(*(evaluation.ensembles for evaluation in self.evaluations), strict=True)
         return tuple(Estimate.of([getattr(ensemble, quantity) for ensemble in column]) for column in columns)
 

@@ -38,6 +38,12 @@ def macs_table(results: Sequence[Result]) -> Table:
     return table if len(costs) > 1 else Table(table.title, table.columns, (("all", *costs.pop()),))
 
 
+def quantity_table(title: str, results: Sequence[Result], quantity: str, digits: int, factor: float = 1.0) -> Table:
+    """Any quantity of each ensemble size."""
+    cells = [[estimate.format(digits, factor) for estimate in result.of_ensembles(quantity)] for result in results]
+    return _by_size(title, results, cells)
+
+
 def members_table(results: Sequence[Result]) -> Table:
     """Accuracy of each member by itself."""
     count = max(len(result.of_members()) for result in results)
@@ -104,13 +110,13 @@ def write_csv(path: Path, panels: Iterable[PanelResult]) -> None:
                 head = (panel.scale, result.label, branches, config.objective, config.alpha, config.width)
                 for name, index, macs, estimate in _quantities(result, names):
                     deviation = "" if estimate.deviation is None else f"{estimate.deviation:.6g}"
-                    tail = (f"{estimate.mean:.6g}", deviation, len(result.evaluations))
+                    tail = (f"{estimate.mean:.6g}", deviation, estimate.count)
                     writer.writerow((*head, name, index, macs, *tail))
 
 
 def _quantities(result: Result, names: Iterable[str]) -> Iterable[tuple[str, int, int | str, Estimate]]:
     """Name, index, multiply-adds and estimate of every quantity."""
-    for name in names:
+    for name in (*names, *result.more):
         for n, macs, estimate in zip(result.sizes, result.macs, result.of_ensembles(name), strict=True):
             yield name, n, macs, estimate
     for member, estimate in enumerate(result.of_members(), 1):

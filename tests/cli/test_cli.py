@@ -21,7 +21,7 @@ from hne.inference import export
 from hne.models.checkpoint import load_model
 from hne.training import CHECKPOINT
 
-COMMANDS = ("train", "study", "distill", "eval", "anytime", "bench", "info", "export")
+COMMANDS = ("train", "study", "compare", "distill", "eval", "anytime", "bench", "info", "export")
 SMALL = ("--limit-train", "64", "--limit-test", "40", "--batch-size", "32", "--width", "0.5", "--threads", "1")
 
 
