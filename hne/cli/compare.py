@@ -63,7 +63,7 @@ its last epoch: the same command, given again, completes the comparison, or meas
 _EXAMPLES = """\
   hne compare                                            on digits: minutes on two cores
   hne compare --data fashion-mnist --preset hne_resnet18_cifar --width 0.25 --protocol quick \\
-      --epochs 8 --fine-tune-epochs 2 --limit-train 15000 --ood digits
+      --epochs 8 --limit-train 6000 --no-augment --ood digits --threads 2
   hne compare --data cifar100 --preset hne_wrn28_10 --fine-tune-epochs 20 --ood cifar10 --seeds 3 --amp
 """
 _DEFAULTS = {"fine_tune_epochs": 2, "fine_tune_lr": None, "dropout": 0.1, "seeds": 1, "ood": None, "rounds": 15}
@@ -94,7 +94,7 @@ def add_parser(commands: options.Subparsers) -> None:
     fine = parser.add_argument_group("fine-tuning")
     help = "epochs of the HNE after --epochs of the network (default: 2)"
     fine.add_argument("--fine-tune-epochs", type=options.positive_int, metavar="K", help=help)
-    help = "initial learning rate of these epochs, and of the network that is trained on (default: a fifth of --lr)"
+    help = "initial learning rate of these epochs, and of the network that is trained on (default: half of --lr)"
     fine.add_argument("--fine-tune-lr", type=options.positive_float, metavar="LR", help=help)
     helps = {"objective": "objective of the HNE (default: I+HD; see `hne train`)"}
     config_options.add_options(fine, "objective", "alpha", "temperature", helps=helps)
@@ -121,7 +121,7 @@ def execute(args: argparse.Namespace) -> int:
                 replace(base, seed=seed),
                 dataset,
                 fine_tune_epochs=args.fine_tune_epochs,
-                fine_tune_lr=args.fine_tune_lr or base.lr / 5,
+                fine_tune_lr=args.fine_tune_lr or base.lr / 2,
                 dropout=args.dropout,
             )
             for seed in range(args.seeds)
