@@ -202,7 +202,7 @@ def _about(base: TrainConfig, dataset: Dataset, world: World, args: argparse.Nam
         f"{config_options.protocol_line(base.to_dict())}; HNE: alpha {base.alpha:g}, temperature "
         f"{base.temperature:g}; dropout {args.dropout:g}.{ood} {averages}\n\n"
         f"Times are of the networks of seed 0, medians of {args.rounds} turns, on {world.device}: "
-        f"{machine['processor']}, {torch.get_num_threads()} thread(s), {machine['CPU instructions']}; "
+        f"{machine['processor']}, {torch.get_num_threads()} thread(s), {machine['CPU instructions'].split()[0]}; "
         f"hne_kernels {version['hne_kernels']}, PyTorch {torch.__version__}."
     )
 
