@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from hne import FusedHNE
 from hne.data import load_dataset
 from hne.distributed import World
-from hne.evaluation import alternating_seconds, evaluate, evaluate_members, evaluate_ood
+from hne.evaluation import alternating_seconds, evaluate, evaluate_members, evaluate_ood, latency
 from hne.metrics import prefix_mixtures
 
 CPU = World(torch.device("cpu"))
@@ -51,17 +52,33 @@ def test_all_sizes_of_a_model() -> None:
     assert [ood[n - 1] for n in (1, 2, 4, 8)] == list(evaluate_ood(model, digits, digits.train))
 
 
-def test_calls_take_turns() -> None:
-    log: list[int] = []
+class FakeTimer:
+    """Stands in for PyTorch's: each call has a known duration; the middle one of three turns is slow for all."""
 
-    def call(index: int) -> None:
-        log.append(index)
-        time.sleep(0.002 * index)
+    turn = 0
 
-    times = alternating_seconds([lambda: call(0), lambda: call(1), lambda: call(3)], 3, 0.004)
-    assert times[0] < 0.001 < 0.0019 < times[1] < times[2]
-    turns = [index for index, before in zip(log, [-1, *log[:-1]], strict=True) if index != before]
-    assert turns == [0, 1, 3] * 4, "a first turn finds the number of repeats"
-    assert log.count(3) < log.count(1) < log.count(0)
+    def __init__(self, _: str, *, globals: dict[str, Callable[[], float]], num_threads: int) -> None:
+        assert num_threads == torch.get_num_threads()
+        self.call = globals["call"]
+
+    def timeit(self, number: int) -> SimpleNamespace:
+        seconds = [self.call() for _ in range(number)]
+        FakeTimer.turn += 1
+        return SimpleNamespace(mean=seconds[0] * (9 if 6 < FakeTimer.turn <= 9 else 1))
+
+
+def test_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "Timer", FakeTimer)
+    log: list[float] = []
+
+    def call(seconds: float) -> float:
+        log.append(seconds)
+        return seconds
+
+    durations = [0.001, 0.002, 0.03]
+    times = alternating_seconds([lambda s=s: call(s) for s in durations], 3, 0.004)  # type: ignore[misc]
+    assert times == durations, "the median leaves out the slow turn"
+    turn = [0.001] * 4 + [0.002] * 2 + [0.03]
+    assert log == durations + 3 * turn, "repeated up to the least time, in turns"
     with pytest.raises(ValueError, match="rounds: expected a number of at least 1, got 0"):
         alternating_seconds([], 0, 0.1)
