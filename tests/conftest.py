@@ -23,10 +23,34 @@ import hne_kernels as K
 from hne_kernels import extension
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton.language as tl
     from triton.runtime import interpreter
 
     # Checks of sums for 32-bit overflow take a third of the interpreter's time; the tests are too small to overflow.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+    # Each call of a device function would search triton.language again for what the interpreter replaces. The launch of
+    # the kernel has done so; only the modules of Triton's own functions name other parts, and are searched once.
+    _searched: set[int] = set()
+
+    def _call(function: interpreter.InterpretedFunction, *args: object, **kwargs: object) -> object:
+        names = function.fn.__globals__
+        if id(names) not in _searched:
+            interpreter._patch_lang(function.fn)
+            _searched.add(id(names))
+        return function.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call
+    _numpy_dtypes: dict[str, object] = {}
+    _numpy_dtype = interpreter._get_np_dtype
+
+    def _known_numpy_dtype(dtype: tl.dtype) -> object:
+        """The same without a new table of all dtypes in each call."""
+        if dtype.name not in _numpy_dtypes:
+            _numpy_dtypes[dtype.name] = _numpy_dtype(dtype)
+        return _numpy_dtypes[dtype.name]
+
+    interpreter._get_np_dtype = _known_numpy_dtype
 
 # pytest loads this file in a run of the benchmarks, too, and then calls both functions below.
 
