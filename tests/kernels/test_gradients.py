@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, TRAINING_OPS, Case, Inputs, representative
+from cases import CASES, TRAINING_OPS, Case, Inputs, representative, tensors
 from placements import Placement
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -117,9 +117,9 @@ def test_double_backward_is_right_or_refused(case: Case, double: Placement, rng:
 @pytest.mark.parametrize("case", [c for c in representative() if c.op.startswith("fused")], ids=lambda c: c.label)
 def test_inference_ops_refuse_a_gradient(case: Case, backend: Placement, rng: torch.Generator) -> None:
     inputs = case.inputs(rng, backend.dtype, backend.device)
-    for name in [name for name, value in inputs.items() if isinstance(value, Tensor)]:
-        wanting = {**inputs, name: inputs[name].clone().requires_grad_()}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors(inputs).items()}
+    for name, leaf in leaves.items():
         with pytest.raises(RuntimeError, match=f"{case.op} is for inference and has no gradient"):
-            case(wanting)
-        with torch.no_grad():
-            assert not case(wanting)[0].requires_grad
+            case({**inputs, name: leaf})
+    with torch.no_grad():
+        assert not case({**inputs, **leaves})[0].requires_grad

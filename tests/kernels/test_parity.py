@@ -24,12 +24,20 @@ from torch import Tensor
 import hne_kernels as K
 
 
+def _has_many_filters(inputs: Inputs) -> bool:
+    """Whether a convolution has more branches than any network: tiles for all multiprocessors of a large GPU."""
+    weight = inputs.get("weight")
+    return isinstance(weight, Tensor) and weight.dim() > 3 and weight.shape[0] >= 24
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients(case: Case, placement: Placement, rng: torch.Generator) -> None:
     # A plain convolution and one between two batch norms share a kernel: of each shape, one of the two is tried.
     if placement.interpreted and CASES.index(case) % (2 if placement.dtype == torch.float32 else 8):
         pytest.skip("the interpreter takes minutes: every second case, in half precision every eighth")
     inputs = case.inputs(rng, placement.dtype, placement.device)
+    if placement.interpreted and _has_many_filters(inputs):
+        pytest.skip("the number of branches chooses kernels of the CUDA library; Triton's are the same for any number")
     grads = []
     if case.differentiable:
         exact = cast(inputs, torch.float64)
