@@ -15,8 +15,6 @@ from ..losses import gaussians
 from ..metrics import mixture
 from ..models import HNE
 
-_ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)
-
 
 class EnsembleMean(nn.Module):
     """The ensemble of the first ``num_models`` members as one network, for export.
@@ -65,6 +63,11 @@ class EnsembleMixture(nn.Module):
 Ensemble = EnsembleMean | EnsembleMixture
 
 
+def _any_batch() -> tuple[dict[int, torch.export.Dim]]:
+    """The sizes that a program leaves open. Made here, as the first one imports sympy, which takes half a second."""
+    return ({0: torch.export.Dim("batch", min=1)},)
+
+
 def write_pt2(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
     """Write a ``torch.export`` program for any batch size.
 
@@ -78,7 +81,7 @@ def write_pt2(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
     Returns:
         The output ``[B, L]`` that the written program computes for ``images``.
     """
-    program = torch.export.export(ensemble, (images,), dynamic_shapes=_ANY_BATCH)
+    program = torch.export.export(ensemble, (images,), dynamic_shapes=_any_batch())
     buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
     torch.export.save(program, buffer)
     path.write_bytes(buffer.getbuffer())
@@ -103,7 +106,7 @@ def write_onnx(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
         program = torch.onnx.export(
             ensemble,
             (images,),
-            dynamic_shapes=_ANY_BATCH,
+            dynamic_shapes=_any_batch(),
             input_names=["images"],
             output_names=["gaussian" if isinstance(ensemble, EnsembleMixture) else "logits"],
             verbose=False,
