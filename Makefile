@@ -13,8 +13,9 @@ SANITIZED := build/sanitized
 # table of the kernels asks for it then.
 NVCC := $(or $(if $(CUDA_HOME),$(wildcard $(CUDA_HOME)/bin/nvcc)),$(shell command -v nvcc 2>/dev/null))
 CUDA_LIBRARY := $(if $(NVCC),$(if $(filter 0,$(HNE_CUDA)),,hne_kernels/_C_cuda.so))
-# A process for each core; pytest-benchmark, which would warn that it cannot measure so, stays away.
-PARALLEL := -x -q -n auto --dist worksteal -p no:benchmark
+# A process for each core, or one; pytest-benchmark, which would warn that it cannot measure so, stays away.
+SERIAL := -x -q -p no:benchmark
+PARALLEL := $(SERIAL) -n auto --dist worksteal
 
 # The first is for what pip installs, and with older versions of pip for what it builds with as well.
 export PIP_CONSTRAINT := constraints.txt
@@ -42,13 +43,19 @@ check: $(VENV)/.built ## run the test suite
 # The reference is PyTorch's own kernels and oneDNN's, which differ with the instruction set.
 OLDEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 
-.PHONY: levels
+LEVELS := level-oldest level-sse41 level-avx2
+level-oldest: LEVEL := $(OLDEST)
+level-sse41: LEVEL := ONEDNN_MAX_CPU_ISA=SSE41
+level-avx2: LEVEL := ONEDNN_MAX_CPU_ISA=AVX2
+
+# Side by side, in one process each: they take half a minute, a good part of which is the start of processes.
+.PHONY: levels $(LEVELS)
 levels: $(VENV)/.built ## test the reference with PyTorch's and oneDNN's kernels for older processors
-	@for level in "$(OLDEST)" ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2; do \
-		echo "reference, $$level"; \
-		env $$level $(BIN)/pytest $(PARALLEL) -k reference \
-			tests/kernels/test_parity.py tests/kernels/test_reference.py || exit 1; \
-	done
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target $(LEVELS)
+
+$(LEVELS):
+	@echo "reference, $(LEVEL)"
+	@env $(LEVEL) $(BIN)/pytest $(SERIAL) -k reference tests/kernels/test_parity.py tests/kernels/test_reference.py
 
 .PHONY: kernels
 kernels: $(VENV)/.built $(CUDA_LIBRARY) ## compile all GPU kernels, without a GPU: resources, lint of the machine code, predicted time
