@@ -83,7 +83,7 @@ def emulation(folder: Path = FOLDER) -> Path:
     """Build the host code with the kernels that are not executed; return the library."""
     sys.path.insert(0, str(ROOT / "tests" / "cuda_emulation"))
     build: Any = importlib.import_module("build")
-    library: Path = build.build(folder / "emulation", ())
+    library: Path = build.build(folder / "emulation", ("-O1",))
     return library
 
 

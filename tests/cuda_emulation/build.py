@@ -35,13 +35,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _command(flags: tuple[str, ...]) -> list[str]:
+def _command(level: str, flags: tuple[str, ...]) -> list[str]:
     includes = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
     return [
         *(compiler() or "g++").split(),
         *(
             "-std=c++20",
-            "-O1",
+            level,
             "-g1",
             "-fPIC",
             "-fvisibility=hidden",
@@ -51,7 +51,8 @@ def _command(flags: tuple[str, ...]) -> list[str]:
             "-Wno-clobbered",
             "-Werror",
         ),
-        *("-ffp-contract=off", f"-I{ROOT / 'csrc'}", f"-I{HERE}", native.target_define(), *includes, *flags),
+        *("-ffp-contract=off", "-ftls-model=initial-exec", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
+        *(native.target_define(), *includes, *flags),
     ]
 
 
@@ -73,7 +74,8 @@ def build_program(source: Path, flags: tuple[str, ...] = ()) -> Path:
     """
     program = source.with_suffix("")
     search = [f"-Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
-    _run([*_command(flags), str(source), str(HERE / "emulation.cpp"), "-o", str(program), *_libraries(), *search])
+    sources = [source, HERE / "emulation.cpp", HERE / "fiber.cpp"]
+    _run([*_command("-Og", flags), *map(str, sources), "-o", str(program), *_libraries(), *search])
     return program
 
 
@@ -84,13 +86,14 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
         RuntimeError: A compilation failed; the message is the compiler's output.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = _command(flags)
     headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *HERE.glob("*.h"), Path(__file__)]
     newest = max(path.stat().st_mtime for path in headers)
 
     def compile_one(source: Path) -> Path:
         output = folder / f"{source.name}.o"
         if not output.exists() or output.stat().st_mtime < max(newest, source.stat().st_mtime):
+            # The kernels take longer to compile than to run, in the emulation; the emulation itself runs longest.
+            command = _command("-O3" if source.parent == HERE else "-Og", flags)
             _run([*command, "-x", "c++", "-c", str(source), "-o", str(output)])
         return output
 
@@ -100,7 +103,7 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             objects = list(pool.map(compile_one, sources))
         if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in objects):
-            _run([*command, "-shared", *map(str, objects), "-o", str(library), *_libraries()])
+            _run([*_command("-Og", flags), "-shared", *map(str, objects), "-o", str(library), *_libraries()])
     return library
 
 

@@ -1,10 +1,9 @@
-#include <ucontext.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 
 #include "cuda/device.h"
+#include "fiber.h"
 
 namespace hne {
 
@@ -29,7 +28,8 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Place place;
+  std::unique_ptr<char[]> stack;
   State state = State::done;
   WarpInstruction instruction = nullptr;
   void* operands = nullptr;
@@ -38,32 +38,29 @@ struct Fiber {
   size_t votes = 0;                       // calls of block_sync_or
 };
 
+void fiber_main();
+
 struct Block {
-  ucontext_t scheduler;
-  std::vector<Fiber> fibers;
-  std::unique_ptr<char[]> stacks;
+  Place scheduler;
+  std::vector<Fiber> fibers;  // of this block, and of larger ones before
+  int threads = 0;
   std::unique_ptr<unsigned char[]> shared;
   const std::function<void()>* kernel = nullptr;
   Fiber* current = nullptr;
   bool early = false;       // launched before the previous kernel has ended
   std::vector<char> votes;  // result of each block_sync_or
 
-  void start(int threads, int64_t shared_bytes, const std::function<void()>& function) {
-    fibers.resize(threads);
-    stacks.reset(new char[threads * kStack]);
-    shared.reset(new unsigned char[shared_bytes]);
-    kernel = &function;
-  }
-
   void run(int thread) {
     current = &fibers[thread];
     threadIdx.x = thread;
-    swapcontext(&scheduler, &current->context);
+    if (current->stack != nullptr) return change(scheduler, current->place);
+    current->stack.reset(new char[kStack]);
+    change(scheduler, fiber_main, current->stack.get(), kStack);
   }
 
   void wait(State state) {
     current->state = state;
-    swapcontext(&current->context, &scheduler);
+    change(current->place, scheduler);
   }
 
   // Runs a warp until each of its lanes is at a barrier or done. `backwards` runs the last lane first: alternating
@@ -95,24 +92,21 @@ struct Block {
 
 thread_local Block* block = nullptr;
 
+// Runs one thread after the other, of each block.
 void fiber_main() {
-  (*block->kernel)();
-  for (const auto& group : block->current->groups)
-    if (!group.empty()) stop("a thread ended without waiting for its copies");
-  if (block->early && !block->current->waited) stop("a thread ended without waiting for the previous kernel");
-  block->wait(State::done);
+  for (;;) {
+    (*block->kernel)();
+    for (const auto& group : block->current->groups)
+      if (!group.empty()) stop("a thread ended without waiting for its copies");
+    if (block->early && !block->current->waited) stop("a thread ended without waiting for the previous kernel");
+    block->wait(State::done);
+  }
 }
 
 void Block::run_all() {
-  const int threads = static_cast<int>(fibers.size());
   votes.clear();
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks.get() + i * kStack;
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
     fiber.state = State::ready;
     fiber.groups.assign(1, {});
     fiber.waited = false;
@@ -121,10 +115,10 @@ void Block::run_all() {
   for (bool backwards = false;; backwards = !backwards) {
     for (int w = 0; w < threads / kWarp; ++w) run_warp((backwards ? threads / kWarp - 1 - w : w) * kWarp, backwards);
     int done = 0;
-    for (const Fiber& fiber : fibers) done += fiber.state == State::done;
+    for (int i = 0; i < threads; ++i) done += fibers[i].state == State::done;
     if (done == threads) return;
     if (done > 0) stop("some threads ended, others wait at a barrier");
-    for (Fiber& fiber : fibers) fiber.state = State::ready;
+    for (int i = 0; i < threads; ++i) fibers[i].state = State::ready;
   }
 }
 
@@ -144,14 +138,13 @@ struct Multiply {
 
 // sum += a b for every lane: rows lane / 4 and lane / 4 + 8 of the result, columns lane % 4 * 2 and the next.
 template <int depth>
-void add_product(const float (&a)[16][depth], const float (&b)[depth][8], void* const (&operands)[32]) {
-  for (int lane = 0; lane < kWarp; ++lane) {
-    const auto& m = *static_cast<const Multiply*>(operands[lane]);
-    for (int i = 0; i < 4; ++i) {
-      float sum = 0;
-      for (int k = 0; k < depth; ++k) sum += a[lane / 4 + 8 * (i / 2)][k] * b[k][lane % 4 * 2 + i % 2];
-      m.sum[i] += sum;
-    }
+HNE_UNCHECKED void add_product(const float (&a)[16][depth], const float (&b)[depth][8], void* const (&operands)[32]) {
+  for (int row = 0; row < 16; ++row) {
+    float sums[8] = {};
+    for (int k = 0; k < depth; ++k)
+      for (int column = 0; column < 8; ++column) sums[column] += a[row][k] * b[k][column];
+    for (int column = 0; column < 8; ++column)
+      static_cast<const Multiply*>(operands[row % 8 * 4 + column / 2])->sum[row / 8 * 2 + column % 2] += sums[column];
   }
 }
 
@@ -340,16 +333,19 @@ void run_blocks(bool early, int64_t blocks, int threads, int64_t shared_bytes, c
   if (threads % kWarp != 0) stop("the threads of a block do not fill its warps");
   if (shared_bytes > kLeastShared) stop("a block asks for more shared memory than the GPU has");
   if (blocks == 0) return;
-  Block memory;
-  memory.early = early;
-  memory.start(threads, shared_bytes, kernel);
-  block = &memory;
+  static thread_local Block kept;
+  block = &kept;
+  block->early = early;
+  block->threads = threads;
+  if (int(block->fibers.size()) < threads) block->fibers.resize(threads);
+  block->shared.reset(new unsigned char[shared_bytes]);
+  block->kernel = &kernel;
   for (int64_t i = 0; i < blocks; ++i) {
-    std::memset(memory.shared.get(), 0xff, shared_bytes);
+    std::memset(block->shared.get(), 0xff, shared_bytes);
     blockIdx.x = static_cast<unsigned>(i);
-    memory.run_all();
+    block->run_all();
   }
-  block = nullptr;
+  block->shared.reset();
 }
 
 }  // namespace hne
