@@ -13,6 +13,7 @@ constexpr int64_t kMaxPanels = 8;      // panels of a task
 constexpr int64_t kTileMultiple = 14;  // rows of a tile of the matrix product
 constexpr int64_t kSumBlockRows = 64, kSumBlockColumns = 128;  // channels of the sums of a weight's gradient in a task
 constexpr int64_t kMinChannels = 32;       // with fewer, the transforms take longer than the products that they save
+constexpr int64_t kPackedDepth = 16;       // input channels packed at once, within the first cache
 constexpr int64_t kMinTiles = 8;           // with fewer, a convolution waits for its filters, which are 16/9 as large
 constexpr int64_t kMinTrainingTiles = 64;  // with fewer, transforming the filters takes too long
 constexpr int64_t kTasksPerThread = 4;     // with fewer, their number is a multiple of the number of threads
@@ -35,10 +36,9 @@ struct FilterOrder {
   int64_t groups() const { return ceil_div(panels, group_panels); }
   int64_t panels_of(int64_t group) const { return std::min(group_panels, panels - group * group_panels); }
   int64_t size() const { return panels * in_channels * kFrequencies * kPanel; }
-  // The block that begins at channel k0 of a group, and within it the panel of a frequency.
-  int64_t block(int64_t group, int64_t k0) const {
-    return (group * group_panels * in_channels + k0 * panels_of(group)) * kFrequencies * kPanel;
-  }
+  // Where a group begins in the filters of a branch, and in a group the block that begins at channel k0.
+  int64_t group(int64_t group) const { return group * group_panels * in_channels * kFrequencies * kPanel; }
+  int64_t block(int64_t group, int64_t k0) const { return k0 * panels_of(group) * kFrequencies * kPanel; }
   int64_t depth_of(int64_t k0) const { return std::min(depth, in_channels - k0); }
 };
 
@@ -64,16 +64,18 @@ void transform_filters(const T* g, int64_t tap_stride, const F& out) {
   }
 }
 
-// Transforms one panel [3][3][in_channels][kPanel] of a branch. `mirrored` filters read the kernel backwards, which
-// exchanges the first and the last frequency of each axis.
+// Transforms the input channels [first, first + count) of one panel of a branch, [3][3][count][kPanel] with taps
+// tap_stride apart, to `out`, where its group begins. `mirrored` filters read the kernel backwards, which exchanges the
+// first and the last frequency of each axis.
 template <typename T>
-void transform_panel(const T* packed, const FilterOrder& order, int64_t panel, bool mirrored, T* out) {
+void transform_panel(const T* packed, int64_t tap_stride, const FilterOrder& order, int64_t panel, int64_t first,
+                     int64_t count, bool mirrored, T* out) {
   const int64_t group = panel / order.group_panels, panels = order.panels_of(group);
   const auto axis = [&](int64_t f) { return mirrored && f % 3 == 0 ? 3 - f : f; };
-  for (int64_t k = 0; k < order.in_channels; ++k) {
+  for (int64_t k = first; k < first + count; ++k, packed += kPanel) {
     const int64_t k0 = k / order.depth * order.depth, depth = order.depth_of(k0);
     T* const at = out + order.block(group, k0) + ((panel - group * order.group_panels) * depth + k - k0) * kPanel;
-    transform_filters(packed + k * kPanel, order.in_channels * kPanel, [&](int64_t frequency) {
+    transform_filters(packed, tap_stride, [&](int64_t frequency) {
       return at + (axis(frequency / 4) * 4 + axis(frequency % 4)) * panels * depth * kPanel;
     });
   }
@@ -143,10 +145,11 @@ int64_t most_tiles(int64_t channels) {
 }
 
 // out = clamp(sum of conv(x, filters) over sources + bias + add). Output branch b reads source b / g.replicate or, with
-// several `sources` each, those from b * sources on, of which there are g.parents. Filters are those of an output
-// branch and source.
-template <typename T>
-void convolve_tiles(const Geometry& g, int64_t sources, const T* x, const std::vector<const T*>& filters, const T* bias,
+// several `sources` each, those from b * sources on, of which there are g.parents. filters(i, group, s) gives a group
+// of the filters of output branch i or, with several sources, of source i, the s-th of its branch; `each_chunk`: they
+// cost nothing, so that a task needs only one chunk of tiles.
+template <typename T, typename F>
+void convolve_tiles(const Geometry& g, int64_t sources, const T* x, const F& filters, bool each_chunk, const T* bias,
                     Summand<T> add, Clamp<T> clamp, T* out) {
   const FilterOrder order(g.in_channels, g.out_channels);
   const int64_t total = tiles_of(g), groups = order.groups();
@@ -156,70 +159,80 @@ void convolve_tiles(const Geometry& g, int64_t sources, const T* x, const std::v
     while (others * chunks % threads != 0) ++chunks;
   const int64_t chunk = std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(chunks, 1)));
   const std::vector<T> zeros(std::max(g.in_channels, g.out_channels), T(0));
-  parallel_tasks(others * chunks, [&](int64_t task) {
-    const int64_t branch = task / chunks / groups, group = task / chunks % groups, first = task % chunks * chunk;
-    const int64_t count = std::min(chunk, total - first);
-    if (count <= 0) return;
+  const int64_t least = ceil_div(kTasksPerThread * threads, std::max<int64_t>(others, 1));
+  const int64_t parts = each_chunk ? chunks : std::min(chunks, least);
+  parallel_tasks(others * parts, [&](int64_t task) {
+    const int64_t branch = task / parts / groups, group = task / parts % groups, part = task % parts;
     const int64_t panels = order.panels_of(group), channel = group * order.group_panels * kPanel;
     const int64_t channels = std::min(panels * kPanel, g.out_channels - channel);
     const int64_t in_size = g.batch * g.pixels() * g.in_channels, out_size = g.batch * g.out_pixels() * g.out_channels;
-    const T** const pixels = scratch<const T*>(0, kFrequencies * count);
-    T* const patches = scratch<T>(3, kFrequencies * count * order.depth);
-    T* const sums = scratch<T>(4, kFrequencies * count * channels);
-    T** const sum_rows = scratch<T*>(5, kFrequencies * count);
-    for (int64_t i = 0; i < kFrequencies * count; ++i) sum_rows[i] = sums + i * channels;
+    const T** const pixels = scratch<const T*>(0, kFrequencies * chunk);
+    T** const outputs = scratch<T*>(1, 4 * chunk);
+    const T** const summands = add.features != nullptr ? scratch<const T*>(2, 4 * chunk) : nullptr;
+    T* const patches = scratch<T>(3, kFrequencies * chunk * order.depth);
+    T* const sums = scratch<T>(4, kFrequencies * chunk * channels);
+    T** const sum_rows = scratch<T*>(5, kFrequencies * chunk);
+    for (int64_t i = 0; i < kFrequencies * chunk; ++i) sum_rows[i] = sums + i * channels;
     const int64_t first_source = branch * sources / g.replicate;
-    const int64_t last_source = std::min(first_source + sources, g.parents);
-    for (int64_t source = first_source; source < last_source; ++source) {
-      gather_patches(g, x + source * in_size, zeros.data(), first, count, pixels);
-      const T* block = filters[sources > 1 ? source : branch] + order.block(group, 0);
-      for (int64_t k0 = 0; k0 < g.in_channels; k0 += order.depth) {
-        const int64_t depth = order.depth_of(k0), frequency_size = panels * depth * kPanel;
-        const bool accumulate = source > first_source || k0 > 0, last_block = k0 + depth >= g.in_channels;
-        kernels<T>().winograd_input({pixels, count, depth, patches, count * depth});
-        for (int64_t i = 0; i < kFrequencies * count; ++i) pixels[i] += pixels[i] == zeros.data() ? 0 : depth;
-        for (int64_t f = 0; f < kFrequencies; ++f, block += frequency_size) {
-          const T* const left = patches + f * count * depth;
-          const Tap<T> tap = {&left, block, depth * kPanel, depth, depth};
-          T** const to = sum_rows + f * count;
-          const int64_t next = last_block && f + 1 == kFrequencies ? 0 : frequency_size;
-          kernels<T>().gemm({&tap, 1, count, channels, to, nullptr, accumulate ? to : nullptr, Clamp<T>{},
-                             Prefetch<T>{block + frequency_size, next}, true});
+    const int64_t num_sources = std::min(sources, g.parents - first_source);
+    const T** const blocks = scratch<const T*>(10, sources);
+    for (int64_t s = 0; s < num_sources; ++s) blocks[s] = filters(sources > 1 ? first_source + s : branch, group, s);
+    for (int64_t i = chunks * part / parts; i < chunks * (part + 1) / parts; ++i) {
+      const int64_t first = i * chunk, count = std::min(chunk, total - first);
+      if (count <= 0) return;
+      for (int64_t s = 0; s < num_sources; ++s) {
+        gather_patches(g, x + (first_source + s) * in_size, zeros.data(), first, count, pixels);
+        const T* block = blocks[s];
+        for (int64_t k0 = 0; k0 < g.in_channels; k0 += order.depth) {
+          const int64_t depth = order.depth_of(k0), frequency_size = panels * depth * kPanel;
+          const bool accumulate = s > 0 || k0 > 0, last_block = k0 + depth >= g.in_channels;
+          kernels<T>().winograd_input({pixels, count, depth, patches, count * depth});
+          for (int64_t p = 0; p < kFrequencies * count; ++p) pixels[p] += pixels[p] == zeros.data() ? 0 : depth;
+          for (int64_t f = 0; f < kFrequencies; ++f, block += frequency_size) {
+            const T* const left = patches + f * count * depth;
+            const Tap<T> tap = {&left, block, depth * kPanel, depth, depth};
+            T** const to = sum_rows + f * count;
+            const int64_t next = last_block && f + 1 == kFrequencies ? 0 : frequency_size;
+            kernels<T>().gemm({&tap, 1, count, channels, to, nullptr, accumulate ? to : nullptr, Clamp<T>{},
+                               Prefetch<T>{block + frequency_size, next}, true});
+          }
         }
       }
+      gather_tiles<T>(g, out + branch * out_size + channel, nullptr, first, count, outputs);
+      if (summands != nullptr)
+        gather_tiles<const T>(g, add.features + branch / add.replicate * out_size + channel, nullptr, first, count,
+                              summands);
+      kernels<T>().winograd_output({sums, count * channels, count, channels, outputs, summands,
+                                    bias != nullptr ? bias + branch * g.out_channels + channel : zeros.data(), clamp});
     }
-    T** const outputs = scratch<T*>(1, 4 * count);
-    const T** summands = nullptr;
-    gather_tiles<T>(g, out + branch * out_size + channel, nullptr, first, count, outputs);
-    if (add.features != nullptr) {
-      summands = scratch<const T*>(2, 4 * count);
-      gather_tiles<const T>(g, add.features + branch / add.replicate * out_size + channel, nullptr, first, count,
-                            summands);
-    }
-    kernels<T>().winograd_output({sums, count * channels, count, channels, outputs, summands,
-                                  bias != nullptr ? bias + branch * g.out_channels + channel : zeros.data(), clamp});
   });
 }
 
-// The weight of every branch [out_channels][in_channels][3][3] at the 16 frequencies; transposed and mirrored for the
-// gradient of the input.
+// The same with the weight [branch][out_channels][in_channels][3][3] of the convolution `forward`, which each task
+// transforms for itself; `backward`: transposed and mirrored, for the gradient of the input.
 template <typename T>
-Tensor transform(const Geometry& g, const Tensor& weight, bool backward, std::vector<const T*>& filters) {
-  const int64_t taps = kTaps, depth = backward ? g.out_channels : g.in_channels;
-  const int64_t channels = backward ? g.in_channels : g.out_channels;
-  const int64_t row = g.in_channels * taps, stride_n = backward ? taps : row, stride_k = backward ? row : taps;
-  const FilterOrder order(depth, channels);
-  const Tensor transformed = empty(weight, {g.branches * order.size()});
-  T* const values = mutable_data<T>(transformed);
-  parallel_tasks(g.branches * order.panels, [&](int64_t task) {
-    const int64_t branch = task / order.panels, panel = task % order.panels, first = panel * kPanel;
-    T* const packed = scratch<T>(3, taps * depth * kPanel);
-    pack(data<T>(weight) + branch * g.out_channels * row + first * stride_n, std::min(kPanel, channels - first), depth,
-         taps, stride_n, stride_k, 0, packed);
-    transform_panel(packed, order, panel, backward, values + branch * order.size());
-  });
-  for (int64_t branch = 0; branch < g.branches; ++branch) filters.push_back(values + branch * order.size());
-  return transformed;
+void convolve_tiles(const Geometry& g, const Geometry& forward, const Tensor& weight, bool backward, const T* x,
+                    const T* bias, T* out) {
+  const FilterOrder order(g.in_channels, g.out_channels);
+  const int64_t row = forward.in_channels * kTaps, sources = backward ? forward.replicate : 1;
+  const int64_t stride_n = backward ? kTaps : row, stride_k = backward ? row : kTaps;
+  const auto filters = [&](int64_t branch, int64_t group, int64_t s) -> const T* {
+    T* const out = scratch<T>(11, sources * order.group(1)) + s * order.group(1);
+    const int64_t first = group * order.group_panels;
+    T packed[kTaps * kPackedDepth * kPanel];
+    for (int64_t panel = first; panel < first + order.panels_of(group); ++panel) {
+      const int64_t channel = panel * kPanel;
+      const T* const from = data<T>(weight) + branch * forward.out_channels * row + channel * stride_n;
+      for (int64_t k = 0; k < g.in_channels; k += kPackedDepth) {
+        const int64_t count = std::min(kPackedDepth, g.in_channels - k);
+        pack(from + k * stride_k, std::min(kPanel, g.out_channels - channel), count, kTaps, stride_n, stride_k, 0,
+             packed);
+        transform_panel(packed, count * kPanel, order, panel, k, count, backward, out);
+      }
+    }
+    return out;
+  };
+  convolve_tiles<T>(g, sources, x, filters, false, bias, Summand<T>{}, Clamp<T>{}, out);
 }
 
 void report_rows(int64_t branches, int64_t rows, const RowsWritten& written) {
@@ -262,7 +275,8 @@ WinogradWeights transform_packed(const T* packed, int64_t branches, int64_t in_c
     if (weights[branch] != nullptr) return;
     const auto transformed = std::make_shared<const WinogradFilters>(order.size() * sizeof(T));
     for (int64_t panel = 0; panel < order.panels; ++panel)
-      transform_panel(filters + panel * panel_size, order, panel, false, static_cast<T*>(transformed->values));
+      transform_panel(filters + panel * panel_size, in_channels * kPanel, order, panel, 0, in_channels, false,
+                      static_cast<T*>(transformed->values) + order.group(panel / order.group_panels));
     const std::lock_guard<std::mutex> guard(registry().mutex);
     registry().filters[key] = transformed;
     weights[branch] = transformed;
@@ -277,17 +291,17 @@ WinogradWeights transform_packed(const T* packed, int64_t branches, int64_t in_c
 template <typename T>
 void convolve_winograd(const Geometry& g, const T* x, const WinogradWeights& weights, const T* bias, Summand<T> add,
                        Clamp<T> clamp, T* out) {
-  std::vector<const T*> filters;
-  for (const auto& branch : weights) filters.push_back(static_cast<const T*>(branch->values));
-  convolve_tiles(g, 1, x, filters, bias, add, clamp, out);
+  const FilterOrder order(g.in_channels, g.out_channels);
+  const auto filters = [&](int64_t branch, int64_t group, int64_t) -> const T* {
+    return static_cast<const T*>(weights[branch]->values) + order.group(group);
+  };
+  convolve_tiles<T>(g, 1, x, filters, true, bias, add, clamp, out);
 }
 
 template <typename T>
 void convolve_winograd(const Geometry& g, const T* x, const Tensor& weight, const T* bias, T* out,
                        const RowsWritten& written) {
-  std::vector<const T*> filters;
-  const Tensor transformed = transform(g, weight, false, filters);
-  convolve_tiles(g, 1, x, filters, bias, Summand<T>{}, Clamp<T>{}, out);
+  convolve_tiles<T>(g, g, weight, false, x, bias, out);
   report_rows(g.branches, g.batch * g.out_pixels(), written);
 }
 
@@ -295,13 +309,11 @@ void convolve_winograd(const Geometry& g, const T* x, const Tensor& weight, cons
 template <typename T>
 void convolve_winograd_input(const Geometry& g, const T* grad, const Tensor& weight, T* out,
                              const RowsWritten& written) {
-  std::vector<const T*> filters;
-  const Tensor transformed = transform(g, weight, true, filters);
   Geometry back = g;
   back.parents = g.branches, back.branches = g.parents, back.replicate = 1, back.padding = 2 - g.padding;
   back.height = g.out_height, back.width = g.out_width, back.in_channels = g.out_channels;
   back.out_height = g.height, back.out_width = g.width, back.out_channels = g.in_channels;
-  convolve_tiles(back, g.replicate, grad, filters, static_cast<const T*>(nullptr), Summand<T>{}, Clamp<T>{}, out);
+  convolve_tiles<T>(back, g, weight, true, grad, nullptr, out);
   report_rows(g.parents, g.batch * g.pixels(), written);
 }
 
@@ -316,62 +328,57 @@ void convolve_winograd_weight(const Geometry& g, const T* grad, const T* x, cons
   const int64_t chunk = most_tiles<T>(rows + columns), chunks = ceil_div(total, chunk), threads = num_threads();
   const int64_t parts =
       std::clamp<int64_t>(ceil_div(2 * threads, std::max<int64_t>(blocks, 1)), 1, std::max<int64_t>(chunks, 1));
-  const Tensor sums = empty(out, {blocks * parts * kFrequencies * size});
+  // With one part, a task has its sums in its cache; else they are added in order.
+  const Tensor sums = empty(out, {parts == 1 ? 0 : blocks * parts * kFrequencies * size});
   const std::vector<T> zeros(std::max(g.in_channels, g.out_channels), T(0));
-  parallel_tasks(blocks * parts, [&](int64_t task) {
-    const int64_t block = task / parts, part = task % parts, branch = block / column_blocks / row_blocks;
+  struct Block {
+    int64_t branch, row, column, num_rows, num_columns;
+  };
+  const auto block_at = [&](int64_t block) -> Block {
     const int64_t row = block / column_blocks % row_blocks * rows, column = block % column_blocks * columns;
-    const int64_t num_rows = std::min(rows, g.out_channels - row),
-                  num_columns = std::min(columns, g.in_channels - column);
-    T* const sum = mutable_data<T>(sums) + task * kFrequencies * size;
+    return {block / column_blocks / row_blocks, row, column, std::min(rows, g.out_channels - row),
+            std::min(columns, g.in_channels - column)};
+  };
+  const auto finish = [&](const Block& b, const T* sum) {
+    for (int64_t r = 0; r < b.num_rows; ++r) {
+      const int64_t at = ((b.branch * g.out_channels + b.row + r) * g.in_channels + b.column) * kTaps;
+      kernels<T>().winograd_filter_gradient(
+          {sum + r * b.num_columns, b.num_rows * b.num_columns, b.num_columns, mutable_data<T>(out) + at});
+    }
+  };
+  parallel_tasks(blocks * parts, [&](int64_t task) {
+    const int64_t part = task % parts;
+    const Block b = block_at(task / parts);
+    T* const sum = parts == 1 ? scratch<T>(5, kFrequencies * size) : mutable_data<T>(sums) + task * kFrequencies * size;
     std::fill(sum, sum + kFrequencies * size, T(0));
-    if (num_rows <= 0 || num_columns <= 0) return;
     const T** const pixels = scratch<const T*>(0, kFrequencies * chunk);
     const T** const left = scratch<const T*>(1, chunk);
     const T** const right = scratch<const T*>(2, chunk);
     T* const patches = scratch<T>(3, kFrequencies * chunk * columns);
     T* const tiles = scratch<T>(4, kFrequencies * chunk * rows);
-    const T* const branch_x = x + branch / g.replicate * g.batch * g.pixels() * g.in_channels + column;
-    const T* const branch_grad = grad + branch * g.batch * g.out_pixels() * g.out_channels + row;
+    const T* const branch_x = x + b.branch / g.replicate * g.batch * g.pixels() * g.in_channels + b.column;
+    const T* const branch_grad = grad + b.branch * g.batch * g.out_pixels() * g.out_channels + b.row;
     for (int64_t i = chunks * part / parts; i < chunks * (part + 1) / parts; ++i) {
       const int64_t first = i * chunk, count = std::min(chunk, total - first);
       gather_patches(g, branch_x, zeros.data(), first, count, pixels);
-      kernels<T>().winograd_input({pixels, count, num_columns, patches, count * num_columns});
+      kernels<T>().winograd_input({pixels, count, b.num_columns, patches, count * b.num_columns});
       gather_tiles<const T>(g, branch_grad, zeros.data(), first, count, pixels);
-      kernels<T>().winograd_output_gradient({pixels, count, num_rows, tiles, count * num_rows});
+      kernels<T>().winograd_output_gradient({pixels, count, b.num_rows, tiles, count * b.num_rows});
       for (int64_t f = 0; f < kFrequencies; ++f) {
-        for (int64_t m = 0; m < count; ++m) left[m] = tiles + (f * count + m) * num_rows;
-        for (int64_t m = 0; m < count; ++m) right[m] = patches + (f * count + m) * num_columns;
-        kernels<T>().outer({left, right, count, num_rows, num_columns, sum + f * num_rows * num_columns});
+        for (int64_t m = 0; m < count; ++m) left[m] = tiles + (f * count + m) * b.num_rows;
+        for (int64_t m = 0; m < count; ++m) right[m] = patches + (f * count + m) * b.num_columns;
+        kernels<T>().outer({left, right, count, b.num_rows, b.num_columns, sum + f * b.num_rows * b.num_columns});
       }
     }
+    if (parts == 1) finish(b, sum);
   });
+  if (parts == 1) return;
   parallel_tasks(blocks, [&](int64_t block) {
-    const int64_t branch = block / column_blocks / row_blocks;
-    const int64_t row = block / column_blocks % row_blocks * rows, column = block % column_blocks * columns;
-    const int64_t num_rows = std::min(rows, g.out_channels - row),
-                  num_columns = std::min(columns, g.in_channels - column);
-    if (num_rows <= 0 || num_columns <= 0) return;
+    const Block b = block_at(block);
     T* const sum = mutable_data<T>(sums) + block * parts * kFrequencies * size;
     for (int64_t part = 1; part < parts; ++part)
-      kernels<T>().add_scaled(sum, sum + part * kFrequencies * size, T(1), kFrequencies * num_rows * num_columns);
-    const int64_t stride = num_rows * num_columns;
-    for (int64_t r = 0; r < num_rows; ++r) {
-      T* to = mutable_data<T>(out) + ((branch * g.out_channels + row + r) * g.in_channels + column) * kTaps;
-      for (int64_t c = 0; c < num_columns; ++c, to += kTaps) {
-        const T* const u = sum + r * num_columns + c;
-        T half[3][4];  // G' u
-        for (int64_t i = 0; i < 4; ++i) {
-          const T u0 = u[i * stride], u1 = u[(4 + i) * stride], u2 = u[(8 + i) * stride], u3 = u[(12 + i) * stride];
-          half[0][i] = u0 + (u1 + u2) / 2, half[1][i] = (u1 - u2) / 2, half[2][i] = (u1 + u2) / 2 + u3;
-        }
-        for (int64_t i = 0; i < 3; ++i) {
-          const T* const h = half[i];
-          to[3 * i] = h[0] + (h[1] + h[2]) / 2, to[3 * i + 1] = (h[1] - h[2]) / 2;
-          to[3 * i + 2] = (h[1] + h[2]) / 2 + h[3];
-        }
-      }
-    }
+      kernels<T>().add_scaled(sum, sum + part * kFrequencies * size, T(1), kFrequencies * b.num_rows * b.num_columns);
+    finish(b, sum);
   });
 }
 

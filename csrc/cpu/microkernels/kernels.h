@@ -66,6 +66,14 @@ struct WinogradOutput {
   Clamp<T> clamp;
 };
 
+// A row of the gradient of filters [channels][3][3], from its sums at the 16 frequencies f, sums[f * stride + channel].
+template <typename T>
+struct WinogradFilterGradient {
+  const T* sums;
+  int64_t stride, channels;
+  T* out;
+};
+
 // sum[i][j] += sum over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights
 template <typename T>
 struct Outer {
@@ -161,6 +169,7 @@ struct Kernels {
   void (*winograd_input)(const WinogradInput<T>&);
   void (*winograd_output)(const WinogradOutput<T>&);
   void (*winograd_output_gradient)(const WinogradInput<T>&);
+  void (*winograd_filter_gradient)(const WinogradFilterGradient<T>&);
   double (*distill_sample)(const DistillSample<T>&);  // returns the sample's loss
 };
 

@@ -92,4 +92,34 @@ void winograd_output_gradient(const WinogradInput<T>& w) {
   }
 }
 
+// out = G' u G for the sums u of every channel.
+template <typename T>
+void winograd_filter_gradient(const WinogradFilterGradient<T>& w) {
+  for_lanes<T>(w.channels, [&](auto width, int64_t c) {
+    constexpr int W = decltype(width)::value;
+    Vec<T, W> rows[3][4];  // G' u
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      const T* const at = w.sums + x * w.stride + c;
+      const Vec<T, W> u0 = load<W>(at), u1 = load<W>(at + 4 * w.stride);
+      const Vec<T, W> u2 = load<W>(at + 8 * w.stride), u3 = load<W>(at + 12 * w.stride);
+      const Vec<T, W> sum = (u1 + u2) * T(0.5);
+      rows[0][x] = u0 + sum, rows[1][x] = (u1 - u2) * T(0.5), rows[2][x] = sum + u3;
+    }
+    T taps[9][W];
+#pragma GCC unroll 3
+    for (int y = 0; y < 3; ++y) {
+      const auto& row = rows[y];
+      const Vec<T, W> sum = (row[1] + row[2]) * T(0.5);
+      store<W>(taps[3 * y], row[0] + sum);
+      store<W>(taps[3 * y + 1], (row[1] - row[2]) * T(0.5));
+      store<W>(taps[3 * y + 2], sum + row[3]);
+    }
+    T* out = w.out + 9 * c;
+    for (int i = 0; i < W; ++i, out += 9)
+#pragma GCC unroll 9
+      for (int tap = 0; tap < 9; ++tap) out[tap] = taps[tap][i];
+  });
+}
+
 }  // namespace hne::HNE_ISA

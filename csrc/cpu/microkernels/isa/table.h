@@ -30,6 +30,7 @@ const Kernels<T>& table() {
       winograd_input<T>,
       winograd_output<T>,
       winograd_output_gradient<T>,
+      winograd_filter_gradient<T>,
       distill_sample<T>,
   };
   return kernels;
