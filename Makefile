@@ -100,7 +100,8 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address an
 		case "$$levels" in *$$level) tests= ;; *) tests="not any_level" ;; esac; \
 		env $$oldest HNE_CPU_CAPABILITY=$$level LD_PRELOAD="$$preload" \
 			$(BIN)/pytest $(PARALLEL) -s -k 'cpp or fused_layers' -m "$$tests" \
-			tests/kernels/test_parity.py tests/kernels/test_properties.py tests/kernels/test_fused_layers*.py || exit 1; \
+			tests/kernels/test_parity.py tests/kernels/test_properties.py \
+			tests/kernels/test_fused_layers*.py tests/kernels/test_winograd.py || exit 1; \
 	done
 
 # Waiting threads give way: on a busy machine they would keep the working ones from their processor.
