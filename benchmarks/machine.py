@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -13,16 +12,7 @@ import torch
 
 import hne_kernels as K
 from hne_kernels import extension
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+from hne_kernels.environment import processor_name
 
 
 def commit() -> str:
@@ -46,7 +36,7 @@ def commit() -> str:
 def machine() -> dict[str, str]:
     """Hardware and software versions, by name."""
     facts = {
-        "cpu": cpu_name(),
+        "cpu": processor_name(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "instructions": extension.cpu_library().cpu_capability(),
