@@ -13,8 +13,8 @@ BINS = 15
 def calibration_gaps(logits: Tensor, target: Tensor, bins: int = BINS) -> Tensor:
     """Confidence minus correctness, summed over the samples in each bin of confidence.
 
-    Sums add up over batches and processes (see :func:`expected_calibration_error`). torchmetrics' calibration error
-    keeps every sample instead, and would have to gather all of them.
+    Sums add up over batches and processes (see :func:`expected_calibration_error`): no sample has to be
+    kept or gathered.
 
     Args:
         logits: ``[P, B, L]``, one ensemble (or member) per row.

@@ -34,27 +34,19 @@ def detection(inside: Tensor, outside: Tensor) -> Detection:
     Raises:
         ValueError: one of them is empty, or a score is not finite.
     """
-    # Importing torchmetrics takes a second.
-    from torchmetrics.functional.classification import (
-        binary_auroc,
-        binary_average_precision,
-        binary_specificity_at_sensitivity,
-    )
-
     for name, scores in (("inside", inside), ("outside", outside)):
         if scores.dim() != 1 or not len(scores):
             raise ValueError(f"{name} must be scores [samples] of at least one sample, got shape {tuple(scores.shape)}")
         if not scores.isfinite().all():
             raise ValueError(f"{name} must be finite scores, got NaN or infinity among them")
-    # Only the order of the scores counts. torchmetrics takes values outside [0, 1] for logits and rounds them, so it
-    # gets ranks in [0, 1].
-    ranks = torch.cat([inside, outside]).unique(return_inverse=True)[1].double()
-    ranks /= max(1, len(ranks))
-    label = torch.zeros(len(ranks), dtype=torch.long, device=ranks.device)
-    label[len(inside) :] = 1
-    specificity, _ = binary_specificity_at_sensitivity(ranks, label, min_sensitivity=0.95)
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # importing it takes a second
+
+    # Only the order of the scores counts: ranks keep values apart that differ in the last bit of any precision.
+    ranks = torch.cat([inside, outside]).unique(return_inverse=True)[1].cpu().numpy()
+    label = [0] * len(inside) + [1] * len(outside)
+    false_positives, true_positives, _ = roc_curve(label, ranks, drop_intermediate=False)
     return Detection(
-        binary_auroc(ranks, label).item(),
-        binary_average_precision(ranks, label).item(),
-        1 - specificity.item(),
+        float(roc_auc_score(label, ranks)),
+        float(average_precision_score(label, ranks)),
+        float(false_positives[true_positives >= 0.95][0]),
     )

@@ -213,7 +213,6 @@ def test_eval_agrees_with_training(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_eval_shows_and_writes_every_figure(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchmetrics")
     for index in range(3):
         Image.new("RGB", (20, 30), (80 * index, 10, 200)).save(tmp_path / f"{index}.png")
     path = tmp_path / "figures.json"

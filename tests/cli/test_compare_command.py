@@ -42,7 +42,6 @@ def values(folder: Path) -> dict[tuple[str, str, int], dict[str, str]]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished comparison."""
-    pytest.importorskip("torchmetrics")
     out = tmp_path_factory.mktemp("compare")
     assert main(["compare", "--out", str(out), "--quiet", *SMALL, *REPEATED, "--threads", "1"]) == 0
     return out

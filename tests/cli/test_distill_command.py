@@ -47,7 +47,6 @@ def table_of(folder: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.usefixtures("_quick")
 def test_command(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchmetrics")
     flags = ["distill", str(teacher), "--out", str(tmp_path), "--epochs", "2", "--first-phase", "1", "--compare"]
     flags += ["--ood", "digits", *SMALL_FLAGS]
     assert main(flags) == 0

@@ -215,7 +215,6 @@ def test_evaluation_agrees_with_its_definition() -> None:
 
 
 def test_ood_images_are_detected_by_uncertainty() -> None:
-    pytest.importorskip("torchmetrics")
     trainer = start(limit_test=60)
     list(trainer.train())
     images = ood_images("digits", trainer.dataset.input).subset(torch.arange(100, 145))
