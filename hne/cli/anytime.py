@@ -16,7 +16,7 @@ from ..errors import DataError, ResultError
 from ..evaluation import measure_anytime
 from ..inference import Answer, AnytimePredictor
 from ..models import HNE
-from ..reporting import check_plot_path, format_macs, plot_accuracy_against_time, show_table
+from ..reporting import ProgressBar, check_plot_path, format_macs, plot_accuracy_against_time, show_table
 from . import options
 from .loading import checkpoint_path, load_model, load_test_data
 
@@ -95,7 +95,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def _show_curve(model: HNE, dataset: Dataset, args: argparse.Namespace) -> int:
     """Print and plot accuracy against time."""
-    with options.progress_bar(len(dataset.test), args) as bar:
+    with ProgressBar(len(dataset.test), hidden=args.quiet) as bar:
         curve = measure_anytime(model, dataset, batch_size=args.batch_size, progress=bar.update)
     batch = "an image" if args.batch_size == 1 else f"a batch of {args.batch_size}"
     title = f"{args.checkpoint} on {dataset.name}, {batch} at a time"
@@ -125,7 +125,7 @@ def _answer_folder(
     files = image_files(args.images)
     rows: list[tuple[object, ...]] = []
     late = unreadable = 0
-    with options.progress_bar(len(files), args) as bar:
+    with ProgressBar(len(files), hidden=args.quiet) as bar:
         for start in range(0, len(files), args.batch_size):
             paths, pixels = [], []
             for path in files[start : start + args.batch_size]:
@@ -172,7 +172,7 @@ def _answer_dataset(
     answers: list[Answer] = []
     count, right = Counter[int](), Counter[int]()
     batches = evaluation_batches(dataset.test, dataset.input, args.batch_size, device=device)
-    with options.progress_bar(len(dataset.test), args) as bar:
+    with ProgressBar(len(dataset.test), hidden=args.quiet) as bar:
         for images, target in batches:
             answer = predictor(images)
             answers.append(answer)

@@ -11,7 +11,7 @@ from ..distributed import choose_device
 from ..evaluation import Evaluation, evaluate, evaluate_ood, evaluate_regression
 from ..files import check_writable, write_json
 from ..models import HNE
-from ..reporting import show_evaluation, show_ood, show_uncertainty
+from ..reporting import ProgressBar, show_evaluation, show_ood, show_uncertainty
 from . import options
 from .loading import load_model, load_ood_images, load_test_data
 
@@ -76,7 +76,7 @@ def execute(args: argparse.Namespace) -> int:
         ood_images = load_ood_images(args, dataset)
         dataset = dataset.to(device)
         evaluate_model = evaluate if dataset.target is None else evaluate_regression
-        with options.progress_bar(len(dataset.test), args) as bar:
+        with ProgressBar(len(dataset.test), hidden=args.quiet) as bar:
             evaluation = evaluate_model(model, dataset, batch_size=args.batch_size, progress=bar.update)
         show_evaluation(evaluation, f"{args.checkpoint} on {dataset.name}")
         if isinstance(evaluation, Evaluation):
@@ -92,7 +92,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def _evaluate_ood(model: HNE, dataset: Dataset, images: Images, args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate the detection of OOD images, print the table, and return the results as JSON-able values."""
-    with options.progress_bar(len(dataset.test) + len(images), args) as bar:
+    with ProgressBar(len(dataset.test) + len(images), hidden=args.quiet) as bar:
         evaluations = evaluate_ood(model, dataset, images, batch_size=args.batch_size, progress=bar.update)
     show_ood(evaluations, f"{len(images)} OOD images of {args.ood} against those of {dataset.name}")
     return {"data": args.ood, "images": len(images), "ensembles": [asdict(evaluation) for evaluation in evaluations]}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from hne_kernels import BACKENDS, use_backend
 
@@ -156,11 +155,6 @@ def computing(args: argparse.Namespace) -> Iterator[None]:
             torch.set_num_threads(args.threads)
             stack.callback(torch.set_num_threads, threads)
         yield
-
-
-def progress_bar(images: int, args: argparse.Namespace) -> tqdm:
-    """A progress bar that shows only on a terminal (``disable=None``), and not with ``--quiet``."""
-    return tqdm(total=images, unit="img", leave=False, disable=args.quiet or None)
 
 
 # Argument types -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data import Dataset
 from ..errors import DataError
 from ..models import HNE, PRESETS, checkpoint
+from ..reporting import ProgressBar
 from ..training import (
     StudentConfig,
     Teacher,
@@ -22,7 +23,6 @@ from ..training import (
     read_outputs,
 )
 from .loading import check_fits, checkpoint_path, held_out_options, load_model
-from .options import progress_bar
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,6 @@ class TeacherFile:
             return self.outputs["train"]
         if config.augment:
             return self.model
-        with progress_bar(len(dataset.train), args) as bar:
+        with ProgressBar(len(dataset.train), hidden=args.quiet) as bar:
             images = dataset.train.to(device)
             return member_outputs(self.model, images, dataset.input, progress=bar.update)

@@ -15,4 +15,5 @@ from .plots import (
     save_figure,
     style_axes,
 )
+from .progress import ProgressBar
 from .tables import Table, format_macs, show_evaluation, show_ood, show_table, show_uncertainty

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import data
-from tqdm import tqdm
 from typing_extensions import Self
 
 from ..data import Dataset, training_batches
@@ -23,6 +22,7 @@ from ..errors import CheckpointError, ResultError, TrainingError
 from ..evaluation import Evaluation, RegressionEvaluation, evaluate, evaluate_regression
 from ..losses import Objective, likelihood_objective, objective
 from ..models import HNE, checkpoint
+from ..reporting import ProgressBar
 from .captured_step import CapturedStep, check_can_capture, training_step
 from .config import LATER_OPTIONS, TrainConfig
 from .history import EpochRecord
@@ -179,7 +179,7 @@ class Trainer:
         """How to keep the training from diverging."""
         return f"try a smaller lr than {self.config.lr:g}, or clip_grad_norm"
 
-    def _train_epoch(self, bar: tqdm) -> float:
+    def _train_epoch(self, bar: ProgressBar) -> float:
         """Train one epoch and return the mean loss of its steps."""
         config, world = self.config, self.world
         self.parallel.train()
@@ -199,8 +199,8 @@ class Trainer:
             if not config.channels_last:
                 images = images.contiguous()
             total += self._step(images, target)
-            if bar.update(self.batch_size):  # item() waits for the device: call it only where the bar was redrawn
-                bar.set_postfix(loss=f"{total.item() / (step + 1):.3f}", refresh=False)
+            if bar.update(self.batch_size):  # item() waits for the device: call it only where it is seen
+                bar.note(f"loss {total.item() / (step + 1):.3f}")
         mean = world.sum(total).item() / (world.size * self.steps_per_epoch)
         if not math.isfinite(mean):
             raise TrainingError(f"the loss is {mean} in epoch {self.epoch + 1}: {self._advice()}")
@@ -244,10 +244,9 @@ class Trainer:
         """The loss of a batch; a subclass may compute it from the images, too."""
         return self.objective(logits, target)
 
-    def _progress_bar(self, description: str, images: int, quiet: bool) -> tqdm:
-        """A progress bar in images, shown by the main process on a terminal (``disable=None``)."""
-        hidden = True if quiet or not self.world.main else None
-        return tqdm(desc=description, total=images, unit="img", leave=False, disable=hidden)
+    def _progress_bar(self, description: str, images: int, quiet: bool) -> ProgressBar:
+        """A progress bar in images, shown by the main process."""
+        return ProgressBar(images, description, hidden=quiet or not self.world.main)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint for :meth:`restore`."""
