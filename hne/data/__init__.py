@@ -11,6 +11,10 @@ from one generator, so that a run can be repeated and resumed exactly.
 
 from __future__ import annotations
 
+from ..extras import require
+
+require("train", "PIL", "sklearn")
+
 from .dataset import Dataset
 from .folder import image_files
 from .formats import InputFormat, TargetFormat

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..extras import require
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -33,12 +35,14 @@ def detection(inside: Tensor, outside: Tensor) -> Detection:
 
     Raises:
         ValueError: one of them is empty, or a score is not finite.
+        ModuleNotFoundError: scikit-learn is not installed.
     """
     for name, scores in (("inside", inside), ("outside", outside)):
         if scores.dim() != 1 or not len(scores):
             raise ValueError(f"{name} must be scores [samples] of at least one sample, got shape {tuple(scores.shape)}")
         if not scores.isfinite().all():
             raise ValueError(f"{name} must be finite scores, got NaN or infinity among them")
+    require("train", "sklearn")
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # importing it takes a second
 
     # Only the order of the scores counts: ranks keep values apart that differ in the last bit of any precision.

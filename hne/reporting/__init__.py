@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from ..extras import require
+
+require("train", "rich", "matplotlib")
+
 from .comparison import System, comparison_table, measure_system, write_comparison
 from .plots import (
     COST,
