@@ -27,7 +27,7 @@ from .layers import (
     TransformerBlock,
 )
 from .losses import OBJECTIVES, objective
-from .models import HNE, PRESETS, FusedHNE, NaiveHNE
+from .models import HNE, PRESETS, FusedHNE, NaiveHNE, load
 
 try:
     __version__: str = metadata.version("hne-kernels")
@@ -57,5 +57,6 @@ __all__ = [
     "PreActivation",
     "SelectToken",
     "TransformerBlock",
+    "load",
     "objective",
 ]

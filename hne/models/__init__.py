@@ -3,4 +3,5 @@
 from . import checkpoint
 from .backbone import Conversion, load_backbone
 from .hne import HNE, FusedHNE, NaiveHNE
+from .load import load
 from .presets import PRESETS, Preset, scaled

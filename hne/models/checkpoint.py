@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, FileError
 from ..files import is_utf8, replacing, to_json, utf8_path
-from ..hierarchy import Hierarchy
-from ..layers import Module
-from .backbone import Origin, create, templates_of
+from .backbone import templates_from_config
 from .hne import HNE, FusedHNE, NaiveHNE
 
 FORMAT = "hne-checkpoint"
 VERSION = "1"
+FILE_NAME = "checkpoint.safetensors"  # in the folder of a run
 
 _MODEL = "model/"  # prefix of the network's tensors
 
@@ -150,20 +149,11 @@ def load_model(
     tensors, config = load(path)
     try:
         described = config["model"]
-        model = (NaiveHNE if naive else FusedHNE).from_config(described, templates or _templates(described))
+        model = (NaiveHNE if naive else FusedHNE).from_config(described, templates or templates_from_config(described))
     except (LookupError, AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot build its network ({error})") from error
     restore_model(model, tensors, path)
     return model.eval(), config
-
-
-def _templates(config: Mapping[str, Any]) -> Sequence[nn.Module]:
-    """The templates of a network that came from a backbone by its name."""
-    layers = [layer for block in config["blocks"] for layer in block]
-    if "origin" not in config or not any(layer.get("layer") == Module.__name__ for layer in layers):
-        return ()
-    origin = Origin(**config["origin"])
-    return templates_of(create(origin.architecture), Hierarchy(**config["hierarchy"]), origin)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,12 +37,13 @@ from ..layers import (
 )
 from .checks import check_network, check_templates
 from .presets import PRESETS, scaled
+from .pretrained import SharesPretrained
 from .trained import START_ENTRIES, StartsTrained
 
 _Model = TypeVar("_Model", bound="HNE")
 
 
-class HNE(StartsTrained, FoldedWeightCache, ABC):
+class HNE(StartsTrained, SharesPretrained, FoldedWeightCache, ABC):
     """An ensemble of networks that share the branches of a tree; base class of :class:`FusedHNE` and :class:`NaiveHNE`.
 
     Args:

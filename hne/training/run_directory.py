@@ -21,7 +21,7 @@ from ..reporting import plot_accuracy_against_macs
 from .history import EpochRecord, write_log
 from .trainer import Trainer, describe_dataset
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = checkpoint.FILE_NAME
 LOG = "log.csv"
 SUMMARY = "summary.json"
 PLOT = "accuracy.png"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from .convert import ConvertedLayer, as_module, convert_block
 from .cut import Stage, cut
 from .families import recognise, unknown_family
 from .network import is_network, network_parts
-from .sources import Origin
+from .sources import Origin, create
 from .units import check_convertible, find
 from .verify import check_first_leaf, check_stages
 
@@ -130,6 +130,15 @@ def templates_of(net: nn.Module, hierarchy: Hierarchy, origin: Origin) -> list[n
     size = tuple(origin.input_size) if isinstance(origin.input_size, list) else origin.input_size
     specs = plan(net, hierarchy, origin.stages, origin.head, size).specs
     return [spec.template for block in specs for spec in block if isinstance(spec, Module)]
+
+
+def templates_from_config(config: Mapping[str, Any]) -> Sequence[nn.Module]:
+    """The templates of a model's config, if it came from a backbone by its name; none otherwise."""
+    layers = [layer for block in config["blocks"] for layer in block]
+    if "origin" not in config or not any(layer.get("layer") == Module.__name__ for layer in layers):
+        return ()
+    origin = Origin(**config["origin"])
+    return templates_of(create(origin.architecture), Hierarchy(**config["hierarchy"]), origin)
 
 
 def _take_over(layer: nn.Module, source: ConvertedLayer, perturb: float, generator: torch.Generator) -> None:
