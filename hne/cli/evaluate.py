@@ -34,9 +34,10 @@ their probabilities:
 
 --ood DATA adds out-of-distribution (OOD) images: the test images of a data set or the pictures in a
 folder, resized, made grey or RGB and normalised like the images that the checkpoint was trained on.
-AUROC, AUPR and FPR95 show how well entropy and MI separate them from the test images. OOD images are
-the positive class: FPR95 is the share of test images taken for OOD where 95 % of the OOD images are
-detected.
+AUROC, AUPR and FPR95 show how well a score separates them from the test images: entropy and MI of the
+members; and of their mean logits the largest probability, the largest logit, and the energy (minus the
+log of the sum of exponentials). OOD images are the positive class: FPR95 is the share of test images
+taken for OOD where 95 % of the OOD images are detected.
 
 For a regression (diabetes): RMSE and NLL of the mixture, in the units of the target.
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 from hne_kernels import default_sizes
 
 from ..data import Dataset, Images
-from ..metrics import Detection, detection, mutual_information, predictive_entropy
+from ..metrics import Detection, detection, energy, max_logit, max_probability, mutual_information, predictive_entropy
 from .predict import Ensemble, finite, predict
 
 
@@ -25,6 +25,8 @@ class OODEvaluation:
         mutual_information: mean mutual information on these images, in nats.
         by_entropy: detection of these images among the test images by their entropy.
         by_mutual_information: detection by their mutual information.
+        by_max_probability, by_max_logit, by_energy: detection by scores of the mean logits, see
+            :func:`hne.metrics.max_probability`, :func:`hne.metrics.max_logit` and :func:`hne.metrics.energy`.
     """
 
     num_models: int
@@ -32,6 +34,9 @@ class OODEvaluation:
     mutual_information: float
     by_entropy: Detection
     by_mutual_information: Detection
+    by_max_probability: Detection
+    by_max_logit: Detection
+    by_energy: Detection
 
 
 @torch.inference_mode()
@@ -61,7 +66,7 @@ def evaluate_ood(
     inside, outside = (
         torch.cat(
             [
-                _uncertainty(members, sizes)
+                _scores(members, sizes)
                 for members, _ in predict(model, images, dataset.input, batch_size, progress=progress)
             ],
             2,
@@ -69,13 +74,16 @@ def evaluate_ood(
         for images in (dataset.test, ood_images)
     )
     return tuple(
-        finite(OODEvaluation(n, *outside[i].mean(1).tolist(), *map(detection, inside[i], outside[i])))
+        finite(OODEvaluation(n, *outside[i, :2].mean(1).tolist(), *map(detection, inside[i], outside[i])))
         for i, n in enumerate(sizes)
     )
 
 
-def _uncertainty(members: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Predictive entropy and mutual information of every ensemble, ``[P, 2, B]``."""
-    return torch.stack(
-        [torch.stack([predictive_entropy(y), mutual_information(y)]) for y in (members[:n] for n in sizes)]
-    )
+def _scores(members: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The scores of every ensemble in the order of :class:`OODEvaluation`, ``[P, 5, B]``."""
+    scores = []
+    for n in sizes:
+        first, mean = members[:n], members[:n].mean(0)
+        of_members = [predictive_entropy(first), mutual_information(first)]
+        scores.append(torch.stack([*of_members, *(score(mean) for score in (max_probability, max_logit, energy))]))
+    return torch.stack(scores)

@@ -12,4 +12,11 @@ from .classification import accuracy, brier_score, correct, negative_log_likelih
 from .detection import Detection, detection
 from .diversity import disagreement, diversity
 from .gaussian import gaussian_nll, mixture, root_mean_squared_error
-from .uncertainty import mutual_information, predictive_entropy, prefix_mixtures
+from .uncertainty import (
+    energy,
+    max_logit,
+    max_probability,
+    mutual_information,
+    predictive_entropy,
+    prefix_mixtures,
+)

@@ -1,4 +1,7 @@
-"""Uncertainty of an ensemble about each sample: from the members' logits ``[N, B, L]`` to nats ``[B]``."""
+"""Uncertainty of an ensemble about each sample; a higher score means less certain.
+
+From the members' logits ``[N, B, L]`` to nats ``[B]``, or from the logits ``[B, L]`` of one prediction to ``[B]``.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,29 @@ def mutual_information(logits: Tensor) -> Tensor:
     """
     members = at_least_float32(logits).log_softmax(-1)
     return (members.exp() * (members - _log_mixture(members))).sum(-1).mean(0).clamp_min(0)
+
+
+def max_probability(logits: Tensor) -> Tensor:
+    """Minus the largest probability (Hendrycks and Gimpel 2017).
+
+    Args:
+        logits: ``[B, L]``, of one prediction.
+
+    Returns:
+        ``[B]``, -1 to ``-1 / L``.
+    """
+    return -at_least_float32(logits).softmax(-1).amax(-1)
+
+
+def max_logit(logits: Tensor) -> Tensor:
+    """Minus the largest logit (Hendrycks et al. 2022): ``[B, L]`` to ``[B]``."""
+    return -at_least_float32(logits).amax(-1)
+
+
+def energy(logits: Tensor) -> Tensor:
+    """The free energy, minus the log of the sum of the exponentials of the logits (Liu et al. 2020): ``[B, L]`` to
+    ``[B]``."""
+    return -at_least_float32(logits).logsumexp(-1)
 
 
 def _log_mixture(members: Tensor) -> Tensor:

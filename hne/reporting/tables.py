@@ -47,6 +47,7 @@ def show_table(
     title: str | None = None,
     caption: str | None = None,
     text_columns: int = 0,
+    left: Sequence[int] = (),
 ) -> None:
     """Print a table with aligned columns.
 
@@ -56,12 +57,13 @@ def show_table(
         title: above the table.
         caption: below the table.
         text_columns: number of leading columns to align left; all others are aligned right.
+        left: numbers of further columns to align left.
     """
     if sys.stdout is None:  # closed
         return
     table = RichTable(box=box.SIMPLE_HEAD, show_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < text_columns else "right")
+        table.add_column(column, justify="left" if index < text_columns or index in left else "right")
     for row in rows:
         table.add_row(*map(str, row))
     width = None if sys.stdout.isatty() else _UNLIMITED
@@ -122,22 +124,28 @@ def show_uncertainty(evaluation: Evaluation, title: str | None = None) -> None:
 
 
 def show_ood(ensembles: Sequence[OODEvaluation], title: str | None = None) -> None:
-    """Print the uncertainty of each ensemble about out-of-distribution images, and how well it detects them."""
+    """Print how well the scores of each ensemble detect out-of-distribution images."""
+    scores = {
+        "entropy": "by_entropy",
+        "mutual information": "by_mutual_information",
+        "max. probability": "by_max_probability",
+        "max. logit": "by_max_logit",
+        "energy": "by_energy",
+    }
+    rows = []
+    for e in ensembles:
+        means = {"entropy": f"{e.entropy:.4f}", "mutual information": f"{e.mutual_information:.4f}"}
+        for score, name in scores.items():
+            d = getattr(e, name)
+            first = e.num_models if score == "entropy" else ""
+            rates = (f"{d.auroc:.2%}", f"{d.aupr:.2%}", f"{d.fpr95:.2%}")
+            rows.append((first, score, means.get(score, ""), *rates))
     show_table(
-        ["n", "entropy", "AUROC", "AUPR", "FPR95", "MI", "AUROC", "AUPR", "FPR95"],
-        [
-            (
-                e.num_models,
-                *(
-                    cell
-                    for score, d in ((e.entropy, e.by_entropy), (e.mutual_information, e.by_mutual_information))
-                    for cell in (f"{score:.4f}", f"{d.auroc:.2%}", f"{d.aupr:.2%}", f"{d.fpr95:.2%}")
-                ),
-            )
-            for e in ensembles
-        ],
+        ["n", "score", "mean (nats)", "AUROC", "AUPR", "FPR95"],
+        rows,
         title=title,
-        caption="left: detected by the entropy, right: by the mutual information (zero for a single member)",
+        caption="mean: of the out-of-distribution images; mutual information is zero for a single member",
+        left=(1,),
     )
 
 

@@ -223,8 +223,12 @@ def test_eval_shows_and_writes_every_figure(run: Path, tmp_path: Path, capsys: p
     for ensemble, ood in zip(figures["evaluation"]["ensembles"], figures["ood"]["ensembles"], strict=True):
         n = ensemble["num_models"]
         assert re.search(rf"^ *{n} +{ensemble['brier']:.4f} +{ensemble['ece']:.4f} ", out, re.M)
-        found = ood["by_entropy"]
-        assert re.search(rf"^ *{n} +{ood['entropy']:.4f} +{found['auroc']:.2%} +{found['aupr']:.2%} ", out, re.M)
+        by_entropy, by_energy = (
+            f"{found['auroc']:.2%} +{found['aupr']:.2%} +{found['fpr95']:.2%}"
+            for found in (ood["by_entropy"], ood["by_energy"])
+        )
+        assert re.search(rf"^ *{n} +entropy +{ood['entropy']:.4f} +{by_entropy} *$", out, re.M)
+        assert re.search(rf"^ *energy +{by_energy} *$", out, re.M)
 
 
 def test_eval_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,11 @@ from hne.metrics import (
     detection,
     disagreement,
     diversity,
+    energy,
     expected_calibration_error,
     gaussian_nll,
+    max_logit,
+    max_probability,
     mixture,
     mutual_information,
     negative_log_likelihood,
@@ -134,6 +137,17 @@ def test_uncertainty_at_its_limits() -> None:
     assert mutual_information(sure).item() == pytest.approx(math.log(3))
     assert predictive_entropy(sure[:1]).item() == 0
     assert mutual_information(sure.bfloat16()).dtype == torch.float32
+
+
+def test_scores_of_one_prediction(rng: torch.Generator) -> None:
+    logits = 5 * torch.randn(20, 4, generator=rng).double()
+    for row, probability, logit, free_energy in zip(
+        logits.tolist(), max_probability(logits), max_logit(logits), energy(logits), strict=True
+    ):
+        powers = [math.exp(value) for value in row]
+        assert probability.item() == pytest.approx(-max(powers) / sum(powers))
+        assert logit.item() == -max(row)
+        assert free_energy.item() == pytest.approx(-math.log(sum(powers)))
 
 
 # Detection ----------------------------------------------------------------------------------------------------------

@@ -234,6 +234,9 @@ def test_ood_images_are_detected_by_uncertainty() -> None:
             assert getattr(row, name) == pytest.approx(measure(outside[:n]).mean().item(), rel=1e-3, abs=1e-7)
         want = metrics.detection(metrics.predictive_entropy(inside[:n]), metrics.predictive_entropy(outside[:n]))
         assert row.by_entropy.auroc == pytest.approx(want.auroc, abs=2e-3)
+        for score in ("max_probability", "max_logit", "energy"):
+            want = metrics.detection(*(getattr(metrics, score)(logits[:n].mean(0)) for logits in (inside, outside)))
+            assert getattr(row, f"by_{score}").auroc == pytest.approx(want.auroc, abs=2e-3)
     assert found[0].by_mutual_information.auroc == 0.5, "one network has no mutual information"
 
 
