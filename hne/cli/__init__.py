@@ -1,4 +1,4 @@
-"""The command ``hne``: train, study, compare, distill, eval, anytime, bench, info, export."""
+"""The command ``hne``: train, study, compare, distill, eval, calibrate, anytime, bench, info, export."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import suppress
 from typing import TextIO
 
 from ..distributed import is_main_process
-from . import anytime, bench, compare, distill, evaluate, export, info, study, train
+from . import anytime, bench, calibrate, compare, distill, evaluate, export, info, study, train
 from .console import Terminated, cleaning_up_on_signals, discard_output, explain, usable_streams
 
 __all__ = ["main"]
 
-_COMMANDS = (train, study, compare, distill, evaluate, anytime, bench, info, export)
+_COMMANDS = (train, study, compare, distill, evaluate, calibrate, anytime, bench, info, export)
 
 _DESCRIPTION = """\
 Hierarchical neural ensembles: N networks that share the trunk of a tree. They are evaluated one after
@@ -81,12 +81,20 @@ def _flush() -> None:
         discard_output()
 
 
+class _CommandList(argparse.RawDescriptionHelpFormatter):
+    """Leaves room for the longest command; argparse forgets that commands are indented once more."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 4 + max(len(command.__name__.rpartition(".")[2]) for command in _COMMANDS)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hne",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_CommandList,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in _COMMANDS:

@@ -31,7 +31,8 @@ With limits, each image gets as many members as they allow:
   --deadline-ms D   a member starts only if it is expected to finish in time, judged by the times
                     measured so far. The first member is always evaluated: if it takes too long,
                     its answer is given and marked late.
-  --confidence P    an image is done when the ensemble's probability of its class is at least P ...
+  --confidence P    an image is done when the ensemble's probability of its class is at least P (scaled
+                    by a temperature after `hne calibrate`) ...
   --agreement K     ... or when K of its members predict the ensemble's class
 A table shows how often each number of members was used, and how accurate those answers were.
 With --images: a line for each picture in the folder instead.
@@ -80,6 +81,7 @@ def execute(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     with options.computing(args):
         model, stored = load_model(args.checkpoint, device)
+        model.metadata = stored  # the predictor scales by the temperatures of `hne calibrate`
         if stored["data"].get("target") is not None:
             raise ValueError(f"expected a classifier, got a regression of {stored['data']['name']}")
         if not limited and args.images is None:
@@ -144,7 +146,7 @@ def _answer_folder(
                 raise ResultError("the logits are not finite: the model has diverged, or its inputs are wrong")
             late += answer.late * len(paths)
             used = answer.num_models.tolist()
-            for path, probabilities, num_models in zip(paths, answer.logits.softmax(-1), used, strict=True):
+            for path, probabilities, num_models in zip(paths, answer.probabilities, used, strict=True):
                 confidence, label = probabilities.max(0)
                 rows.append(
                     (

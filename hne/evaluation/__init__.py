@@ -5,5 +5,5 @@ from __future__ import annotations
 from .classification import AVERAGES, EnsembleMetrics, Evaluation, evaluate, evaluate_members
 from .latency import AnytimeStep, alternating_seconds, measure_anytime, seconds_per_call
 from .ood import OODEvaluation, evaluate_ood
-from .predict import Ensemble
+from .predict import Ensemble, predict
 from .regression import RegressionEvaluation, RegressionMetrics, evaluate_regression

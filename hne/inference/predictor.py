@@ -6,7 +6,7 @@ import bisect
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -28,6 +28,7 @@ class Answer:
         ready: Time when the logits were ready.
         returned: Time when the answer was returned; later than ``ready`` if a further model missed the deadline.
         deadline: The deadline; infinite if there is none.
+        temperatures: Of the ensembles of the first 1, 2, ... models.
     """
 
     logits: Tensor
@@ -35,6 +36,13 @@ class Answer:
     ready: float
     returned: float
     deadline: float
+    temperatures: tuple[float, ...]
+
+    @property
+    def probabilities(self) -> Tensor:
+        """For each sample, the probabilities of the classes: ``softmax(logits / temperature)``, ``[B, L]``."""
+        temperatures = torch.tensor(self.temperatures, dtype=self.logits.dtype, device=self.logits.device)
+        return (self.logits / temperatures[self.num_models - 1, None]).softmax(-1)
 
     @property
     def late(self) -> bool:
@@ -56,6 +64,9 @@ class AnytimePredictor:
         model: A model in eval mode.
         deadline_ms: Milliseconds for each batch; None for no deadline. A call may set another one.
         confidence: A sample is certain when the ensemble gives its predicted class at least this probability.
+        temperatures: Of the ensembles of the first 1, 2, ... N members (see :mod:`hne.calibration`): the probabilities
+            are ``softmax(logits / temperature)``. By default those in ``model.metadata``, which ``hne calibrate``
+            leaves in a checkpoint; without any, no scaling.
         agreement: A sample is certain when this many of its models (2 or more) predict the ensemble's class.
         quantile: The predicted time of a leaf is this quantile of its measured times.
         window: Number of latest times that are kept for each leaf.
@@ -72,6 +83,7 @@ class AnytimePredictor:
         deadline_ms: float | None = None,
         confidence: float | None = None,
         agreement: int | None = None,
+        temperatures: Sequence[float] | None = None,
         quantile: float = 0.99,
         window: int = 400,
         clock: Callable[[], float] = time.perf_counter,
@@ -88,6 +100,13 @@ class AnytimePredictor:
         self.deadline_ms = deadline_ms
         self.confidence = confidence
         self.agreement = agreement
+        if temperatures is None:
+            temperatures = model.metadata.get("calibration", {}).get("temperatures", (1.0,) * model.num_models)
+        self.temperatures = tuple(temperatures)
+        if len(self.temperatures) != model.num_models:
+            raise ValueError(f"temperatures: expected {model.num_models}, got {len(self.temperatures)}")
+        for temperature in self.temperatures:
+            _check("temperatures", temperature, lambda t: t > 0, "numbers above 0", required=True)
         self.quantile = quantile
         self._window = int(window)
         self._clock = clock
@@ -169,7 +188,7 @@ class AnytimePredictor:
                 break
             if early_exit and (self.confidence is not None or self.agreement is not None):
                 votes = _count(votes, steps)
-                uncertain = (~self._certain(answer, votes)).nonzero()[:, 0]
+                uncertain = (~self._certain(answer, votes, steps.num_models)).nonzero()[:, 0]
                 if len(uncertain) == 0:
                     break
                 if len(uncertain) < len(answer):
@@ -180,11 +199,11 @@ class AnytimePredictor:
             if leaf_start - start + times[steps.num_models].quantile(self.quantile) > deadline:
                 break
             answer = _step(steps)
-        return Answer(logits, num_models, ready, self._clock() - start, deadline)
+        return Answer(logits, num_models, ready, self._clock() - start, deadline, self.temperatures)
 
-    def _certain(self, answer: Tensor, votes: Tensor) -> Tensor:
+    def _certain(self, answer: Tensor, votes: Tensor, num_models: int) -> Tensor:
         """Whether each answer ``[B, L]`` is certain enough, given the votes for each class ``[B, L]``."""
-        probability, label = answer.softmax(-1).max(-1)
+        probability, label = (answer / self.temperatures[num_models - 1]).softmax(-1).max(-1)
         certain = torch.zeros_like(label, dtype=torch.bool)
         if self.confidence is not None:
             certain |= probability >= self.confidence

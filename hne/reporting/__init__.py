@@ -16,6 +16,7 @@ from .plots import (
     plain_text,
     plot_accuracy_against_macs,
     plot_accuracy_against_time,
+    plot_reliability,
     save_figure,
     style_axes,
 )

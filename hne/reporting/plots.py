@@ -1,4 +1,4 @@
-"""Plots of accuracy against cost."""
+"""Plots of accuracy against cost, and of accuracy against confidence."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
+from torch import Tensor
 
 from ..evaluation import AnytimeStep, Evaluation
 from ..files import check_writable, replacing
@@ -84,6 +85,39 @@ def plot_accuracy_against_time(steps: Sequence[AnytimeStep], path: str | Path, t
     axes.set_title(plain_text(title), fontsize=10, parse_math=False)
     axes.margins(0.12, 0.16)
     axes.set_xlim(left=0)
+    style_axes(axes)
+    save_figure(figure, path)
+
+
+def plot_reliability(logits: Mapping[str, Tensor], target: Tensor, path: str | Path) -> None:
+    """Plot how often predictions of each confidence are right; of calibrated ones, as often as they say.
+
+    Each point is the mean of a tenth of the samples, ordered by confidence.
+
+    Args:
+        logits: ``[B, L]`` by name.
+        target: classes ``[B]``.
+        path: of the file; its suffix chooses the format (png, svg, pdf).
+    """
+    figure = new_figure(5.2, 4.6)
+    axes = figure.add_subplot()
+    axes.plot([0, 100], [0, 100], color="0.6", lw=1)
+    lowest = 100.0
+    for name, values in logits.items():
+        confidence, label = values.double().softmax(-1).max(-1)
+        order = confidence.argsort().cpu()
+        right = (label == target).double().cpu()[order]
+        parts = [(c, r) for c, r in zip(confidence.cpu()[order].chunk(10), right.chunk(10), strict=True) if len(c)]
+        x = [100 * c.mean().item() for c, _ in parts]
+        y = [100 * r.mean().item() for _, r in parts]
+        axes.plot(x, y, "o-", lw=2, ms=6, label=name)
+        lowest = min(lowest, *x, *y)
+    axes.set_xlim(lowest - 2, 101)
+    axes.set_ylim(lowest - 2, 101)
+    axes.set_aspect("equal")
+    axes.set_xlabel("confidence (%)")
+    axes.set_ylabel("accuracy (%)")
+    axes.legend(frameon=False, loc="upper left")
     style_axes(axes)
     save_figure(figure, path)
 

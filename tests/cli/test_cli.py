@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,15 @@ import torch
 from cuda_graphs import emulate
 from PIL import Image
 
+import hne
+from hne import AnytimePredictor
 from hne.cli import main
 from hne.data import load_dataset
 from hne.inference import export
 from hne.models.checkpoint import load_model
 from hne.training import CHECKPOINT
 
-COMMANDS = ("train", "study", "compare", "distill", "eval", "anytime", "bench", "info", "export")
+COMMANDS = ("train", "study", "compare", "distill", "eval", "calibrate", "anytime", "bench", "info", "export")
 SMALL = ("--limit-train", "64", "--limit-test", "40", "--batch-size", "32", "--width", "0.5", "--threads", "1")
 
 
@@ -246,6 +249,45 @@ def test_eval_on_data_of_other_classes(run: Path, tmp_path: Path, capsys: pytest
         Image.new("RGB", (40, 40)).save(tmp_path / split / "cat" / "a.png")
     message = error_of(capsys, "eval", str(run), "--data", "imagenet", "--data-dir", str(tmp_path))
     assert "trained on digits (10 classes, images 1x8x8), does not fit imagenet (1 classes" in message
+
+
+# Calibrate ----------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_keeps_temperatures_in_the_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    flags = ["--coverage", "0.8", "--target-macs", "1", "--threads", "1"]
+    assert main(["calibrate", str(folder), *flags]) == 0
+    out = capsys.readouterr().out
+    assert (folder / "reliability.png").stat().st_size > 10_000
+    before, after = (hne.load(path) for path in (run, folder))
+    assert before.state_dict().keys() == after.state_dict().keys()
+    assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items())
+    found = after.metadata["calibration"]
+    assert re.findall(r"^ *\d+ +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ *$", out, re.M) == [
+        f"{t:.3f}" for t in found["temperatures"]
+    ]
+    assert f"--confidence {found['confidence']:.4f} for `hne anytime`" in out
+    assert found["conformal"]["coverage"] == 0.8
+    predictor = AnytimePredictor(after, confidence=0.5)
+    assert predictor.temperatures == tuple(found["temperatures"])
+    assert main(["train", "--out", str(folder), "--resume", "--threads", "1"]) == 0, "the run is still one"
+    assert main(["calibrate", str(folder), "--limit-test", "9"]) == 0
+    assert hne.load(folder).metadata["calibration"]["images"] == 4
+
+
+def test_calibrate_errors(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / CHECKPOINT).read_bytes()
+    assert "accuracy: at most 0." in error_of(capsys, "calibrate", str(run), "--target-accuracy", "1")
+    assert "cost: a sample costs at least" in error_of(capsys, "calibrate", str(run), "--target-macs", "1e-9")
+    assert "coverage: expected a number above 0 and below 1" in error_of(
+        capsys, "calibrate", str(run), "--coverage", "1.2"
+    )
+    assert (run / CHECKPOINT).read_bytes() == before
+    (run / "reliability.png").unlink(missing_ok=True)
 
 
 # Anytime ------------------------------------------------------------------------------------------------------------

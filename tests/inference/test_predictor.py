@@ -21,6 +21,7 @@ class Ticking:
     """Replaces a model of four leaves. Each leaf advances a clock by its cost; the n-th answer is n everywhere."""
 
     num_models = 4
+    metadata: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, *costs: float, noise: float = 0.0) -> None:
         self.costs = list(costs)
@@ -200,6 +201,23 @@ def test_samples_leave_when_their_answer_is_certain(kind: type[HNE], tree: str, 
 
 
 @torch.no_grad()
+def test_certainty_is_of_scaled_probabilities(rng: torch.Generator) -> None:
+    model, x = undecided("doubling", rng)
+    temperatures = [0.3 + 0.2 * n for n in range(model.num_models)]
+    confidence = (model(x)[0] / temperatures[0]).softmax(-1).amax(-1).median().item()
+
+    def certain(answer: Tensor, members: Tensor) -> Tensor:
+        return (answer / temperatures[len(members) - 1]).softmax(-1).max() >= confidence
+
+    answer = answered(model, x, confidence=confidence, temperatures=temperatures)
+    check_each_sample(model, x, answer, certain)
+    for logits, n, probabilities in zip(answer.logits, answer.num_models, answer.probabilities, strict=True):
+        torch.testing.assert_close(probabilities, (logits / temperatures[n - 1]).softmax(-1))
+    model.metadata = {"calibration": {"temperatures": temperatures}}
+    check_each_sample(model, x, answered(model, x, confidence=confidence), certain)
+
+
+@torch.no_grad()
 def test_samples_leave_when_models_agree(rng: torch.Generator) -> None:
     model, x = undecided("independent", rng)
     answer = answered(model, x, agreement=2)
@@ -243,6 +261,9 @@ def test_predicted_times_of_models_not_evaluated_stay(rng: torch.Generator) -> N
             for name in ("deadline_ms", "confidence", "agreement", "quantile", "window")
             for number in (math.nan, math.inf, -math.inf, -1, "much", True)
         ),
+        ({"temperatures": [1, 1, 1]}, "temperatures: expected 4, got 3"),
+        ({"temperatures": [1, 1, 1, 0]}, "temperatures: expected numbers above 0, got 0"),
+        ({"temperatures": [1, 1, math.nan, 1]}, "temperatures: expected numbers above 0, got nan"),
         ({"agreement": 2.5}, r"agreement: expected a whole number, got 2\.5"),
         ({"window": 0}, "window: expected a whole number above 0, got 0"),
         ({"window": 1.5}, r"window: expected a whole number, got 1\.5"),
