@@ -29,14 +29,20 @@ operations and needs `import hne_kernels` first.
 
 onnx is a graph for ONNX Runtime, OpenVINO and others, with input "images" and output "logits".
 Writing it needs `pip install onnx onnxscript`.
+
+Batch norms are folded into weights, features are not copied where the tree branches, and the mean of
+the members is part of the last layer. The branches of a layer are one grouped convolution
+(--branches grouped), or a convolution each (--branches separate). Which is faster depends on the engine,
+the batch size and the network, mostly on whether its channels are multiples of 16: try both.
 """
 _EXAMPLES = """\
   hne export runs/digits-hne_tiny --num-models 4 --output digits-4.pt2
   hne export runs/digits-hne_tiny --num-models 4 --format onnx
+  hne export runs/digits-hne_tiny --format onnx --branches separate --output separate.onnx
 """
 
 
-_FORMATS: dict[str, Callable[[Ensemble, Tensor, Path], Tensor]] = {"pt2": write_pt2, "onnx": write_onnx}
+_FORMATS: dict[str, Callable[[Ensemble, Tensor, Path, bool], Tensor]] = {"pt2": write_pt2, "onnx": write_onnx}
 
 
 def add_parser(commands: options.Subparsers) -> None:
@@ -47,6 +53,12 @@ def add_parser(commands: options.Subparsers) -> None:
     parser.add_argument("--format", choices=tuple(_FORMATS), default="pt2", help="format of the program (default: pt2)")
     parser.add_argument(
         "--num-models", type=options.positive_int, metavar="N", help="ensemble size (default: all members)"
+    )
+    parser.add_argument(
+        "--branches",
+        choices=("grouped", "separate"),
+        default="grouped",
+        help="convolutions of a layer's branches, without --kernels (default: grouped)",
     )
     parser.add_argument("--kernels", action="store_true", help="use this package's kernels in the program")
     parser.add_argument(
@@ -75,7 +87,7 @@ def execute(args: argparse.Namespace) -> int:
     check_writable(output)
     with torch.no_grad(), replacing(output) as temporary:
         expected = ensemble(images)
-        got = _FORMATS[args.format](ensemble, images, temporary)
+        got = _FORMATS[args.format](ensemble, images, temporary, args.branches == "separate")
         _check_close(got, expected)
     to_stream = output.parts[1:2] in (("dev",), ("proc",))  # perhaps standard output, whose content is the program
     print(

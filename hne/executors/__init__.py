@@ -3,6 +3,7 @@
 from . import folded_transformer
 from .anytime import Anytime
 from .base import SubtreeExecutor, SubtreeRunner
+from .copy_free import CopyFreeNetwork
 from .folded import FoldedExecutor, is_capturing
 from .folding import folded_forward, fused_conv, fused_pool_linear, kernel_path, to_fused_layers
 from .hook_versions import HookVersions

@@ -89,7 +89,7 @@ def _conv(layer: ConvLayer) -> FoldedLayer:
 def _bottleneck(layer: BottleneckLayer) -> FoldedLayer:
     if not {layer.spec.activation, layer.spec.final_activation} <= set(K.ACTIVATIONS):
         return folded_forward(layer)
-    depthwise, depthwise_bias = _fold(layer.depthwise)
+    depthwise, depthwise_bias = fold_conv(layer.depthwise)
     weights = (
         *_fold_dense(layer.expand),
         depthwise.squeeze(2).permute(0, 2, 3, 1).contiguous(),
@@ -209,12 +209,10 @@ def fused_pool_linear(linear: BranchLinear, activation: str = "none") -> K.Fused
 
 
 def _fold_conv(module: ConvNorm | BranchConv) -> FoldedConv:
-    """A convolution with all branches, and with its batch norm if it has one."""
+    """A convolution with all branches, and with its batch norm if it has one, packed for the kernels."""
+    weight, bias = fold_conv(module)
     if isinstance(module, BranchConv):
-        weight, bias = module.weight_and_bias(slice(0, module.branches))
-        bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
         return FoldedConv(K.pack_weight(weight), bias, module.stride, module.padding)
-    weight, bias = _fold(module)
     if module.depthwise:
         return FoldedConv(weight.squeeze(2), bias, module.stride, module.padding, depthwise=True)
     weight, bias = group_weight(weight, module.groups), bias.view(-1, module.channels // module.groups)
@@ -227,11 +225,14 @@ def _fold_norm(module: BranchNorm) -> FoldedNorm:
     return FoldedNorm(running_normalization(module, slice(0, module.branches)).transpose(0, 1).contiguous())
 
 
-def _fold(module: ConvNorm) -> tuple[Tensor, Tensor]:
-    """Weight ``[branches, channels, in_channels, k, k]`` and bias ``[branches, channels]`` with batch norm folded in:
-    ``(conv(x) - mean) * scale + shift``."""
-    check_kind(module, ConvNorm)
+def fold_conv(module: ConvNorm | BranchConv) -> tuple[Tensor, Tensor]:
+    """Weight ``[branches, channels, in_channels // groups, k, k]`` and bias ``[branches, channels]`` of a convolution.
+    A batch norm is folded in: ``(conv(x) - mean) * scale + shift``."""
     everything = slice(0, module.branches)
+    if isinstance(module, BranchConv):
+        weight, bias = module.weight_and_bias(everything)
+        return weight, weight.new_zeros(weight.shape[:2]) if bias is None else bias
+    check_kind(module, ConvNorm)
     weight = module.weight(everything)
     weight = weight[:, :, None] if module.depthwise else weight
     mean, scale, shift = running_normalization(module, everything)
@@ -239,5 +240,5 @@ def _fold(module: ConvNorm) -> tuple[Tensor, Tensor]:
 
 
 def _fold_dense(module: ConvNorm) -> tuple[Tensor, Tensor]:
-    weight, bias = _fold(module)
+    weight, bias = fold_conv(module)
     return K.pack_weight(weight), bias

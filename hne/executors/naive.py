@@ -4,7 +4,7 @@ convolutions, and features copied where the tree branches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,15 @@ class NaiveExecutor(SubtreeExecutor):
 
     def from_maps(self, maps: Tensor) -> Tensor:
         return maps.transpose(0, 1).flatten(1, 2)
+
+    def channelwise(self, function: Callable[..., Tensor], channels: int, *features: Tensor) -> Tensor:
+        return function(*features)
+
+    def to_branches(self, x: Tensor, channels: int) -> Sequence[Tensor]:
+        return x.split(channels, 1)
+
+    def from_branches(self, maps: Sequence[Tensor]) -> Tensor:
+        return maps[0] if len(maps) == 1 else torch.cat(list(maps), 1)
 
     def logits(self, head: BranchLinear, x: Tensor, leaves: slice, replicate: int) -> Tensor:
         y = self.conv(head, x, leaves, replicate)

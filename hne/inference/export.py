@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..executors import CopyFreeNetwork
 from ..losses import gaussians
 from ..metrics import mixture
-from ..models import HNE
+from ..models import HNE, FusedHNE
 
 
 class EnsembleMean(nn.Module):
@@ -32,6 +33,10 @@ class EnsembleMean(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Mean logits of the members: images ``[B, C, H, W]`` to logits ``[B, L]``."""
         return self.model(images, self.num_models).mean(0)
+
+    def copy_free(self, images: Tensor, separate: bool = False) -> nn.Module:
+        """The same function as a network of ``torch.nn`` modules; see :class:`CopyFreeNetwork`."""
+        return CopyFreeNetwork(self.model, self.num_models, images, mean=True, separate=separate)
 
 
 class EnsembleMixture(nn.Module):
@@ -56,8 +61,26 @@ class EnsembleMixture(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Mean and variance of the mixture in the units of the target: ``[B, C, 1, 1]`` to ``[B, 2]``."""
-        mean, variance = mixture(*gaussians(self.model(samples, self.num_models)))
+        return self.of_members(self.model(samples, self.num_models))
+
+    def of_members(self, outputs: Tensor) -> Tensor:
+        """Mean and variance of the mixture of the members' outputs ``[num_models, B, 2]``."""
+        mean, variance = mixture(*gaussians(outputs))
         return torch.stack([mean * self.target_std + self.target_mean, variance * self.target_std**2], -1)
+
+    def copy_free(self, images: Tensor, separate: bool = False) -> nn.Module:
+        """As :meth:`EnsembleMean.copy_free`."""
+        return _Mixture(self, CopyFreeNetwork(self.model, self.num_models, images, mean=False, separate=separate))
+
+
+class _Mixture(nn.Module):
+    def __init__(self, ensemble: EnsembleMixture, network: CopyFreeNetwork) -> None:
+        super().__init__()
+        self.network = network
+        self._mixture = ensemble.of_members
+
+    def forward(self, samples: Tensor) -> Tensor:
+        return self._mixture(self.network(samples))
 
 
 Ensemble = EnsembleMean | EnsembleMixture
@@ -68,20 +91,25 @@ def _any_batch() -> tuple[dict[int, torch.export.Dim]]:
     return ({0: torch.export.Dim("batch", min=1)},)
 
 
-def write_pt2(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
+def write_pt2(ensemble: Ensemble, images: Tensor, path: Path, separate: bool = False) -> Tensor:
     """Write a ``torch.export`` program for any batch size.
 
-    A program of a :class:`FusedHNE` calls this package's ops: import ``hne_kernels`` before loading it.
+    A program of a :class:`FusedHNE` calls this package's ops: import ``hne_kernels`` before loading it. That of a
+    :class:`NaiveHNE` consists of PyTorch's ops. Its batch norms are folded into weights, features are not copied where
+    the tree branches, and the ensemble's mean is part of the last layer; see :class:`CopyFreeNetwork`.
 
     Args:
         ensemble: The network, in eval mode.
         images: Example images ``[B, C, H, W]``; B is at least 2.
         path: The file.
+        separate: In the program of a :class:`NaiveHNE` each branch has convolutions of its own. By default those of a
+            layer are one grouped convolution. Which one is faster depends on the engine and on the network.
 
     Returns:
         The output ``[B, L]`` that the written program computes for ``images``.
     """
-    program = torch.export.export(ensemble, (images,), dynamic_shapes=_any_batch())
+    network = ensemble if isinstance(ensemble.model, FusedHNE) else ensemble.copy_free(images, separate).eval()
+    program = torch.export.export(network, (images,), dynamic_shapes=_any_batch())
     buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
     torch.export.save(program, buffer)
     path.write_bytes(buffer.getbuffer())
@@ -89,11 +117,12 @@ def write_pt2(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
     return output
 
 
-def write_onnx(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
+def write_onnx(ensemble: Ensemble, images: Tensor, path: Path, separate: bool = False) -> Tensor:
     """Write an ONNX graph for any batch size, with input ``images`` and output ``logits`` (``gaussian`` in regression).
 
-    Arguments and result as for :func:`write_pt2`; the model is a :class:`NaiveHNE`, since ONNX has no ops like the
-    kernels. ONNX Runtime computes the logits if it is installed, otherwise the reference evaluator of ``onnx``.
+    Arguments and result as for :func:`write_pt2`; the graph of a :class:`FusedHNE` is that of a :class:`NaiveHNE`, as
+    ONNX has no ops like the kernels. ONNX Runtime computes the logits if it is installed, otherwise the reference
+    evaluator of ``onnx``.
 
     Raises:
         RuntimeError: ``onnx`` or ``onnxscript`` is not installed.
@@ -104,7 +133,7 @@ def write_onnx(ensemble: Ensemble, images: Tensor, path: Path) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # raised within torch
         program = torch.onnx.export(
-            ensemble,
+            ensemble.copy_free(images, separate).eval(),
             (images,),
             dynamic_shapes=_any_batch(),
             input_names=["images"],

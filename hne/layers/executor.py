@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .branch_parameters import BranchParameters
@@ -82,3 +84,27 @@ class Executor(ABC):
     @abstractmethod
     def from_maps(self, maps: Tensor) -> Features:
         """Features of ``[branches, batch, channels, height, width]``."""
+
+    def channelwise(self, function: Callable[..., Tensor], channels: int, *features: Features) -> Features:
+        """A function that treats all channels and samples alike, such as pooling or a sum.
+
+        Args:
+            function: Its arguments and its result are feature maps ``[batch, channels, height, width]``, of any
+                samples and channels.
+            channels: Channels of each of ``features``.
+            features: The arguments.
+        """
+        maps = [self.to_maps(x, channels) for x in features]
+        result = function(*(x.flatten(0, 1) for x in maps))
+        return self.from_maps(result.unflatten(0, maps[0].shape[:2]))
+
+    def to_branches(self, x: Features, channels: int) -> Sequence[Tensor]:
+        """The feature maps ``[batch, channels, height, width]`` of each branch of ``x`` (of ``channels`` channels)."""
+        return self.to_maps(x, channels).unbind()
+
+    def from_branches(self, maps: Sequence[Tensor]) -> Features:
+        """The inverse of :meth:`to_branches`."""
+        if len(maps) == 1:
+            return self.from_maps(maps[0].unsqueeze(0))
+        rows = torch.stack([x.permute(0, 2, 3, 1) for x in maps])  # channels last, as the kernels read it
+        return self.from_maps(rows.permute(0, 1, 4, 2, 3))

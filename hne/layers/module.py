@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -157,13 +156,10 @@ class ModuleLayer(Layer, spec=Module):
 
     def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
         check_never_called(self.copies, "register the hook on the layer or on a copy")
-        maps = executor.to_maps(x, self.in_channels)
+        maps = executor.to_branches(x, self.in_channels)
         copies = list(self.copies)[branches]
         outputs = [self._call(module, maps[index // replicate]) for index, module in enumerate(copies)]
-        if len(outputs) == 1:
-            return executor.from_maps(outputs[0].unsqueeze(0))
-        rows = torch.stack([y.permute(0, 2, 3, 1) for y in outputs])  # channels last, as the kernels read it
-        return executor.from_maps(rows.permute(0, 1, 4, 2, 3))
+        return executor.from_branches(outputs)
 
     def _call(self, module: nn.Module, x: Tensor) -> Tensor:
         y = self._runs.as_map(module(self._runs.read(x)), x)

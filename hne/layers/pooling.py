@@ -89,13 +89,15 @@ class PoolingLayer(nn.Module):
         """The pooling of ``[batch, channels, height, width]``."""
 
     def forward(self, executor: Executor, x: Features, branches: slice, replicate: int) -> Features:
-        maps = executor.to_maps(x, self.channels)
+        pooled = executor.channelwise(self._pool, self.channels, x)
+        return executor.replicate(pooled, branches, replicate, self.channels)
+
+    def _pool(self, maps: Tensor) -> Tensor:
         least = self.spec.kernel_size - 2 * self.padding
-        height, width = maps.shape[3:]
+        height, width = maps.shape[2:]
         if height < least or width < least:
             raise ValueError(f"{self.spec}: expected feature maps of at least {least}x{least}, got {height}x{width}")
-        pooled = self.pool(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
-        return executor.replicate(executor.from_maps(pooled), branches, replicate, self.channels)
+        return self.pool(maps)
 
     def macs(self, size: Size) -> int:
         return 0

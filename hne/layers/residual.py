@@ -54,8 +54,7 @@ class ResidualLayer(nn.Module):
         if self.squeeze is None:
             return executor.conv_norm(last, y, branches, 1, activation, residual)
         y = self.squeeze(executor, executor.conv_norm(last, y, branches), branches)
-        maps = executor.to_maps(y, channels) + executor.to_maps(residual, channels)
-        return executor.from_maps(ACTIVATIONS[activation](maps))
+        return executor.channelwise(lambda y, x: ACTIVATIONS[activation](y + x), channels, y, residual)
 
     def shortcut_macs(self, size: Size) -> int:
         """Multiply-adds of shortcut and squeeze-and-excitation for an input of ``size``."""

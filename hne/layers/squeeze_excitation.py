@@ -27,10 +27,10 @@ class SqueezeExcitation(nn.Module):
     def forward(self, executor: Executor, x: Features, branches: slice) -> Features:
         """Scale the channels of ``x``, which has one branch for each of ``branches``."""
         channels = self.expand.channels
-        maps = executor.to_maps(x, channels)
-        pooled = executor.pool(executor.from_maps(maps))
-        scales = executor.conv(self.expand, executor.conv(self.reduce, pooled, branches, 1, "relu"), branches)
-        return executor.from_maps(maps * executor.to_maps(scales, channels).sigmoid())
+        x = executor.channelwise(lambda maps: maps, channels, x)  # computed once, as it is read twice
+        hidden = executor.conv(self.reduce, executor.pool(x), branches, 1, "relu")
+        scales = executor.conv(self.expand, hidden, branches)
+        return executor.channelwise(lambda maps, scales: maps * scales.sigmoid(), channels, x, scales)
 
     def macs(self) -> int:
         """Multiply-adds of one branch for one input."""
