@@ -373,5 +373,5 @@ def _fold(layer: nn.Module) -> FoldedWeights:
                 found[module] = fold_conv(module)
             elif isinstance(module, BranchParameters):
                 found[module] = module.read(slice(0, module.branches))
-    originals = dict(zip(wide.modules(), layer.modules(), strict=True))
-    return {originals[module]: weights for module, weights in found.items()}  # type: ignore[index]
+    originals = zip(wide.modules(), layer.modules(), strict=True)
+    return {original: found[module] for module, original in originals if module in found}  # type: ignore[misc]
