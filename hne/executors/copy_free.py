@@ -4,7 +4,7 @@ are prepared, and features are not copied where the tree branches."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -260,17 +260,19 @@ def _normalize(scale: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 class CopyFreeNetwork(nn.Module):
-    """The first ``num_models`` members of a network in eval mode, as one network of ``torch.nn`` modules.
+    """Some members of a network in eval mode, as one network of ``torch.nn`` modules.
 
     Layers of other packages, and those of which a submodule was replaced or has hooks, compute as in
     :class:`NaiveExecutor`.
 
     Args:
         network: The network, in eval mode. Later changes of its parameters have no effect.
-        num_models: Number of members.
-        images: Example images.
+        leaves: The first n members, ``slice(0, n)``; or a single one, ``slice(n, n + 1)``.
+        x: Example input: features of block ``first`` of a single member, or images for block 0.
+        first: The first block to compute.
+        keep: The blocks whose features are returned, too, before the logits; of a single member.
         mean: Whether the output is the mean of the members' logits, ``[batch, classes]``; else it is the logits of
-            each, ``[num_models, batch, classes]``.
+            each, ``[leaves, batch, classes]``.
         separate: Whether each branch has convolutions of its own; else those of a layer are a grouped convolution.
 
     Raises:
@@ -278,46 +280,60 @@ class CopyFreeNetwork(nn.Module):
     """
 
     def __init__(
-        self, network: Network, num_models: int, images: Tensor, *, mean: bool = True, separate: bool = False
+        self,
+        network: Network,
+        leaves: slice,
+        x: Tensor,
+        *,
+        first: int = 0,
+        keep: Collection[int] = (),
+        mean: bool = True,
+        separate: bool = False,
     ) -> None:
         super().__init__()
-        *nodes, (heads, replicate) = network.hierarchy.nodes(slice(0, num_models))
+        *nodes, (heads, replicate) = network.hierarchy.nodes(leaves, first)
         self._mean, self._head = mean, (network.head, heads, replicate)  # not a submodule
         folded: dict[BranchModule, tuple[Tensor, ...]] = {}
-        self._executor = CopyFreeExecutor(folded, images.dtype, separate)
+        self._executor = CopyFreeExecutor(folded, x.dtype, separate)
         self._steps = []
         self.called = nn.ModuleList()  # layers that read parameters of their own
         try:
             check_containers(network)
             folded |= _fold(network.head)
-            for block, (branches, children) in zip(network.layers_of_blocks(), nodes, strict=True):
+            blocks = zip(network.layers_of_blocks()[first:], nodes, strict=True)
+            for number, (block, (branches, children)) in enumerate(blocks, first):
                 for layer in block:
                     weights = _folded_weights(layer)
                     if weights is None or any(True for _ in _own_tensors(layer)):
                         self.called.append(layer)
                     folded |= weights or {}
-                    self._steps.append((layer, weights is None, branches, children))
+                    kept = number in keep and layer is block[-1]
+                    self._steps.append((layer, weights is None, branches, children, kept))
                     children = 1  # only the first layer of a block branches
             with torch.no_grad():
-                self(images)
+                self(x)
         except SkippedModuleError as error:
             raise error.within(network) from None
         names = {module: name for name, module in network.named_modules()}  # type: ignore[attr-defined]
         constants = self._executor.constants.items()
         self.constants = nn.ModuleDict({names[module].replace(".", "_"): value for module, value in constants})
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images ``[batch, channels, height, width]``."""
-        executor, x = self._executor, [Part(images)]
-        for layer, naive, branches, children in self._steps:
+    def forward(self, features: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Logits of features ``[batch, channels, height, width]``; with ``keep`` after those that are kept."""
+        executor, x = self._executor, [Part(features)]
+        results = []
+        for layer, naive, branches, children, kept in self._steps:
             if naive:
                 y = layer(_NAIVE, executor.to_tensor(x), branches, children)
                 x = executor.from_maps(_NAIVE.to_maps(y, layer.channels))
             else:
                 x = layer(executor, x, branches, children)
+            if kept:
+                results.append(executor.to_tensor(x))
         head, leaves, replicate = self._head
         logits = executor.mean_logits if self._mean else executor.logits
-        return logits(head, executor.pool(x), leaves, replicate)
+        y = logits(head, executor.pool(x), leaves, replicate)
+        return (*results, y) if results else y
 
 
 _NAIVE = NaiveExecutor()

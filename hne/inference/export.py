@@ -36,7 +36,7 @@ class EnsembleMean(nn.Module):
 
     def copy_free(self, images: Tensor, separate: bool = False) -> nn.Module:
         """The same function as a network of ``torch.nn`` modules; see :class:`CopyFreeNetwork`."""
-        return CopyFreeNetwork(self.model, self.num_models, images, mean=True, separate=separate)
+        return CopyFreeNetwork(self.model, slice(0, self.num_models), images, mean=True, separate=separate)
 
 
 class EnsembleMixture(nn.Module):
@@ -70,7 +70,9 @@ class EnsembleMixture(nn.Module):
 
     def copy_free(self, images: Tensor, separate: bool = False) -> nn.Module:
         """As :meth:`EnsembleMean.copy_free`."""
-        return _Mixture(self, CopyFreeNetwork(self.model, self.num_models, images, mean=False, separate=separate))
+        return _Mixture(
+            self, CopyFreeNetwork(self.model, slice(0, self.num_models), images, mean=False, separate=separate)
+        )
 
 
 class _Mixture(nn.Module):

@@ -25,7 +25,7 @@ def check(model: NaiveHNE, x: Tensor, sizes: Any, separate: bool) -> None:
         for n in sizes:
             want = model(x, n)
             for mean in (True, False):
-                network = CopyFreeNetwork(model, n, x[:2], mean=mean, separate=separate).eval()
+                network = CopyFreeNetwork(model, slice(0, n), x[:2], mean=mean, separate=separate).eval()
                 torch.testing.assert_close(network(x), want.mean(0) if mean else want)
 
 
@@ -33,6 +33,24 @@ def check(model: NaiveHNE, x: Tensor, sizes: Any, separate: bool) -> None:
 @each_tree
 def test_every_tree(tree: Hierarchy, separate: bool, rng: torch.Generator) -> None:
     check(build(NaiveHNE, tree, rng), images(rng), range(1, tree.num_models + 1), separate)
+
+
+@each_layout
+@each_tree
+def test_leaf_by_leaf_from_kept_features(tree: Hierarchy, separate: bool, rng: torch.Generator) -> None:
+    """The features of each block of the latest leaf are where the next leaf starts."""
+    model, x = build(NaiveHNE, tree, rng), images(rng)
+    blocks = len(model.blocks)
+    path = [x] + [torch.empty(0)] * blocks  # path[b] is the input of block b
+    with torch.no_grad():
+        for leaf, want in enumerate(model(x)):
+            first, leaves = tree.first_new(leaf), slice(leaf, leaf + 1)
+            options = {"first": first, "keep": range(first, blocks), "mean": False, "separate": separate}
+            step = CopyFreeNetwork(model, leaves, path[first][:1], **options).eval()
+            results = step(path[first])
+            *features, logits = results if first < blocks else (results,)
+            path[first + 1 :] = features
+            torch.testing.assert_close(logits[0], want)
 
 
 @each_layout
@@ -91,13 +109,13 @@ def test_a_layer_of_another_package(rng: torch.Generator) -> None:
 
         model = build(NaiveHNE, TREES["odd"], rng, blocks=[[Conv(6)], [Twice(6), Conv(6)], [Conv(5)]])
         check(model, images(rng), (1, 4, 6), separate=False)
-        assert [type(layer) for layer in CopyFreeNetwork(model, 4, images(rng)).called] == [TwiceLayer]
+        assert [type(layer) for layer in CopyFreeNetwork(model, slice(0, 4), images(rng)).called] == [TwiceLayer]
 
 
 def test_constants_are_those_of_the_members_alone(rng: torch.Generator) -> None:
     """No weight of other members, and none of a batch norm."""
     model = build(NaiveHNE, Hierarchy((1, 2, 4)), rng, blocks=[[Conv(6)], [Conv(8)], [Conv(7)]])
-    network = CopyFreeNetwork(model, 3, images(rng))
+    network = CopyFreeNetwork(model, slice(0, 3), images(rng))
     shapes = {name: tuple(value.shape) for name, value in network.named_parameters()}
     assert shapes == {
         "constants.blocks_0_0_unit.0.weight": (6, 3, 3, 3),
