@@ -15,17 +15,17 @@ from typing import Any
 
 import channels_last
 import memory
-import peers
 import pytest
 import roofline
 import torch
 from comparison import Case, check_agreement
 from meters import Side
 from torch import Tensor
+from worker import Files, write_files
 from workload import Network, Workload
 
 from hne import HNE, FusedHNE
-from hne.inference import EnsembleMean, write_onnx
+from hne.inference import ENGINES, EnsembleMean, load_engine
 from hne.losses import objective
 
 MEMORY_SIDES = ("fused", "naive", "channels_last", "channels_last_compiled")  # sides whose memory is measured
@@ -48,15 +48,11 @@ class Models:
         self.fused = build(network, device)
         self.naive = self.fused.to_naive()
         self.last = channels_last.convert(self.fused)
-        self._images, self._folder = torch.zeros(2, 3, network.size, network.size), folder
+        self._size, self._folder = network.size, folder
 
-    def graph(self, num_models: int) -> Path:
-        """Path of the file that ``hne export --format onnx --num-models n`` writes; written at the first call."""
-        path = self._folder / f"{num_models}.onnx"
-        if not path.exists():
-            with torch.no_grad():
-                write_onnx(EnsembleMean(copy.deepcopy(self.naive), num_models).eval(), self._images, path)
-        return path
+    def files(self, num_models: int) -> Files:
+        """The files with exported graphs, written at the first call."""
+        return write_files(self._folder, self.fused, num_models, self._size)
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +178,15 @@ def bench_inference(
         return make
 
     def peer(name: str) -> Side:
-        return peers.PEERS[name](ours.graph(n), x)
+        # Threads that spin after a call would slow down the next side.
+        return load_engine(name, ours.files(n).graphs, x, spin=False)
 
     with torch.no_grad(), fused.frozen_parameters():  # the weights in the exported graphs are constants, too
         versus(
             side(fused, x),
             side(naive, x),
             side(last, x.contiguous(memory_format=torch.channels_last)),
-            {name: functools.partial(peer, name) for name in peers.PEERS} if dtype == torch.float32 else {},
+            {name: functools.partial(peer, name) for name in ENGINES} if dtype == torch.float32 else {},
             kind="inference",
             name="inference",
             shape=_shape(network.name, f"n = {n}", f"batch {batch}", dtype=dtype),

@@ -16,12 +16,12 @@ from derived import is_in_large_table, small_tables
 from machine import describe, machine
 from memory import give_back
 from meters import Meter, Side
-from peers import freezing, missing
 from roofline import Rates, Work, measure
 from table import aligned, failures, machine_line, save, summary, text
 from workload import WORKLOADS, Network, Workload, default
 
 import hne_kernels as K
+from hne.inference import freezing, missing
 
 _ROWS = pytest.StashKey[list[Row]]()
 _REMARKS = pytest.StashKey[list[str]]()
