@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SANITIZERS ?= address,undefined
-RESULT ?= cpu
+RESULT ?= $(or $(shell $(BIN)/python benchmarks/machine.py),cpu)
 GPU_CHECK ?=
 
 BIN := $(VENV)/bin

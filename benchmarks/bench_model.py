@@ -10,7 +10,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import channels_last
@@ -21,7 +20,6 @@ import torch
 from comparison import Case, check_agreement
 from meters import Side
 from torch import Tensor
-from worker import Files, write_files
 from workload import Network, Workload
 
 from hne import HNE, FusedHNE
@@ -31,37 +29,22 @@ from hne.losses import objective
 MEMORY_SIDES = ("fused", "naive", "channels_last", "channels_last_compiled")  # sides whose memory is measured
 
 
-def build(network: Network, device: str) -> FusedHNE:
-    """Build a model and train its running statistics for a few batches, on the CPU: no kernel of a GPU is needed."""
-    torch.manual_seed(0)
-    fused = FusedHNE.from_preset(**network.preset)
-    with torch.no_grad():
-        for _ in range(3):
-            fused.train()(torch.randn(8, 3, network.size, network.size))
-    return fused.to(device)
-
-
 class Models:
-    """The models of one network with equal weights: fused, naive, channels-last, and exported graphs of naive."""
+    """The models of one network with equal weights: fused, naive, and channels-last."""
 
-    def __init__(self, network: Network, device: str, folder: Path) -> None:
-        self.fused = build(network, device)
+    def __init__(self, network: Network, device: str) -> None:
+        self.fused = network.build().to(device)
         self.naive = self.fused.to_naive()
         self.last = channels_last.convert(self.fused)
-        self._size, self._folder = network.size, folder
-
-    def files(self, num_models: int) -> Files:
-        """The files with exported graphs, written at the first call."""
-        return write_files(self._folder, self.fused, num_models, self._size)
 
 
 @pytest.fixture(scope="module")
-def models(workload: Workload, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Network], Models]:
+def models(workload: Workload) -> Callable[[Network], Models]:
     by_name: dict[str, Models] = {}
 
     def of(network: Network) -> Models:
         if network.name not in by_name:
-            by_name[network.name] = Models(network, workload.device, tmp_path_factory.mktemp("graphs"))
+            by_name[network.name] = Models(network, workload.device)
         return by_name[network.name]
 
     return of
@@ -162,7 +145,12 @@ def bench_training_step(
 
 
 def bench_inference(
-    inference: tuple[Network, int, int, torch.dtype], models: Any, versus: Any, workload: Workload, rng: torch.Generator
+    inference: tuple[Network, int, int, torch.dtype],
+    models: Any,
+    files: Any,
+    versus: Any,
+    workload: Workload,
+    rng: torch.Generator,
 ) -> None:
     """Mean logits of the first n members, as an exported graph returns them."""
     network, n, batch, dtype = inference
@@ -179,7 +167,7 @@ def bench_inference(
 
     def peer(name: str) -> Side:
         # Threads that spin after a call would slow down the next side.
-        return load_engine(name, ours.files(n).graphs, x, spin=False)
+        return load_engine(name, files(network, n).graphs, x, spin=False)
 
     with torch.no_grad(), fused.frozen_parameters():  # the weights in the exported graphs are constants, too
         versus(

@@ -47,6 +47,7 @@ class Row:
     floor_ms: float | None = None  # lower bound for any side, see roofline.py
     case: Case = field(default_factory=Case)
     memory_mib: dict[str, float] = field(default_factory=dict)  # peak memory of a call, by side
+    p99_ms: dict[str, float] = field(default_factory=dict)  # 99th percentile of all calls, by side
     failed: dict[str, str] = field(default_factory=dict)  # reasons in one line, by side
 
     @property

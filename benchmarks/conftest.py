@@ -6,6 +6,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,9 +19,11 @@ from memory import give_back
 from meters import Meter, Side
 from roofline import Rates, Work, measure
 from table import aligned, failures, machine_line, save, summary, text
+from worker import Files, write_files
 from workload import WORKLOADS, Network, Workload, default
 
 import hne_kernels as K
+from hne import FusedHNE
 from hne.inference import freezing, missing
 
 _ROWS = pytest.StashKey[list[Row]]()
@@ -57,6 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "inference": workload.inference,
         "anytime": workload.anytime,
         "head": workload.heads,
+        "processes": workload.processes,
     }.items():
         if argument in metafunc.fixturenames:
             metafunc.parametrize(argument, cases, ids=["-".join(map(_plain, case)) for case in cases])
@@ -103,9 +107,45 @@ def _within_budget(pytestconfig: pytest.Config) -> None:
         pytest.skip(f"the budget of {budget:g} s is used up")
 
 
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Network, int], Files]:
+    """The weights and graphs of a network and an ensemble size, which engines and processes load; written when first
+    asked for."""
+    by_name: dict[str, tuple[Path, FusedHNE]] = {}
+
+    def of(network: Network, num_models: int) -> Files:
+        if network.name not in by_name:
+            by_name[network.name] = tmp_path_factory.mktemp("files"), network.build()
+        return write_files(*by_name[network.name], num_models, network.size)
+
+    return of
+
+
+@pytest.fixture
+def watch(request: pytest.FixtureRequest, _within_budget: None) -> Watch:
+    """The clock of pytest-benchmark in a test; to be asked for before its fixture."""
+    watch = Watch()
+    request.node.add_marker(pytest.mark.benchmark(timer=watch))
+    return watch
+
+
+@pytest.fixture
+def record(pytestconfig: pytest.Config) -> Callable[[list[Row]], None]:
+    """Return ``record(rows)``: it puts the rows of this comparison, so far, into the table, and saves it."""
+    all_rows = pytestconfig.stash[_ROWS]
+    first = len(all_rows)
+
+    def record(rows: list[Row]) -> None:
+        all_rows[first:] = rows
+        _save(pytestconfig)
+
+    return record
+
+
 @pytest.fixture
 def versus(
-    _within_budget: None,
+    watch: Watch,
+    record: Callable[[list[Row]], None],
     request: pytest.FixtureRequest,
     workload: Workload,
     meter: Meter,
@@ -120,8 +160,6 @@ def versus(
     ``work()`` returns the least work of a call.
     """
     quick = request.config.getoption("--benchmark-quick")
-    watch = Watch()
-    request.node.add_marker(pytest.mark.benchmark(timer=watch))
     benchmark = request.getfixturevalue("benchmark")
 
     def side(backend: str, make: Callable[[Wrap], Side], wrap: Wrap) -> Side:
@@ -172,13 +210,6 @@ def versus(
             if name in others and name not in absent
         }
         ours, theirs = ({n: made for n, made in sides.items() if n not in without} for sides in (ours, theirs))
-        all_rows = request.config.stash[_ROWS]
-        first = len(all_rows)
-
-        def report(rows: list[Row]) -> None:
-            all_rows[first:] = rows
-            _save(request.config)
-
         try:
             with meter.running(), freezing("frozen" in others):
                 rows = compare(
@@ -191,7 +222,7 @@ def versus(
                     floor_ms=floor_ms or None,
                     seconds=None if quick else workload.seconds,
                     groups=workload.groups(list(theirs), list(ours)),
-                    report=report,
+                    report=record,
                     **options,
                 )
         except LostDevice as lost:

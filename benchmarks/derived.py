@@ -9,6 +9,7 @@ from math import isfinite
 from comparison import Row
 
 CALL, DISPATCHER = "op call", "dispatcher"  # rows of bench_calls.py: their name, and their second side
+BACK_TO_BACK = "back to back"  # rows of bench_processes.py
 
 Line = tuple[str, ...]
 
@@ -23,8 +24,8 @@ class SmallTable:
 
 
 def is_in_large_table(row: Row) -> bool:
-    """Whether the large table shows a row; op calls have a small table only."""
-    return row.name != CALL
+    """Whether the large table shows a row; the others have a small table only."""
+    return row.name not in (CALL, BACK_TO_BACK)
 
 
 def small_tables(rows: Sequence[Row]) -> list[SmallTable]:
@@ -46,6 +47,7 @@ def small_tables(rows: Sequence[Row]) -> list[SmallTable]:
             ("network", "batch", "anytime ms", "one call ms", "anytime / one call"),
             list(_anytime(rows)),
         ),
+        SmallTable("Calls back to back, each side in a process of its own: p50 / p99 in ms", *_back_to_back(rows)),
         SmallTable(
             "An op call on tiny inputs, microseconds",
             ("op", "call", "its dispatcher and kernel", "beside them", "plain PyTorch"),
@@ -100,6 +102,21 @@ def _anytime(rows: Sequence[Row]) -> Iterator[Line]:
             whole = inference[case].fused_ms
             setting, batch, _ = case
             yield _title(setting), str(batch), f"{row.fused_ms:.3f}", f"{whole:.3f}", f"{row.fused_ms / whole:.2f}"
+
+
+def _back_to_back(rows: Sequence[Row]) -> tuple[Line, list[Line]]:
+    rows = [row for row in rows if row.name == BACK_TO_BACK]
+    others = list(dict.fromkeys(side for row in rows for side in row.others_ms))
+    lines = []
+    for row in rows:
+        median = {"fused": row.fused_ms, **row.others_ms}
+        cells = [f"{median[s]:.3f} / {row.p99_ms[s]:.3f}" if s in median else "" for s in ("fused", *others)]
+        ratios = [
+            f"{min(ms[side] for side in row.others_ms) / ms['fused']:.2f}" if row.others_ms else ""
+            for ms in (median, row.p99_ms)
+        ]
+        lines.append((row.shape, *cells, *ratios))
+    return ("shape", "fused", *others, "ratio of p50", "ratio of p99"), lines
 
 
 def _calls(rows: Sequence[Row]) -> Iterator[Line]:

@@ -1,4 +1,7 @@
-"""Description of the machine and the commit, for the line above every table."""
+"""Description of the machine and the commit, for the line above every table.
+
+``machine.py`` prints the name of this machine's table: ``cpu-`` and the instruction set of the kernels.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,15 @@ def _driver() -> str:
         return "unknown"
 
 
+def table_name() -> str:
+    """The name of this machine's table in results: that of the instruction set, as it decides on the kernels."""
+    return f"cpu-{extension.cpu_library().cpu_capability()}"
+
+
 def describe() -> dict[str, str]:
     """The machine, the commit and the date."""
     return machine() | {"commit": commit(), "date": datetime.date.today().isoformat()}
+
+
+if __name__ == "__main__":
+    print(table_name())

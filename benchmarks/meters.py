@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import ceil
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -35,6 +36,11 @@ class Meter(Protocol):
 
     def works(self) -> bool:
         """Whether the device still computes."""
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The least value that at least ``percent`` of all values do not exceed."""
+    return sorted(values)[max(0, ceil(percent / 100 * len(values)) - 1)]
 
 
 class HostMeter:

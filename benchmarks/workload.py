@@ -10,6 +10,7 @@ import torch
 from meters import GpuMeter, HostMeter, Meter
 
 import hne_kernels as K
+from hne import FusedHNE
 
 
 class Network(NamedTuple):
@@ -18,6 +19,15 @@ class Network(NamedTuple):
     name: str
     size: int
     preset: dict[str, Any]  # arguments of FusedHNE.from_preset
+
+    def build(self) -> FusedHNE:
+        """A model on the CPU whose running statistics were trained for a few batches; it needs no kernel of a GPU."""
+        torch.manual_seed(0)
+        model = FusedHNE.from_preset(**self.preset)
+        with torch.no_grad():
+            for _ in range(3):
+                model.train()(torch.randn(8, 3, self.size, self.size))
+        return model
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,9 @@ class Workload:
     anytime: tuple[tuple[Network, int, torch.dtype], ...]  # batch, dtype
     compiler: dict[str, str]  # options of torch.compile
     rates: tuple[int | None, tuple[int, ...]]  # MiB to copy and sizes of matrices, to measure the machine
+    processes: tuple[tuple[Network, int, int], ...] = ()  # ensemble size, batch: in processes of their own
+    turn: float = 1.5  # seconds of calls back to back
+    turns: int = 4
     memory: bool = False  # measure the memory of a training step
     seconds: float = 1.5  # per comparison
     one_by_one: bool = False  # one side after the other, compiled ones last, for a run that may be cut off
@@ -93,6 +106,10 @@ CPU = Workload(
     anytime=tuple((RESNET, batch, torch.float32) for batch in (1, 8)),
     compiler={},
     rates=(None, (1024, 1536)),
+    processes=(
+        *((RESNET, n, batch) for batch in (1, 8) for n in (1, 4, 16)),
+        *((MOBILENET, 8, batch) for batch in (1, 8)),
+    ),
     memory=True,
     seconds=3.0,
 )
@@ -123,6 +140,7 @@ REHEARSAL = Workload(
     anytime=((TINY, 2, torch.float32),),
     compiler={"backend": "eager"},
     rates=(1, (64,)),
+    processes=((TINY, 2, 2),),
     one_by_one=True,
 )
 WORKLOADS = {"cpu": CPU, "gpu": GPU, "rehearsal": REHEARSAL}

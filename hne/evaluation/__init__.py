@@ -7,3 +7,4 @@ from .latency import AnytimeStep, alternating_seconds, measure_anytime, seconds_
 from .ood import OODEvaluation, evaluate_ood
 from .predict import Ensemble, predict
 from .regression import RegressionEvaluation, RegressionMetrics, evaluate_regression
+from .speed import COMPILED, EAGER, FUSED, SIDES, InferenceSides, TrainingSides

@@ -49,7 +49,14 @@ def seconds_per_call(function: Callable[[], object], min_seconds: float) -> floa
     return timer.blocked_autorange(min_run_time=min_seconds).median
 
 
-def alternating_seconds(calls: Sequence[Callable[[], object]], rounds: int, min_seconds: float) -> list[float]:
+def alternating_seconds(
+    calls: Sequence[Callable[[], object]],
+    rounds: int,
+    min_seconds: float,
+    *,
+    rest: float = 0.0,
+    progress: Callable[[int], object] | None = None,
+) -> list[float]:
     """Median time of each of several calls that are to be compared.
 
     In each round every call is timed once, one after the other, so that a change of the machine's speed changes all of
@@ -59,13 +66,24 @@ def alternating_seconds(calls: Sequence[Callable[[], object]], rounds: int, min_
         calls: the calls.
         rounds: number of rounds, at least 1.
         min_seconds: least time to spend on a call in a round, by repeating it; the calls' own time if it is longer.
+        rest: seconds to rest before each turn, in which threads that wait for work of the call before fall asleep. An
+            untimed call follows.
+        progress: called with 1 after each turn.
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected a number of at least 1, got {rounds}")
     timers = [Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()) for call in calls]
     repeats = [max(1, math.ceil(min_seconds / timer.timeit(1).mean)) for timer in timers]
-    times = [[timer.timeit(n).mean for timer, n in zip(timers, repeats, strict=True)] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
+    times: list[list[float]] = [[] for _ in timers]
+    for _ in range(rounds):
+        for timer, n, found in zip(timers, repeats, times, strict=True):
+            time.sleep(rest)
+            if rest and n > 1:  # a long call wakes its threads itself
+                timer.timeit(max(1, math.ceil(n / 4)))
+            found.append(timer.timeit(n).mean)
+            if progress is not None:
+                progress(1)
+    return [statistics.median(found) for found in times]
 
 
 @torch.inference_mode()
