@@ -23,6 +23,7 @@ from torch import Tensor
 from workload import Network, Workload
 
 from hne import HNE, FusedHNE
+from hne.executors import CopyFreeNetwork
 from hne.inference import ENGINES, EnsembleMean, load_engine
 from hne.losses import objective
 
@@ -165,6 +166,13 @@ def bench_inference(
 
         return make
 
+    def folded(wrap: Any) -> Side:
+        """The network that is exported."""
+        last = x.contiguous(memory_format=torch.channels_last)
+        network = CopyFreeNetwork(fused, n, last[:1]).eval().to(memory_format=torch.channels_last)
+        function = wrap(network)
+        return lambda: function(last)
+
     def peer(name: str) -> Side:
         # Threads that spin after a call would slow down the next side.
         return load_engine(name, files(network, n).graphs, x, spin=False)
@@ -174,6 +182,7 @@ def bench_inference(
             side(fused, x),
             side(naive, x),
             side(last, x.contiguous(memory_format=torch.channels_last)),
+            folded,
             {name: functools.partial(peer, name) for name in ENGINES} if dtype == torch.float32 else {},
             kind="inference",
             name="inference",

@@ -151,13 +151,13 @@ def versus(
     meter: Meter,
     rates: Callable[[torch.dtype], Rates],
 ) -> Iterator[Versus]:
-    """Return ``versus(fused, naive, channels_last=None, peers={}, name=, shape=, images=, dtype=, work=)``.
+    """Return ``versus(fused, naive, channels_last, folded, peers, name=, shape=, images=, dtype=, work=)``.
 
-    See :func:`comparison.compare`. The arguments ``fused``, ``naive`` and ``channels_last`` are functions that make a
-    side. They take ``wrap``, which is ``torch.compile`` or the identity, and apply it to the function that is timed. A
-    side is made and called under its own backend. ``peers`` and ``beside`` map names to functions without arguments
-    that make a side; a side in ``beside`` gets a row of its own. ``kind`` selects the peers, see :mod:`workload`.
-    ``work()`` returns the least work of a call.
+    See :func:`comparison.compare`. The arguments ``fused``, ``naive``, ``channels_last`` and ``folded`` (the last two
+    may be absent) are functions that make a side. They take ``wrap``, which is ``torch.compile`` or the identity, and
+    apply it to the function that is timed. A side is made and called under its own backend. ``peers`` and ``beside``
+    map names to functions without arguments that make a side; a side in ``beside`` gets a row of its own. ``kind``
+    selects the peers, see :mod:`workload`. ``work()`` returns the least work of a call.
     """
     quick = request.config.getoption("--benchmark-quick")
     benchmark = request.getfixturevalue("benchmark")
@@ -172,6 +172,7 @@ def versus(
         fused: Callable[[Wrap], Side],
         naive: Callable[[Wrap], Side],
         channels_last: Callable[[Wrap], Side] | None = None,
+        folded: Callable[[Wrap], Side] | None = None,
         peers: Mapping[str, Callable[[], Side]] = MappingProxyType({}),
         *,
         dtype: torch.dtype,
@@ -190,7 +191,7 @@ def versus(
             "channels_last": (channels_last, _identity),
             "compiled": (naive, compiled),
             "channels_last_compiled": (channels_last, compiled),
-            "frozen": (channels_last, compiled),
+            "frozen": (folded, compiled),
         }
         absent = {name: why for name in peers if name in others and (why := missing(name))}
         for why in absent.values():

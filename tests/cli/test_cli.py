@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ import hne
 from hne import AnytimePredictor
 from hne.cli import main
 from hne.data import load_dataset
-from hne.inference import export
+from hne.evaluation import InferenceSides
+from hne.inference import engines, export
 from hne.models.checkpoint import load_model
 from hne.training import CHECKPOINT
 
@@ -76,6 +79,7 @@ def test_module_is_the_command() -> None:
         (["anytime", "run", "--deadline-ms", "0"], "expected a number above 0, got '0'"),
         (["anytime", "run", "--confidence", "sure"], "expected a number above 0, got 'sure'"),
         (["bench", "--batch-sizes", "1,two"], "expected a whole number above 0, got 'two'"),
+        (["bench", "--against", "eager,numpy"], "expected names of eager, compile, onnxruntime, openvino, got 'numpy'"),
     ],
 )
 def test_bad_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,11 +372,60 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "50.82 M   65.71 M   107.17 M   201.92 M   402.36 M" in out
 
 
+BENCH = ["bench", "--preset", "hne_tiny", "--width", "0.25", "--input-size", "8", "--seconds", "0.01"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--train"]])
 def test_bench(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", "--width", "0.25", "--input-size", "8", "--batch-sizes", "2,3", "--seconds", "0.01", *flags]
-    assert main(argv) == 0
-    assert len(re.findall(r"^ *[23] +([\d.]+ +){4}[\d.]+x *$", capsys.readouterr().out, re.M)) == 2
+    assert main([*BENCH, "--against", "eager", "--batch-sizes", "2,3", *flags]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^ *[23] +([\d.]+ +){3}[\d.]+x *$", out, re.M)) == 2
+    assert "hne_tiny, 8 of 8 models, 8x8: " + ("training step" if flags else "inference") in out
+
+
+def test_bench_tells_why_a_side_is_not_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++\ncompiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "openvino" else "there")
+    assert main([*BENCH, "--against", "compile,openvino,eager", "--batch-sizes", "2", "--num-models", "1"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ *2 +([\d.]+ +){3}[\d.]+x *$", out, re.M)
+    assert "torch.compile: failed: RuntimeError: no C++ compiler" in out
+    assert "OpenVINO: openvino is not installed: pip install openvino" in out
+    assert main([*BENCH, "--against", "onnxruntime", "--batch-sizes", "2", "--train"]) == 0
+    assert "ONNX Runtime: does not train" in capsys.readouterr().out
+
+
+def test_bench_checks_that_all_compute_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InferenceSides, "make", _counting_sides())
+    told = error_of(capsys, *BENCH, "--against", "eager", "--batch-sizes", "2")
+    assert "eager PyTorch and this package compute different outputs" in told
+
+
+def _counting_sides() -> Callable[..., Callable[[], torch.Tensor]]:
+    """Each side has a result of its own."""
+    count = itertools.count()
+
+    def make(self: object, name: str) -> Callable[[], torch.Tensor]:
+        result = torch.full((2,), float(next(count)))
+        return lambda: result
+
+    return make
+
+
+def test_bench_against_installed_engines(capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    assert main([*BENCH, "--against", "onnxruntime", "--batch-sizes", "1,2", "--num-models", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "ONNX Runtime (ms)" in out
+    assert len(re.findall(r"^ *[12] +([\d.]+ +){3}[\d.]+x *$", out, re.M)) == 2
 
 
 def test_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
