@@ -89,14 +89,12 @@ class Executor(ABC):
         """A function that treats all channels and samples alike, such as pooling or a sum.
 
         Args:
-            function: Its arguments and its result are feature maps ``[batch, channels, height, width]``, of any
-                samples and channels.
+            function: Its arguments and its result are feature maps ``[..., channels, height, width]``, where the
+                channels may be those of one branch or of all.
             channels: Channels of each of ``features``.
             features: The arguments.
         """
-        maps = [self.to_maps(x, channels) for x in features]
-        result = function(*(x.flatten(0, 1) for x in maps))
-        return self.from_maps(result.unflatten(0, maps[0].shape[:2]))
+        return self.from_maps(function(*(self.to_maps(x, channels) for x in features)))
 
     def to_branches(self, x: Features, channels: int) -> Sequence[Tensor]:
         """The feature maps ``[batch, channels, height, width]`` of each branch of ``x`` (of ``channels`` channels)."""

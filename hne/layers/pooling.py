@@ -94,10 +94,12 @@ class PoolingLayer(nn.Module):
 
     def _pool(self, maps: Tensor) -> Tensor:
         least = self.spec.kernel_size - 2 * self.padding
-        height, width = maps.shape[2:]
+        height, width = maps.shape[-2:]
         if height < least or width < least:
             raise ValueError(f"{self.spec}: expected feature maps of at least {least}x{least}, got {height}x{width}")
-        return self.pool(maps)
+        if maps.dim() == 4:
+            return self.pool(maps)
+        return self.pool(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
 
     def macs(self, size: Size) -> int:
         return 0
