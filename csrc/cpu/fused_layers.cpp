@@ -155,7 +155,8 @@ class PreparedLayers {
     const Tensor x = widen(x_in);
     std::vector<Tensor> results;
     ThreadTeam::lead(
-        [&] { results = dispatch(x, [&](auto type) { return forward_micro_batches<decltype(type)>(x); }); });
+        [&] { results = dispatch(x, [&](auto type) { return forward_micro_batches<decltype(type)>(x); }); },
+        ThreadTeam::Helpers::of_library);
     for (Tensor& features : results) features = round_to(features, type_);
     return results;
   }

@@ -1,17 +1,16 @@
 // A team of threads for the parallel loops of one op: the calling thread leads, the others help.
 //
 // Starting threads takes microseconds per loop, as long as one layer of one image. A team therefore starts its threads
-// once for all loops of an op; between loops the helpers spin. A loop does not wait for helpers that arrive late: the
-// other threads take over their tasks.
+// once for all loops of an op; between loops the helpers spin. The threads take over each other's tasks.
 //
-// Linux may wake a thread on the core of its waker although another core is idle, and libgomp's threads spin for
-// milliseconds while they wait for each other. The woken thread would then run only after its waker's time slice, and
-// an op of microseconds would take 4 or 8 ms. Therefore a helper that finds another thread of its team on its core
-// moves to a free core, and at the end of the op the leader yields its core to helpers that have not arrived, before it
-// waits for them. (A thread that has moved once keeps its affinity of that time, even if its cpuset grows later.)
+// The helpers are PyTorch's threads, or this library's (helper_threads.h). PyTorch's spin for milliseconds after a
+// loop, and keep others from their cores; they are the right ones between ops of PyTorch, as in training. But PyTorch's
+// loops end only when each of their threads has come: where another thread or process uses a core, an op of a
+// millisecond takes a time slice more. Inference in one op therefore has helpers that need not come.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -19,40 +18,25 @@
 #include <thread>
 #include <utility>
 
-#ifdef __linux__
-#include <sched.h>
-#endif
-
+#include "helper_threads.h"
 #include "tensor.h"
 
 namespace hne {
 
 class ThreadTeam {
  public:
+  enum class Helpers { of_torch, of_library };
+
   // Calls body() on this thread, as the leader of a team of torch.get_num_threads() threads that share its
   // parallel_tasks. No team is made if the thread leads one already, or if there is only one thread.
   template <typename F>
-  static void lead(const F& body) {
+  static void lead(const F& body, Helpers helpers = Helpers::of_torch) {
     const int64_t threads = torch::stable::get_num_threads();
     if (current() != nullptr || threads <= 1) return body();
-    ThreadTeam team(threads);
-    team.claim_core();
-    std::exception_ptr failure;
-    bool started = false;
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      if (&current() != team.leader_) return team.help(begin, end);
-      if (started) return;  // parallel_for may call the leader once for each of several threads
-      started = true;
-      current() = &team;
-      try {
-        body();
-      } catch (...) {
-        failure = std::current_exception();
-      }
-      current() = nullptr;
-      team.dismiss(threads - (end - begin));
-    });
-    if (failure) std::rethrow_exception(failure);
+    static thread_local Clock::time_point torch_spins_until = {};
+    if (helpers == Helpers::of_library && Clock::now() >= torch_spins_until) return lead_library(threads, body);
+    lead_torch(threads, body);
+    if (helpers == Helpers::of_torch) torch_spins_until = Clock::now() + kTorchSpins;
   }
 
   // The team that the calling thread leads, or null.
@@ -78,65 +62,96 @@ class ThreadTeam {
     }
     context_ = &f;
     call_ = [](const void* context, int64_t task) { (*static_cast<const F*>(context))(task); };
-    const int64_t loop = loop_.load(std::memory_order_relaxed) + 1;
-    loop_.store(loop);
+    const int64_t helpers = std::min(tasks, threads_) - 1;
+    loop_.open(helpers, [](void* team, int64_t thread) { static_cast<ThreadTeam*>(team)->work(thread); }, this);
+    if (library_ != nullptr) library_->call(helpers);
     work(0);
-    loop_.store(loop + 1);  // closed: no helper starts on this loop any more
-    SpinWait spin;
-    while (active_helpers_.load() > 0) spin.wait();
+    if (loop_.close()) {
+      SpinWait spin;
+      if (library_ != nullptr)
+        library_->wait(loop_);
+      else
+        while (loop_.inside() > 0) spin.wait();
+    }
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
-  static constexpr int kDismissYields = 64, kMaxCores = 1024, kBitsPerWord = 64;
-  static constexpr int64_t kDismissed = -2;
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds kTorchSpins{10};
+  static constexpr int kDismissYields = 64;
 
   struct alignas(64) TaskRange {
     std::atomic<int64_t> next;
     int64_t end;
   };
 
-  // Waits for an event that is near: spins first, then yields the core.
-  class SpinWait {
-   public:
-    void wait() {
-      if (++times_ < 1000) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        asm volatile("yield");
-#endif
-      } else {
-        std::this_thread::yield();
-      }
-    }
+  ThreadTeam(int64_t threads, SharedLoop& loop, HelperThreads* library)
+      : threads_(threads), loop_(loop), library_(library), ranges_(new TaskRange[threads]) {}
 
-   private:
-    int times_ = 0;
-  };
-
-  explicit ThreadTeam(int64_t threads) : threads_(threads), leader_(&current()), ranges_(new TaskRange[threads]) {}
-
-  // Works on the leader's loops until dismissed. The calling thread stands for the threads [begin, end) of the team.
-  void help(int64_t begin, int64_t end) {
-    if (!claim_core()) move_to_free_core();
-    arrived_.fetch_add(end - begin);
-    SpinWait spin;
-    for (int64_t last = 0;;) {
-      const int64_t loop = loop_.load();
-      if (loop == kDismissed) return;
-      if (loop % 2 == 0 || loop == last) {
-        spin.wait();
-        continue;
-      }
-      active_helpers_.fetch_add(1);
-      if (loop_.load() == loop) work(begin);
-      active_helpers_.fetch_sub(1);
-      last = loop, spin = {};
-    }
+  // Makes the team the current one of the calling thread, while body() runs.
+  template <typename F>
+  void run(const F& body) {
+    struct Current {
+      explicit Current(ThreadTeam* team) { current() = team; }
+      ~Current() { current() = nullptr; }
+    } const until_end(this);
+    body();
   }
 
-  // Runs the tasks of thread `self` first, then the remaining tasks of the others.
+  template <typename F>
+  static void lead_library(int64_t threads, const F& body) {
+    HelperThreads& helpers = HelperThreads::of_process();
+    SharedLoop* const loop = helpers.take_loop(threads - 1);
+    if (loop == nullptr) return lead_torch(threads, body);
+    struct GiveBack {
+      HelperThreads& helpers;
+      SharedLoop& loop;
+      ~GiveBack() { helpers.give_back(loop); }
+    } const at_end{helpers, *loop};
+    helpers.call(threads - 1);  // before the first loop: to wake a thread takes longer than a small layer
+    ThreadTeam(threads, *loop, &helpers).run(body);
+  }
+
+  // A woken thread may have to wait on the leader's core, and libgomp's threads spin for milliseconds while they wait
+  // for each other. Therefore a helper that finds another thread of its team on its core moves to a free core, and at
+  // the end of the op the leader yields its core to helpers that have not arrived, before it waits for them.
+  template <typename F>
+  static void lead_torch(int64_t threads, const F& body) {
+    SharedLoop loop;
+    ThreadTeam team(threads, loop, nullptr);
+    ClaimedCores cores;
+    cores.claim();
+    std::atomic<int64_t> arrived = 0;  // threads of the team, without the leader's
+    std::atomic<bool> dismissed = false;
+    ThreadTeam** const leader = &current();  // identifies the leading thread
+    bool started = false;                    // parallel_for may call the leader once for each of several threads
+    std::exception_ptr failure;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      if (&current() != leader) {  // a helper, which stands for the threads [begin, end) of the team
+        if (!cores.claim()) cores.move_to_free_core();
+        arrived += end - begin;
+        SpinWait spin;
+        for (uint32_t last = 0; !dismissed;)
+          if (loop.join(begin, last))
+            loop.leave(), spin = {};
+          else
+            spin.wait();
+      } else if (!std::exchange(started, true)) {
+        try {
+          team.run(body);
+        } catch (...) {
+          failure = std::current_exception();
+        }
+        dismissed = true;
+        const int64_t helpers = threads - (end - begin);
+        for (int times = 0; times < kDismissYields && arrived < helpers; ++times) std::this_thread::yield();
+      }
+    });
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  // Runs the tasks of thread number `self` first, then the remaining tasks of the others.
   void work(int64_t self) {
     in_task() = true;
     for (int64_t i = 0; i < threads_; ++i) {
@@ -155,49 +170,14 @@ class ThreadTeam {
     in_task() = false;
   }
 
-  // Ends the helpers' work. A helper that has not arrived may be waiting for this core: yield it.
-  void dismiss(int64_t helpers) {
-    loop_.store(kDismissed);
-    for (int times = 0; times < kDismissYields && arrived_.load() < helpers; ++times) std::this_thread::yield();
-  }
-
-  // Claims the core of the calling thread; false if another thread of the team has claimed it.
-  bool claim_core() {
-#ifdef __linux__
-    const int core = sched_getcpu();
-    if (core < 0 || core >= kMaxCores) return true;
-    const uint64_t bit = uint64_t(1) << (core % kBitsPerWord);
-    return (claimed_cores_[core / kBitsPerWord].fetch_or(bit) & bit) == 0;
-#else
-    return true;
-#endif
-  }
-
-  // Moves the calling thread to a core that no thread of the team has claimed, then restores its affinity: the move is
-  // immediate, and later the scheduler may place the thread as before.
-  void move_to_free_core() {
-#ifdef __linux__
-    cpu_set_t allowed, free;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;  // the machine has more cores than a cpu_set_t
-    free = allowed;
-    for (int other = 0; other < kMaxCores; ++other)
-      if (claimed_cores_[other / kBitsPerWord].load() >> (other % kBitsPerWord) & 1) CPU_CLR(other, &free);
-    if (CPU_COUNT(&free) == 0) return;
-    if (sched_setaffinity(0, sizeof free, &free) == 0) sched_setaffinity(0, sizeof allowed, &allowed);
-#endif
-  }
-
   const int64_t threads_;
-  ThreadTeam** const leader_;  // address of the leading thread's current(): identifies that thread
+  SharedLoop& loop_;
+  HelperThreads* const library_;  // null: helpers are PyTorch's
   std::unique_ptr<TaskRange[]> ranges_;
   std::mutex failure_mutex_;
   std::exception_ptr failure_;
-  alignas(64) std::atomic<int64_t> loop_{0};  // number of the loop: odd while it is open; or kDismissed
   void (*call_)(const void*, int64_t) = nullptr;
   const void* context_ = nullptr;
-  alignas(64) std::atomic<int64_t> active_helpers_{0};  // helpers that are in the current loop
-  std::atomic<int64_t> arrived_{0};                     // threads of the team that have arrived, without the leader's
-  std::atomic<uint64_t> claimed_cores_[kMaxCores / kBitsPerWord] = {};
 };
 
 // Number of threads that share a parallel loop.
