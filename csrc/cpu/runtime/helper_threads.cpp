@@ -16,8 +16,8 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 // It takes 10 to 50 microseconds to wake a thread; a time slice is 1000 to 4000.
-constexpr microseconds kSpin(100);
-constexpr microseconds kLook(20), kMaxLook(500);  // between looks at a thread that others wait for
+constexpr microseconds kSpin(300);
+constexpr microseconds kPatience(150), kLook(20), kMaxLook(500);  // before the first look at a thread, between looks
 
 std::atomic<HelperThreads*> helpers_of_process = nullptr;
 
@@ -86,7 +86,7 @@ void HelperThreads::call(int64_t helpers) {
 
 void HelperThreads::wait(const SharedLoop& loop) {
   Clock::duration interval = kLook;
-  Clock::time_point look = Clock::now() + interval;
+  Clock::time_point look = Clock::now() + kPatience;
   uint32_t fetched = 0;
   while (const uint32_t inside = loop.inside()) {
     SpinWait::pause();
@@ -109,14 +109,14 @@ void HelperThreads::help(Helper& self, int64_t number) {
   prefer_short_slices();
   LoopNumbers last = {};
   for (;;) {
-    Clock::time_point now = Clock::now(), awake_until = now + kSpin, look = now + kLook;
+    Clock::time_point now = Clock::now(), awake_until = now + kSpin, look = now + kPatience;
     while (now < awake_until) {
       const bool worked = work(self, number, last);
       SpinWait::pause();
       now = Clock::now();
       if (worked) {
         if (self.fetched.exchange(false)) break;  // the leader needs this core
-        awake_until = now + kSpin, look = now + kLook;
+        awake_until = now + kSpin, look = now + kPatience;
       } else if (now >= look) {
         if (fetch_leader()) break;
         look = now + kLook;
