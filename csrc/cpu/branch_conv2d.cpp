@@ -64,6 +64,7 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
       for (int64_t m = 0; m < count; ++m, row += g.out_channels) add_rows[m] = row;
     }
     const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels + channel : nullptr;
+    PrefetchQueue<T> ahead;
     if (by_windows) {
       gather_rows(g, branch_x, zeros.data(), first, count, rows, kBlockRows);
       T* const windows = scratch<T>(3, kBlockRows * parts.taps * parts.depth);
@@ -100,12 +101,16 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
                     by_rows ? line_step(g) : 0};
     } else {
       rows[0] = x.read(parent, first, count, scratch<T>(4, kBlockRows * g.in_channels));
+      if (written) {  // else the next rows may be another thread's
+        x.add_rows_after(ahead, g.parents, parent, first, count);
+        add_rows_after<T>(ahead, out, g.branches * total, g.out_channels, branch * total + first, count);
+      }
       taps[0] = {rows, branch_weight, panel_stride, g.in_channels, g.in_channels};
     }
     for (int64_t m = 0, pixels; m < count; m += pixels) {
       pixels = by_rows ? std::min(count - m, g.out_width - (first + m) % g.out_width) : count;
       kernels<T>().gemm({taps, by_lines ? g.kernel_size : 1, pixels, channels, out_rows + m, branch_bias,
-                         add_rows != nullptr ? add_rows + m : nullptr, clamp});
+                         add_rows != nullptr ? add_rows + m : nullptr, clamp, &ahead});
       for (int64_t ky = 0; by_rows && ky < g.kernel_size; ++ky) taps[ky].rows += pixels;
     }
     if (written) written(branch, first, count);

@@ -218,32 +218,30 @@ void pointwise_backward(const Geometry& g, const PrologueInput<T>& grad, const P
                      g.out_channels, g.out_channels};
     for (int64_t chunk = chunks * part / parts; chunk < chunks * (part + 1) / parts; ++chunk) {
       const int64_t first = chunk * kBlockRows, count = std::min(kBlockRows, rows - first);
-      for (int64_t child = 0; child < children; ++child)
+      const int64_t at = (parent * rows + first) * g.in_channels;
+      PrefetchQueue<T> ahead;
+      for (int64_t child = 0; child < children; ++child) {
         blocks[child] = grad.read(first_child + child, first, count, memory + child * kBlockRows * g.out_channels);
+        grad.add_rows_after(ahead, g.branches, first_child + child, first, count);
+      }
+      if (total != nullptr) x.add_rows_after(ahead, g.parents, parent, first, count);
+      add_rows_after(ahead, add, g.parents * rows, g.in_channels, parent * rows + first, count);
+      add_rows_after<T>(ahead, grad_x, g.parents * rows, g.in_channels, parent * rows + first, count);
       if (total != nullptr) {
         const T* x_block = x.read(parent, first, count, scratch<T>(5, kBlockRows * g.in_channels));
         for (int64_t m = 0; m < count; ++m) x_rows[m] = x_block + m * g.in_channels;
         for (int64_t child = 0; child < children; ++child) {
           for (int64_t m = 0; m < count; ++m) grad_rows[m] = blocks[child] + m * g.out_channels;
-          kernels<T>().outer({grad_rows,
-                              x_rows,
-                              count,
-                              g.out_channels,
-                              g.in_channels,
-                              sums + child * size,
-                              {rows_after(grad.x, rows, g.out_channels, first_child + child, first, count),
-                               rows_after(grad.add, rows, g.out_channels, first_child + child, first, count)}});
+          kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sums + child * size, &ahead});
         }
       }
       if (grad_x == nullptr) continue;
       for (int64_t m = 0; m < count; ++m) {
-        const int64_t at = (parent * rows + first + m) * g.in_channels;
-        out_rows[m] = grad_x + at;
-        if (add != nullptr) add_rows[m] = add + at;
+        out_rows[m] = grad_x + at + m * g.in_channels;
+        if (add != nullptr) add_rows[m] = add + at + m * g.in_channels;
       }
       const T* const* added = add != nullptr ? add_rows : nullptr;
-      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, added, Clamp<T>{},
-                         rows_after(x.x, rows, g.in_channels, parent, first, count)});
+      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, added, Clamp<T>{}, &ahead});
       if (written) written(parent, first, count);
     }
   });

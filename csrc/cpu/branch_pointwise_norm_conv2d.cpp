@@ -117,12 +117,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
       const T* const before = input.read(branch, first, count, scratch<T>(4, kBlockRows * s.in));
       const T* const add =
           added.x != nullptr ? added.read(branch, first, count, scratch<T>(5, kBlockRows * s.out)) : nullptr;
-      project.multiply(branch, before, count, to, data<T>(folded.bias) + branch * s.out, add, clamp,
-                       rows_after(added.x, s.rows, s.out, branch, first, count));
+      T* const next_to = expand ? mutable_data<T>(y) + at * s.next : nullptr;
+      const int64_t total = s.branches * s.rows;
+      PrefetchQueue<T> ahead;
+      input.add_rows_after(ahead, s.branches, branch, first, count);
+      added.add_rows_after(ahead, s.branches, branch, first, count);
+      add_rows_after(ahead, data<T>(z), total, s.out, at, count);
+      if (expand) add_rows_after(ahead, data<T>(y), total, s.next, at, count);
+      project.multiply(branch, before, count, to, data<T>(folded.bias) + branch * s.out, add, clamp, &ahead);
       if (!expand) return;
-      T* const next_to = mutable_data<T>(y) + at * s.next;
-      expand->multiply(branch, to, count, next_to, nullptr, nullptr, {},
-                       rows_after(data<T>(z), s.rows, s.out, branch, first, count));
+      expand->multiply(branch, to, count, next_to, nullptr, nullptr, {}, &ahead);
       moments.add(branch, task % blocks, next_to, count);
     });
     moments.finish(mutable_data<T>(y_mean), mutable_data<T>(y_var));
@@ -187,15 +191,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       partition.for_each_block(task % partition.tasks, [&](int64_t block, int64_t first, int64_t count) {
         const int64_t at = branch * s.rows + first;
         const T* rows = data<T>(z) + at * s.out;
-        const auto rows_following = [&](const T* feature_map) {
-          return rows_after(feature_map, s.rows, s.out, branch, first, count);
-        };
+        const int64_t total = s.branches * s.rows;
+        PrefetchQueue<T> ahead;
+        if (expand) grad_y_input.add_rows_after(ahead, s.branches, branch, first, count);
+        add_rows_after(ahead, data<T>(z), total, s.out, at, count);
+        add_rows_after(ahead, grad_z_rows, total, s.out, at, count);
+        if (residual.normalized()) added.add_rows_after(ahead, s.branches, branch, first, count);
+        input.add_rows_after(ahead, s.branches, branch, first, count);
+        add_rows_after(ahead, data<T>(grad_x), total, s.in, at, count);
+        if (has_residual && !streams) add_rows_after(ahead, data<T>(grad_residual), total, s.out, at, count);
         T* const memory = scratch<T>(8, kBlockRows * s.out);
         const T* grad = grad_z.read(at, count, memory);
         if (expand) {
           const T* grad_y_rows = grad_y_input.read(branch, first, count, scratch<T>(4, kBlockRows * s.next));
-          add_outer(grad_y_rows, s.next, rows, s.out, count, next_product, rows_following(grad_z_rows));
-          expand->multiply(branch, grad_y_rows, count, memory, nullptr, grad);
+          add_outer(grad_y_rows, s.next, rows, s.out, count, next_product, &ahead);
+          expand->multiply(branch, grad_y_rows, count, memory, nullptr, grad, {}, &ahead);
           grad = memory;
         }
         T* const to_residual = has_residual ? mutable_data<T>(grad_residual) + at * s.out : nullptr;
@@ -210,9 +220,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           residual_sums.add(branch, block, r, kernels<T>().normalize_backward);
         }
         const T* before = input.read(branch, first, count, scratch<T>(5, kBlockRows * s.in));
-        add_outer<T>(before, s.in, masked, s.out, count, product, rows_following(data<T>(z)));
+        add_outer<T>(before, s.in, masked, s.out, count, product, &ahead);
         T* const grad_before = scratch<T>(7, kBlockRows * s.in);
-        project.multiply(branch, masked, count, grad_before);
+        project.multiply(branch, masked, count, grad_before, nullptr, nullptr, {}, &ahead);
         r = input.norm(branch, first, count);
         r.grad = grad_before, r.out = mutable_data<T>(grad_x) + at * s.in;
         sums.add(branch, block, r, kernels<T>().normalize_backward);

@@ -13,6 +13,7 @@ class Covariance {
  public:
   Covariance(const PrologueInput<T>& input, const PointwiseSizes& sizes, const Tensor& like)
       : input_(input),
+        branches_(sizes.branches),
         channels_(sizes.in),
         partition_(sizes.branches, sizes.rows),
         sums_(sizes.branches, partition_.tasks, channels_),
@@ -60,12 +61,14 @@ class Covariance {
       NormRows<T> r{};
       r.x = rows, r.shift = origin, r.out = distances, r.count = count, r.channels = channels_;
       sums_.add(branch, part, r, kernels<T>().moments);
-      add_outer<T>(distances, channels_, distances, channels_, count, product);
+      PrefetchQueue<T> ahead;
+      input_.add_rows_after(ahead, branches_, branch, first, count);
+      add_outer<T>(distances, channels_, distances, channels_, count, product, &ahead);
     });
   }
 
   const PrologueInput<T>& input_;
-  int64_t channels_;
+  int64_t branches_, channels_;
   RowPartition partition_;
   ChannelSums<T> sums_;
   Tensor origins_, products_;
@@ -157,10 +160,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, const Te
       const int64_t branch = task / blocks, first = task % blocks * kBlockRows;
       const int64_t count = std::min(kBlockRows, s.rows - first);
       T* const grad = scratch<T>(7, kBlockRows * s.in);
+      const int64_t at = branch * s.rows + first;
+      PrefetchQueue<T> ahead;
+      input.add_rows_after(ahead, s.branches, branch, first, count);
+      add_rows_after(ahead, data<T>(grad_x), s.branches * s.rows, s.in, at, count);
       packed.multiply(branch, input.read(branch, first, count, scratch<T>(5, kBlockRows * s.in)), count, grad,
-                      data<T>(constant) + branch * s.in);
+                      data<T>(constant) + branch * s.in, nullptr, {}, &ahead);
       NormRows<T> r = input.norm(branch, first, count);
-      r.grad = grad, r.out = mutable_data<T>(grad_x) + (branch * s.rows + first) * s.in;
+      r.grad = grad, r.out = mutable_data<T>(grad_x) + at * s.in;
       sums.add(branch, task % blocks, r, kernels<T>().normalize_backward);
     });
     sums.finish_norm(*normalization.norm, grad_norm);

@@ -54,7 +54,7 @@ class PackedMatrices {
 
   // to = clamp(rows x matrix + bias + add); bias and add may be null.
   void multiply(int64_t branch, const T* rows, int64_t count, T* to, const T* bias = nullptr, const T* add = nullptr,
-                Clamp<T> clamp = {}, Prefetch<T> ahead = {}) const {
+                Clamp<T> clamp = {}, PrefetchQueue<T>* ahead = nullptr) const {
     const Tap<T> tap{&rows, data<T>(packed_) + branch * size_, in_ * kPanel, in_, in_};
     const T* const* added = add != nullptr ? row_pointers(add, count, out_, 0) : nullptr;
     kernels<T>().gemm({&tap, 1, count, out_, row_pointers(to, count, out_, 1), bias, added, clamp, ahead});
@@ -68,10 +68,10 @@ class PackedMatrices {
 // sum[i][j] += over rows of left[i] * right[j]
 template <typename T>
 void add_outer(const T* left, int64_t left_channels, const T* right, int64_t right_channels, int64_t count, T* sum,
-               Prefetch<T> ahead = {}) {
+               PrefetchQueue<T>* ahead = nullptr) {
   const T* const* left_rows = row_pointers(left, count, left_channels, 0);
   const T* const* right_rows = row_pointers(right, count, right_channels, 1);
-  kernels<T>().outer({left_rows, right_rows, count, left_channels, right_channels, sum, {ahead}});
+  kernels<T>().outer({left_rows, right_rows, count, left_channels, right_channels, sum, ahead});
 }
 
 // Sum of products in double, as several independent sums, which a processor adds in parallel.

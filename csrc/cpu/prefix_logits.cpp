@@ -41,8 +41,9 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
         for (int64_t m = 0; m < count; ++m) out_rows[m] = head_out + (first + m) * classes;
         const T* rows = data<T>(features) + (n * batch + first) * channels;
         const Tap<T> tap{&rows, packed, panel_size, channels, channels};
-        kernels<T>().gemm({&tap, 1, count, columns, out_rows, head_bias, nullptr, Clamp<T>{},
-                           rows_after(data<T>(features), models * batch, channels, 0, n * batch + first, count)});
+        PrefetchQueue<T> ahead;
+        add_rows_after(ahead, data<T>(features), models * batch, channels, n * batch + first, count);
+        kernels<T>().gemm({&tap, 1, count, columns, out_rows, head_bias, nullptr, Clamp<T>{}, &ahead});
       }
     });
     const int64_t values = batch * classes;

@@ -32,12 +32,12 @@ const T* norm_row(const Tensor& norm, NormRow row) {
   return data<T>(norm) + row * norm.size(1) * norm.size(2);
 }
 
-// Rows to prefetch next from a feature map [branch][row][channel]; empty for a null or exhausted one.
+// Adds the `count` rows after rows [first, first + count) of a feature map of `rows` rows, unless it is null.
 template <typename T>
-Prefetch<T> rows_after(const T* feature_map, int64_t rows, int64_t channels, int64_t branch, int64_t first,
-                       int64_t count) {
-  if (feature_map == nullptr || first + count >= rows) return {};
-  return {feature_map + (branch * rows + first + count) * channels, std::min(count, rows - first - count) * channels};
+void add_rows_after(PrefetchQueue<T>& queue, const T* feature_map, int64_t rows, int64_t channels, int64_t first,
+                    int64_t count) {
+  if (feature_map == nullptr || first + count >= rows) return;
+  queue.add(feature_map + (first + count) * channels, std::min(count, rows - first - count) * channels);
 }
 
 // The feature map [branch][row][channel] that a convolution reads: x as it lies in memory or, with a normalisation,
@@ -85,6 +85,12 @@ struct PrologueInput {
   NormRows<T> added_norm(int64_t branch, int64_t first, int64_t count) const {
     const PrologueInput added{add, rows, channels, add_mean, add_scale, add_shift};
     return added.norm(branch, first, count);
+  }
+
+  // Adds the rows after those that `read` has given; `branches` is the number of branches.
+  void add_rows_after(PrefetchQueue<T>& queue, int64_t branches, int64_t branch, int64_t first, int64_t count) const {
+    for (const T* feature_map : {x, add})
+      hne::add_rows_after(queue, feature_map, branches * rows, channels, branch * rows + first, count);
   }
 
   void write(int64_t branches, T* out) const {

@@ -193,8 +193,10 @@ void convolve_tiles(const Geometry& g, int64_t sources, const T* x, const F& fil
             const Tap<T> tap = {&left, block, depth * kPanel, depth, depth};
             T** const to = sum_rows + f * count;
             const int64_t next = last_block && f + 1 == kFrequencies ? 0 : frequency_size;
-            kernels<T>().gemm({&tap, 1, count, channels, to, nullptr, accumulate ? to : nullptr, Clamp<T>{},
-                               Prefetch<T>{block + frequency_size, next}, true});
+            PrefetchQueue<T> ahead;
+            ahead.add(block + frequency_size, next);
+            kernels<T>().gemm(
+                {&tap, 1, count, channels, to, nullptr, accumulate ? to : nullptr, Clamp<T>{}, &ahead, true});
           }
         }
       }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "simd.h"
 
@@ -11,6 +10,9 @@ namespace hne::HNE_ISA {
 
 // A tile is a number of rows by a number of panels (16 columns each) whose accumulators fill the registers: with 32
 // registers two panels by 14 rows or three by 9, so that weights are read rarely, and then from the first cache.
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);  // values of a cache line
+
 template <typename T>
 constexpr int kVectorsPerPanel = kLanes<T> < (int)kPanel ? (int)kPanel / kLanes<T> : 1;
 template <typename T>
@@ -46,8 +48,8 @@ struct LeftRows {
   }
 };
 
-// Computes one tile. Meanwhile it prefetches into the second cache: `prefetch_data`, or if that is null the panel
-// `prefetch_panel` of the weights, which is read later.
+// Computes one tile. Meanwhile it prefetches into the second cache: cache lines from `prefetch_data`, one per term, or
+// if that is null the panel `prefetch_panel` of the weights, which is read later.
 template <typename T, int ROWS, int PANELS, bool CONSTANT_STRIDE>
 void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t prefetch_panel, const T* prefetch_data) {
   constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel;
@@ -80,7 +82,12 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t prefetch_pa
     const Tap<T>& tap = g.taps[t];
     LeftRows<T, ROWS, CONSTANT_STRIDE> left(tap, row);
     const T* right = tap.weight + panel * tap.panel_stride;
-    const T* prefetch = prefetch_data != nullptr ? prefetch_data : tap.weight + prefetch_panel * tap.panel_stride;
+    const T* prefetch = tap.weight + prefetch_panel * tap.panel_stride;
+    int64_t prefetch_step = kPanel;
+    if (prefetch_data != nullptr) {
+      prefetch = prefetch_data, prefetch_step = kLine<T>;
+      prefetch_data += tap.depth * kLine<T>;
+    }
     const auto column = [&](int64_t k) __attribute__((always_inline)) {
       Vec<T, W> w[VECTORS];
 #pragma GCC unroll 16
@@ -93,7 +100,7 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t prefetch_pa
         for (int j = 0; j < VECTORS; ++j) sum[i][j] += x * w[j];
       }
     };
-    for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel, prefetch += kPanel) {
+    for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel, prefetch += prefetch_step) {
       __builtin_prefetch(prefetch, 0, 2);
       column(0);
     }
@@ -144,14 +151,14 @@ void gemm_columns(const Gemm<T>& g, int64_t panel) {
   constexpr int ROWS = tile_rows<T>(PANELS, CONSTANT_STRIDE);
   const int64_t panels = (g.channels + kPanel - 1) / kPanel;
   const int64_t tiles = (g.count + ROWS - 1) / ROWS;
-  // The gradient of a strided convolution has phases without taps.
-  const int64_t depth = g.num_taps > 0 ? g.taps[0].depth : 0;
+  int64_t terms = 0;
+  for (int64_t t = 0; t < g.num_taps; ++t) terms += g.taps[t].depth;
   int64_t next = panel + PANELS;  // each tile prefetches one of the next PANELS panels
   for (int64_t row = 0, tile = 0; tile < tiles; ++tile, ++next) {
     const int64_t rows = (g.count - row + tiles - tile - 1) / (tiles - tile);
-    const int64_t offset = (panel / PANELS * tiles + tile) * depth * kPanel;
+    const T* const prefetch = g.prefetch != nullptr ? g.prefetch->take(terms * kLine<T>) : nullptr;
     gemm_rows<T, PANELS, CONSTANT_STRIDE>(g, panel, next < std::min(panel + 2 * PANELS, panels) ? next : panel,
-                                          offset < g.prefetch.count ? g.prefetch.data + offset : nullptr, row, rows);
+                                          prefetch, row, rows);
     row += rows;
   }
 }
@@ -181,28 +188,6 @@ void gemm(const Gemm<T>& g) {
   for (int64_t t = 0; t < g.num_taps; ++t) constant_stride &= g.taps[t].row_stride != 0;
   constant_stride ? gemm_panels<T, true>(g) : gemm_panels<T, false>(g);
 }
-
-// Walks over the ranges that a product prefetches for later ones, a cache line at a time.
-template <typename T>
-class PrefetchCursor {
- public:
-  explicit PrefetchCursor(const Outer<T>& o) : ranges_(o.prefetch), fallback_(o.sum) {}
-
-  // The first of the next `lines` cache lines, and their distance; after the last range a harmless address, and 0.
-  std::pair<const T*, int64_t> take(int64_t lines) {
-    while (range_ < 2 && offset_ >= ranges_[range_].count) ++range_, offset_ = 0;
-    if (range_ == 2) return {fallback_, 0};
-    const T* line = ranges_[range_].data + offset_;
-    offset_ += lines * kLine;
-    return {line, kLine};
-  }
-
- private:
-  static constexpr int64_t kLine = 64 / sizeof(T);  // values per cache line
-  const Prefetch<T>* ranges_;
-  const T* fallback_;
-  int64_t range_ = 0, offset_ = 0;
-};
 
 // Computes sum[i][j] for ROWS left channels from i0 and VECTORS * W right channels from j0.
 template <typename T, int ROWS, int W, int VECTORS>
@@ -240,24 +225,23 @@ void outer_rows(const Outer<T>& o, int64_t i0, int64_t rows, int64_t j0, const T
 
 // All left channels, in as few tiles as possible, of nearly equal size.
 template <typename T, int ROWS, int W, int VECTORS>
-void outer_columns(const Outer<T>& o, int64_t j0, PrefetchCursor<T>& cursor) {
+void outer_columns(const Outer<T>& o, int64_t j0) {
   const int64_t tiles = (o.left_channels + ROWS - 1) / ROWS;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t i0 = o.left_channels * tile / tiles, rows = o.left_channels * (tile + 1) / tiles - i0;
-    const auto [prefetch, prefetch_stride] = cursor.take(o.count);
-    outer_rows<T, ROWS, W, VECTORS>(o, i0, rows, j0, prefetch, prefetch_stride);
+    const T* const prefetch = o.prefetch != nullptr ? o.prefetch->take(o.count * kLine<T>) : nullptr;
+    outer_rows<T, ROWS, W, VECTORS>(o, i0, rows, j0, prefetch != nullptr ? prefetch : o.sum,
+                                    prefetch != nullptr ? kLine<T> : 0);
   }
 }
 
 template <typename T>
 void outer(const Outer<T>& o) {
   constexpr int W = kLanes<T>, VECTORS = HNE_REGISTERS == 32 ? 4 : 2, ROWS = HNE_REGISTERS == 32 ? 6 : 4;
-  PrefetchCursor<T> cursor(o);
   int64_t j = 0;
-  for (; j + VECTORS * W <= o.right_channels; j += VECTORS * W) outer_columns<T, ROWS, W, VECTORS>(o, j, cursor);
+  for (; j + VECTORS * W <= o.right_channels; j += VECTORS * W) outer_columns<T, ROWS, W, VECTORS>(o, j);
   if (j < o.right_channels)
-    for_lanes<T>(
-        o.right_channels, [&](auto width, int64_t c) { outer_columns<T, 8, width.value, 1>(o, c, cursor); }, j);
+    for_lanes<T>(o.right_channels, [&](auto width, int64_t c) { outer_columns<T, 8, width.value, 1>(o, c); }, j);
 }
 
 }  // namespace hne::HNE_ISA

@@ -22,11 +22,34 @@ struct Tap {
   int64_t row_stride = 0;  // distance of consecutive rows, if constant: then only rows[0] is read; else 0
 };
 
-// `count` values that are read next: a kernel prefetches them into the second cache.
+// Ranges of memory that are read or written next. While products compute, they prefetch them into the second cache.
 template <typename T>
-struct Prefetch {
-  const T* data;
-  int64_t count;
+class PrefetchQueue {
+ public:
+  void clear() { next_ = end_ = 0; }
+
+  void add(const T* data, int64_t count) {
+    if (data != nullptr && count > 0 && end_ < kMaxRanges) ranges_[end_++] = {data, count};
+  }
+
+  // The first of `count` values to prefetch, or null. The last values of a range may exceed it, which does no harm.
+  const T* take(int64_t count) {
+    if (next_ == end_) return nullptr;
+    Range& range = ranges_[next_];
+    const T* const data = range.data;
+    range.data += count, range.count -= count;
+    if (range.count <= 0) ++next_;
+    return data;
+  }
+
+ private:
+  static constexpr int kMaxRanges = 16;
+  struct Range {
+    const T* data;
+    int64_t count;
+  };
+  Range ranges_[kMaxRanges];
+  int next_ = 0, end_ = 0;
 };
 
 // out[m][n] = clamp(sum over taps + bias[n] + add[m][n])
@@ -40,7 +63,7 @@ struct Gemm {
   const T* bias;        // [channels] or null
   const T* const* add;  // [count] rows or null
   Clamp<T> clamp;
-  Prefetch<T> prefetch = {};
+  PrefetchQueue<T>* prefetch = nullptr;
   bool outputs_cached = false;  // out and add lie in the cache: they need no prefetch
 };
 
@@ -83,7 +106,7 @@ struct Outer {
   int64_t left_channels;
   int64_t right_channels;
   T* sum;  // [left_channels][right_channels]
-  Prefetch<T> prefetch[2] = {};
+  PrefetchQueue<T>* prefetch = nullptr;
 };
 
 // One row of output pixels of a depthwise convolution; rows[ky] are the input rows, zeros outside the feature map.
