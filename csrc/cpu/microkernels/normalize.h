@@ -6,6 +6,9 @@
 
 namespace hne::HNE_ISA {
 
+// The functions here copy their argument: what is stored cannot change a local variable, so that its members stay in
+// registers.
+
 // f(width, c, first, last) over blocks of rows and vectors of channels. A block is a few contiguous KiB, so that memory
 // is read front to back, although the values of a channel are far apart.
 template <typename T, typename F>
@@ -36,7 +39,8 @@ HNE_INLINE void sum_rows(const NormRows<T>& r, const F& f) {
 
 // sums[0] += x - shift, sums[1] += (x - shift)^2, and out = x - shift unless out is null
 template <typename T>
-void moments(const NormRows<T>& r) {
+void moments(const NormRows<T>& rows) {
+  const NormRows<T> r = rows;
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& square) {
     constexpr int W = decltype(width)::value;
     const Vec<T, W> x = load<W>(r.x + m * r.channels + c) - load<W>(r.shift + c);
@@ -49,7 +53,8 @@ void moments(const NormRows<T>& r) {
 // out = clamp((x - mean) * scale + shift + add). Memory is read front to back for the hardware prefetcher, as this is
 // where a convolution waits for memory.
 template <typename T>
-void normalize(const NormRows<T>& r) {
+void normalize(const NormRows<T>& rows) {
+  const NormRows<T> r = rows;
   for (int64_t m = 0, row = 0; m < r.count; ++m, row += r.channels)
     for_lanes<T>(r.channels, [&](auto width, int64_t c) {
       constexpr int W = decltype(width)::value;
@@ -70,7 +75,8 @@ HNE_INLINE V masked_by(V grad, V y, const Clamp<T>& range) {
 
 // out = gradient before the activation, sums[0] += out; `streamed`, unless null, gets a copy of out
 template <typename T>
-void mask(const NormRows<T>& r) {
+void mask(const NormRows<T>& rows) {
+  const NormRows<T> r = rows;
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto&) {
     constexpr int W = decltype(width)::value;
     const int64_t at = m * r.channels + c;
@@ -86,7 +92,8 @@ void mask(const NormRows<T>& r) {
 // masked = gradient before the activation
 // out = masked * scale, sums[0] += masked, sums[1] += masked * (x - mean)
 template <typename T>
-void normalize_backward(const NormRows<T>& r) {
+void normalize_backward(const NormRows<T>& rows) {
+  const NormRows<T> r = rows;
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& product) {
     constexpr int W = decltype(width)::value;
     const int64_t at = m * r.channels + c;
