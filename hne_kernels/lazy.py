@@ -15,7 +15,7 @@ from . import dispatch
 from .ops.branch_norm_conv2d import branch_norm_conv2d
 from .ops.branch_normalize import branch_normalize
 from .ops.branch_pointwise_norm_conv2d import branch_pointwise_norm_conv2d
-from .ops.branch_pointwise_stats import branch_pointwise_stats
+from .ops.branch_pointwise_stats import branch_pointwise_stats_and_input
 
 
 class LazyNorm(NamedTuple):
@@ -47,6 +47,8 @@ class LazyPointwise(NamedTuple):
         norm: normalisation of the convolution's output, ``[3, G, C_out]``.
         activation: ``none``, ``relu`` or ``relu6``.
         residual: features ``[G, B, H, W, C_out]`` or their normalisation (without activation and residual), or None.
+        s: a placeholder for ``x`` normalised, which gets its gradient (:func:`branch_pointwise_stats_and_input`), or
+            None.
     """
 
     x: LazyNorm
@@ -54,6 +56,7 @@ class LazyPointwise(NamedTuple):
     norm: Tensor
     activation: str = "none"
     residual: Tensor | LazyNorm | None = None
+    s: Tensor | None = None
 
 
 Features = Tensor | LazyNorm | LazyPointwise
@@ -66,12 +69,14 @@ class ConvStats(NamedTuple):
         x: the output ``[G, B, H, W, C]``; or, where the convolution is deferred, its input.
         weight: the filters of a deferred convolution, else None.
         mean, var: mean and biased variance of the output over batch, height and width, ``[G, C]``.
+        s: of a deferred convolution, see :class:`LazyPointwise`.
     """
 
     x: Tensor | LazyNorm
     weight: Tensor | None
     mean: Tensor
     var: Tensor
+    s: Tensor | None = None
 
     @property
     def count(self) -> int:  # type: ignore[override]
@@ -99,7 +104,7 @@ class ConvStats(NamedTuple):
             added = residual
         if isinstance(self.x, LazyNorm):
             assert self.weight is not None
-            return LazyPointwise(self.x, self.weight, norm, activation, added)
+            return LazyPointwise(self.x, self.weight, norm, activation, added, self.s)
         if isinstance(added, LazyNorm):
             return LazyNorm(self.x, norm, activation, added.x, added.norm)
         return LazyNorm(self.x, norm, activation, added)
@@ -126,7 +131,7 @@ def conv_stats(x: Features, weight: Tensor, *, stride: int = 1, padding: int = 0
     if isinstance(read, Tensor):
         y, mean, var = branch_norm_conv2d(read, weight, stride=stride, padding=padding, replicate=replicate)
     elif _is_pointwise(weight, stride, padding, replicate) and _is_deferred(read.x, weight):
-        return ConvStats(read, weight, *branch_pointwise_stats(read.x, weight, read.norm, activation=read.activation))
+        return ConvStats(read, weight, *branch_pointwise_stats_and_input(read.x, weight, read.norm, read.activation))
     else:
         y, mean, var = branch_norm_conv2d(
             *(read.x, weight, read.norm),
@@ -185,6 +190,7 @@ def _arguments(x: LazyPointwise) -> dict[str, Any]:
         "activation": x.x.activation,
         "out_norm": x.norm,
         "out_activation": x.activation,
+        "s": x.s,
     }
     if isinstance(x.residual, LazyNorm):
         return arguments | {"residual": x.residual.x, "residual_norm": x.residual.norm}
