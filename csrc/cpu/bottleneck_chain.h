@@ -2,6 +2,8 @@
 // that features between two bottlenecks never leave the cache.
 #pragma once
 
+#include <functional>
+
 #include "bottleneck.h"
 #include "packed_convolution.h"
 
@@ -105,11 +107,11 @@ class BottleneckChain {
   BufferPlan outputs_, expanded_;
 };
 
-// Applies the stem (of one branch; may be empty) and then all bottlenecks to x. With `pool`, `out` is the mean over the
-// pixels of each feature map. `like` gives the dtype of temporary memory.
+// Applies the stem (of one branch; may be empty) and then all bottlenecks to x. With `pool`, a function that computes
+// the mean over the pixels of a feature map, `out` is these means. `like` gives the dtype of temporary memory.
 template <typename T>
 void forward_bottlenecks(const ConvolutionChain<T>& stem, const std::vector<Bottleneck<T>>& bottlenecks, const T* x,
-                         T* out, bool pool, const Tensor& like) {
+                         T* out, const std::function<void(const T* map, T* mean)>& pool, const Tensor& like) {
   const Geometry& g = bottlenecks.front().geometry();
   const int64_t num_maps = g.branches * g.batch, threads = num_threads();
   const int64_t in_size = stem.size() > 0 ? stem.in_size() : bottlenecks.front().in_size();
@@ -120,9 +122,7 @@ void forward_bottlenecks(const ConvolutionChain<T>& stem, const std::vector<Bott
   const int64_t channels = bottlenecks.back().geometry().out_channels;
   const auto chain_output = [&](int64_t map_index) { return out + map_index * (pool ? 1 : pixels) * channels; };
   const size_t num_buffered = bottlenecks.size() - (pool ? 0 : 1);
-  const auto write_mean = [&](const T* features, int64_t map_index) {
-    kernels<T>().mean_rows(features, pixels, channels, chain_output(map_index));
-  };
+  const auto write_mean = [&](const T* features, int64_t map_index) { pool(features, chain_output(map_index)); };
 
   // Each thread owns the same number of feature maps and takes each of them through all layers.
   const int64_t num_owned = num_maps - num_maps % threads;

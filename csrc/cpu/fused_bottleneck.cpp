@@ -21,7 +21,7 @@ Tensor fused_bottleneck(const Tensor& x_in, const Tensor& expand, const Tensor& 
     using T = decltype(type);
     std::vector<int64_t> in_shape = shape;
     forward_bottlenecks<T>(ConvolutionChain<T>({}, in_shape), {Bottleneck<T>(weights, shape)}, data<T>(x),
-                           mutable_data<T>(out), false, out);
+                           mutable_data<T>(out), nullptr, out);
   });
   return round_to(out, x_in.scalar_type());
 }

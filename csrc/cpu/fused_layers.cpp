@@ -1,13 +1,10 @@
 #include "fused_layers.h"
 
-#include <memory>
-#include <mutex>
-#include <random>
-#include <unordered_map>
 #include <variant>
 
 #include "bottleneck_chain.h"
 #include "layer_spec.h"
+#include "layers_registry.h"
 #include "packed_convolution.h"
 
 namespace hne {
@@ -446,9 +443,14 @@ class PreparedLayers {
       bottlenecks.emplace_back(weights, shape);
       shape = bottlenecks.back().geometry().out_shape();
     }
-    if (sequence.pool) update_shape(GlobalPool{}, shape);
+    const int64_t pixels = shape[2] * shape[3], channels = shape[4];
+    std::function<void(const T*, T*)> pool;
+    if (sequence.pool) {
+      update_shape(GlobalPool{}, shape);
+      pool = [=](const T* map, T* mean) { kernels<T>().mean_rows(map, pixels, channels, mean); };
+    }
     Tensor out = empty(like, shape);
-    forward_bottlenecks<T>(stem, bottlenecks, x, mutable_data<T>(out), sequence.pool, out);
+    forward_bottlenecks<T>(stem, bottlenecks, x, mutable_data<T>(out), pool, out);
     return out;
   }
 
@@ -497,50 +499,9 @@ class PreparedLayers {
   bool ends_linear_;                  // the last layer is a pool_linear
 };
 
-// The prepared layers of this process by handle.
-class LayersRegistry {
- public:
-  int64_t add(std::shared_ptr<const PreparedLayers> layers) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    int64_t handle = random_handle();
-    while (layers_.count(handle) != 0) handle = random_handle();
-    layers_[handle] = std::move(layers);
-    return handle;
-  }
-
-  std::shared_ptr<const PreparedLayers> get(int64_t handle) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = layers_.find(handle);
-    STD_TORCH_CHECK(found != layers_.end(), "layers: expected a number of prepare_layers, got ", handle,
-                    ", which belongs to another process or to layers that are gone; make hne_kernels.FusedLayers in "
-                    "this process");
-    return found->second;
-  }
-
-  void remove(int64_t handle) {
-    std::shared_ptr<const PreparedLayers> removed;  // declared before the guard: frees after the mutex is unlocked
-    const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = layers_.find(handle);
-    if (found == layers_.end()) return;
-    removed = std::move(found->second);
-    layers_.erase(found);
-  }
-
- private:
-  // 62 random bits: a handle that another process wrote into a program is none here. Every one is drawn from the
-  // system, since a forked process has a copy of all state.
-  static int64_t random_handle() {
-    std::random_device bits;  // 32 at a time
-    return (int64_t(bits() >> 2) << 32 | bits()) + 1;
-  }
-
-  std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<const PreparedLayers>> layers_;
-};
-
 // Never destroyed: Python removes layers until the process ends.
-LayersRegistry& registry() {
-  static LayersRegistry* registry = new LayersRegistry;
+LayersRegistry<PreparedLayers>& registry() {
+  static auto* registry = new LayersRegistry<PreparedLayers>;
   return *registry;
 }
 
