@@ -3,6 +3,7 @@
 
 #include "build_info.h"
 #include "cpu/fused_layers.h"
+#include "cpu/quantized_layers.h"
 #include "cpu/runtime/allocator.h"
 #include "cpu/runtime/capability.h"
 #include "state_record.h"
@@ -40,6 +41,9 @@ PYBIND11_MODULE(_C, module) {
              "Names of the instruction sets that this machine supports, comma separated, best last.");
   module.def("forget_layers", &hne::forget_layers,
              "Free the layers that the op prepare_layers returned this number for.");
+  module.def("forget_quantized_layers", &hne::forget_quantized_layers,
+             "Free the layers that the op prepare_quantized_layers returned this number for.");
+  module.def("cpu_vnni", &hne::vnni, "Whether the int8 kernels use vpdpbusd.");
   module.def("release_memory", &hne::release_memory,
              "Return idle buffers of the CPU ops to the system; the number of bytes.");
   module.def("poison_memory", &hne::poison_memory,

@@ -75,6 +75,8 @@ STABLE_TORCH_LIBRARY(hne, m) {
   m.def("fused_bottleneck_chain(Tensor x, Tensor?[] weights, int[] numbers, bool pool) -> Tensor");
   m.def("prepare_layers(Tensor?[] weights, int[] numbers) -> int");
   m.def("fused_layers(Tensor x, int layers) -> Tensor[]");
+  m.def("prepare_quantized_layers(Tensor?[] weights, int[] numbers) -> int");
+  m.def("quantized_layers(Tensor x, int layers) -> Tensor[]");
 
   m.def("prefix_mean(Tensor logits, int[] sizes) -> Tensor");
   m.def("prefix_mean_backward(Tensor grad, int[] sizes, SymInt num_models) -> Tensor");

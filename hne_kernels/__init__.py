@@ -30,7 +30,9 @@ from .ops.fused_layers import FusedLayers
 from .ops.hierarchical_distillation_loss import hierarchical_distillation_loss
 from .ops.prefix_logits import prefix_logits
 from .ops.prefix_mean import prefix_mean
+from .ops.quantized_layers import QuantizedLayers
 from .packing import pack_weight, unpack_weight
+from .quantized_layer import QuantizedLayer, pack_quantized, pack_quantized_depthwise, pad_last, padded
 from .state_record import StateRecord
 from .tracing import is_traced
 
@@ -55,6 +57,8 @@ __all__ = [
     "FusedLayers",
     "LazyNorm",
     "LazyPointwise",
+    "QuantizedLayer",
+    "QuantizedLayers",
     "StateRecord",
     "__version__",
     "autocast_dtype",
@@ -78,7 +82,11 @@ __all__ = [
     "hierarchical_distillation_loss",
     "is_traced",
     "materialize",
+    "pack_quantized",
+    "pack_quantized_depthwise",
     "pack_weight",
+    "pad_last",
+    "padded",
     "prefix_logits",
     "prefix_mean",
     "release_memory",

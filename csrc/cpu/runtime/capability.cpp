@@ -64,6 +64,20 @@ const char* cpu_capabilities_supported() {
   return supported(Capability::avx2) ? "portable, avx2" : "portable";
 }
 
+bool vnni() {
+  static const bool found = [] {
+    const char* asked = std::getenv("HNE_CPU_VNNI");
+    if (asked != nullptr && std::string(asked) == "0") return false;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (capability() == Capability::avx512) return __builtin_cpu_supports("avx512vnni") != 0;
+    if (capability() == Capability::avx2) return __builtin_cpu_supports("avxvnni") != 0;
+#endif
+    return false;
+  }();
+  return found;
+}
+
 int64_t second_cache_bytes() {
   static const int64_t bytes = [] {
 #if defined(_SC_LEVEL2_CACHE_SIZE)

@@ -17,6 +17,9 @@ const char* cpu_capability();
 // Names of the instruction sets that this machine supports, comma separated, best last.
 const char* cpu_capabilities_supported();
 
+// Whether the int8 kernels of capability() use vpdpbusd: if the machine has it, and HNE_CPU_VNNI is not 0.
+bool vnni();
+
 // Bytes of the second cache of a core.
 int64_t second_cache_bytes();
 

@@ -4,13 +4,16 @@
 // The standard headers come before the target: their inline functions must run on any machine.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
 #include "../kernels.h"
+#include "../quantized_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
@@ -22,7 +25,9 @@
 #define HNE_ISA avx512
 #define HNE_VECTOR_BYTES 64
 #define HNE_REGISTERS 32
+#define HNE_VNNI 0
 
+#include "../quantized.h"
 #include "table.h"
 
 #if defined(__clang__)

@@ -2,5 +2,7 @@
 #define HNE_ISA portable
 #define HNE_VECTOR_BYTES 16
 #define HNE_REGISTERS 16
+#define HNE_VNNI 0
 
+#include "../quantized.h"
 #include "table.h"

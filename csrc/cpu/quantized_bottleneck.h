@@ -1,0 +1,225 @@
+// A whole int8 bottleneck in the cache (inference), as bottleneck.h.
+#pragma once
+
+#include "bottleneck_chain.h"
+#include "quantized_convolution.h"
+
+namespace hne {
+
+class QuantizedBottleneckWeights {
+ public:
+  const int64_t branches, in_channels, middle, out_channels, kernel_size, stride, replicate;
+  const bool identity, projected;
+  const QuantizedMatrices expand;
+  const PanelValues<int32_t> expand_bias;
+  const PanelValues<float> expand_scale;
+  const ConstTensor depthwise, depthwise_bias, depthwise_scale;
+  const QuantizedMatrices project;
+  const PanelValues<int32_t> project_bias;
+  const PanelValues<float> project_scale;
+  const std::optional<QuantizedMatrices> shortcut;
+  // From the sums of the shortcut, or from the identity, to those of the projection.
+  const std::optional<PanelValues<float>> rescale;
+  const ConstTensor zeros;  // [branches][3]: zero points of the expanded features, the filtered ones and the output
+
+  QuantizedBottleneckWeights(QuantizedTensors& tensors, int64_t branches, int64_t in_channels, int64_t middle,
+                             int64_t out_channels, int64_t kernel_size, int64_t stride, int64_t replicate,
+                             bool identity, bool projected)
+      : branches(branches),
+        in_channels(in_channels),
+        middle(middle),
+        out_channels(out_channels),
+        kernel_size(kernel_size),
+        stride(stride),
+        replicate(replicate),
+        identity(identity),
+        projected(projected),
+        expand(tensors, branches, middle, in_channels / kGroup),
+        expand_bias(tensors, branches, middle),
+        expand_scale(tensors, branches, middle),
+        depthwise(
+            tensors.take(ScalarType::Char, {branches, kernel_size, ceil_div(kernel_size, kGroup), middle, kGroup})),
+        depthwise_bias(tensors.take(ScalarType::Int, {branches, middle})),
+        depthwise_scale(tensors.take(ScalarType::Float, {branches, middle})),
+        project(tensors, branches, out_channels, middle / kGroup),
+        project_bias(tensors, branches, out_channels),
+        project_scale(tensors, branches, out_channels),
+        shortcut(projected ? std::optional<QuantizedMatrices>(std::in_place, tensors, branches, out_channels,
+                                                              in_channels / kGroup)
+                           : std::nullopt),
+        rescale(projected || identity
+                    ? std::optional<PanelValues<float>>(std::in_place, tensors, branches, out_channels)
+                    : std::nullopt),
+        zeros(tensors.take(ScalarType::Int, {branches, 3})) {
+    STD_TORCH_CHECK(kernel_size % 2 == 1 && !(identity && projected), "numbers: expected an odd kernel size");
+    STD_TORCH_CHECK(!identity || (stride == 1 && replicate >= 1 && in_channels == out_channels),
+                    "numbers: expected that the identity keeps size and channels");
+  }
+
+  Geometry geometry(const std::vector<int64_t>& shape) const {
+    STD_TORCH_CHECK(shape.size() == 5 && shape[4] == in_channels, "x: does not have the channels of expand");
+    return forward_geometry(shape, branches, out_channels, kernel_size, stride, kernel_size / 2, replicate);
+  }
+};
+
+// The expanded feature map is stored with the padding of the depthwise convolution, which is its zero point.
+template <>
+class Bottleneck<uint8_t> {
+ public:
+  Bottleneck(const QuantizedBottleneckWeights& weights, const std::vector<int64_t>& shape)
+      : weights_(weights), g_(weights.geometry(shape)) {
+    const int64_t row_bytes = g_.stride * row_size();
+    band_ = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(g_.out_height, 1));
+  }
+
+  const Geometry& geometry() const { return g_; }
+  bool identity() const { return weights_.identity; }
+  int64_t in_size() const { return g_.pixels() * g_.in_channels; }
+  int64_t out_size() const { return g_.out_pixels() * g_.out_channels; }
+  int64_t expanded_size() const { return padded_height() * row_size(); }
+
+  void forward(int64_t branch, const uint8_t* x, uint8_t* out, int64_t first, int64_t last) const {
+    uint8_t* const expanded = scratch<uint8_t>(3, rows_read(band_) * row_size());
+    for (int64_t begin = first, ready = 0; begin < last; begin += band_) {
+      const int64_t count = std::min(band_, last - begin), rows = rows_read(count);
+      expand_rows(branch, x, begin * g_.stride - g_.padding, ready, rows, expanded);
+      filter_and_project(branch, x, expanded, out, begin, count);
+      ready = std::max<int64_t>(0, g_.kernel_size - g_.stride);  // the next band reads these rows again
+      std::copy(expanded + (rows - ready) * row_size(), expanded + rows * row_size(), expanded);
+    }
+  }
+
+  bool fits_one_band(int64_t rows) const { return rows <= band_; }
+
+  void expand(int64_t branch, const uint8_t* x, uint8_t* expanded, int64_t first, int64_t last) const {
+    const auto padded = [&](int64_t row) { return std::min(row + g_.padding, padded_height()); };
+    expand_rows(branch, x, -g_.padding, first > 0 ? padded(first) : 0,
+                last < g_.height ? padded(last) : padded_height(), expanded);
+  }
+
+  void forward_expanded(int64_t branch, const uint8_t* x, const uint8_t* expanded, uint8_t* out, int64_t first,
+                        int64_t last) const {
+    filter_and_project(branch, x, expanded + first * g_.stride * row_size(), out, first, last - first);
+  }
+
+ private:
+  enum Zero { of_expanded, of_filtered, of_output };
+
+  int64_t rows_read(int64_t rows) const { return (rows - 1) * g_.stride + g_.kernel_size; }
+  int64_t padded_height() const { return rows_read(g_.out_height); }
+  int64_t row_size() const { return (g_.width + 2 * g_.padding) * weights_.middle; }
+  int32_t zero(int64_t branch, Zero which) const { return weights_.zeros.data<int32_t>()[branch * 3 + which]; }
+
+  // Writes padded rows [first, last) of `expanded`, whose row 0 is row `top` of x.
+  void expand_rows(int64_t branch, const uint8_t* x, int64_t top, int64_t first, int64_t last,
+                   uint8_t* expanded) const {
+    const int64_t middle = weights_.middle;
+    const uint8_t padding = uint8_t(zero(branch, of_expanded));
+    uint8_t** const out_rows = scratch<uint8_t*>(2, std::max<int64_t>(last - first, 0) * g_.width);
+    int64_t pixels = 0;
+    for (int64_t r = first; r < last; ++r) {
+      uint8_t* row = expanded + r * row_size();
+      if (top + r < 0 || top + r >= g_.height) {
+        std::fill(row, row + row_size(), padding);
+        continue;
+      }
+      std::fill(row, row + g_.padding * middle, padding);
+      std::fill(row + (g_.padding + g_.width) * middle, row + row_size(), padding);
+      for (int64_t ix = 0; ix < g_.width; ++ix) out_rows[pixels++] = row + (g_.padding + ix) * middle;
+    }
+    const uint8_t* rows = x + std::max<int64_t>(top + first, 0) * g_.width * g_.in_channels;
+    const QuantizedTap tap = weights_.expand.tap(branch, rows, g_.in_channels);
+    quantized_kernels().gemm({&tap, 1, pixels, middle, weights_.expand_bias.of(branch), nullptr,
+                              weights_.expand_scale.of(branch), zero(branch, of_expanded), out_rows, nullptr});
+  }
+
+  // Computes output rows [begin, begin + count); `expanded` points to the first padded row that they read.
+  void filter_and_project(int64_t branch, const uint8_t* x, const uint8_t* expanded, uint8_t* out, int64_t begin,
+                          int64_t count) const {
+    const int64_t pixels = count * g_.out_width, channels = g_.in_channels;
+    const uint8_t* const filtered = filter(branch, expanded, count);
+    uint8_t** const out_rows = scratch<uint8_t*>(2, pixels);
+    for (int64_t m = 0; m < pixels; ++m) out_rows[m] = out + (begin * g_.out_width + m) * g_.out_channels;
+    QuantizedTap taps[2] = {weights_.project.tap(branch, filtered, weights_.middle), {}};
+    QuantizedGemm gemm{taps,
+                       1,
+                       pixels,
+                       g_.out_channels,
+                       weights_.project_bias.of(branch),
+                       nullptr,
+                       weights_.project_scale.of(branch),
+                       zero(branch, of_output),
+                       out_rows,
+                       nullptr};
+    const uint8_t* source = x + begin * g_.width * channels;
+    if (weights_.shortcut.has_value()) {
+      if (g_.stride > 1) {
+        uint8_t* strided = scratch<uint8_t>(7, pixels * channels);
+        for (int64_t m = 0; m < pixels; ++m) {
+          const int64_t iy = (begin + m / g_.out_width) * g_.stride, ix = m % g_.out_width * g_.stride;
+          std::copy_n(x + (iy * g_.width + ix) * channels, channels, strided + m * channels);
+        }
+        source = strided;
+      }
+      taps[1] = taps[0];
+      taps[0] = weights_.shortcut->tap(branch, source, channels);
+      gemm.num_taps = 2;
+      gemm.rescale = weights_.rescale->of(branch);
+    } else if (weights_.identity) {
+      gemm.add = source, gemm.add_stride = channels, gemm.add_scale = weights_.rescale->of(branch);
+    }
+    quantized_kernels().gemm(gemm);
+  }
+
+  // The depthwise convolution for `count` output rows.
+  const uint8_t* filter(int64_t branch, const uint8_t* expanded, int64_t count) const {
+    const int64_t middle = weights_.middle, k = g_.kernel_size;
+    uint8_t* const filtered = scratch<uint8_t>(4, count * g_.out_width * middle);
+    quantized_kernels().depthwise(
+        {expanded, row_size(), count,
+         weights_.depthwise.data<int8_t>() + branch * k * ceil_div(k, kGroup) * middle * kGroup,
+         weights_.depthwise_bias.data<int32_t>() + branch * middle,
+         weights_.depthwise_scale.data<float>() + branch * middle, zero(branch, of_filtered), filtered, g_.out_width,
+         middle, k, g_.stride});
+    return filtered;
+  }
+
+  const QuantizedBottleneckWeights& weights_;
+  Geometry g_;
+  int64_t band_;  // output rows of a band
+};
+
+// Convolutions of one branch, applied one after another: the stem before bottlenecks.
+template <>
+class ConvolutionChain<uint8_t> {
+ public:
+  // `shape` is the shape of the input; it becomes the shape of the output.
+  ConvolutionChain(const std::vector<QuantizedConvolution>& layers, std::vector<int64_t>& shape) : layers_(layers) {
+    for (const QuantizedConvolution& layer : layers) {
+      geometry_.push_back(layer.geometry(shape));
+      shape = geometry_.back().out_shape();
+    }
+  }
+
+  size_t size() const { return layers_.size(); }
+  int64_t in_size() const { return geometry_.front().pixels() * geometry_.front().in_channels; }
+  int64_t out_size(size_t layer) const { return geometry_[layer].out_pixels() * geometry_[layer].out_channels; }
+
+  template <typename F>
+  const uint8_t* forward(const uint8_t* x, int64_t num_maps, const F& buffer) const {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      Geometry g = geometry_[i];
+      g.batch = num_maps;
+      uint8_t* const out = buffer(i);
+      layers_[i].forward(g, x, out);
+      x = out;
+    }
+    return x;
+  }
+
+ private:
+  const std::vector<QuantizedConvolution>& layers_;
+  std::vector<Geometry> geometry_;
+};
+
+}  // namespace hne
