@@ -27,7 +27,7 @@ from .layers import (
     TransformerBlock,
 )
 from .losses import OBJECTIVES, objective
-from .models import HNE, PRESETS, FusedHNE, NaiveHNE, load
+from .models import HNE, PRESETS, FusedHNE, NaiveHNE, QuantizedHNE, load, quantize
 
 try:
     __version__: str = metadata.version("hne-kernels")
@@ -55,8 +55,10 @@ __all__ = [
     "PatchEmbedding",
     "PoolLinear",
     "PreActivation",
+    "QuantizedHNE",
     "SelectToken",
     "TransformerBlock",
     "load",
     "objective",
+    "quantize",
 ]

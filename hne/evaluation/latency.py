@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 from ..data import Dataset, evaluation_batches
 from ..errors import ResultError
 from ..metrics import correct
-from ..models import HNE
+from ..models import HNE, QuantizedHNE
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def alternating_seconds(
 
 @torch.inference_mode()
 def measure_anytime(
-    model: HNE,
+    model: HNE | QuantizedHNE,
     dataset: Dataset,
     *,
     batch_size: int = 1,

@@ -17,7 +17,7 @@ from ..data import Dataset
 from ..distributed import World
 from ..losses import gaussians
 from ..metrics import gaussian_nll, mixture
-from ..models import HNE
+from ..models import HNE, QuantizedHNE
 from .predict import finite, predict
 
 
@@ -77,7 +77,7 @@ class RegressionEvaluation:
 
 @torch.inference_mode()
 def evaluate_regression(
-    model: HNE,
+    model: HNE | QuantizedHNE,
     dataset: Dataset,
     *,
     batch_size: int = 256,

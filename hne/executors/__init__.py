@@ -10,5 +10,7 @@ from .hook_versions import HookVersions
 from .kernels import KernelExecutor
 from .naive import NaiveExecutor
 from .parameter_versions import ParameterVersions, note_optimizer_step
+from .quantized import QuantizedExecutor
+from .quantizing import Quantizer, Range, observe
 from .session import InferenceSession
 from .weight_cache import FoldedWeightCache

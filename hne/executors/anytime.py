@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .base import Network, SubtreeExecutor
+from ..hierarchy import Hierarchy
+from .base import SubtreeRunner
 
 
-class AnytimeNetwork(Network, Protocol):
-    def executor(self) -> SubtreeExecutor: ...
+class AnytimeExecutor(Protocol):
+    """What :class:`Anytime` needs of a :class:`SubtreeExecutor`."""
+
+    def runner(self, network: Any) -> SubtreeRunner: ...
+    def select_samples(self, x: Tensor, samples: Tensor) -> Tensor: ...
+
+
+class AnytimeNetwork(Protocol):
+    hierarchy: Hierarchy
+
+    def executor(self) -> AnytimeExecutor: ...
 
 
 class Anytime(Iterator[tuple[int, Tensor]]):

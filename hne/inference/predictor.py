@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..executors import Anytime
-from ..models import HNE
+from ..models import HNE, QuantizedHNE
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class AnytimePredictor:
 
     def __init__(
         self,
-        model: HNE,
+        model: HNE | QuantizedHNE,
         *,
         deadline_ms: float | None = None,
         confidence: float | None = None,

@@ -5,3 +5,4 @@ from .backbone import Conversion, load_backbone
 from .hne import HNE, FusedHNE, NaiveHNE
 from .load import load
 from .presets import PRESETS, Preset, scaled
+from .quantized import QuantizedHNE, quantize

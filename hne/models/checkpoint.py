@@ -21,12 +21,14 @@ from ..errors import CheckpointError, FileError
 from ..files import is_utf8, replacing, to_json, utf8_path
 from .backbone import templates_from_config
 from .hne import HNE, FusedHNE, NaiveHNE
+from .quantized import QuantizedHNE
 
 FORMAT = "hne-checkpoint"
 VERSION = "1"
 FILE_NAME = "checkpoint.safetensors"  # in the folder of a run
 
 _MODEL = "model/"  # prefix of the network's tensors
+_QUANTIZED = "quantized"  # entry of the config of a network in int8, and prefix of its tensors
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -112,6 +114,33 @@ def model_tensors(model: HNE) -> dict[str, Tensor]:
     return {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
 
 
+def save_quantized(path: str | Path, model: QuantizedHNE, config: Mapping[str, Any]) -> None:
+    """Write a checkpoint of a network in int8, with further entries of its config. Errors as :func:`save`."""
+    tensors = {f"{_QUANTIZED}/{number:05d}": tensor for number, tensor in enumerate(model.tensors)}
+    save(path, tensors, {**config, "model": model.config(), _QUANTIZED: model.layer_configs()})
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a network in int8."""
+    return _QUANTIZED in config
+
+
+def load_quantized(path: str | Path) -> tuple[QuantizedHNE, dict[str, Any]]:
+    """The network of a checkpoint of :func:`save_quantized`, and its config.
+
+    Raises:
+        CheckpointError: As :func:`load`; or the file is that of another network, or does not fit itself.
+    """
+    tensors, config = load(path)
+    if not is_quantized(config):
+        raise CheckpointError(f"{path}: not in int8: expected a file of `hne quantize`")
+    try:
+        ordered = [tensor for _, tensor in sorted(tensors.items())]
+        return QuantizedHNE.from_config(config["model"], config[_QUANTIZED], ordered), config
+    except (LookupError, AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot build its network ({error})") from error
+
+
 def restore_model(model: HNE, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy the network's tensors of a checkpoint into ``model``.
 
@@ -147,6 +176,8 @@ def load_model(
             tensors do not fit it.
     """
     tensors, config = load(path)
+    if is_quantized(config):
+        raise CheckpointError(f"{path}: in int8, for inference only: expected a checkpoint with float weights")
     try:
         described = config["model"]
         model = (NaiveHNE if naive else FusedHNE).from_config(described, templates or templates_from_config(described))
