@@ -169,7 +169,7 @@ def bench_inference(
     def folded(wrap: Any) -> Side:
         """The network that is exported."""
         last = x.contiguous(memory_format=torch.channels_last)
-        network = CopyFreeNetwork(fused, n, last[:1]).eval().to(memory_format=torch.channels_last)
+        network = CopyFreeNetwork(fused, slice(0, n), last[:1]).eval().to(memory_format=torch.channels_last)
         function = wrap(network)
         return lambda: function(last)
 

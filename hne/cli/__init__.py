@@ -1,4 +1,4 @@
-"""The command ``hne``: train, study, compare, distill, eval, calibrate, anytime, bench, info, export."""
+"""The command ``hne``: train, study, compare, distill, eval, calibrate, quantize, anytime, bench, info, export."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import suppress
 from typing import TextIO
 
 from ..distributed import is_main_process
-from . import anytime, bench, calibrate, compare, distill, evaluate, export, info, study, train
+from . import anytime, bench, calibrate, compare, distill, evaluate, export, info, quantize, study, train
 from .console import Terminated, cleaning_up_on_signals, discard_output, explain, usable_streams
 
 __all__ = ["main"]
 
-_COMMANDS = (train, study, compare, distill, evaluate, calibrate, anytime, bench, info, export)
+_COMMANDS = (train, study, compare, distill, evaluate, calibrate, quantize, anytime, bench, info, export)
 
 _DESCRIPTION = """\
 Hierarchical neural ensembles: N networks that share the trunk of a tree. They are evaluated one after

@@ -15,10 +15,10 @@ from ..distributed import choose_device
 from ..errors import DataError, ResultError
 from ..evaluation import measure_anytime
 from ..inference import Answer, AnytimePredictor
-from ..models import HNE
+from ..models import HNE, QuantizedHNE
 from ..reporting import ProgressBar, check_plot_path, format_macs, plot_accuracy_against_time, show_table
 from . import options
-from .loading import checkpoint_path, load_model, load_test_data
+from .loading import checkpoint_path, load_network, load_test_data
 
 _DESCRIPTION = """\
 Evaluate the members of the ensemble one after the other. Each computes only the part of the tree
@@ -80,7 +80,7 @@ def execute(args: argparse.Namespace) -> int:
         check_plot_path(args.plot)
     device = choose_device(args.device)
     with options.computing(args):
-        model, stored = load_model(args.checkpoint, device)
+        model, stored = load_network(args.checkpoint, device)
         model.metadata = stored  # the predictor scales by the temperatures of `hne calibrate`
         if stored["data"].get("target") is not None:
             raise ValueError(f"expected a classifier, got a regression of {stored['data']['name']}")
@@ -95,7 +95,7 @@ def execute(args: argparse.Namespace) -> int:
         return _answer_dataset(predictor, load_test_data(args, stored).to(device), device, args)
 
 
-def _show_curve(model: HNE, dataset: Dataset, args: argparse.Namespace) -> int:
+def _show_curve(model: HNE | QuantizedHNE, dataset: Dataset, args: argparse.Namespace) -> int:
     """Print and plot accuracy against time."""
     with ProgressBar(len(dataset.test), hidden=args.quiet) as bar:
         curve = measure_anytime(model, dataset, batch_size=args.batch_size, progress=bar.update)

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..distributed import choose_device
 from ..errors import ResultError
 from ..evaluation import EAGER, FUSED, SIDES, InferenceSides, TrainingSides, alternating_seconds
 from ..models import PRESETS, FusedHNE
-from ..reporting import show_table
+from ..reporting import ProgressBar, show_table
 from . import options
 
 _DESCRIPTION = """\
@@ -123,7 +122,7 @@ def execute(args: argparse.Namespace) -> int:
             stack.enter_context(model.frozen_parameters())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         turns = len(args.batch_sizes) * len(names) * (1 + _ROUNDS)
-        bar = stack.enter_context(tqdm(total=turns, unit="turn", leave=False, disable=args.quiet or None))
+        bar = stack.enter_context(ProgressBar(turns, unit="turn", hidden=args.quiet))
         for batch in args.batch_sizes:
             images = torch.randn(batch, 3, size, size, device=device)
             images = images.to(memory_format=torch.channels_last)
@@ -134,7 +133,7 @@ def execute(args: argparse.Namespace) -> int:
             )
             calls, expected = {}, None
             for name in names:
-                bar.set_description(f"batch {batch}: preparing {SIDES[name]}")
+                bar.describe(f"batch {batch}: preparing {SIDES[name]}")
                 if (why := sides.unavailable(name)) is None:
                     try:
                         call = sides.make(name)
@@ -150,7 +149,7 @@ def execute(args: argparse.Namespace) -> int:
                 if why is not None:
                     remarks[name] = why
                 bar.update()
-            bar.set_description(f"batch {batch}: measuring")
+            bar.describe(f"batch {batch}: measuring")
             per_round = args.seconds / _ROUNDS
             times = alternating_seconds([*calls.values()], _ROUNDS, per_round, rest=_REST, progress=bar.update)
             rows.append((batch, dict(zip(calls, times, strict=True))))

@@ -10,10 +10,10 @@ from ..data import Dataset, Images
 from ..distributed import choose_device
 from ..evaluation import Evaluation, evaluate, evaluate_ood, evaluate_regression
 from ..files import check_writable, write_json
-from ..models import HNE
+from ..models import HNE, QuantizedHNE
 from ..reporting import ProgressBar, show_evaluation, show_ood, show_uncertainty
 from . import options
-from .loading import load_model, load_ood_images, load_test_data
+from .loading import load_model, load_network, load_ood_images, load_test_data
 
 _DESCRIPTION = """\
 Test a trained ensemble: for n = 1, 2, 4, ... N, the cost per image of the ensemble of the first n
@@ -72,7 +72,10 @@ def execute(args: argparse.Namespace) -> int:
         check_writable(args.json)
     device = choose_device(args.device)
     with options.computing(args):
-        model, stored = load_model(args.checkpoint, device, naive=args.naive)
+        model: HNE | QuantizedHNE
+        model, stored = (
+            load_model(args.checkpoint, device, naive=True) if args.naive else load_network(args.checkpoint, device)
+        )
         dataset = load_test_data(args, stored)
         ood_images = load_ood_images(args, dataset)
         dataset = dataset.to(device)
@@ -91,7 +94,9 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate_ood(model: HNE, dataset: Dataset, images: Images, args: argparse.Namespace) -> dict[str, Any]:
+def _evaluate_ood(
+    model: HNE | QuantizedHNE, dataset: Dataset, images: Images, args: argparse.Namespace
+) -> dict[str, Any]:
     """Evaluate the detection of OOD images, print the table, and return the results as JSON-able values."""
     with ProgressBar(len(dataset.test) + len(images), hidden=args.quiet) as bar:
         evaluations = evaluate_ood(model, dataset, images, batch_size=args.batch_size, progress=bar.update)

@@ -11,7 +11,7 @@ import torch
 
 from ..data import DATASETS, RESIZABLE, Dataset, Images, InputFormat, load_dataset, ood_images
 from ..errors import CheckpointError
-from ..models import HNE, checkpoint
+from ..models import HNE, QuantizedHNE, checkpoint
 from ..training import CHECKPOINT, TrainConfig
 
 
@@ -36,7 +36,19 @@ def load_model(path: Path, device: torch.device, *, naive: bool = False) -> tupl
     return model.to(device), stored
 
 
-def _check_description(file: Path, stored: dict[str, Any], model: HNE) -> None:
+def load_network(path: Path, device: torch.device) -> tuple[HNE | QuantizedHNE, dict[str, Any]]:
+    """As :func:`load_model`; or the network of a file of ``hne quantize``, which computes on the CPU only."""
+    file = checkpoint_path(path)
+    if not checkpoint.is_quantized(checkpoint.load(file)[1]):
+        return load_model(path, device)
+    model, stored = checkpoint.load_quantized(file)
+    if device.type != "cpu":
+        raise ValueError(f"a network in int8 computes on the CPU, not on {device.type}: add --device cpu")
+    _check_description(file, stored, model)
+    return model, stored
+
+
+def _check_description(file: Path, stored: dict[str, Any], model: HNE | QuantizedHNE) -> None:
     """Check that metadata describe the data and the options of a training run."""
     try:
         data, recipe = stored["data"], stored["recipe"]

@@ -64,7 +64,7 @@ class InferenceSides:
 
     def _compiled(self) -> Call:
         last = self._images.contiguous(memory_format=torch.channels_last)
-        network = CopyFreeNetwork(self._model, self._n, last[:1]).eval()
+        network = CopyFreeNetwork(self._model, slice(0, self._n), last[:1]).eval()
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compiled = torch.compile(network, dynamic=False)
 

@@ -27,7 +27,12 @@ class QuantizedHNE(nn.Module):
 
     Raises:
         ValueError, TypeError: The layers do not fit the network or each other.
+
+    Attributes:
+        metadata: As :attr:`hne.HNE.metadata`.
     """
+
+    metadata: Mapping[str, Any] = {}
 
     def __init__(self, config: Mapping[str, Any], layers: Sequence[K.QuantizedLayer]) -> None:
         super().__init__()

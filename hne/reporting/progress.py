@@ -17,7 +17,8 @@ _REFRESH_SECONDS = 0.25
 class ProgressBar:
     """A progress bar on standard error, as a context manager; it disappears at the end.
 
-    It shows only where standard error is a terminal.
+    It shows only where standard error is a terminal. It is drawn by calls alone, without a thread: commands that
+    measure times have it, too.
 
     Args:
         total: Number of units until the end.
@@ -38,14 +39,15 @@ class ProgressBar:
             console=Console(stderr=True),
             transient=True,
             redirect_stdout=False,  # what is printed there may be a result
-            refresh_per_second=1 / _REFRESH_SECONDS,
+            auto_refresh=False,
             disable=not self._visible,
         )
         self._task = self._progress.add_task(description, total=total, note="")
-        self._next_note = 0.0
+        self._next_draw = 0.0
 
     def __enter__(self) -> Self:
         self._progress.start()
+        self._progress.refresh()
         return self
 
     def __exit__(
@@ -58,15 +60,22 @@ class ProgressBar:
         """Advance by ``count`` units.
 
         Returns:
-            Whether a new note is due: it would be seen, and the last one is a while ago.
+            Whether the bar was drawn anew, after a while: a note would be seen.
         """
         self._progress.advance(self._task, count)
-        return self._visible and time.monotonic() >= self._next_note
+        if not self._visible or time.monotonic() < self._next_draw:
+            return False
+        self._progress.refresh()
+        self._next_draw = time.monotonic() + _REFRESH_SECONDS
+        return True
 
     def note(self, text: str) -> None:
-        """Show a text beside the bar."""
+        """Show a text beside the bar, when it is drawn next."""
         self._progress.update(self._task, note=text)
-        self._next_note = time.monotonic() + _REFRESH_SECONDS
+
+    def describe(self, text: str) -> None:
+        """Say what proceeds now."""
+        self._progress.update(self._task, description=text, refresh=True)
 
 
 class _Speed(ProgressColumn):

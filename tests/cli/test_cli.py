@@ -27,7 +27,19 @@ from hne.inference import engines, export
 from hne.models.checkpoint import load_model
 from hne.training import CHECKPOINT
 
-COMMANDS = ("train", "study", "compare", "distill", "eval", "calibrate", "anytime", "bench", "info", "export")
+COMMANDS = (
+    "train",
+    "study",
+    "compare",
+    "distill",
+    "eval",
+    "calibrate",
+    "quantize",
+    "anytime",
+    "bench",
+    "info",
+    "export",
+)
 SMALL = ("--limit-train", "64", "--limit-test", "40", "--batch-size", "32", "--width", "0.5", "--threads", "1")
 
 
@@ -292,6 +304,33 @@ def test_calibrate_errors(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     assert (run / CHECKPOINT).read_bytes() == before
     (run / "reliability.png").unlink(missing_ok=True)
+
+
+# int8 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_quantize(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "int8.safetensors"
+    limits = ["--limit-test", "40", "--quiet"]
+    assert main(["quantize", str(run), "--calibration-images", "32", "--output", str(output), *limits]) == 0
+    out = capsys.readouterr().out
+    assert "40 test images; ranges of 32 training images" in out
+    rows = re.findall(r"^ *(\d+) +[\d.]+ M +([\d.]+)% +([\d.]+)% +([\d.]+) +([\d.]+) *$", out, re.M)
+    assert [int(row[0]) for row in rows] == [1, 2, 4, 8]
+    assert main(["eval", str(run), *limits]) == 0
+    before = re.findall(r"^ *\d+ +[\d.]+ M +([\d.]+)% +([\d.]+) *$", capsys.readouterr().out, re.M)
+    assert [(row[1], row[3]) for row in rows] == before
+    assert main(["eval", str(output), *limits]) == 0
+    after = re.findall(r"^ *\d+ +[\d.]+ M +([\d.]+)% +([\d.]+) *$", capsys.readouterr().out, re.M)
+    assert [(row[2], row[4]) for row in rows] == after
+    for row in rows:  # a network of two epochs, and 40 images
+        assert abs(float(row[1]) - float(row[2])) <= 10
+        assert abs(float(row[3]) - float(row[4])) < 0.1
+    assert main(["anytime", str(output), "--deadline-ms", "1000", "--limit-test", "4", "--quiet"]) == 0
+    capsys.readouterr()
+    assert "in int8, for inference only" in error_of(capsys, "export", str(output))
+    assert "in int8, for inference only" in error_of(capsys, "quantize", str(output))
+    assert "expected cpu" in error_of(capsys, "quantize", str(run), "--device", "cuda")
 
 
 # Anytime ------------------------------------------------------------------------------------------------------------
