@@ -4,7 +4,7 @@ Both compile the graph for one batch size, use as many threads as PyTorch, and r
 
 - ONNX Runtime: all graph optimisations. Its threads spin while they wait for work, which is the default.
 - OpenVINO: the hint ``LATENCY``, which gives all threads to one call, and float32 (on processors with bfloat16 its
-  default is bfloat16).
+  default is bfloat16). Threads are not bound to cores, where they would wait for other processes.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def _openvino(graph: Path, images: Tensor, spin: bool) -> Call:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,
     }
     request = core.compile_model(model, "CPU", options).create_infer_request()
     request.set_input_tensor(ov.Tensor(images.numpy(), shared_memory=True))
