@@ -13,15 +13,15 @@ Tensor prefix_mean(const Tensor& logits_in, const std::vector<int64_t>& sizes) {
   check_prefix_sizes(sizes, models);
   const Tensor logits = torch::stable::contiguous(widen(logits_in));
   Tensor out = empty(logits, {int64_t(sizes.size()), logits_in.size(1), logits_in.size(2)});
-  const auto compute = [&](auto type) {
+  dispatch(logits, [&](auto type) {
     using T = decltype(type);
-    parallel_tasks(ceil_div(values, kValues), [&](int64_t task) {
+    const auto compute = [&](int64_t task) {
       const int64_t first = task * kValues, count = std::min(kValues, values - first);
       prefix_means(data<T>(logits) + first, values, models, sizes, scratch<T>(0, count), count,
                    mutable_data<T>(out) + first, values);
-    });
-  };
-  ThreadTeam::lead([&] { dispatch(logits, compute); }, ThreadTeam::Helpers::of_library);
+    };
+    parallel_tasks(ceil_div(values, kValues), compute, ThreadTeam::Helpers::of_library);  // after fused_layers
+  });
   return round_to(out, logits_in.scalar_type());
 }
 

@@ -1,7 +1,6 @@
 #include "helper_threads.h"
 
 #include <algorithm>
-#include <chrono>
 #include <system_error>
 #include <thread>
 
@@ -23,7 +22,10 @@ std::atomic<HelperThreads*> helpers_of_process = nullptr;
 
 #if defined(__unix__) || defined(__APPLE__)
 // A forked process has no helpers: its first loop starts some.
-[[maybe_unused]] const int forget_in_child = pthread_atfork(nullptr, nullptr, [] { helpers_of_process = nullptr; });
+[[maybe_unused]] const int forget_in_child = pthread_atfork(nullptr, nullptr, [] {
+  helpers_of_process = nullptr;
+  HelperThreads::torch_spins_until() = {};
+});
 #endif
 
 }  // namespace
@@ -36,6 +38,11 @@ HelperThreads& HelperThreads::of_process() {
   if (helpers_of_process.compare_exchange_strong(threads, made)) return *made;
   delete made;  // another thread was faster
   return *threads;
+}
+
+Clock::time_point& HelperThreads::torch_spins_until() {
+  static thread_local Clock::time_point until = {};
+  return until;
 }
 
 SharedLoop* HelperThreads::take_loop(int64_t helpers) {

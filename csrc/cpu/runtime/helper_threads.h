@@ -9,6 +9,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <mutex>
 
@@ -38,6 +39,9 @@ class HelperThreads {
  public:
   // Those of this process; after a fork, the child has others.
   static HelperThreads& of_process();
+
+  // When PyTorch's threads stop spinning after a loop that the calling thread led; none spin in a forked process.
+  static std::chrono::steady_clock::time_point& torch_spins_until();
 
   // A loop for the calling thread with `helpers` others, which are started if they are not there. Null if there are too
   // many leaders already.

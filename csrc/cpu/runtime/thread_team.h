@@ -25,7 +25,7 @@ namespace hne {
 
 class ThreadTeam {
  public:
-  enum class Helpers { of_torch, of_library };
+  enum class Helpers { of_torch, of_library, of_library_awake };  // the last: those that need not be woken
 
   // Calls body() on this thread, as the leader of a team of torch.get_num_threads() threads that share its
   // parallel_tasks. No team is made if the thread leads one already, or if there is only one thread.
@@ -33,10 +33,12 @@ class ThreadTeam {
   static void lead(const F& body, Helpers helpers = Helpers::of_torch) {
     const int64_t threads = torch::stable::get_num_threads();
     if (current() != nullptr || threads <= 1) return body();
-    static thread_local Clock::time_point torch_spins_until = {};
-    if (helpers == Helpers::of_library && Clock::now() >= torch_spins_until) return lead_library(threads, body);
+    Clock::time_point& torch_spins_until = HelperThreads::torch_spins_until();
+    const bool of_torch = helpers == Helpers::of_torch;
+    if (!of_torch && Clock::now() >= torch_spins_until)
+      return lead_library(threads, body, helpers == Helpers::of_library);
     lead_torch(threads, body);
-    if (helpers == Helpers::of_torch) torch_spins_until = Clock::now() + kTorchSpins;
+    if (of_torch) torch_spins_until = Clock::now() + kTorchSpins;
   }
 
   // The team that the calling thread leads, or null.
@@ -64,7 +66,7 @@ class ThreadTeam {
     call_ = [](const void* context, int64_t task) { (*static_cast<const F*>(context))(task); };
     const int64_t helpers = std::min(tasks, threads_) - 1;
     loop_.open(helpers, [](void* team, int64_t thread) { static_cast<ThreadTeam*>(team)->work(thread); }, this);
-    if (library_ != nullptr) library_->call(helpers);
+    if (wakes_) library_->call(helpers);
     work(0);
     if (loop_.close()) {
       SpinWait spin;
@@ -86,8 +88,8 @@ class ThreadTeam {
     int64_t end;
   };
 
-  ThreadTeam(int64_t threads, SharedLoop& loop, HelperThreads* library)
-      : threads_(threads), loop_(loop), library_(library), ranges_(new TaskRange[threads]) {}
+  ThreadTeam(int64_t threads, SharedLoop& loop, HelperThreads* library, bool wakes)
+      : threads_(threads), loop_(loop), library_(library), wakes_(wakes), ranges_(new TaskRange[threads]) {}
 
   // Makes the team the current one of the calling thread, while body() runs.
   template <typename F>
@@ -100,7 +102,7 @@ class ThreadTeam {
   }
 
   template <typename F>
-  static void lead_library(int64_t threads, const F& body) {
+  static void lead_library(int64_t threads, const F& body, bool wakes) {
     HelperThreads& helpers = HelperThreads::of_process();
     SharedLoop* const loop = helpers.take_loop(threads - 1);
     if (loop == nullptr) return lead_torch(threads, body);
@@ -109,8 +111,8 @@ class ThreadTeam {
       SharedLoop& loop;
       ~GiveBack() { helpers.give_back(loop); }
     } const at_end{helpers, *loop};
-    helpers.call(threads - 1);  // before the first loop: to wake a thread takes longer than a small layer
-    ThreadTeam(threads, *loop, &helpers).run(body);
+    if (wakes) helpers.call(threads - 1);  // before the first loop: it takes longer than a small layer
+    ThreadTeam(threads, *loop, &helpers, wakes).run(body);
   }
 
   // A woken thread may have to wait on the leader's core, and libgomp's threads spin for milliseconds while they wait
@@ -119,7 +121,7 @@ class ThreadTeam {
   template <typename F>
   static void lead_torch(int64_t threads, const F& body) {
     SharedLoop loop;
-    ThreadTeam team(threads, loop, nullptr);
+    ThreadTeam team(threads, loop, nullptr, false);
     ClaimedCores cores;
     cores.claim();
     std::atomic<int64_t> arrived = 0;  // threads of the team, without the leader's
@@ -173,6 +175,7 @@ class ThreadTeam {
   const int64_t threads_;
   SharedLoop& loop_;
   HelperThreads* const library_;  // null: helpers are PyTorch's
+  const bool wakes_;              // whether loops call helpers that sleep
   std::unique_ptr<TaskRange[]> ranges_;
   std::mutex failure_mutex_;
   std::exception_ptr failure_;
@@ -188,17 +191,19 @@ inline int64_t num_threads() {
 }
 
 // Calls f(task) for every task in [0, tasks), on all threads of torch.set_num_threads; within a task, on the calling
-// thread.
+// thread. `helpers` are those of a loop outside of a team.
 template <typename F>
-void parallel_tasks(int64_t tasks, const F& f) {
+void parallel_tasks(int64_t tasks, const F& f, ThreadTeam::Helpers helpers = ThreadTeam::Helpers::of_torch) {
   const auto in_turn = [&] {
     for (int64_t task = 0; task < tasks; ++task) f(task);
   };
   if (tasks <= 1 || ThreadTeam::in_task()) return in_turn();
-  ThreadTeam::lead([&] {
-    ThreadTeam* const team = ThreadTeam::current();
-    team != nullptr ? team->run_tasks(tasks, f) : in_turn();  // no team: torch has one thread
-  });
+  ThreadTeam::lead(
+      [&] {
+        ThreadTeam* const team = ThreadTeam::current();
+        team != nullptr ? team->run_tasks(tasks, f) : in_turn();  // no team: torch has one thread
+      },
+      helpers);
 }
 
 }  // namespace hne
