@@ -1,76 +1,13 @@
-"""Calls back to back, each side in a process of its own: no rest between calls, and no other threads in the process.
-
-The sides take turns of a second or two, in which the processes of the others sleep.
-"""
+"""Calls back to back, each side in a process of its own: no rest between calls, and no other threads in the process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
 
-import pytest
-import torch
-from comparison import Row, Watch, check_agreement
 from derived import BACK_TO_BACK
-from meters import percentile
-from worker import FUSED, Files, Worker
-from workload import Network, Workload
-
-from hne.inference import ENGINES, missing
+from processes import ProcessCase
 
 
-def bench_back_to_back(
-    processes: tuple[Network, int, int],
-    files: Callable[[Network, int], Files],
-    record: Callable[[list[Row]], None],
-    workload: Workload,
-    watch: Watch,
-    benchmark: Any,
-    pytestconfig: pytest.Config,
-) -> None:
+def bench_back_to_back(processes: ProcessCase, in_processes: Callable[..., None]) -> None:
     """Median and 99th percentile of all calls."""
-    network, n, batch = processes
-    names = [FUSED, *(name for name in ENGINES if missing(name) is None)]
-    without = pytestconfig.getoption("--benchmark-without")
-    turn, rounds = (0.05, 1) if pytestconfig.getoption("--benchmark-quick") else (workload.turn, workload.turns)
-    with ExitStack() as stack:
-        written = files(network, n)
-        workers = {name: stack.enter_context(Worker(name, written, batch)) for name in names if name not in without}
-        expected = workers[FUSED].result()
-        for worker in workers.values():
-            check_agreement(worker.result(), expected)
-        seconds: dict[str, list[float]] = {name: [] for name in workers}
-
-        def first_turn() -> None:
-            seconds[FUSED] += (calls := workers[FUSED].calls(turn))
-            watch.now += percentile(calls, 50)
-
-        def other_turns() -> None:
-            for name, worker in workers.items():
-                if name != FUSED:
-                    seconds[name] += worker.calls(turn)
-
-        benchmark.pedantic(first_turn, teardown=other_turns, rounds=rounds)
-    if benchmark.disabled:
-        return
-    median, slow = ({name: percentile(s, q) * 1e3 for name, s in seconds.items()} for q in (50, 99))
-    fused_ms = median.pop(FUSED)
-    row = Row(
-        name=BACK_TO_BACK,
-        shape=f"{network.name}, n = {n}, batch {batch}",
-        fused_ms=fused_ms,
-        naive_ms=float("nan"),
-        images_per_s=batch / fused_ms * 1e3,
-        rounds=rounds,
-        others_ms=median,
-        p99_ms=slow,
-        case={
-            "network": network.name,
-            "num_models": n,
-            "batch": batch,
-            "dtype": str(torch.float32).removeprefix("torch."),
-        },
-    )
-    benchmark.extra_info |= row.record()
-    record([row])
+    in_processes(BACK_TO_BACK, processes)

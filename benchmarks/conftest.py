@@ -17,6 +17,7 @@ from derived import is_in_large_table, small_tables
 from machine import describe, machine
 from memory import give_back
 from meters import Meter, Side
+from processes import ProcessCase, compare_processes
 from roofline import Rates, Work, measure
 from table import aligned, failures, machine_line, save, summary, text
 from worker import Files, write_files
@@ -61,6 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "anytime": workload.anytime,
         "head": workload.heads,
         "processes": workload.processes,
+        "contention": workload.contention,
     }.items():
         if argument in metafunc.fixturenames:
             metafunc.parametrize(argument, cases, ids=["-".join(map(_plain, case)) for case in cases])
@@ -140,6 +142,23 @@ def record(pytestconfig: pytest.Config) -> Callable[[list[Row]], None]:
         _save(pytestconfig)
 
     return record
+
+
+@pytest.fixture
+def in_processes(
+    watch: Watch,
+    record: Callable[[list[Row]], None],
+    files: Callable[[Network, int], Files],
+    workload: Workload,
+    request: pytest.FixtureRequest,
+) -> Callable[..., None]:
+    """Return ``in_processes(name, case, neighbour=None)``; see :func:`processes.compare_processes`."""
+    benchmark = request.getfixturevalue("benchmark")
+
+    def in_processes(name: str, case: ProcessCase, neighbour: str | None = None) -> None:
+        record(compare_processes(name, case, files, workload, watch, benchmark, request.config, neighbour))
+
+    return in_processes
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from comparison import Row
 
 CALL, DISPATCHER = "op call", "dispatcher"  # rows of bench_calls.py: their name, and their second side
 BACK_TO_BACK = "back to back"  # rows of bench_processes.py
+BUSY_CORE, BUSY_THREADS = "a process spins on a core", "an engine's threads spin"  # rows of bench_contention.py
 
 Line = tuple[str, ...]
 
@@ -25,7 +26,7 @@ class SmallTable:
 
 def is_in_large_table(row: Row) -> bool:
     """Whether the large table shows a row; the others have a small table only."""
-    return row.name not in (CALL, BACK_TO_BACK)
+    return row.name not in (CALL, BACK_TO_BACK, BUSY_CORE, BUSY_THREADS)
 
 
 def small_tables(rows: Sequence[Row]) -> list[SmallTable]:
@@ -47,7 +48,14 @@ def small_tables(rows: Sequence[Row]) -> list[SmallTable]:
             ("network", "batch", "anytime ms", "one call ms", "anytime / one call"),
             list(_anytime(rows)),
         ),
-        SmallTable("Calls back to back, each side in a process of its own: p50 / p99 in ms", *_back_to_back(rows)),
+        *(
+            SmallTable(f"{title}: p50 / p99 in ms", *_processes(rows, name))
+            for name, title in (
+                (BACK_TO_BACK, "Calls back to back, each side in a process of its own"),
+                (BUSY_CORE, "The same while another process spins on one of the cores"),
+                (BUSY_THREADS, "The same after a call of ONNX Runtime in the same process, whose threads still spin"),
+            )
+        ),
         SmallTable(
             "An op call on tiny inputs, microseconds",
             ("op", "call", "its dispatcher and kernel", "beside them", "plain PyTorch"),
@@ -104,8 +112,8 @@ def _anytime(rows: Sequence[Row]) -> Iterator[Line]:
             yield _title(setting), str(batch), f"{row.fused_ms:.3f}", f"{whole:.3f}", f"{row.fused_ms / whole:.2f}"
 
 
-def _back_to_back(rows: Sequence[Row]) -> tuple[Line, list[Line]]:
-    rows = [row for row in rows if row.name == BACK_TO_BACK]
+def _processes(rows: Sequence[Row], name: str) -> tuple[Line, list[Line]]:
+    rows = [row for row in rows if row.name == name]
     others = list(dict.fromkeys(side for row in rows for side in row.others_ms))
     lines = []
     for row in rows:

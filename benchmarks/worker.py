@@ -87,18 +87,20 @@ def make_side(name: str, files: Files, batch: int, *, spin: bool = True) -> Side
     return side
 
 
-def seconds_of_calls(side: Side, seconds: float) -> list[float]:
-    """The seconds of each call, back to back for ``seconds`` in all, after untimed calls."""
-    end = time.perf_counter() + _WARM_UP
-    while time.perf_counter() < end:
-        side()
-    times = []
-    start = time.perf_counter()
-    end = start + seconds
-    while start < end:
+def seconds_of_calls(side: Side, seconds: float, neighbour: Side | None = None) -> list[float]:
+    """The seconds of each call, back to back for ``seconds`` in all, after untimed calls. An untimed call of the
+    neighbour, if there is one, precedes every call."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    start = now = begin
+    while now < begin + _WARM_UP + seconds:
+        if neighbour is not None:
+            neighbour()
+            start = time.perf_counter()
         side()
         now = time.perf_counter()
-        times.append(now - start)
+        if start >= begin + _WARM_UP:
+            times.append(now - start)
         start = now
     return times
 
@@ -112,18 +114,26 @@ class Worker:
         batch: Number of images of a call.
         spin: As in :func:`hne.inference.load_engine`.
         environ: Environment variables of the process, beside those of this one.
+        neighbour: An engine in the same process, which makes a call before each call; its threads go on spinning.
 
     Raises:
         RuntimeError: The process cannot make the side, or a call fails; the message is the reason.
     """
 
     def __init__(
-        self, name: str, files: Files, batch: int, *, spin: bool = True, environ: Mapping[str, str] | None = None
+        self,
+        name: str,
+        files: Files,
+        batch: int,
+        *,
+        spin: bool = True,
+        environ: Mapping[str, str] | None = None,
+        neighbour: str | None = None,
     ) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        arguments = name, files, batch, spin, torch.get_num_threads()
+        arguments = name, files, batch, spin, neighbour, torch.get_num_threads()
         self._process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
         with _environment(environ or {}):
             self._process.start()
@@ -183,15 +193,18 @@ class _Failure:
     reason: str
 
 
-def _serve(pipe: Connection, name: str, files: Files, batch: int, spin: bool, threads: int) -> None:
+def _serve(
+    pipe: Connection, name: str, files: Files, batch: int, spin: bool, neighbour: str | None, threads: int
+) -> None:
     """Answer requests: seconds to call for, ``result`` for logits, None to end."""
     torch.set_num_threads(threads)
     try:
         side = make_side(name, files, batch, spin=spin)
+        other = None if neighbour is None else make_side(neighbour, files, batch)
         side()
         pipe.send(None)
         while (request := pipe.recv()) is not None:
-            pipe.send(side().numpy().copy() if request == "result" else seconds_of_calls(side, request))
+            pipe.send(side().numpy().copy() if request == "result" else seconds_of_calls(side, request, other))
     except Exception as error:
         pipe.send(_Failure(f"{type(error).__name__}: {error}"))
 

@@ -45,6 +45,7 @@ class Workload:
     compiler: dict[str, str]  # options of torch.compile
     rates: tuple[int | None, tuple[int, ...]]  # MiB to copy and sizes of matrices, to measure the machine
     processes: tuple[tuple[Network, int, int], ...] = ()  # ensemble size, batch: in processes of their own
+    contention: tuple[tuple[Network, int, int], ...] = ()  # the same on a busy machine
     turn: float = 1.5  # seconds of calls back to back
     turns: int = 4
     memory: bool = False  # measure the memory of a training step
@@ -110,6 +111,7 @@ CPU = Workload(
         *((RESNET, n, batch) for batch in (1, 8) for n in (1, 4, 16)),
         *((MOBILENET, 8, batch) for batch in (1, 8)),
     ),
+    contention=tuple((RESNET, n, batch) for batch in (1, 8) for n in (1, 16)),
     memory=True,
     seconds=3.0,
 )
@@ -141,6 +143,7 @@ REHEARSAL = Workload(
     compiler={"backend": "eager"},
     rates=(1, (64,)),
     processes=((TINY, 2, 2),),
+    contention=((TINY, 2, 2),),
     one_by_one=True,
 )
 WORKLOADS = {"cpu": CPU, "gpu": GPU, "rehearsal": REHEARSAL}
