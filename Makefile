@@ -6,7 +6,7 @@ RESULT ?= $(or $(shell $(BIN)/python benchmarks/machine.py),cpu)
 GPU_CHECK ?=
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/cuda_emulation tests/kernels/thread_team -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_FILES := setup.py pyproject.toml $(wildcard build_backend/*.py)
 SANITIZED := build/sanitized
 # The CUDA library, where its compiler is; HNE_CUDA=0 turns it off. A torch without CUDA cannot load it, so that only the

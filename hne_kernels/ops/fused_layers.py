@@ -240,7 +240,7 @@ class FusedLayers:
                 self._prepared is None
                 or checks.autocast_dtype("cpu") is not None
                 or not _in_memory(x)
-                or not dispatch.has_kernel("fused_layers", x)
+                or dispatch.backend_for(x) != "cpp"
             ):
                 batches = (x,) if len(self._result_indices) > 1 else micro_batches(x, 0 if self.images else 1)
                 results = []

@@ -14,7 +14,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-// It takes 10 to 50 microseconds to wake a thread; a time slice is 1000 to 4000.
+// It takes 10 to 50 microseconds to wake a thread; between two calls of a model there are 150. A time slice is 1000 to
+// 4000: looks cost the thread that is looked at some time, and are worth it only after a while.
 constexpr microseconds kSpin(300);
 constexpr microseconds kPatience(150), kLook(20), kMaxLook(500);  // before the first look at a thread, between looks
 
@@ -46,13 +47,12 @@ Clock::time_point& HelperThreads::torch_spins_until() {
 }
 
 SharedLoop* HelperThreads::take_loop(int64_t helpers) {
-  thread_local const SystemThread self = SystemThread::current();
   const size_t wanted = std::min(size_t(helpers), kMaxHelpers);
   if (num_helpers_ < wanted) start(wanted);
   for (size_t i = 0; i < kMaxLeaders; ++i) {
     Leader& leader = leaders_[i];
     if (leader.taken || leader.taken.exchange(true)) continue;
-    leader.thread.set(self);
+    leader.thread.set(SystemThread::current());  // not stored by thread: a fork changes it
     for (size_t known = num_leaders_; known <= i && !num_leaders_.compare_exchange_weak(known, i + 1);) {
     }
     return &leader.loop;
