@@ -102,7 +102,7 @@ def test_earlier_cells_stay_beside_new_ones(tmp_path: Path) -> None:
 
 
 def test_small_tables() -> None:
-    from derived import small_tables
+    from derived import BUSY_CORE, small_tables
     from table import markdown, text
 
     rows = [
@@ -111,6 +111,7 @@ def test_small_tables() -> None:
         _row(name="op call", shape="an op", fused_ms=0.012),
         _row(name="op call", shape="an op", fused_ms=0.004, backend="dispatcher"),
         _row(name="training step", memory_mib={"fused": 1000.4, "naive": 2000.0}),
+        _row(name=BUSY_CORE, others_ms={"a": 1.5, "b": 3.0}, p99_ms={"fused": 4.0, "a": 8.0, "b": 3.0}),
     ]
     tables = {table.title.partition(":")[0].partition(",")[0]: table for table in small_tables(rows)}
     assert {title: list(table.lines) for title, table in tables.items()} == {
@@ -121,6 +122,9 @@ def test_small_tables() -> None:
         "Anytime": [("net", "8", "40.000", "32.000", "1.25")],
         "An op call on tiny inputs": [("an op", "12.0", "4.0", "8.0", "2000.0")],
         "Memory of a training step at its peak": [("1 x 1", "1,000", "2,000")],
+        "The same while another process spins on one of the cores": [
+            ("1 x 1", "1.000 / 4.000", "1.500 / 8.000", "3.000 / 3.000", "1.50", "0.75")
+        ],
     }
     assert small_tables([_row()]) == []
     document = markdown(rows, {}, "")
