@@ -9,11 +9,13 @@ namespace hne::HNE_ISA {
 // The functions here copy their argument: what is stored cannot change a local variable, so that its members stay in
 // registers.
 
+constexpr int64_t kAhead = 1024;  // values between those that are read and those that are prefetched
+
 // f(width, c, first, last) over blocks of rows and vectors of channels. A block is a few contiguous KiB, so that memory
 // is read front to back, although the values of a channel are far apart.
 template <typename T, typename F>
 HNE_INLINE void for_blocks(const NormRows<T>& r, const F& f) {
-  const int64_t rows = r.channels > 0 && r.channels < 1024 ? 1024 / r.channels : 1;
+  const int64_t rows = r.channels > 0 && r.channels < kAhead ? kAhead / r.channels : 1;
   for (int64_t first = 0; first < r.count; first += rows) {
     const int64_t last = first + rows < r.count ? first + rows : r.count;
     for_lanes<T>(r.channels, [&](auto width, int64_t c) { f(width, c, first, last); });
@@ -59,8 +61,12 @@ void normalize(const NormRows<T>& rows) {
     for_lanes<T>(r.channels, [&](auto width, int64_t c) {
       constexpr int W = decltype(width)::value;
       const Vec<T, W> mean = load<W>(r.mean + c), scale = load<W>(r.scale + c), shift = load<W>(r.shift + c);
+      __builtin_prefetch(r.x + row + c + kAhead);
       Vec<T, W> v = (load<W>(r.x + row + c) - mean) * scale + shift;
-      if (r.add != nullptr) v += load<W>(r.add + row + c);
+      if (r.add != nullptr) {
+        __builtin_prefetch(r.add + row + c + kAhead);
+        v += load<W>(r.add + row + c);
+      }
       store<W>(r.out + row + c, clamp(v, r.clamp));
     });
 }
@@ -80,8 +86,12 @@ void mask(const NormRows<T>& rows) {
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto&) {
     constexpr int W = decltype(width)::value;
     const int64_t at = m * r.channels + c;
+    __builtin_prefetch(r.grad + at + kAhead);
     Vec<T, W> masked = load<W>(r.grad + at);
-    if (r.clamp.active()) masked = masked_by(masked, load<W>(r.y + at), r.clamp);
+    if (r.clamp.active()) {
+      __builtin_prefetch(r.y + at + kAhead);
+      masked = masked_by(masked, load<W>(r.y + at), r.clamp);
+    }
     store<W>(r.out + at, masked);
     if (r.streamed != nullptr) stream<W>(r.streamed + at, masked);
     sum += masked;
@@ -97,6 +107,8 @@ void normalize_backward(const NormRows<T>& rows) {
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& product) {
     constexpr int W = decltype(width)::value;
     const int64_t at = m * r.channels + c;
+    __builtin_prefetch(r.x + at + kAhead);
+    __builtin_prefetch(r.grad + at + kAhead);
     const Vec<T, W> apart = load<W>(r.x + at) - load<W>(r.mean + c), scale = load<W>(r.scale + c);
     Vec<T, W> masked = load<W>(r.grad + at);
     if (r.clamp.active()) {
