@@ -77,7 +77,7 @@ def environment_report() -> list[Section]:
             "machine",
             {
                 "processor": processor_name(),
-                "CPU instructions": f"{library.cpu_capability()} "
+                "CPU instructions": f"{library.cpu_capability()}{' with VNNI' if library.cpu_vnni() else ''} "
                 f"(this machine: {library.cpu_capabilities_supported()})",
                 "threads": str(torch.get_num_threads()),
                 "GPUs": _gpus(),

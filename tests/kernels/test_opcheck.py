@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 INFERENCE = {"fused_conv2d", "fused_bottleneck", "fused_bottleneck_chain"}
 # Ops with prepared layers, which are neither functions of tensors nor traced; see test_fused_layers.py.
-PREPARED = {"prepare_layers", "fused_layers"}
+PREPARED = {"prepare_layers", "fused_layers", "prepare_quantized_layers", "quantized_layers"}
 # Ops that cannot be differentiated (again), while opcheck differentiates the sum of all results.
 ONCE = {*(f"{op}_backward" for op in TRAINING_OPS), "hierarchical_distillation_loss"}
 

@@ -361,27 +361,36 @@ HNE_INLINE void order_block(const void* values, Ints<kBlockWidth>* out) {
                   16);
 }
 
-// The bytes of three rows at one place.
-HNE_INLINE void block_column(const uint8_t* in, int64_t row_size, Ints<kBlockWidth>* groups) {
 #if HNE_VECTOR_BYTES == 64
-  const __m512i a = _mm512_loadu_si512(in), b = _mm512_loadu_si512(in + row_size);
-  const __m512i c = _mm512_loadu_si512(in + 2 * row_size), none = _mm512_setzero_si512();
-  const __m512i low = _mm512_unpacklo_epi8(a, b), high = _mm512_unpackhi_epi8(a, b);
-  const __m512i low_c = _mm512_unpacklo_epi8(c, none), high_c = _mm512_unpackhi_epi8(c, none);
-  groups[0] = (Ints<kBlockWidth>)_mm512_unpacklo_epi16(low, low_c);
-  groups[1] = (Ints<kBlockWidth>)_mm512_unpackhi_epi16(low, low_c);
-  groups[2] = (Ints<kBlockWidth>)_mm512_unpacklo_epi16(high, high_c);
-  groups[3] = (Ints<kBlockWidth>)_mm512_unpackhi_epi16(high, high_c);
+HNE_INLINE __m512i load_block(const uint8_t* p, bool half) {
+  return _mm512_maskz_loadu_epi8(half ? 0xffffffff : ~__mmask64(0), p);
+}
 #else
-  const auto row = [&](int r) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + r * row_size)); };
-  const __m256i a = row(0), b = row(1), c = row(2), none = _mm256_setzero_si256();
-  const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
-  const __m256i low_c = _mm256_unpacklo_epi8(c, none), high_c = _mm256_unpackhi_epi8(c, none);
-  groups[0] = (Ints<kBlockWidth>)_mm256_unpacklo_epi16(low, low_c);
-  groups[1] = (Ints<kBlockWidth>)_mm256_unpackhi_epi16(low, low_c);
-  groups[2] = (Ints<kBlockWidth>)_mm256_unpacklo_epi16(high, high_c);
-  groups[3] = (Ints<kBlockWidth>)_mm256_unpackhi_epi16(high, high_c);
+HNE_INLINE __m256i load_block(const uint8_t* p, bool) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 #endif
+
+// The bytes of three rows at one place; `half`: only the first 32 bytes may be read.
+HNE_INLINE void block_column(const uint8_t* in, int64_t row_size, Ints<kBlockWidth>* groups, bool half = false) {
+#if HNE_VECTOR_BYTES == 64
+  const auto low_bytes = [](auto a, auto b) { return _mm512_unpacklo_epi8(a, b); };
+  const auto high_bytes = [](auto a, auto b) { return _mm512_unpackhi_epi8(a, b); };
+  const auto low_pairs = [](auto a, auto b) { return (Ints<kBlockWidth>)_mm512_unpacklo_epi16(a, b); };
+  const auto high_pairs = [](auto a, auto b) { return (Ints<kBlockWidth>)_mm512_unpackhi_epi16(a, b); };
+  const __m512i none = _mm512_setzero_si512();
+#else
+  const auto low_bytes = [](auto a, auto b) { return _mm256_unpacklo_epi8(a, b); };
+  const auto high_bytes = [](auto a, auto b) { return _mm256_unpackhi_epi8(a, b); };
+  const auto low_pairs = [](auto a, auto b) { return (Ints<kBlockWidth>)_mm256_unpacklo_epi16(a, b); };
+  const auto high_pairs = [](auto a, auto b) { return (Ints<kBlockWidth>)_mm256_unpackhi_epi16(a, b); };
+  const __m256i none = _mm256_setzero_si256();
+#endif
+  const auto a = load_block(in, half), b = load_block(in + row_size, half), c = load_block(in + 2 * row_size, half);
+  const auto low = low_bytes(a, b), high = high_bytes(a, b);
+  const auto low_c = low_bytes(c, none), high_c = high_bytes(c, none);
+  groups[0] = low_pairs(low, low_c), groups[1] = high_pairs(low, low_c);
+  groups[2] = low_pairs(high, high_c), groups[3] = high_pairs(high, high_c);
 }
 
 // Stores a block, limited to 0 to 255, in the order of the channels.
@@ -397,15 +406,28 @@ HNE_INLINE void store_block(uint8_t* out, const Ints<kBlockWidth>* x) {
 #endif
 }
 
-// The filters of a block of channels, in its order.
+// The filters of a block, in its order: of channels from c on, or of few channels again and again.
 struct BlockFilter {
   Ints<kBlockWidth> w[3][4], bias[4], scale[4];
   BlockFilter(const QuantizedDepthwise& d, int64_t c) {
-    for (int kx = 0; kx < 3; ++kx) order_block(d.weight + (kx * d.channels + c) * kGroup, w[kx]);
-    order_block(d.bias + c, bias);
-    order_block(d.scale + c, scale);
+    const int64_t channels = std::min<int64_t>(d.channels, kBlock);
+    const auto order = [&](const void* values, Ints<kBlockWidth>* out) {
+      char block[kBlock * 4];
+      for (int64_t i = 0; i < kBlock; i += channels) std::memcpy(block + i * 4, values, channels * 4);
+      order_block(block, out);
+    };
+    for (int kx = 0; kx < 3; ++kx) order(d.weight + (kx * d.channels + c) * kGroup, w[kx]);
+    order(d.bias + c, bias);
+    order(d.scale + c, scale);
   }
 };
+
+HNE_INLINE void finish_block(const QuantizedDepthwise& d, const BlockFilter& f, Ints<kBlockWidth>* sum, uint8_t* out) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)
+    sum[j] = scaled<kBlockWidth>(sum[j], (Floats<kBlockWidth>)f.scale[j]) + splat<kBlockWidth>(d.zero_point);
+  store_block(out, sum);
+}
 
 // A block of channels of a row of outputs of a 3x3 filter.
 template <int STRIDE, int PIXELS>
@@ -447,11 +469,54 @@ void depthwise_blocks(const QuantizedDepthwise& d, int64_t c) {
                                                          d.out + y * d.out_width * d.channels + c, 0);
 }
 
+// 128 bits from place `lane` on of two vectors one after the other.
+template <int LANE>
+HNE_INLINE Ints<kBlockWidth> joined(Ints<kBlockWidth> first, Ints<kBlockWidth> second) {
+  if constexpr (LANE == 0) return first;
+  if constexpr (LANE == kBlock / 16) return second;
+#if HNE_VECTOR_BYTES == 64
+  return (Ints<kBlockWidth>)_mm512_maskz_alignr_epi32(kAll, (__m512i)second, (__m512i)first, LANE * 4 % 16);
+#else
+  return (Ints<kBlockWidth>)_mm256_permute2x128_si256((__m256i)first, (__m256i)second, 0x21);
+#endif
+}
+
+// A row of few channels, 16 * LANES, as a block of several pixels after another: a tap further to the right is the same
+// row, LANES * 128 bits on.
+template <int LANES>
+void depthwise_pixels(const QuantizedDepthwise& d) {
+  constexpr int W = kBlockWidth;
+  const BlockFilter f(d, 0);
+  const int64_t blocks = d.out_width * d.channels / kBlock;
+  for (int64_t y = 0; y < d.count; ++y) {
+    const uint8_t* in = d.in + y * d.row_size;
+    uint8_t* out = d.out + y * d.out_width * d.channels;
+    Ints<W> groups[4];
+    block_column(in, d.row_size, groups);
+    for (int64_t b = 1; b <= blocks; ++b, out += kBlock) {
+      Ints<W> next[4], sum[4];
+      block_column(in + b * kBlock, d.row_size, next, LANES * 32 < kBlock && b == blocks);  // two pixels are left
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        sum[j] = dot<W>(f.bias[j], groups[j], f.w[0][j]);
+        sum[j] = dot<W>(sum[j], joined<LANES>(groups[j], next[j]), f.w[1][j]);
+        sum[j] = dot<W>(sum[j], joined<2 * LANES>(groups[j], next[j]), f.w[2][j]);
+        groups[j] = next[j];
+      }
+      finish_block(d, f, sum, out);
+    }
+  }
+}
+
 #endif
 
 inline void quantized_depthwise(const QuantizedDepthwise& d) {
   int64_t c = 0;
 #if HNE_VECTOR_BYTES >= 32
+  if (d.kernel_size == 3 && d.stride == 1 && d.out_width * d.channels % kBlock == 0) {
+    if (d.channels == 16) return depthwise_pixels<1>(d);
+    if (d.channels == 32 && kBlock == 64) return depthwise_pixels<kBlock / 32>(d);
+  }
   if (d.kernel_size == 3 && d.stride <= 2)
     for (; c + kBlock <= d.channels; c += kBlock) d.stride == 1 ? depthwise_blocks<1>(d, c) : depthwise_blocks<2>(d, c);
 #endif
