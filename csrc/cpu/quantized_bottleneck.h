@@ -68,12 +68,15 @@ class Bottleneck<uint8_t> {
  public:
   Bottleneck(const QuantizedBottleneckWeights& weights, const std::vector<int64_t>& shape)
       : weights_(weights), g_(weights.geometry(shape)) {
-    const int64_t row_bytes = g_.stride * row_size();
-    band_ = std::clamp<int64_t>(kBandBytes / std::max<int64_t>(row_bytes, 1), 1, std::max<int64_t>(g_.out_height, 1));
+    // The expanded features of a band fill an eighth of the second cache: weights, input and output lie there, too.
+    const int64_t rows = second_cache_bytes() / 8 / std::max<int64_t>(g_.stride * row_size(), 1);
+    band_ = std::clamp<int64_t>(rows, 1, std::max<int64_t>(g_.out_height, 1));
   }
 
   const Geometry& geometry() const { return g_; }
   bool identity() const { return weights_.identity; }
+  // Whether the output may overwrite the input: a band reads each value before it is written, and no later band does.
+  bool in_place() const { return weights_.identity; }
   int64_t in_size() const { return g_.pixels() * g_.in_channels; }
   int64_t out_size() const { return g_.out_pixels() * g_.out_channels; }
   int64_t expanded_size() const { return padded_height() * row_size(); }
