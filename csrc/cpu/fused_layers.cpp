@@ -1,7 +1,5 @@
 #include "fused_layers.h"
 
-#include <atomic>
-#include <chrono>
 #include <variant>
 
 #include "bottleneck_chain.h"
@@ -153,11 +151,7 @@ class PreparedLayers {
     STD_TORCH_CHECK(x_in.is_cpu() && x_in.scalar_type() == type_, "x: expected the dtype of the weights, on the CPU");
     const Tensor x = widen(x_in);
     std::vector<Tensor> results;
-    const auto start = std::chrono::steady_clock::now();
-    ThreadTeam::lead(
-        [&] { results = dispatch(x, [&](auto type) { return forward_micro_batches<decltype(type)>(x); }); },
-        is_short_ ? ThreadTeam::Helpers::of_library_awake : ThreadTeam::Helpers::of_library);
-    is_short_ = std::chrono::steady_clock::now() - start < kShort;
+    calls_.lead([&] { results = dispatch(x, [&](auto type) { return forward_micro_batches<decltype(type)>(x); }); });
     for (Tensor& features : results) features = round_to(features, type_);
     return results;
   }
@@ -497,9 +491,7 @@ class PreparedLayers {
   // them reads all weights once.
   static constexpr int64_t kMicroBatchBytes = 8 << 20, kMinMicroBatch = 8;
 
-  static constexpr std::chrono::microseconds kShort{100};  // twice what it may take to wake a thread
-
-  mutable std::atomic<bool> is_short_ = false;  // whether the last call was
+  RepeatedCalls calls_;
   ScalarType type_;
   std::vector<Stage> stages_;
   std::vector<size_t> last_readers_;  // by the number of the features: the last stage that reads them

@@ -85,7 +85,7 @@ class PreparedQuantizedLayers {
                     "x: expected float32 images or uint8 features, on the CPU");
     STD_TORCH_CHECK(x.dim() == (images ? 4 : 5), "x: expected 5 dimensions, or 4 of images");
     std::vector<Tensor> results;
-    ThreadTeam::lead([&] { results = forward(x); });
+    calls_.lead([&] { results = forward(x); });
     return results;
   }
 
@@ -219,6 +219,7 @@ class PreparedQuantizedLayers {
   static constexpr int64_t kTaskPixels = 1024;                       // of images
   const Tensor byte_ = torch::stable::empty({0}, ScalarType::Byte);  // gives the dtype of features
   std::vector<QuantizedStage> stages_;
+  RepeatedCalls calls_;
 };
 
 // Never destroyed: Python removes layers until the process ends.

@@ -183,6 +183,24 @@ class ThreadTeam {
   const void* context_ = nullptr;
 };
 
+// The teams of calls that are made again and again, as those of inference, with helpers of this library.
+class RepeatedCalls {
+ public:
+  // Calls body() as the leader of a team. As long as the calls are short, no helper is woken for them.
+  template <typename F>
+  void lead(const F& body) const {
+    using Clock = std::chrono::steady_clock;
+    const Clock::time_point start = Clock::now();
+    ThreadTeam::lead(body, is_short_ ? ThreadTeam::Helpers::of_library_awake : ThreadTeam::Helpers::of_library);
+    is_short_ = Clock::now() - start < kShort;
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kShort{100};  // twice what it may take to wake a thread
+
+  mutable std::atomic<bool> is_short_ = false;  // whether the last call was
+};
+
 // Number of threads that share a parallel loop.
 inline int64_t num_threads() {
   if (ThreadTeam::in_task()) return 1;
