@@ -13,7 +13,8 @@ from torch import Tensor
 from ..data import InputFormat
 from ..errors import ResultError
 from ..files import check_writable, replacing
-from ..inference import Ensemble, EnsembleMean, EnsembleMixture, write_onnx, write_pt2
+from ..inference import ANYTIME_FORMATS, Ensemble, EnsembleMean, EnsembleMixture, write_anytime, write_onnx, write_pt2
+from ..runtime import AnytimeSession
 from . import options
 from .loading import checkpoint_path, load_model
 
@@ -30,6 +31,11 @@ operations and needs `import hne_kernels` first.
 onnx is a graph for ONNX Runtime, OpenVINO and others, with input "images" and output "logits".
 Writing it needs `pip install onnx onnxscript`.
 
+--anytime writes a folder instead, with a program for each step of the tree and a manifest, for
+hne.runtime.AnytimeSession: the first answer after the first step, a better one after each further step,
+by deadline or confidence. Its formats are onnx, pt2, and aoti: one package that AOTInductor compiles for
+processors like this one.
+
 Batch norms are folded into weights, features are not copied where the tree branches, and the mean of
 the members is part of the last layer. The branches of a layer are one grouped convolution
 (--branches grouped), or a convolution each (--branches separate). Which is faster depends on the engine,
@@ -38,6 +44,7 @@ the batch size and the network, mostly on whether its channels are multiples of 
 _EXAMPLES = """\
   hne export runs/digits-hne_tiny --num-models 4 --output digits-4.pt2
   hne export runs/digits-hne_tiny --num-models 4 --format onnx
+  hne export runs/digits-hne_tiny --anytime --format onnx --output anytime
   hne export runs/digits-hne_tiny --format onnx --branches separate --output separate.onnx
 """
 
@@ -50,7 +57,9 @@ def add_parser(commands: options.Subparsers) -> None:
     parser = options.new_parser(commands, "export", "write a stand-alone program", _DESCRIPTION, _EXAMPLES)
     parser.set_defaults(execute=execute)
     options.add_checkpoint(parser)
-    parser.add_argument("--format", choices=tuple(_FORMATS), default="pt2", help="format of the program (default: pt2)")
+    formats = tuple(dict.fromkeys([*_FORMATS, *ANYTIME_FORMATS]))
+    parser.add_argument("--format", choices=formats, default="pt2", help="format of the program (default: pt2)")
+    parser.add_argument("--anytime", action="store_true", help="write a program for each step, into a folder")
     parser.add_argument(
         "--num-models", type=options.positive_int, metavar="N", help="ensemble size (default: all members)"
     )
@@ -65,12 +74,16 @@ def add_parser(commands: options.Subparsers) -> None:
         "--output",
         type=options.path,
         metavar="FILE",
-        help="the file (default: ensemble-N.FORMAT beside the checkpoint)",
+        help="the file (default: ensemble-N.FORMAT beside the checkpoint), or the folder (default: anytime there)",
     )
 
 
 def execute(args: argparse.Namespace) -> int:
     """Export, and check that the written program gives the same logits."""
+    if args.anytime:
+        return _export_steps(args)
+    if args.format not in _FORMATS:
+        raise ValueError(f"--format: {args.format} is for --anytime only")
     if args.kernels and args.format != "pt2":
         raise ValueError(f"--kernels: expected with --format pt2, got {args.format}, which has no such operations")
     model, stored = load_model(args.checkpoint, torch.device("cpu"), naive=not args.kernels)
@@ -95,6 +108,27 @@ def execute(args: argparse.Namespace) -> int:
         f"{model.macs(num_models, input_format.size) / 1e6:.2f} M MACs per image",
         file=sys.stderr if to_stream else sys.stdout,
     )
+    return 0
+
+
+def _export_steps(args: argparse.Namespace) -> int:
+    """Export the steps of anytime inference, and check that they give the answers of the model."""
+    for name, given in (("--kernels", args.kernels), ("--num-models", args.num_models is not None)):
+        if given:
+            raise ValueError(f"{name}: expected without --anytime, whose programs are plain, one for each model")
+    model, stored = load_model(args.checkpoint, torch.device("cpu"))
+    if stored["data"].get("target") is not None:
+        raise ValueError(f"--anytime: expected a classifier, got a regression of {stored['data']['name']}")
+    input_format = InputFormat.from_dict(stored["data"]["input"])
+    images = torch.randn(2, input_format.channels, *input_format.size)
+    folder = args.output or checkpoint_path(args.checkpoint).parent / "anytime"
+    metadata = {name: value for name, value in stored.items() if name in ("data", "recipe", "calibration")}
+    write_anytime(model, folder, images, format=args.format, metadata=metadata)
+    session = AnytimeSession(folder)
+    with torch.inference_mode():
+        for (_, got), (_, expected) in zip(session.anytime(images), model.anytime(images), strict=True):
+            _check_close(got, expected)
+    print(f"wrote {folder}: {session.num_models} steps, checked with {session.engine}")
     return 0
 
 

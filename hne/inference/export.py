@@ -88,7 +88,7 @@ class _Mixture(nn.Module):
 Ensemble = EnsembleMean | EnsembleMixture
 
 
-def _any_batch() -> tuple[dict[int, torch.export.Dim]]:
+def any_batch() -> tuple[dict[int, torch.export.Dim]]:
     """The sizes that a program leaves open. Made here, as the first one imports sympy, which takes half a second."""
     return ({0: torch.export.Dim("batch", min=1)},)
 
@@ -111,12 +111,16 @@ def write_pt2(ensemble: Ensemble, images: Tensor, path: Path, separate: bool = F
         The output ``[B, L]`` that the written program computes for ``images``.
     """
     network = ensemble if isinstance(ensemble.model, FusedHNE) else ensemble.copy_free(images, separate).eval()
-    program = torch.export.export(network, (images,), dynamic_shapes=_any_batch())
+    save_program(torch.export.export(network, (images,), dynamic_shapes=any_batch()), path)
+    output: Tensor = torch.export.load(io.BytesIO(path.read_bytes())).module()(images)
+    return output
+
+
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a program of ``torch.export``."""
     buffer = io.BytesIO()  # torch's own writer ends the process where the disk is full
     torch.export.save(program, buffer)
     path.write_bytes(buffer.getbuffer())
-    output: Tensor = torch.export.load(io.BytesIO(path.read_bytes())).module()(images)
-    return output
 
 
 def write_onnx(ensemble: Ensemble, images: Tensor, path: Path, separate: bool = False) -> Tensor:
@@ -129,21 +133,8 @@ def write_onnx(ensemble: Ensemble, images: Tensor, path: Path, separate: bool = 
     Raises:
         RuntimeError: ``onnx`` or ``onnxscript`` is not installed.
     """
-    if not (find_spec("onnx") and find_spec("onnxscript")):
-        raise RuntimeError("the format onnx needs two more packages: pip install onnx onnxscript")
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # misses torchvision
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # raised within torch
-        program = torch.onnx.export(
-            ensemble.copy_free(images, separate).eval(),
-            (images,),
-            dynamic_shapes=_any_batch(),
-            input_names=["images"],
-            output_names=["gaussian" if isinstance(ensemble, EnsembleMixture) else "logits"],
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path)
+    output = "gaussian" if isinstance(ensemble, EnsembleMixture) else "logits"
+    save_onnx(ensemble.copy_free(images, separate).eval(), images, path, ["images"], [output])
     inputs = {"images": images.numpy()}
     if find_spec("onnxruntime"):
         import onnxruntime
@@ -154,3 +145,29 @@ def write_onnx(ensemble: Ensemble, images: Tensor, path: Path, separate: bool = 
 
         (logits,) = ReferenceEvaluator(path.read_bytes()).run(None, inputs)
     return torch.from_numpy(logits)
+
+
+def save_onnx(
+    network: nn.Module | torch.export.ExportedProgram, x: Tensor, path: Path, inputs: list[str], outputs: list[str]
+) -> None:
+    """Write the ONNX graph of a network or program for any batch size.
+
+    Args:
+        network: The network.
+        x: Its example input.
+        path: The file.
+        inputs, outputs: Names for the graph.
+
+    Raises:
+        RuntimeError: ``onnx`` or ``onnxscript`` is not installed.
+    """
+    if not (find_spec("onnx") and find_spec("onnxscript")):
+        raise RuntimeError("the format onnx needs two more packages: pip install onnx onnxscript")
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # misses torchvision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # raised within torch
+        program = torch.onnx.export(
+            network, (x,), dynamic_shapes=any_batch(), input_names=inputs, output_names=outputs, verbose=False
+        )
+    assert program is not None
+    program.save(path)

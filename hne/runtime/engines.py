@@ -1,0 +1,78 @@
+"""Engines that run the programs of steps: functions from one tensor to several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Program = Callable[[Tensor], Sequence[Tensor]]
+
+
+def _torch(folder: Path, name: str, programs: str) -> Program:
+    if programs == "aoti":
+        from torch._inductor.package import load_package
+
+        return load_package(str(folder / "steps.pt2"), name)
+    module = torch.export.load(folder / f"{name}.pt2").module()
+    return torch.inference_mode()(module)
+
+
+def _onnxruntime(folder: Path, name: str, programs: str) -> Program:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    session = ort.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {"x": x.contiguous().numpy()})]
+
+
+def _openvino(folder: Path, name: str, programs: str) -> Program:
+    import openvino as ov
+
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    compiled = ov.Core().compile_model(folder / f"{name}.onnx", "CPU", options)
+
+    def program(x: Tensor) -> list[Tensor]:
+        results = compiled([x.contiguous().numpy()])
+        return [torch.from_numpy(results[output].copy()) for output in compiled.outputs]
+
+    return program
+
+
+_LOADERS: dict[str, Callable[[Path, str, str], Program]] = {
+    "torch": _torch,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
+ENGINES = {"torch": ("pt2", "aoti"), "onnxruntime": ("onnx",), "openvino": ("onnx",)}  # formats by engine
+
+
+def choose_engine(programs: str) -> str:
+    """The first installed engine for a format of programs."""
+    fitting = [name for name, formats in ENGINES.items() if programs in formats]
+    return next((name for name in fitting if find_spec(name) is not None), fitting[0])
+
+
+def load_programs(engine: str, folder: Path, names: Sequence[str], programs: str) -> list[Program]:
+    """The programs of a folder.
+
+    Raises:
+        ValueError: The engine is unknown, or does not run this format.
+        ModuleNotFoundError: The engine is not installed.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if programs not in ENGINES[engine]:
+        fitting = [name for name, formats in ENGINES.items() if programs in formats]
+        raise ValueError(f"engine: {folder} has {programs} programs, for {' or '.join(fitting)}, got {engine!r}")
+    if find_spec(engine) is None:
+        raise ModuleNotFoundError(f"{engine} is not installed: pip install {engine}", name=engine)
+    return [_LOADERS[engine](folder, name, programs) for name in names]
