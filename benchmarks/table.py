@@ -170,7 +170,13 @@ def _completed(row: Row, earlier: Row) -> Row:
     working = {*measured, *(["naive"] if isfinite(naive_ms) else []), *([row.backend] if isfinite(fused_ms) else [])}
     failed = {side: why for side, why in (earlier.failed | row.failed).items() if side not in working}
     return replace(
-        row, fused_ms=fused_ms, naive_ms=naive_ms, others_ms=measured, images_per_s=images_per_s, failed=failed
+        row,
+        fused_ms=fused_ms,
+        naive_ms=naive_ms,
+        others_ms=measured,
+        images_per_s=images_per_s,
+        p99_ms=earlier.p99_ms | row.p99_ms,
+        failed=failed,
     )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "hne": "errors extras < files hierarchy distributed < layers losses metrics calibration data < executors < "
-    "hne": "errors extras < files hierarchy distributed < layers losses metrics calibration data < executors < "
     "models runtime < inference < evaluation integrations < reporting < training < experiments < cli < "
     "__init__ __main__",
     "hne_kernels": "extension checks tracing < autocast autograd packing quantized_layer allocator state_record < "

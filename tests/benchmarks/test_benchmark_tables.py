@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,23 @@ def _row(**given: object) -> Any:
 def _inference(n: int, batch: int, fused_ms: float, **given: Any) -> Any:
     case = {"network": "net", "num_models": n, "batch": batch, "dtype": "float32", "macs": 100 * n}
     return _row(**{"name": "inference", "shape": f"n = {n}, batch {batch}", "fused_ms": fused_ms, "case": case} | given)
+
+
+def _back_to_back(**given: Any) -> Any:
+    p99 = {"fused": 3.0, "onnxruntime": 9.0, "openvino": 6.0}
+    values = {"naive_ms": math.nan, "others_ms": {"onnxruntime": 4.0, "openvino": 5.0}, "p99_ms": p99, "fused_ms": 2.0}
+    return _row(**({"name": "back to back"} | values | given))
+
+
+def test_rows_in_which_one_side_is_measured_again(tmp_path: Path) -> None:
+    from table import read_rows, save
+
+    save(tmp_path / "table", [_back_to_back()], {})
+    save(tmp_path / "table", [_back_to_back(fused_ms=1.0, others_ms={}, p99_ms={"fused": 2.5})], {})
+    (row,) = read_rows(json.loads((tmp_path / "table.json").read_text()))
+    assert (row.fused_ms, row.others_ms) == (1.0, {"onnxruntime": 4.0, "openvino": 5.0})
+    assert row.p99_ms == {"fused": 2.5, "onnxruntime": 9.0, "openvino": 6.0}
+    assert "1.000 / 2.500 | 4.000 / 9.000" in (tmp_path / "table.md").read_text()
 
 
 def test_slower_than_naive_is_marked() -> None:
@@ -112,6 +130,8 @@ def test_small_tables() -> None:
         _row(name="op call", shape="an op", fused_ms=0.004, backend="dispatcher"),
         _row(name="training step", memory_mib={"fused": 1000.4, "naive": 2000.0}),
         _row(name=BUSY_CORE, others_ms={"a": 1.5, "b": 3.0}, p99_ms={"fused": 4.0, "a": 8.0, "b": 3.0}),
+        *(_back_to_back(shape=f"n = {n}", fused_ms=2.0 * n) for n in (1, 4)),
+        _back_to_back(shape="alone", others_ms={}, p99_ms={"fused": 3.0}),
     ]
     tables = {table.title.partition(":")[0].partition(",")[0]: table for table in small_tables(rows)}
     assert {title: list(table.lines) for title, table in tables.items()} == {
@@ -120,6 +140,11 @@ def test_small_tables() -> None:
             ("net", n, ms, ms, "1.00") for n, ms in (("2", "2.400"), ("4", "4.000"))
         ],
         "Anytime": [("net", "8", "40.000", "32.000", "1.25")],
+        "Calls back to back": [
+            ("n = 1", "2.000 / 3.000", "4.000 / 9.000", "5.000 / 6.000", "2.00", "2.00"),
+            ("n = 4", "8.000 / 3.000", "4.000 / 9.000", "5.000 / 6.000", "0.50", "2.00"),
+            ("alone", "2.000 / 3.000", "", "", "", ""),
+        ],
         "An op call on tiny inputs": [("an op", "12.0", "4.0", "8.0", "2000.0")],
         "Memory of a training step at its peak": [("1 x 1", "1,000", "2,000")],
         "The same while another process spins on one of the cores": [
@@ -129,7 +154,9 @@ def test_small_tables() -> None:
     assert small_tables([_row()]) == []
     document = markdown(rows, {}, "")
     assert all(f"## {table.title}" in document for table in tables.values())
-    assert "op call" not in document.partition("##")[0], "it has a table of its own"
+    assert not {"op call", "back to back"} & {line.split(" | ")[0] for line in document.splitlines()}, (
+        "small tables only"
+    )
     assert "backend" not in text(rows[:4])[0]
 
 

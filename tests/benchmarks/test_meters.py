@@ -82,3 +82,11 @@ def test_a_turn_begins_with_calls_that_are_not_timed(monkeypatch: pytest.MonkeyP
     happened.clear()
     assert HostMeter().seconds(side, 1, warm=False) == pytest.approx(HostMeter.WARM_UP * 0.4)
     assert happened == ["rest", "call"]
+
+
+def test_percentiles() -> None:
+    from meters import percentile
+
+    values = [float(value) for value in range(1, 201)]
+    assert [percentile(values[::-1], p) for p in (0, 50, 99, 100)] == [1, 100, 198, 200]
+    assert percentile([7.0], 99) == 7
