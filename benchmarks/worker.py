@@ -30,7 +30,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from hne import HNE, FusedHNE
-from hne.inference import EnsembleMean, load_engine, write_onnx
+from hne.inference import ENGINES, EnsembleMean, load_engine, missing, write_onnx
 
 FUSED = "fused"  # the name of this package's side; the others are names of hne.inference.ENGINES
 _WARM_UP = 0.1  # seconds of calls before those that count
@@ -55,11 +55,13 @@ class Files:
 
 
 def write_files(folder: Path, model: HNE, num_models: int, size: int) -> Files:
-    """Write what the sides load, unless it is there."""
+    """Write what the sides load, unless it is there; graphs only if an engine is installed."""
     files = Files(folder, num_models, size)
     folder.mkdir(parents=True, exist_ok=True)
     if not files.weights.exists():
         torch.save({"config": model.config(), "state": model.state_dict()}, files.weights)
+    if all(missing(engine) for engine in ENGINES):
+        return files
     ensemble = EnsembleMean(model.to_naive(), num_models).eval()
     for graph, separate in zip(files.graphs, (False, True), strict=True):
         if not graph.exists():

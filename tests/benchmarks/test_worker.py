@@ -17,8 +17,6 @@ pytestmark = pytest.mark.usefixtures("_import_benchmarks")
 
 
 def test_workers_compute_the_same_and_tell_the_time_of_each_call(tmp_path: Path, rng: torch.Generator) -> None:
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
     from comparison import check_agreement
     from worker import Worker, make_side, write_files
 
