@@ -337,7 +337,7 @@ class CopyFreeNetwork(nn.Module):
 
 
 _NAIVE = NaiveExecutor()
-_KINDS = (  # layers that compute by an executor's operations alone
+_KINDS = (  # layers that compute by an executor's operations alone; others may do arithmetic with features
     AveragePoolLayer,
     BasicBlockLayer,
     BottleneckLayer,

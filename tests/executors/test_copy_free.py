@@ -14,7 +14,7 @@ from registries import restored_registries
 from torch import Tensor, nn
 
 from hne import Conv, Hierarchy, NaiveHNE
-from hne.executors import CopyFreeNetwork
+from hne.executors import CopyFreeNetwork, copy_free
 from hne.layers import Executor, Features, Layer, LayerSpec
 
 each_layout = pytest.mark.parametrize("separate", [False, True], ids=["grouped", "separate"])
@@ -83,6 +83,11 @@ def test_other_layers_compute_as_they_are(separate: bool, rng: torch.Generator) 
     hooked.conv.register_forward_hook(lambda module, args, y: 2 * y)
     unfolded.bn = nn.BatchNorm2d(30, track_running_stats=False, dtype=torch.float64)
     check(model, images(rng, 2), (6,), separate)
+
+
+def test_every_kind_of_layer_is_exported_without_copies() -> None:
+    ours = {layer for layer in Layer.modules_by_spec.values() if layer.__module__.startswith("hne.")}
+    assert ours == set(copy_free._KINDS)
 
 
 def test_a_layer_of_another_package(rng: torch.Generator) -> None:
