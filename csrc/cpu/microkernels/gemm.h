@@ -237,11 +237,17 @@ void outer_columns(const Outer<T>& o, int64_t j0) {
 
 template <typename T>
 void outer(const Outer<T>& o) {
-  constexpr int W = kLanes<T>, VECTORS = HNE_REGISTERS == 32 ? 4 : 2, ROWS = HNE_REGISTERS == 32 ? 6 : 4;
+  constexpr int W = kLanes<T>, VECTORS = HNE_REGISTERS == 32 ? 4 : 2;
   int64_t j = 0;
-  for (; j + VECTORS * W <= o.right_channels; j += VECTORS * W) outer_columns<T, ROWS, W, VECTORS>(o, j);
+  for (; j + VECTORS * W <= o.right_channels; j += VECTORS * W) outer_columns<T, 6, W, VECTORS>(o, j);
+  if constexpr (VECTORS == 4) {  // fewer columns by more rows
+    if (j + 3 * W <= o.right_channels) outer_columns<T, 8, W, 3>(o, j), j += 3 * W;
+    if (j + 2 * W <= o.right_channels) outer_columns<T, 12, W, 2>(o, j), j += 2 * W;
+  }
   if (j < o.right_channels)
-    for_lanes<T>(o.right_channels, [&](auto width, int64_t c) { outer_columns<T, 8, width.value, 1>(o, c); }, j);
+    for_lanes<T>(
+        o.right_channels,
+        [&](auto width, int64_t c) { outer_columns<T, HNE_REGISTERS == 32 ? 16 : 8, width.value, 1>(o, c); }, j);
 }
 
 }  // namespace hne::HNE_ISA
