@@ -55,8 +55,7 @@ class BottleneckChain {
     const bool owns_maps = threads == 1;
     for (size_t i = 0; i < stem.size(); ++i) outputs_.add(owns_maps ? max_size : stem.out_size(i), false);
     for (size_t i = 0; i < bottlenecks.size(); ++i) {
-      // May overwrite its input: that is expanded already, and the identity reads each value just before it is written.
-      const bool in_place = i > 0 && is_pre_expanded(i) && bottlenecks[i].identity();
+      const bool in_place = i > 0 && (owns_maps || is_pre_expanded(i)) && bottlenecks[i].in_place();
       if (i < num_buffered) outputs_.add(owns_maps ? max_size : bottlenecks[i].out_size(), in_place);
       const int64_t expanded_size = is_pre_expanded(i) ? bottlenecks[i].expanded_size() : 0;
       expanded_.add(owns_maps ? max_expanded_size : expanded_size, owns_maps);

@@ -61,9 +61,9 @@ void filter(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, 
         rows[ky] = iy >= 0 && iy < g.height ? sample[iy] : zeros.data();
       }
       const T* branch_bias = bias != nullptr ? bias + branch * channels : nullptr;
-      kernels<T>().depthwise_row({rows, data<T>(filters) + branch * g.taps() * channels, branch_bias,
-                                  out_sample + oy * g.out_width * channels, g.width, g.out_width, channels,
-                                  g.kernel_size, g.stride, g.padding, false, Clamp<T>{}});
+      kernels<T>().depthwise_rows({rows, data<T>(filters) + branch * g.taps() * channels, branch_bias,
+                                   out_sample + oy * g.out_width * channels, g.width, g.out_width, channels,
+                                   g.kernel_size, g.stride, g.padding, false, Clamp<T>{}});
     }
     if (written) written(branch, b * g.out_pixels(), g.out_pixels());
   });
@@ -94,7 +94,7 @@ class InputGradient {
       rows[ky] = inside ? grad[dy / g_.stride] : correlate_ ? zeros_.data() : nullptr;
     }
     if (correlate_) {
-      kernels<T>().depthwise_row(
+      kernels<T>().depthwise_rows(
           {rows, filter, nullptr, out, g_.out_width, g_.width, channels, k, 1, k - 1 - g_.padding, !first, Clamp<T>{}});
       return;
     }

@@ -253,8 +253,8 @@ class PreparedLayers {
     return {out};
   }
 
-  // The most samples whose features between two stages take at most kMicroBatchBytes, but at least kMinMicroBatch; the
-  // whole batch if features between stages are returned.
+  // The most samples whose features between two stages take at most kCachesPerMicroBatch second caches, but at least
+  // kMinMicroBatch; the whole batch if features between stages are returned.
   template <typename T>
   int64_t micro_batch_size(const Tensor& x) const {
     std::vector<std::vector<int64_t>> shapes = {features_shape(x)};
@@ -270,7 +270,8 @@ class PreparedLayers {
         if (last_readers_[i] > s) values += shapes[i][0] * shapes[i][2] * shapes[i][3] * shapes[i][4];
       max_values = std::max(max_values, values);
     }
-    return std::max(kMinMicroBatch, kMicroBatchBytes / std::max<int64_t>(max_values * int64_t(sizeof(T)), 1));
+    return std::max(kMinMicroBatch, kCachesPerMicroBatch * second_cache_bytes() /
+                                        std::max<int64_t>(max_values * int64_t(sizeof(T)), 1));
   }
 
   template <typename T>
@@ -441,6 +442,7 @@ class PreparedLayers {
       bottlenecks.emplace_back(weights, shape);
       shape = bottlenecks.back().geometry().out_shape();
     }
+    for (size_t i = 1; i < bottlenecks.size(); ++i) bottlenecks[i - 1].set_next(bottlenecks[i]);
     const int64_t pixels = shape[2] * shape[3], channels = shape[4];
     std::function<void(const T*, T*)> pool;
     if (sequence.pool) {
@@ -487,9 +489,9 @@ class PreparedLayers {
   static constexpr int64_t kMapsPerThread = 2;  // least number for which threads take whole feature maps
   static constexpr int64_t kFiltersPerMap = 6;  // most bytes of filters for a byte that stays in the cache
   static constexpr int64_t kCopyValues = 4096;  // values of images per task
-  // Features between two stages: 8 MiB are 16 images of HNE-ResNet. A micro-batch has at least 8 samples, since each of
-  // them reads all weights once.
-  static constexpr int64_t kMicroBatchBytes = 8 << 20, kMinMicroBatch = 8;
+  // Features between two stages: with a second cache of 2 MiB, 8 MiB are 16 images of HNE-ResNet. A micro-batch has at
+  // least 8 samples, since each of them reads all weights once.
+  static constexpr int64_t kCachesPerMicroBatch = 4, kMinMicroBatch = 8;
 
   RepeatedCalls calls_;
   ScalarType type_;

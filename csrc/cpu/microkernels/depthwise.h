@@ -1,4 +1,5 @@
-// Depthwise convolutions, vectorised over channels; the filter of a block of channels stays in registers.
+// Depthwise convolutions, vectorised over channels: all rows of one block of channels, then those of the next, so that
+// each input pixel comes into the first cache once.
 #pragma once
 
 #include "simd.h"
@@ -18,71 +19,110 @@ struct Interior {
   }
 };
 
-// Output pixels [begin, end) for any kernel size and stride, with bounds checks.
+// Output pixels [begin, end) of all rows for any kernel size and stride, with bounds checks.
 template <typename T, int W>
-HNE_INLINE void depthwise_pixels(const DepthwiseRow<T>& r, int64_t c, int64_t begin, int64_t end) {
-  for (int64_t ox = begin; ox < end; ++ox) {
-    T* out = r.out + ox * r.channels + c;
-    Vec<T, W> sum = {};
-    if (r.accumulate)
-      sum = load<W>(out);
-    else if (r.bias != nullptr)
-      sum = load<W>(r.bias + c);
-    for (int64_t kx = 0; kx < r.kernel_size; ++kx) {
-      const int64_t ix = ox * r.stride + kx - r.padding;
-      if (ix < 0 || ix >= r.width) continue;
-      for (int64_t ky = 0; ky < r.kernel_size; ++ky)
-        sum +=
-            load<W>(r.rows[ky] + ix * r.channels + c) * load<W>(r.weight + (ky * r.kernel_size + kx) * r.channels + c);
+HNE_INLINE void depthwise_pixels(const DepthwiseRows<T>& r, int64_t c, int64_t begin, int64_t end) {
+  for (int64_t row = 0; row < r.count; ++row) {
+    const T* const* rows = r.rows + row * r.stride;
+    for (int64_t ox = begin; ox < end; ++ox) {
+      T* out = r.out + (row * r.out_width + ox) * r.channels + c;
+      Vec<T, W> sum = {};
+      if (r.accumulate)
+        sum = load<W>(out);
+      else if (r.bias != nullptr)
+        sum = load<W>(r.bias + c);
+      for (int64_t kx = 0; kx < r.kernel_size; ++kx) {
+        const int64_t ix = ox * r.stride + kx - r.padding;
+        if (ix < 0 || ix >= r.width) continue;
+        for (int64_t ky = 0; ky < r.kernel_size; ++ky)
+          sum +=
+              load<W>(rows[ky] + ix * r.channels + c) * load<W>(r.weight + (ky * r.kernel_size + kx) * r.channels + c);
+      }
+      store<W>(out, clamp(sum, r.clamp));
     }
-    store<W>(out, clamp(sum, r.clamp));
   }
 }
 
-// 3x3 kernel without bounds checks: PIXELS outputs at a time share the columns that they read, the remainder is done
-// with fewer at a time. Returns the first output pixel that is not computed.
+// Output pixels at a time: their independent sums hide the latency of multiply-adds.
+template <int STRIDE>
+constexpr int kDepthwisePixels = HNE_REGISTERS == 32 || STRIDE == 1 ? 8 : 4;
+
+// Output pixels [begin, end) of all rows of a 3x3 kernel, PIXELS at a time, without bounds checks. 32 registers hold
+// the input pixels of a filter row, so that consecutive multiply-adds are of different sums. 16 registers hold a filter
+// row, or the whole filter where there are four sums, and each input pixel is used as soon as it is read.
 template <typename T, int W, int STRIDE, int PIXELS>
-HNE_INLINE int64_t depthwise_3x3(const DepthwiseRow<T>& r, int64_t c, int64_t ox, int64_t end) {
+void depthwise_3x3(const DepthwiseRows<T>& r, int64_t c, int64_t begin, int64_t end) {
+  constexpr bool KEEP_PIXELS = HNE_REGISTERS == 32, KEEP_FILTER = !KEEP_PIXELS && kDepthwisePixels<STRIDE> == 4;
+  const int64_t channels = r.channels;
+  const T* const weight = r.weight + c;
+  const Vec<T, W> bias = r.bias != nullptr ? load<W>(r.bias + c) : Vec<T, W>{};
   Vec<T, W> w[9];
 #pragma GCC unroll 9
-  for (int i = 0; i < 9; ++i) w[i] = load<W>(r.weight + i * r.channels + c);
-  const Vec<T, W> bias = r.bias != nullptr ? load<W>(r.bias + c) : Vec<T, W>{};
-  for (; ox + PIXELS <= end; ox += PIXELS) {
-    T* out = r.out + ox * r.channels + c;
-    Vec<T, W> sum[PIXELS];
+  for (int i = 0; KEEP_FILTER && i < 9; ++i) w[i] = load<W>(weight + i * channels);
+  for (int64_t row = 0; row < r.count; ++row) {
+    const T* const* rows = r.rows + row * STRIDE;
+    T* out = r.out + (row * r.out_width + begin) * channels + c;
+    for (int64_t ox = begin; ox < end; ox += PIXELS, out += PIXELS * channels) {
+      Vec<T, W> sum[PIXELS];
 #pragma GCC unroll 8
-    for (int i = 0; i < PIXELS; ++i) sum[i] = r.accumulate ? load<W>(out + i * r.channels) : bias;
+      for (int i = 0; i < PIXELS; ++i) sum[i] = r.accumulate ? load<W>(out + i * channels) : bias;
 #pragma GCC unroll 3
-    for (int ky = 0; ky < 3; ++ky) {
-      const T* row = r.rows[ky] + (ox * STRIDE - r.padding) * r.channels + c;
-#pragma GCC unroll 16
-      for (int kx = 0; kx < (PIXELS - 1) * STRIDE + 3; ++kx) {
-        const Vec<T, W> x = load<W>(row + kx * r.channels);
+      for (int ky = 0; ky < 3; ++ky) {
+        const T* const x = rows[ky] + (ox * STRIDE - r.padding) * channels + c;
+#pragma GCC unroll 3
+        for (int i = ky * 3; !KEEP_FILTER && i < ky * 3 + 3; ++i) w[i] = load<W>(weight + i * channels);
+        if constexpr (KEEP_PIXELS) {
+#pragma GCC unroll 3
+          for (int kx = 0; kx < 3; ++kx)
 #pragma GCC unroll 8
-        for (int i = 0; i < PIXELS; ++i)
-          if (kx - i * STRIDE >= 0 && kx - i * STRIDE < 3) sum[i] += x * w[ky * 3 + kx - i * STRIDE];
+            for (int i = 0; i < PIXELS; ++i) sum[i] += load<W>(x + (i * STRIDE + kx) * channels) * w[ky * 3 + kx];
+        } else {
+#pragma GCC unroll 10
+          for (int k = 0; k < (PIXELS - 1) * STRIDE + 3; ++k) {
+            const Vec<T, W> v = load<W>(x + k * channels);
+#pragma GCC unroll 8
+            for (int i = 0; i < PIXELS; ++i)
+              if (k - i * STRIDE >= 0 && k - i * STRIDE < 3) sum[i] += v * w[ky * 3 + k - i * STRIDE];
+          }
+        }
       }
-    }
 #pragma GCC unroll 8
-    for (int i = 0; i < PIXELS; ++i) store<W>(out + i * r.channels, clamp(sum[i], r.clamp));
+      for (int i = 0; i < PIXELS; ++i) store<W>(out + i * channels, clamp(sum[i], r.clamp));
+    }
   }
+}
+
+// Calls the depthwise_3x3 with PIXELS = `pixels`.
+template <typename T, int W, int STRIDE, int PIXELS = kDepthwisePixels<STRIDE>>
+void depthwise_groups(const DepthwiseRows<T>& r, int64_t c, int64_t begin, int64_t end, int64_t pixels) {
   if constexpr (PIXELS > 1) {
-    if (ox < end) return depthwise_3x3<T, W, STRIDE, PIXELS / 2>(r, c, ox, end);
+    if (pixels < PIXELS) return depthwise_groups<T, W, STRIDE, PIXELS - 1>(r, c, begin, end, pixels);
   }
-  return ox;
+  depthwise_3x3<T, W, STRIDE, PIXELS>(r, c, begin, end);
+}
+
+// Output pixels [begin, end) of all rows of a 3x3 kernel, in as few groups as possible, of nearly equal size.
+template <typename T, int W, int STRIDE>
+void depthwise_interior(const DepthwiseRows<T>& r, int64_t c, int64_t begin, int64_t end) {
+  constexpr int64_t PIXELS = kDepthwisePixels<STRIDE>;
+  const int64_t count = end - begin, groups = (count + PIXELS - 1) / PIXELS;
+  if (groups == 0) return;
+  const int64_t pixels = count / groups, middle = begin + count % groups * (pixels + 1);
+  if (begin < middle) depthwise_groups<T, W, STRIDE>(r, c, begin, middle, pixels + 1);
+  depthwise_groups<T, W, STRIDE>(r, c, middle, end, pixels);
 }
 
 template <typename T>
-void depthwise_row(const DepthwiseRow<T>& r) {
+void depthwise_rows(const DepthwiseRows<T>& r) {
   const Interior inner(r);
   for_lanes<T>(r.channels, [&](auto width, int64_t c) {
     constexpr int W = decltype(width)::value;
-    int64_t ox = inner.first;
-    depthwise_pixels<T, W>(r, c, 0, ox);
-    if (r.kernel_size == 3 && r.stride == 1)
-      ox = depthwise_3x3<T, W, 1, HNE_REGISTERS == 32 ? 8 : 4>(r, c, ox, inner.last);
-    if (r.kernel_size == 3 && r.stride == 2) ox = depthwise_3x3<T, W, 2, 4>(r, c, ox, inner.last);
-    depthwise_pixels<T, W>(r, c, ox, r.out_width);
+    const bool interior = r.kernel_size == 3 && r.stride <= 2;
+    const int64_t first = interior ? inner.first : r.out_width, last = interior ? inner.last : r.out_width;
+    depthwise_pixels<T, W>(r, c, 0, first);
+    if (first < last)
+      r.stride == 1 ? depthwise_interior<T, W, 1>(r, c, first, last) : depthwise_interior<T, W, 2>(r, c, first, last);
+    depthwise_pixels<T, W>(r, c, last, r.out_width);
   });
 }
 

@@ -3,29 +3,33 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "simd.h"
 
 namespace hne::HNE_ISA {
 
-// A tile is a number of rows by a number of panels (16 columns each) whose accumulators fill the registers: with 32
-// registers two panels by 14 rows or three by 9, so that weights are read rarely, and then from the first cache.
 template <typename T>
 constexpr int64_t kLine = 64 / sizeof(T);  // values of a cache line
 
+// A tile is a number of rows by a number of vectors of columns whose accumulators fill the registers: with 32 registers
+// two panels of 16 columns by 14 rows or three by 9, so that weights are read rarely, and then from the first cache.
 template <typename T>
 constexpr int kVectorsPerPanel = kLanes<T> < (int)kPanel ? (int)kPanel / kLanes<T> : 1;
 template <typename T>
 constexpr int kMaxPanels = HNE_REGISTERS == 32 && kVectorsPerPanel<T> == 1 ? 3 : 1;
+// Panels of a tile of few rows, which wait for their weights: their loads overlap.
+template <typename T>
+constexpr int kFewRowsPanels = kVectorsPerPanel<T> < 8 ? 8 / kVectorsPerPanel<T> : 1;
 
 constexpr int64_t kShortSum = 32;  // terms over all taps
 
 template <typename T>
-constexpr int tile_rows(int panels, bool constant_stride) {
+constexpr int tile_rows(int vectors, bool constant_stride) {
   // Without a constant row stride, every row needs a general-purpose register for its pointer.
-  const int vectors = panels * kVectorsPerPanel<T>, max_rows = constant_stride ? 14 : 8;
+  const int max_rows = constant_stride ? 14 : 8;
   if (HNE_REGISTERS == 32) return std::min(max_rows, vectors >= 8 ? 2 : vectors >= 4 ? 6 : vectors == 3 ? 9 : 14);
-  return vectors <= 2 ? 6 : vectors <= 4 ? 3 : 1;
+  return vectors == 1 ? std::min(max_rows, 12) : vectors == 2 ? 6 : vectors <= 4 ? 3 : 1;
 }
 
 // The left rows of a tile at the current column. With a constant row stride (CONSTANT_STRIDE), one pointer serves three
@@ -48,23 +52,46 @@ struct LeftRows {
   }
 };
 
-// Computes one tile. Meanwhile it prefetches into the second cache: cache lines from `prefetch_data`, one per term, or
-// if that is null the panel `prefetch_panel` of the weights, which is read later.
-template <typename T, int ROWS, int PANELS, bool CONSTANT_STRIDE>
-void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t prefetch_panel, const T* prefetch_data) {
-  constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel;
-  constexpr int PER_PANEL = kVectorsPerPanel<T>, VECTORS = PANELS * PER_PANEL;
+// What a tile prefetches into the second cache, a cache line or less for each term: `data`, or if that is null its part
+// of the weights that are read after those of this tile. All tiles of these columns share them, since a core reads
+// memory much more slowly than it computes.
+template <typename T>
+struct TilePrefetch {
+  const T* data;
+  int64_t tile, tiles;
+
+  // The address for the first term of a tap, and the distance of those for the next ones.
+  template <int PANELS>
+  std::pair<const T*, int64_t> start(const Gemm<T>& g, const Tap<T>& tap, int64_t panel) {
+    if (data != nullptr) return {std::exchange(data, data + tap.depth * kLine<T>), kLine<T>};
+    const int64_t next = panel + PANELS, left = (g.channels + kPanel - 1) / kPanel - next;
+    if (left <= 0 && g.next_weights != nullptr) {
+      const int64_t step = (g.next_count + tiles * tap.depth - 1) / std::max<int64_t>(tiles * tap.depth, 1);
+      return {g.next_weights + tile * tap.depth * step, step};
+    }
+    // Panels of one tap are contiguous, those of several are not.
+    if (left <= 0 || tap.panel_stride != tap.depth * kPanel)
+      return {tap.weight + (tile < std::min<int64_t>(PANELS, left) ? next + tile : panel) * tap.panel_stride, kPanel};
+    const int64_t step = (std::min<int64_t>(PANELS, left) * kPanel + tiles - 1) / tiles;
+    return {tap.weight + next * tap.panel_stride + tile * tap.depth * step, step};
+  }
+};
+
+// Computes one tile.
+template <typename T, int ROWS, int VECTORS, bool CONSTANT_STRIDE>
+void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, TilePrefetch<T> tile_prefetch) {
+  constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel, PER_PANEL = kVectorsPerPanel<T>;
   if (!g.outputs_cached) {  // out and add are needed after the sums
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
-      for (int j = 0; j < PANELS; ++j) {
-        __builtin_prefetch(g.out[row + i] + (panel + j) * kPanel, 1);
-        if (g.add != nullptr) __builtin_prefetch(g.add[row + i] + (panel + j) * kPanel);
+      for (int j = 0; j < VECTORS; j += PER_PANEL) {
+        __builtin_prefetch(g.out[row + i] + panel * kPanel + j * W, 1);
+        if (g.add != nullptr) __builtin_prefetch(g.add[row + i] + panel * kPanel + j * W);
       }
   }
   const int64_t first = panel * kPanel, columns = g.channels - first;
-  const bool full = columns >= PANELS * kPanel;
+  const bool full = columns >= VECTORS * W;
   Vec<T, W> bias[VECTORS] = {};
   if (g.bias != nullptr) {
     T padded[VECTORS * W] = {};
@@ -82,12 +109,7 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t prefetch_pa
     const Tap<T>& tap = g.taps[t];
     LeftRows<T, ROWS, CONSTANT_STRIDE> left(tap, row);
     const T* right = tap.weight + panel * tap.panel_stride;
-    const T* prefetch = tap.weight + prefetch_panel * tap.panel_stride;
-    int64_t prefetch_step = kPanel;
-    if (prefetch_data != nullptr) {
-      prefetch = prefetch_data, prefetch_step = kLine<T>;
-      prefetch_data += tap.depth * kLine<T>;
-    }
+    auto [prefetch, prefetch_step] = tile_prefetch.template start<(VECTORS + PER_PANEL - 1) / PER_PANEL>(g, tap, panel);
     const auto column = [&](int64_t k) __attribute__((always_inline)) {
       Vec<T, W> w[VECTORS];
 #pragma GCC unroll 16
@@ -127,50 +149,49 @@ void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, int64_t prefetch_pa
 #pragma GCC unroll 16
     for (int j = 0; j < VECTORS; ++j) store<W>(values[i] + j * W, sum[i][j]);
   for (int i = 0; i < ROWS; ++i)
-    for (int64_t c = 0; c < columns; ++c) {
-      T v = values[i][c];
-      if (add != nullptr) v += add[i][first + c];
-      out[i][first + c] = clamp(v, range);
-    }
+    for_lanes<T, W>(columns, [&](auto width, int64_t c) {
+      constexpr int N = decltype(width)::value;
+      Vec<T, N> v = load<N>(values[i] + c);
+      if (add != nullptr) v += load<N>(add[i] + first + c);
+      store<N>(out[i] + first + c, clamp(v, range));
+    });
 }
 
 // Calls the gemm_tile with ROWS = `rows`.
-template <typename T, int PANELS, bool CONSTANT_STRIDE, int ROWS = tile_rows<T>(PANELS, CONSTANT_STRIDE)>
-void gemm_rows(const Gemm<T>& g, int64_t panel, int64_t prefetch_panel, const T* prefetch_data, int64_t row,
-               int64_t rows) {
+template <typename T, int VECTORS, bool CONSTANT_STRIDE, int ROWS = tile_rows<T>(VECTORS, CONSTANT_STRIDE)>
+void gemm_rows(const Gemm<T>& g, int64_t panel, TilePrefetch<T> prefetch, int64_t row, int64_t rows) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS)
-      return gemm_rows<T, PANELS, CONSTANT_STRIDE, ROWS - 1>(g, panel, prefetch_panel, prefetch_data, row, rows);
+    if (rows < ROWS) return gemm_rows<T, VECTORS, CONSTANT_STRIDE, ROWS - 1>(g, panel, prefetch, row, rows);
   }
-  gemm_tile<T, ROWS, PANELS, CONSTANT_STRIDE>(g, row, panel, prefetch_panel, prefetch_data);
+  gemm_tile<T, ROWS, VECTORS, CONSTANT_STRIDE>(g, row, panel, prefetch);
 }
 
-// All rows of PANELS panels, in as few tiles as possible, of nearly equal size.
-template <typename T, int PANELS, bool CONSTANT_STRIDE>
+// All rows of the VECTORS vectors of columns from `panel` on, in as few tiles as possible, of nearly equal size.
+template <typename T, int VECTORS, bool CONSTANT_STRIDE>
 void gemm_columns(const Gemm<T>& g, int64_t panel) {
-  constexpr int ROWS = tile_rows<T>(PANELS, CONSTANT_STRIDE);
-  const int64_t panels = (g.channels + kPanel - 1) / kPanel;
+  constexpr int ROWS = tile_rows<T>(VECTORS, CONSTANT_STRIDE);
   const int64_t tiles = (g.count + ROWS - 1) / ROWS;
   int64_t terms = 0;
   for (int64_t t = 0; t < g.num_taps; ++t) terms += g.taps[t].depth;
-  int64_t next = panel + PANELS;  // each tile prefetches one of the next PANELS panels
-  for (int64_t row = 0, tile = 0; tile < tiles; ++tile, ++next) {
+  for (int64_t row = 0, tile = 0; tile < tiles; ++tile) {
     const int64_t rows = (g.count - row + tiles - tile - 1) / (tiles - tile);
-    const T* const prefetch = g.prefetch != nullptr ? g.prefetch->take(terms * kLine<T>) : nullptr;
-    gemm_rows<T, PANELS, CONSTANT_STRIDE>(g, panel, next < std::min(panel + 2 * PANELS, panels) ? next : panel,
-                                          prefetch, row, rows);
+    const T* const data = g.prefetch != nullptr ? g.prefetch->take(terms * kLine<T>) : nullptr;
+    gemm_rows<T, VECTORS, CONSTANT_STRIDE>(g, panel, {data, tile, tiles}, row, rows);
     row += rows;
   }
 }
 
 template <typename T, bool CONSTANT_STRIDE>
 void gemm_panels(const Gemm<T>& g) {
+  constexpr int PER_PANEL = kVectorsPerPanel<T>, FEW_ROWS_VECTORS = kFewRowsPanels<T> * PER_PANEL;
   const int64_t panels = (g.channels + kPanel - 1) / kPanel;
   int64_t panel = 0;
+  if constexpr (kFewRowsPanels<T> > 1) {
+    if (g.count <= tile_rows<T>(FEW_ROWS_VECTORS, CONSTANT_STRIDE))
+      for (; panel + kFewRowsPanels<T> <= panels; panel += kFewRowsPanels<T>)
+        gemm_columns<T, FEW_ROWS_VECTORS, CONSTANT_STRIDE>(g, panel);
+  }
   if constexpr (kMaxPanels<T> == 3) {
-    // Few rows wait for their weights: load eight panels at once.
-    if (g.count <= tile_rows<T>(8, CONSTANT_STRIDE))
-      for (; panel + 8 <= panels; panel += 8) gemm_columns<T, 8, CONSTANT_STRIDE>(g, panel);
     // Short sums mostly wait for their stores: tiles of four panels by 6 rows write four adjacent cache lines per row.
     int64_t terms = 0;
     for (int64_t t = 0; t < g.num_taps; ++t) terms += g.taps[t].depth;
@@ -179,7 +200,13 @@ void gemm_panels(const Gemm<T>& g) {
     if ((panels - panel) % 2 == 1 && panels - panel > 1) gemm_columns<T, 3, CONSTANT_STRIDE>(g, panel), panel += 3;
     for (; panel + 2 <= panels; panel += 2) gemm_columns<T, 2, CONSTANT_STRIDE>(g, panel);
   }
-  for (; panel < panels; ++panel) gemm_columns<T, 1, CONSTANT_STRIDE>(g, panel);
+  for (; panel < panels; ++panel) {
+    if constexpr (PER_PANEL == 2) {
+      if (g.channels - panel * kPanel <= kPanel / 2)  // the rest of the last panel is padding
+        return gemm_columns<T, 1, CONSTANT_STRIDE>(g, panel);
+    }
+    gemm_columns<T, PER_PANEL, CONSTANT_STRIDE>(g, panel);
+  }
 }
 
 template <typename T>

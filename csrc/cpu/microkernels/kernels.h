@@ -64,7 +64,9 @@ struct Gemm {
   const T* const* add;  // [count] rows or null
   Clamp<T> clamp;
   PrefetchQueue<T>* prefetch = nullptr;
-  bool outputs_cached = false;  // out and add lie in the cache: they need no prefetch
+  bool outputs_cached = false;      // out and add lie in the cache: they need no prefetch
+  const T* next_weights = nullptr;  // of the product that follows, or null: prefetched during the last columns
+  int64_t next_count = 0;           // values of them
 };
 
 // Pixels of Winograd's convolution at the 16 frequencies f, at out[f * stride + tile * channels + c]: 4x4 pixels of the
@@ -109,16 +111,18 @@ struct Outer {
   PrefetchQueue<T>* prefetch = nullptr;
 };
 
-// One row of output pixels of a depthwise convolution; rows[ky] are the input rows, zeros outside the feature map.
+// Rows of output pixels of a depthwise convolution. Output row y reads the input rows rows[y * stride + ky], zeros
+// outside the feature map.
 template <typename T>
-struct DepthwiseRow {
-  const T* const* rows;  // [kernel_size]
+struct DepthwiseRows {
+  const T* const* rows;  // [(count - 1) * stride + kernel_size]
   const T* weight;       // [kernel_size][kernel_size][channels]
   const T* bias;         // [channels] or null
-  T* out;                // [out_width][channels]
+  T* out;                // [count][out_width][channels]
   int64_t width, out_width, channels, kernel_size, stride, padding;
   bool accumulate;  // start from out instead of bias
   Clamp<T> clamp;
+  int64_t count = 1;
 };
 
 // One row of pixels of the input gradient of a depthwise convolution with a stride above 1:
@@ -176,7 +180,7 @@ template <typename T>
 struct Kernels {
   void (*gemm)(const Gemm<T>&);
   void (*outer)(const Outer<T>&);
-  void (*depthwise_row)(const DepthwiseRow<T>&);
+  void (*depthwise_rows)(const DepthwiseRows<T>&);
   void (*depthwise_input_row)(const DepthwiseInputRow<T>&);
   void (*depthwise_weight_row)(const DepthwiseWeightRow<T>&);
   void (*normalize)(const NormRows<T>&);

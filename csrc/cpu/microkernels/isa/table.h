@@ -14,7 +14,7 @@ const Kernels<T>& table() {
   static constexpr Kernels<T> kernels{
       gemm<T>,
       outer<T>,
-      depthwise_row<T>,
+      depthwise_rows<T>,
       depthwise_input_row<T>,
       depthwise_weight_row<T>,
       normalize<T>,
