@@ -422,9 +422,7 @@ def test_bench(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "hne_tiny, 8 of 8 models, 8x8: " + ("training step" if flags else "inference") in out
 
 
-def test_bench_tells_why_a_side_is_not_measured(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_why_a_side_is_not_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(*_: object, **__: object) -> None:
         raise RuntimeError("no C++\ncompiler")
 
@@ -439,7 +437,7 @@ def test_bench_tells_why_a_side_is_not_measured(
     assert "ONNX Runtime: does not train" in capsys.readouterr().out
 
 
-def test_bench_checks_that_all_compute_the_same(
+def test_measured_sides_must_compute_the_same(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(InferenceSides, "make", _counting_sides())
@@ -458,7 +456,7 @@ def _counting_sides() -> Callable[..., Callable[[], torch.Tensor]]:
     return make
 
 
-def test_bench_against_installed_engines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_installed_engines_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     assert main([*BENCH, "--against", "onnxruntime", "--batch-sizes", "1,2", "--num-models", "3"]) == 0
