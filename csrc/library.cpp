@@ -35,21 +35,19 @@ STABLE_TORCH_LIBRARY(hne, m) {
       "Tensor grad_residual_norm)");
   m.def(
       "branch_pointwise_stats(Tensor x, Tensor weight, Tensor norm, str activation) "
-      "-> (Tensor mean, Tensor var, Tensor s, Tensor x_mean, Tensor product)");
+      "-> (Tensor mean, Tensor var, Tensor x_mean, Tensor product)");
   m.def(
-      "branch_pointwise_stats_backward(Tensor grad_mean, Tensor grad_var, Tensor? grad_s, Tensor x_mean, "
-      "Tensor product, Tensor x, Tensor weight, Tensor norm, str activation) "
-      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm)");
+      "branch_pointwise_stats_backward(Tensor grad_mean, Tensor grad_var, Tensor x_mean, Tensor product, Tensor x, "
+      "Tensor weight, Tensor norm, str activation) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm)");
   m.def(
       "branch_pointwise_norm_conv2d(Tensor x, Tensor weight, Tensor norm, str activation, Tensor out_norm, "
-      "str out_activation, Tensor? residual, Tensor? residual_norm, Tensor? next_weight, Tensor? s) "
+      "str out_activation, Tensor? residual, Tensor? residual_norm, Tensor? next_weight) "
       "-> (Tensor z, Tensor y, Tensor mean, Tensor var)");
   m.def(
       "branch_pointwise_norm_conv2d_backward(Tensor grad_z, Tensor grad_y, Tensor grad_mean, Tensor grad_var, "
       "Tensor z, Tensor y, Tensor y_mean, Tensor x, Tensor weight, Tensor norm, str activation, Tensor out_norm, "
-      "str out_activation, Tensor? residual, Tensor? residual_norm, Tensor? next_weight, bool has_residual, "
-      "bool has_s) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm, Tensor grad_out_norm, Tensor "
-      "grad_residual, "
+      "str out_activation, Tensor? residual, Tensor? residual_norm, Tensor? next_weight, bool has_residual) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm, Tensor grad_out_norm, Tensor grad_residual, "
       "Tensor grad_residual_norm, Tensor grad_next_weight)");
   // mean and var are statistics of a batch; total replaces count where only the device knows it.
   m.def(

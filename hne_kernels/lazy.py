@@ -15,7 +15,7 @@ from . import dispatch
 from .ops.branch_norm_conv2d import branch_norm_conv2d
 from .ops.branch_normalize import branch_normalize
 from .ops.branch_pointwise_norm_conv2d import branch_pointwise_norm_conv2d
-from .ops.branch_pointwise_stats import branch_pointwise_stats_and_input
+from .ops.branch_pointwise_stats import branch_pointwise_stats
 
 
 class LazyNorm(NamedTuple):
@@ -47,8 +47,6 @@ class LazyPointwise(NamedTuple):
         norm: normalisation of the convolution's output, ``[3, G, C_out]``.
         activation: ``none``, ``relu`` or ``relu6``.
         residual: features ``[G, B, H, W, C_out]`` or their normalisation (without activation and residual), or None.
-        s: a placeholder for ``x`` normalised, which gets its gradient (:func:`branch_pointwise_stats_and_input`), or
-            None.
     """
 
     x: LazyNorm
@@ -56,7 +54,6 @@ class LazyPointwise(NamedTuple):
     norm: Tensor
     activation: str = "none"
     residual: Tensor | LazyNorm | None = None
-    s: Tensor | None = None
 
 
 Features = Tensor | LazyNorm | LazyPointwise
@@ -69,14 +66,12 @@ class ConvStats(NamedTuple):
         x: the output ``[G, B, H, W, C]``; or, where the convolution is deferred, its input.
         weight: the filters of a deferred convolution, else None.
         mean, var: mean and biased variance of the output over batch, height and width, ``[G, C]``.
-        s: of a deferred convolution, see :class:`LazyPointwise`.
     """
 
     x: Tensor | LazyNorm
     weight: Tensor | None
     mean: Tensor
     var: Tensor
-    s: Tensor | None = None
 
     @property
     def count(self) -> int:  # type: ignore[override]
@@ -104,7 +99,7 @@ class ConvStats(NamedTuple):
             added = residual
         if isinstance(self.x, LazyNorm):
             assert self.weight is not None
-            return LazyPointwise(self.x, self.weight, norm, activation, added, self.s)
+            return LazyPointwise(self.x, self.weight, norm, activation, added)
         if isinstance(added, LazyNorm):
             return LazyNorm(self.x, norm, activation, added.x, added.norm)
         return LazyNorm(self.x, norm, activation, added)
@@ -131,7 +126,7 @@ def conv_stats(x: Features, weight: Tensor, *, stride: int = 1, padding: int = 0
     if isinstance(read, Tensor):
         y, mean, var = branch_norm_conv2d(read, weight, stride=stride, padding=padding, replicate=replicate)
     elif _is_pointwise(weight, stride, padding, replicate) and _is_deferred(read.x, weight):
-        return ConvStats(read, weight, *branch_pointwise_stats_and_input(read.x, weight, read.norm, read.activation))
+        return ConvStats(read, weight, *branch_pointwise_stats(read.x, weight, read.norm, activation=read.activation))
     else:
         y, mean, var = branch_norm_conv2d(
             *(read.x, weight, read.norm),
@@ -190,7 +185,6 @@ def _arguments(x: LazyPointwise) -> dict[str, Any]:
         "activation": x.x.activation,
         "out_norm": x.norm,
         "out_activation": x.activation,
-        "s": x.s,
     }
     if isinstance(x.residual, LazyNorm):
         return arguments | {"residual": x.residual.x, "residual_norm": x.residual.norm}

@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
                                                    const std::string& out_activation,
                                                    const std::optional<Tensor>& residual_in,
                                                    const std::optional<Tensor>& residual_norm,
-                                                   const std::optional<Tensor>& next_in, const std::optional<Tensor>&) {
+                                                   const std::optional<Tensor>& next_in) {
   const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in, next_in);
   const OutResidual residual(residual_in, residual_norm, s, x_in);
@@ -137,13 +137,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
 
 // With m the gradient of z before the activation, the gradients are: m of the residual; sum m of the shift;
 // sum m (conv(s) - mean) = diag(W (sum s m^T)) - mean sum m of the scale; diag(scale) sum m s^T of W;
-// m diag(scale) W of s, which is the result in place of the gradients of x and norm if `has_s`.
+// m diag(scale) W of s.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_z_in, const Tensor& grad_y, const Tensor& grad_mean, const Tensor& grad_var, const Tensor& z_in,
     const Tensor& y_in, const Tensor& y_mean, const Tensor& x_in, const Tensor& weight_in, const Tensor& norm,
     const std::string& activation, const Tensor& out_norm_in, const std::string& out_activation,
     const std::optional<Tensor>& residual_in, const std::optional<Tensor>& residual_norm,
-    const std::optional<Tensor>& next_in, bool has_residual, bool has_s) {
+    const std::optional<Tensor>& next_in, bool has_residual) {
   const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in, next_in);
   const OutputGradient next_output(grad_y, grad_mean, grad_var, y_in, y_mean);
@@ -161,8 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor out_norm = contiguous_norm("out_norm", out_norm_in, x_in, s);
   const Folded folded(s, weight, out_norm);
   const Tensor grad_x = empty(x, x_in.sizes()), grad_weight = empty(weight, weight_in.sizes());
-  const Tensor grad_norm = has_s ? empty(norm, {0}) : empty(norm, norm.sizes());
-  const Tensor grad_out_norm = empty(norm, out_norm.sizes());
+  const Tensor grad_norm = empty(norm, norm.sizes()), grad_out_norm = empty(norm, out_norm.sizes());
   const Tensor grad_residual = has_residual ? empty(x, s.shape(s.out)) : empty(x, {0});
   const Tensor grad_residual_norm = residual.normalized() ? empty(norm, out_norm.sizes()) : empty(norm, {0});
   const Tensor grad_next = next.has_value() ? empty(x, next_in->sizes()) : empty(x, {0});
@@ -181,8 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const int64_t size = s.in * s.out, next_size = s.next * s.out;
     const Tensor products = empty(x, {s.branches * partition.tasks, size});  // sum s m^T, [in][out]
     const Tensor next_products = empty(x, {s.branches * partition.tasks, next_size});
-    ChannelSums<T> sums(s.branches, has_s ? 0 : partition.blocks, s.in);
-    ChannelSums<T> out_sums(s.branches, partition.blocks, s.out);
+    ChannelSums<T> sums(s.branches, partition.blocks, s.in), out_sums(s.branches, partition.blocks, s.out);
     ChannelSums<T> residual_sums(s.branches, residual.normalized() ? partition.blocks : 0, s.out);
     parallel_tasks(s.branches * partition.tasks, [&](int64_t task) {
       const int64_t branch = task / partition.tasks;
@@ -223,16 +221,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         }
         const T* before = input.read(branch, first, count, scratch<T>(5, kBlockRows * s.in));
         add_outer<T>(before, s.in, masked, s.out, count, product, &ahead);
-        T* const to_x = mutable_data<T>(grad_x) + at * s.in;
-        T* const grad_before = has_s ? to_x : scratch<T>(7, kBlockRows * s.in);
+        T* const grad_before = scratch<T>(7, kBlockRows * s.in);
         project.multiply(branch, masked, count, grad_before, nullptr, nullptr, {}, &ahead);
-        if (has_s) return;
         r = input.norm(branch, first, count);
-        r.grad = grad_before, r.out = to_x;
+        r.grad = grad_before, r.out = mutable_data<T>(grad_x) + at * s.in;
         sums.add(branch, block, r, kernels<T>().normalize_backward);
       });
     });
-    if (!has_s) sums.finish_norm(*normalization.norm, grad_norm);
+    sums.finish_norm(*normalization.norm, grad_norm);
     out_sums.finish_norm(out_norm, grad_out_norm);  // but for the scale, which the products give
     if (residual.normalized()) residual_sums.finish_norm(*residual.normalization->norm, grad_residual_norm);
     parallel_tasks(s.branches, [&](int64_t branch) {

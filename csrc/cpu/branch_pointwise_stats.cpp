@@ -74,19 +74,9 @@ class Covariance {
   Tensor origins_, products_;
 };
 
-// A tensor of zeros like `x` with the memory of one value, which stands for s: its gradient is that of s.
-Tensor placeholder(const Tensor& x) {
-  const auto sizes = x.sizes();
-  const std::vector<int64_t> strides(sizes.size(), 0);
-  void* const zero = std::calloc(1, x.element_size());
-  if (zero == nullptr) throw std::bad_alloc();
-  return torch::stable::from_blob(
-      zero, sizes, strides, x.device(), x.scalar_type(), +[](void* memory) { std::free(memory); });
-}
-
-// Mean and variance of y, a placeholder for s and, for the backward pass, the mean of s and the product W cov(s).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in,
-                                                           const Tensor& norm, const std::string& activation) {
+// Mean and variance of y and, for the backward pass, the mean of s and the product W cov(s).
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in, const Tensor& norm,
+                                                   const std::string& activation) {
   const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in);
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
@@ -115,25 +105,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, c
       for (int64_t c = 0; c < s.out; ++c) var[c] = T(std::max(dot(w + c * s.in, to + c * s.in, s.in), 0.0));
     });
   });
-  return {y_mean, y_var, placeholder(x_in), x_mean, product};
+  return {y_mean, y_var, x_mean, product};
 }
 
-// With n rows, the gradient of a row s is W^T (grad_mean / n) + B (s - mean(s)), where B = W^T diag(2 grad_var / n) W,
-// plus grad_s, the gradient of the other readers of s.
+// With n rows, the gradient of a row s is W^T (grad_mean / n) + B (s - mean(s)), where B = W^T diag(2 grad_var / n) W.
 // The gradient of W is grad_mean mean(s)^T + diag(2 grad_var) W cov(s).
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, const Tensor& grad_var_in,
-                                            const std::optional<Tensor>& grad_s_in, const Tensor& x_mean_in,
-                                            const Tensor& product_in, const Tensor& x_in, const Tensor& weight_in,
-                                            const Tensor& norm, const std::string& activation) {
+                                            const Tensor& x_mean_in, const Tensor& product_in, const Tensor& x_in,
+                                            const Tensor& weight_in, const Tensor& norm,
+                                            const std::string& activation) {
   const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in);
   for (const auto& [name, t] : {std::pair{"grad_mean", &grad_mean_in}, {"grad_var", &grad_var_in}})
     check_statistics(name, *t, x_in, {s.branches, s.out});
-  if (grad_s_in.has_value()) {
-    check_shape("grad_s", *grad_s_in, s.x_shape);
-    check_kind("grad_s", *grad_s_in, x_in);
-  }
-  const std::optional<Tensor> grad_s = contiguous(widen(grad_s_in));
   check_statistics("x_mean", x_mean_in, x_in, {s.branches, s.in});
   check_statistics("product", product_in, x_in, {s.branches, s.out, s.in});
   const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
@@ -179,11 +163,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, const Te
       const int64_t at = branch * s.rows + first;
       PrefetchQueue<T> ahead;
       input.add_rows_after(ahead, s.branches, branch, first, count);
-      add_rows_after(ahead, data<T>(grad_s), s.branches * s.rows, s.in, at, count);
       add_rows_after(ahead, data<T>(grad_x), s.branches * s.rows, s.in, at, count);
-      const T* const add = grad_s.has_value() ? data<T>(grad_s) + at * s.in : nullptr;
       packed.multiply(branch, input.read(branch, first, count, scratch<T>(5, kBlockRows * s.in)), count, grad,
-                      data<T>(constant) + branch * s.in, add, {}, &ahead);
+                      data<T>(constant) + branch * s.in, nullptr, {}, &ahead);
       NormRows<T> r = input.norm(branch, first, count);
       r.grad = grad, r.out = mutable_data<T>(grad_x) + at * s.in;
       sums.add(branch, task % blocks, r, kernels<T>().normalize_backward);

@@ -24,7 +24,6 @@ def branch_pointwise_norm_conv2d(
     residual: Tensor | None = None,
     residual_norm: Tensor | None = None,
     next_weight: None = None,
-    s: Tensor | None = None,
 ) -> tuple[Tensor, None, None, None]: ...
 
 
@@ -40,7 +39,6 @@ def branch_pointwise_norm_conv2d(
     residual: Tensor | None = None,
     residual_norm: Tensor | None = None,
     next_weight: Tensor,
-    s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
@@ -55,7 +53,6 @@ def branch_pointwise_norm_conv2d(
     residual: Tensor | None = None,
     residual_norm: Tensor | None = None,
     next_weight: Tensor | None = None,
-    s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``z = out_activation((conv(s) - out_mean) * out_scale + out_shift + residual)``, and ``y = next_conv(z)``.
 
@@ -73,8 +70,6 @@ def branch_pointwise_norm_conv2d(
         residual: added before the activation, ``[G, B, H, W, C_out]``, dtype of ``x``, or None.
         residual_norm: like ``out_norm``, for a residual that is normalised where it is read; or None.
         next_weight: filters ``[G, C_next, C_out, 1, 1]``, dtype of ``x``, or None.
-        s: the placeholder for ``s`` of :func:`branch_pointwise_stats_and_input`, which then gets the gradient in place
-            of ``x`` and ``norm``; or None.
 
     Returns:
         ``(z, y, mean, var)``: z ``[G, B, H, W, C_out]``; y ``[G, B, H, W, C_next]``, its mean and biased variance
@@ -86,7 +81,7 @@ def branch_pointwise_norm_conv2d(
         TypeError: a dtype does not fit.
         RuntimeError: on double backward, which is not implemented.
     """
-    arguments = (x, weight, norm, activation, out_norm, out_activation, residual, residual_norm, next_weight, s)
+    arguments = (x, weight, norm, activation, out_norm, out_activation, residual, residual_norm, next_weight)
     check(*arguments)
     z, *rest = dispatch.implementation("branch_pointwise_norm_conv2d", x)(*arguments)
     return (z, *rest) if next_weight is not None else (z, None, None, None)
@@ -102,7 +97,6 @@ def check(
     residual: Tensor | None,
     residual_norm: Tensor | None,
     next_weight: Tensor | None,
-    s: Tensor | None,
 ) -> tuple[int, int, int, int, int]:
     """Check the arguments of :func:`branch_pointwise_norm_conv2d` and return the shape of ``z``."""
     shape = check_convolution(x, weight, norm, activation)
@@ -120,9 +114,6 @@ def check(
         expected = (shape[0], next_weight.shape[1], shape[4], 1, 1)
         checks.shape("next_weight", next_weight, expected, "[branches, next_channels, out_channels, 1, 1]")
         checks.same_kind("x", x, next_weight=next_weight)
-    if s is not None:
-        checks.shape("s", s, tuple(x.shape), "as x")
-        checks.same_kind("x", x, s=s)
     return shape
 
 
@@ -136,7 +127,6 @@ def _compose(
     residual: Tensor | None,
     residual_norm: Tensor | None,
     next_weight: Tensor | None,
-    s: Tensor | None,
 ) -> tuple[Tensor, ...]:
     convolve = dispatch.implementation("branch_norm_conv2d", x)
     wide = convolve(x, weight, norm, None, None, activation, 1, 0, 1, False)[0]
@@ -152,7 +142,7 @@ dispatch.register("branch_pointwise_norm_conv2d", _compose, "reference", "cuda",
 
 @torch.library.register_fake("hne::branch_pointwise_norm_conv2d")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, next_weight = check(x, *rest), rest[-2]
+    shape, next_weight = check(x, *rest), rest[-1]
     channels = 0 if next_weight is None else next_weight.shape[1]
     mean, var = (x.new_empty(shape[0], channels, dtype=statistics_dtype(x)) for _ in range(2))
     return x.new_empty(shape), x.new_empty(*shape[:4], channels), mean, var
@@ -161,11 +151,11 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.library.register_fake("hne::branch_pointwise_norm_conv2d_backward")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     z, (x, weight, norm, _, out_norm) = arguments[4], arguments[7:12]
-    residual_norm, next_weight, has_residual, has_s = arguments[-4:]
+    residual_norm, next_weight, has_residual = arguments[-3:]
     return (
         x.new_empty(x.shape),
         weight.new_empty(weight.shape),
-        norm.new_empty(0 if has_s else norm.shape),
+        norm.new_empty(norm.shape),
         norm.new_empty(out_norm.shape),
         x.new_empty(z.shape if has_residual else 0),
         norm.new_empty(0 if residual_norm is None else residual_norm.shape),
@@ -174,9 +164,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, norm, ctx.activation, out_norm, ctx.out_activation, residual, residual_norm, next_weight, s = inputs
+    x, weight, norm, ctx.activation, out_norm, ctx.out_activation, residual, residual_norm, next_weight = inputs
     z, y, y_mean, _ = output
-    ctx.has_residual, ctx.has_s = residual is not None, s is not None
+    ctx.has_residual = residual is not None
     needed = None if residual_norm is None else residual  # the gradient of a plain sum does not need its terms
     ctx.save_for_backward(z, y, y_mean, x, weight, norm, out_norm, needed, residual_norm, next_weight)
 
@@ -186,21 +176,17 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     grad_x, grad_weight, grad_norm, grad_out_norm, grad_residual, grad_residual_norm, grad_next_weight = (
         torch.ops.hne.branch_pointwise_norm_conv2d_backward(
             *(*grads, *saved, ctx.activation, out_norm, ctx.out_activation),
-            *(residual, residual_norm, next_weight, ctx.has_residual, ctx.has_s),
+            *(residual, residual_norm, next_weight, ctx.has_residual),
         )
     )
     return (
-        None if ctx.has_s else grad_x,
-        grad_weight,
-        None if ctx.has_s else grad_norm,
-        *(None, grad_out_norm, None),
+        *(grad_x, grad_weight, grad_norm, None, grad_out_norm, None),
         grad_residual if ctx.has_residual else None,
         None if residual_norm is None else grad_residual_norm,
         None if next_weight is None else grad_next_weight,
-        grad_x if ctx.has_s else None,
     )
 
 
 autograd.register("branch_pointwise_norm_conv2d", _backward, _setup)
 no_double_backward("branch_pointwise_norm_conv2d_backward", "branch_pointwise_norm_conv2d")
-autocast.register("branch_pointwise_norm_conv2d", cast=("x", "weight", "residual", "next_weight", "s"))
+autocast.register("branch_pointwise_norm_conv2d", cast=("x", "weight", "residual", "next_weight"))

@@ -36,21 +36,9 @@ def branch_pointwise_stats(
         TypeError: a dtype does not fit.
         RuntimeError: on double backward, which is not implemented.
     """
-    mean, var, _ = branch_pointwise_stats_and_input(x, weight, norm, activation)
-    return mean, var
-
-
-def branch_pointwise_stats_and_input(
-    x: Tensor, weight: Tensor, norm: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`branch_pointwise_stats` and a placeholder for ``s``, or None where a backend has none.
-
-    The placeholder has the shape of ``s``, and the memory of one value. A reader of ``s`` that is given it adds its
-    gradient of ``s`` there, and the two gradients are taken back through the normalisation in one pass.
-    """
     check(x, weight, norm, activation)
-    mean, var, *rest = dispatch.implementation("branch_pointwise_stats", x)(x, weight, norm, activation)
-    return mean, var, rest[0] if rest else None
+    mean, var, *_ = dispatch.implementation("branch_pointwise_stats", x)(x, weight, norm, activation)
+    return mean, var
 
 
 def check(x: Tensor, weight: Tensor, norm: Tensor, activation: str) -> tuple[int, int, int, int, int]:
@@ -72,14 +60,13 @@ dispatch.register("branch_pointwise_stats", _compose, "reference", "cuda", "trit
 
 
 @torch.library.register_fake("hne::branch_pointwise_stats")
-def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branches, *_, out_channels = check(x, weight, *rest)
     in_channels, dtype = x.shape[4], statistics_dtype(x)
     y_mean, y_var = (x.new_empty(branches, out_channels, dtype=dtype) for _ in range(2))
     return (
         y_mean,
         y_var,
-        x.new_empty(()).expand(x.shape),
         x.new_empty(branches, in_channels, dtype=dtype),
         x.new_empty(branches, out_channels, in_channels, dtype=dtype),
     )
@@ -87,24 +74,22 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Te
 
 @torch.library.register_fake("hne::branch_pointwise_stats_backward")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, norm = arguments[5:8]
+    x, weight, norm = arguments[4:7]
     return x.new_empty(x.shape), weight.new_empty(weight.shape), norm.new_empty(norm.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.activation = inputs
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # zeros for the gradient of the product would take megabytes
-    ctx.save_for_backward(*output[3:], *tensors)
+    ctx.save_for_backward(*output[2:], *tensors)
 
 
-def _backward(
-    ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None, grad_s: Tensor | None, *_: Any
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None, *_: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them once
     *_, weight, norm = saved
     grad_mean, grad_var = (norm.new_zeros(weight.shape[:2]) if grad is None else grad for grad in (grad_mean, grad_var))
-    gradients = torch.ops.hne.branch_pointwise_stats_backward(grad_mean, grad_var, grad_s, *saved, ctx.activation)
+    gradients = torch.ops.hne.branch_pointwise_stats_backward(grad_mean, grad_var, *saved, ctx.activation)
     return *gradients, None
 
 
