@@ -228,11 +228,11 @@ def _fold_norm(module: BranchNorm) -> FoldedNorm:
 def fold_conv(module: ConvNorm | BranchConv) -> tuple[Tensor, Tensor]:
     """Weight ``[branches, channels, in_channels // groups, k, k]`` and bias ``[branches, channels]`` of a convolution.
     A batch norm is folded in: ``(conv(x) - mean) * scale + shift``."""
-    everything = slice(0, module.branches)
     if isinstance(module, BranchConv):
-        weight, bias = module.weight_and_bias(everything)
+        weight, bias = module.weight_and_bias(slice(0, module.branches))
         return weight, weight.new_zeros(weight.shape[:2]) if bias is None else bias
     check_kind(module, ConvNorm)
+    everything = slice(0, module.branches)
     weight = module.weight(everything)
     weight = weight[:, :, None] if module.depthwise else weight
     mean, scale, shift = running_normalization(module, everything)

@@ -31,7 +31,7 @@ def test_workers_compute_the_same_and_tell_the_time_of_each_call(tmp_path: Path,
             assert worker.pid != os.getpid()
             check_agreement(worker.result(), expected)
             seconds = worker.calls(0.05)
-            assert 0.05 <= sum(seconds) < 5
+            assert 0.02 <= sum(seconds) < 5, "without the call that began in the time of warming up"
             assert min(seconds) > 0
     assert "HNE_TEST" not in os.environ
 

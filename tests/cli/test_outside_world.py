@@ -352,7 +352,7 @@ def test_errors_of_the_outside_world(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(evaluate, "load_model", fail)
+    monkeypatch.setattr(evaluate, "load_network", fail)
     assert message in error_of(capsys, "eval", str(run))
 
 
@@ -361,7 +361,7 @@ def test_faults_of_the_program_have_a_traceback(error: Exception, run: Path, mon
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(evaluate, "load_model", fail)
+    monkeypatch.setattr(evaluate, "load_network", fail)
     with pytest.raises(type(error)):
         main(["eval", str(run)])
 
