@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,19 +42,27 @@ def exit_curve(logits: Tensor, target: Tensor, costs: Sequence[float], *, points
     earlier = logits[:-1].double().softmax(-1).amax(-1).flatten().sort().values
     places = torch.linspace(0, max(0, len(earlier) - 1), points).round().long().unique()
     choices = [*earlier[places.to(earlier.device)].tolist(), 1.0] if len(earlier) else [1.0]
-    return [exit_point(choice, logits, target, costs) for choice in dict.fromkeys(choices)]
+    return _exit_points(dict.fromkeys(choices), logits, target, costs)
 
 
 def exit_point(confidence: float, logits: Tensor, target: Tensor, costs: Sequence[float]) -> ExitPoint:
     """Accuracy and mean cost for one confidence; arguments as for :func:`exit_curve`."""
     _check(logits, target, costs)
+    (point,) = _exit_points([confidence], logits, target, costs)
+    return point
+
+
+def _exit_points(choices: Iterable[float], logits: Tensor, target: Tensor, costs: Sequence[float]) -> list[ExitPoint]:
     probability, label = logits.double().softmax(-1).max(-1)
-    done = probability >= confidence
-    done[-1] = True  # there is no further member
-    last = done.int().argmax(0, keepdim=True)  # the first ensemble that a sample is done with
-    right = (label == target).gather(0, last)
+    right = (label == target).double()
     price = torch.tensor(costs, dtype=torch.float64, device=logits.device)
-    return ExitPoint(confidence, right.double().mean().item(), price[last].mean().item())
+    points = []
+    for confidence in choices:
+        done = probability >= confidence
+        done[-1] = True  # there is no further member
+        last = done.int().argmax(0, keepdim=True)  # the first ensemble that a sample is done with
+        points.append(ExitPoint(confidence, right.gather(0, last).mean().item(), price[last].mean().item()))
+    return points
 
 
 def _check(logits: Tensor, target: Tensor, costs: Sequence[float]) -> None:
