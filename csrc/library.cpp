@@ -72,7 +72,7 @@ STABLE_TORCH_LIBRARY(hne, m) {
       "str activation, bool identity, str final_activation) -> Tensor");
   m.def("fused_bottleneck_chain(Tensor x, Tensor?[] weights, int[] numbers, bool pool) -> Tensor");
   m.def("prepare_layers(Tensor?[] weights, int[] numbers) -> int");
-  m.def("fused_layers(Tensor x, int layers) -> Tensor[]");
+  m.def("fused_layers(Tensor x, int layers, Tensor? total=None, int count=0) -> Tensor[]");
   m.def("prepare_quantized_layers(Tensor?[] weights, int[] numbers) -> int");
   m.def("quantized_layers(Tensor x, int layers) -> Tensor[]");
 

@@ -26,7 +26,7 @@ from .ops.fused_bottleneck import fused_bottleneck
 from .ops.fused_bottleneck_chain import fused_bottleneck_chain
 from .ops.fused_conv2d import fused_conv2d
 from .ops.fused_layer import FusedLayer, select_branches
-from .ops.fused_layers import FusedLayers
+from .ops.fused_layers import FusedLayers, add_member
 from .ops.hierarchical_distillation_loss import hierarchical_distillation_loss
 from .ops.prefix_logits import prefix_logits
 from .ops.prefix_mean import prefix_mean
@@ -61,6 +61,7 @@ __all__ = [
     "QuantizedLayers",
     "StateRecord",
     "__version__",
+    "add_member",
     "autocast_dtype",
     "available_backends",
     "backend_for",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import autocast, checks, extension, reference
 from .tracing import constant_when_compiled as _constant_when_compiled
-from .tracing import is_transformed
+from .tracing import is_traced, is_transformed
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -259,6 +259,22 @@ def backend_for(tensor: Tensor) -> str:
     if kind == "cuda" and chosen != "cuda":
         _warn_of_refusal(device, chosen)
     return chosen
+
+
+def reaches_cpp(x: Any) -> bool:
+    """Whether ``x`` is an ordinary tensor whose calls reach the library of the CPU, with the dtype of ``x``.
+
+    Not under autocast, nor where PyTorch records or transforms calls, nor where a gradient is required.
+    """
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in DTYPES["cpp"]
+        and not is_traced()
+        and _chosen() in (None, "cpp")
+        and not torch.is_autocast_enabled("cpu")
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
 
 
 # By backend and op: implementations other than the function of that name in the backend's module.

@@ -156,6 +156,33 @@ class PreparedLayers {
     return results;
   }
 
+  // The same for member number `count` of an ensemble. Its logits [1, batch, class] are followed, without the first
+  // dimension, by their sum with `total`, of the members before, and by the mean, sum / count.
+  std::vector<Tensor> operator()(const Tensor& x, const std::optional<Tensor>& total, int64_t count) const {
+    std::vector<Tensor> results = (*this)(x);
+    STD_TORCH_CHECK(ends_linear_ && results.back().size(0) == 1, "layers: expected the logits of one branch");
+    const Tensor logits = widen(results.back());
+    const std::vector<int64_t> shape = {logits.size(1), logits.size(2)};
+    if (total.has_value()) {
+      STD_TORCH_CHECK(total->is_cpu() && total->scalar_type() == logits.scalar_type() && total->is_contiguous(),
+                      "total: expected contiguous float32, or float64 as the logits, on the CPU");
+      STD_TORCH_CHECK(total->dim() == 2, "total: expected 2 dimensions");
+      check_shape("total", *total, shape);
+    }
+    const Tensor sum = empty(logits, shape), mean = empty(logits, shape);
+    dispatch(logits, [&](auto type) {
+      using T = decltype(type);
+      const T *member = data<T>(logits), *before = data<T>(total);
+      T *sums = mutable_data<T>(sum), *means = mutable_data<T>(mean);
+      for (int64_t i = 0; i < shape[0] * shape[1]; ++i) {
+        sums[i] = before != nullptr ? before[i] + member[i] : member[i];
+        means[i] = sums[i] / T(count);
+      }
+    });
+    results.insert(results.end(), {sum, round_to(mean, type_)});
+    return results;
+  }
+
  private:
   // The dtype of the first filters: a normalisation of bfloat16 features is float32.
   static ScalarType features_type(const std::vector<LayerSpec>& layers,
@@ -510,7 +537,10 @@ int64_t prepare_layers(const std::vector<std::optional<Tensor>>& weights, const 
   return registry().add(std::make_shared<const PreparedLayers>(weights, numbers));
 }
 
-std::vector<Tensor> fused_layers(const Tensor& x, int64_t layers) { return (*registry().get(layers))(x); }
+std::vector<Tensor> fused_layers(const Tensor& x, int64_t layers, const std::optional<Tensor>& total, int64_t count) {
+  const auto prepared = registry().get(layers);
+  return count == 0 ? (*prepared)(x) : (*prepared)(x, total, count);
+}
 
 }  // namespace
 

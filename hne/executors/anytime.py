@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..hierarchy import Hierarchy
-from .base import SubtreeRunner
+from .base import MemberRunner
 
 
 class AnytimeExecutor(Protocol):
     """What :class:`Anytime` needs of a :class:`SubtreeExecutor`."""
 
-    def runner(self, network: Any) -> SubtreeRunner: ...
+    def member_runner(self, network: Any) -> MemberRunner: ...
     def select_samples(self, x: Tensor, samples: Tensor) -> Tensor: ...
 
 
@@ -34,18 +34,22 @@ class Anytime(Iterator[tuple[int, Tensor]]):
 
     Attributes:
         num_models: Leaves evaluated so far.
-        member: Logits ``[batch, num_classes]`` of the latest leaf alone; None before the first step.
     """
 
     def __init__(self, network: AnytimeNetwork, x: Tensor) -> None:
         self.num_models = 0
-        self.member: Tensor | None = None
+        self._logits: Tensor | None = None  # of the latest leaf, [1, batch, num_classes]
         self._network = network
         self._executor = network.executor()
-        self._run = self._executor.runner(network)
+        self._run = self._executor.member_runner(network)
         self._images = x
         self._path: list[Tensor] = []  # _path[b] is the output of block b
-        self._total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        self._total: Tensor | None = None
+
+    @property
+    def member(self) -> Tensor | None:
+        """Logits ``[batch, num_classes]`` of the latest leaf alone; None before the first step."""
+        return None if self._logits is None else self._logits[0]
 
     def __next__(self) -> tuple[int, Tensor]:
         tree, leaf = self._network.hierarchy, self.num_models
@@ -53,17 +57,14 @@ class Anytime(Iterator[tuple[int, Tensor]]):
             raise StopIteration
         executor = self._network.executor()
         if executor is not self._executor:  # gradients were switched on or off
-            self._executor, self._run = executor, executor.runner(self._network)
+            self._executor, self._run = executor, executor.member_runner(self._network)
         first = tree.first_new(leaf)
         del self._path[first:]
         x = self._path[-1] if first > 0 else self._images
-        *features, logits = self._run(x, slice(leaf, leaf + 1), first, keep=True)
+        features, self._logits, self._total, mean = self._run(x, leaf, first, self._total)
         self._path += features
-        self.member = logits[0]
-        self._total = self._total + self.member
         self.num_models += 1
-        mean = self._total / self.num_models
-        return self.num_models, mean if mean.dtype == logits.dtype else mean.to(logits.dtype)
+        return self.num_models, mean
 
     def select(self, samples: Tensor) -> None:
         """Continue with some samples of the batch. Later answers contain these samples, in the given order.
@@ -76,12 +77,12 @@ class Anytime(Iterator[tuple[int, Tensor]]):
             TypeError: ``samples`` are neither integers nor bool.
             ValueError: ``samples`` has another shape, or an index is out of range. Nothing has changed then.
         """
-        if self.member is None:
+        if self._logits is None or self._total is None:
             raise RuntimeError("select() chooses by an answer: ask for the first one before")
-        samples = _indices(samples, self.member)
-        member, total, images = self.member[samples], self._total[samples], self._images[samples]
+        samples = _indices(samples, self._total)
+        logits, total, images = self._logits[:, samples], self._total[samples], self._images[samples]
         path = [self._executor.select_samples(x, samples) for x in self._path]
-        self.member, self._total, self._images, self._path = member, total, images, path
+        self._logits, self._total, self._images, self._path = logits, total, images, path
 
 
 def _indices(samples: Tensor, member: Tensor) -> Tensor:

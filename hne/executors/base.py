@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+import hne_kernels as K
 
 from ..hierarchy import Hierarchy
 from ..layers import (
@@ -54,12 +56,49 @@ class SubtreeRunner(Protocol):
         """
 
 
+class Member(NamedTuple):
+    """What a step of anytime inference computes."""
+
+    features: list[Tensor]  # after each block that was computed
+    logits: Tensor  # of the leaf alone, [1, batch, classes]
+    total: Tensor  # of the logits so far, [batch, classes] in float32 or float64
+    mean: Tensor  # of the logits so far, [batch, classes]
+
+
+class MemberRunner(Protocol):
+    """A function that computes one leaf of a network after another."""
+
+    def __call__(self, x: Tensor, leaf: int, first: int, total: Tensor | None) -> Member:
+        """Compute a leaf, and all nodes above it from block ``first`` on.
+
+        Args:
+            x: Input features of block ``first``, or images; as for :class:`SubtreeRunner`.
+            leaf: Its number.
+            first: The first block to compute.
+            total: The total of the leaves before this one; None for the first leaf.
+        """
+
+
+def member_runner(run: SubtreeRunner) -> MemberRunner:
+    """The function that computes leaves by a function for any subtree."""
+
+    def run_member(x: Tensor, leaf: int, first: int, total: Tensor | None) -> Member:
+        *features, logits = run(x, slice(leaf, leaf + 1), first, keep=True)
+        return Member(features, logits, *K.add_member(logits, total, leaf + 1))
+
+    return run_member
+
+
 class SubtreeExecutor(Executor):
     """Computes subtrees of a network. Subclasses define the layout of features and the operations on them."""
 
     def runner(self, network: Network) -> SubtreeRunner:
         """The function that computes subtrees of ``network``."""
         return functools.partial(self.run, network)
+
+    def member_runner(self, network: Network) -> MemberRunner:
+        """The function that computes one leaf of ``network`` after another."""
+        return member_runner(self.runner(network))
 
     def run(
         self,

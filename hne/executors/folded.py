@@ -8,7 +8,7 @@ import torch
 
 import hne_kernels as K
 
-from .base import SubtreeRunner
+from .base import MemberRunner, SubtreeRunner
 from .kernels import KernelExecutor
 from .parameter_versions import ParameterVersions
 from .session import InferenceSession
@@ -21,6 +21,9 @@ class FoldedExecutor(KernelExecutor):
         if torch.jit.is_tracing():  # traced once more without gradients, as a check: both graphs must have the same ops
             return super().runner(network)
         return self.session(network).run
+
+    def member_runner(self, network: Any) -> MemberRunner:
+        return super().member_runner(network) if torch.jit.is_tracing() else self.session(network).run_member
 
     def session(self, network: Any) -> InferenceSession:
         """The session of a network (a :class:`FoldedWeightCache`), cached while its parameters stay unchanged.

@@ -9,7 +9,7 @@ from torch import Tensor
 import hne_kernels as K
 
 from ..hierarchy import Hierarchy
-from .base import SubtreeRunner
+from .base import MemberRunner, SubtreeRunner, member_runner
 
 
 class QuantizedExecutor:
@@ -39,6 +39,9 @@ class QuantizedExecutor:
 
     def runner(self, network: object) -> SubtreeRunner:
         return self.run
+
+    def member_runner(self, network: object) -> MemberRunner:
+        return member_runner(self.run)
 
     def select_samples(self, x: Tensor, samples: Tensor) -> Tensor:
         return x[:, samples]

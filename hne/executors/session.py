@@ -12,7 +12,7 @@ from torch import Tensor
 import hne_kernels as K
 
 from ..layers import Layer, SkippedModuleError, global_hook_dicts, has_hooks
-from .base import Network, check_containers
+from .base import Member, Network, check_containers
 from .folded_step import FoldedStep
 from .folding import FoldedLayer, fused_pool_linear, to_fused_layers
 from .hook_versions import HookVersions
@@ -71,13 +71,7 @@ class InferenceSession:
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Compute a subtree; see :class:`~hne.executors.base.SubtreeRunner`."""
-        if x.is_cuda and self._versions is not None:
-            self._read_on_stream(torch.cuda.current_stream(x.device))
-        key = leaves.start, leaves.stop, first, keep
-        program = self._programs.get(key)
-        if program is None:
-            with torch.no_grad():
-                program = self._programs[key] = self._program(leaves, first, keep)
+        program = self._prepared_program(x, leaves, first, keep)
         results: list[Tensor] = []
         for compute, keep_output in program:
             outputs = compute(x)
@@ -86,6 +80,29 @@ class InferenceSession:
         if sizes is not None:
             results[-1] = K.prefix_mean(results[-1], sizes)
         return results
+
+    def run_member(self, x: Tensor, leaf: int, first: int, total: Tensor | None) -> Member:
+        """Compute a leaf; see :class:`~hne.executors.base.MemberRunner`."""
+        *earlier, (head, _) = self._prepared_program(x, slice(leaf, leaf + 1), first, True)
+        results: list[Tensor] = []
+        for compute, keep_output in earlier:
+            outputs = compute(x)
+            x = outputs[-1]
+            results += outputs if keep_output else outputs[:-1]
+        assert isinstance(head, K.FusedLayers)
+        *features, logits, total, mean = head.next_member(x, total, leaf + 1)
+        return Member(results + features, logits, total, mean)
+
+    def _prepared_program(self, x: Tensor, leaves: slice, first: int, keep: bool) -> list[_Step]:
+        """The program of a subtree, which is made in the first call."""
+        if x.is_cuda and self._versions is not None:
+            self._read_on_stream(torch.cuda.current_stream(x.device))
+        key = leaves.start, leaves.stop, first, keep
+        program = self._programs.get(key)
+        if program is None:
+            with torch.no_grad():
+                program = self._programs[key] = self._program(leaves, first, keep)
+        return program
 
     def _copy_views(self, versions: ParameterVersions) -> None:
         """Copy folded weights that are views of parameters: a change in place would reach these and no others."""

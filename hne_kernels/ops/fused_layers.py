@@ -28,6 +28,13 @@ def _in_memory(tensor: Tensor | None) -> bool:
     return tensor is None or type(tensor) in (Tensor, Parameter)  # subclasses, such as fake tensors, may have none
 
 
+def add_member(logits: Tensor, total: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """The sum of logits ``[1, B, L]`` and the total of the members before them, and ``sum / count`` in their dtype."""
+    member = logits[0]
+    total = member.to(torch.promote_types(member.dtype, torch.float32)) if total is None else total + member
+    return total, (total / count).to(member.dtype)
+
+
 def micro_batches(x: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
     """Parts of a batch of features ``[G, B, H, W, C]`` or images ``[B, C, H, W]``, small enough that on a CPU the
     features of one layer are in the cache when the next layer reads them."""
@@ -228,6 +235,8 @@ class FusedLayers:
             ValueError, TypeError: ``x`` does not fit the layers.
             RuntimeError: a gradient is required.
         """
+        if self._reaches_library(x):
+            return self._library_call(x)
         if self.images:
             checks.rank("x", x, 4, "[batch, channels, height, width]")
         else:
@@ -235,24 +244,45 @@ class FusedLayers:
         checks.no_gradient("FusedLayers", x)
         if is_traced():
             return self._in_turn(x)
+        with torch._C._AutoDispatchBelowAutograd():
+            batches = (x,) if len(self._result_indices) > 1 else micro_batches(x, 0 if self.images else 1)
+            results = []
+            for batch in batches:
+                results.append(self._in_turn(batch))
+            return results[0] if len(results) == 1 else [torch.cat([outputs[0] for outputs in results], 1)]
+
+    def next_member(self, x: Tensor, total: Tensor | None, count: int) -> list[Tensor]:
+        """Compute the layers of one member of an ensemble, up to its logits, and the mean with the members before.
+
+        Args:
+            x: as for a call.
+            total: the sum of the logits of the members before, ``[B, C']`` float32 (float64 for float64 logits), or
+                None.
+            count: the number of members, this one included; at least 1.
+
+        Returns:
+            What a call returns, whose last tensor are the logits ``[1, B, C']``; their sum with ``total``,
+            ``[B, C']``; and the mean ``sum / count`` in the dtype of the logits.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as in a call.
+        """
+        if self._reaches_library(x):
+            return self._library_call(x, total, count)
+        outputs = self(x)
+        return [*outputs, *add_member(outputs[-1], total, count)]
+
+    def _reaches_library(self, x: Tensor) -> bool:
+        return self._prepared is not None and dispatch.reaches_cpp(x) and x.dim() == (4 if self.images else 5)
+
+    def _library_call(self, x: Tensor, *arguments: Any) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():  # there is no gradient: the dispatcher need not look for one
-            if (
-                self._prepared is None
-                or checks.autocast_dtype("cpu") is not None
-                or not _in_memory(x)
-                or dispatch.backend_for(x) != "cpp"
-            ):
-                batches = (x,) if len(self._result_indices) > 1 else micro_batches(x, 0 if self.images else 1)
-                results = []
-                for batch in batches:
-                    results.append(self._in_turn(batch))
-                return results[0] if len(results) == 1 else [torch.cat([outputs[0] for outputs in results], 1)]
             try:
-                outputs: list[Tensor] = self._call(x, self._prepared)
+                outputs: list[Tensor] = self._call(x, self._prepared, *arguments)
             except Exception:
                 self._check(self._features(x))
                 raise
-            return outputs
+        return outputs
 
     def _in_turn(self, x: Tensor) -> list[Tensor]:
         x = self._features(x)

@@ -59,7 +59,7 @@ class Calls:
             return self._counted(op, function) if op in OPS else function
 
         monkeypatch.setattr(K.dispatch, "implementation", counted)
-        monkeypatch.setattr(K.FusedLayers, "__call__", K.FusedLayers._in_turn)
+        monkeypatch.setattr(K.FusedLayers, "_reaches_library", lambda *_: False)  # it calls the layers in turn
 
     def _counted(self, name: str, op: Any) -> Any:
         def call(x: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:

@@ -184,6 +184,45 @@ def test_micro_batches(given: str, rng: torch.Generator) -> None:
         torch.testing.assert_close(result, in_micro_batches(of_image)[0])
 
 
+def head(rng: torch.Generator, dtype: torch.dtype) -> tuple[K.FusedLayers, Tensor]:
+    layers = [random_convolution(rng, 1, 3, 5), random_convolution(rng, 1, 5, 7)._replace(mean=True)]
+    layers = [layer._replace(weights=tuple(weight.to(dtype) for weight in layer.weights)) for layer in layers]
+    return K.FusedLayers(layers, [0]), torch.randn(1, 3, 6, 5, 3, generator=rng).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_mean_with_the_members_before(dtype: torch.dtype, rng: torch.Generator) -> None:
+    layers, x = head(rng, dtype)
+    total, sums = None, torch.zeros(3, 7, dtype=torch.promote_types(dtype, torch.float32))
+    for count in range(1, 4):
+        features, logits, total, mean = layers.next_member(x, total, count)
+        assert all(map(torch.equal, (features, logits), layers(x)))
+        sums += logits[0]
+        assert torch.equal(total, sums)
+        assert torch.equal(mean, (sums / count).to(dtype))
+        with K.use_backend("reference"):
+            others = layers.next_member(x, total, count + 1)
+        assert [(t.shape, t.dtype) for t in others] == [(t.shape, t.dtype) for t in (features, logits, total, mean)]
+        torch.testing.assert_close(others[3], ((total + others[1][0]) / (count + 1)).to(dtype))
+        x = torch.randn(x.shape, generator=rng).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "total",
+    [torch.zeros(7), torch.zeros(3, 6), torch.zeros(2, 7), torch.zeros(3, 7, dtype=torch.float64), torch.zeros(7, 3).T],
+)
+def test_a_total_that_does_not_fit(total: Tensor, rng: torch.Generator) -> None:
+    layers, x = head(rng, torch.float32)
+    with pytest.raises(RuntimeError, match="total: "):
+        layers.next_member(x, total, 2)
+
+
+def test_members_end_with_logits_of_one_branch(rng: torch.Generator) -> None:
+    x, singles, keep = arguments("one", rng)
+    with pytest.raises(RuntimeError, match="layers: expected the logits of one branch"):
+        K.FusedLayers(singles, keep).next_member(x, None, 1)
+
+
 def test_layers_are_forgotten_with_their_object(rng: torch.Generator) -> None:
     x, singles, keep = arguments("one", rng)
     layers = K.FusedLayers(singles, keep)
