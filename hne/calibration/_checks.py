@@ -14,8 +14,10 @@ def check_logits(name: str, logits: Tensor) -> None:
     """
     if logits.dim() != 3 or 0 in logits.shape:
         raise ValueError(f"{name}: expected [ensembles, samples, classes], none of them 0, got {tuple(logits.shape)}")
-    if not logits.is_floating_point() or not logits.isfinite().all():
-        raise ValueError(f"{name}: expected finite floating-point numbers, got {logits.dtype} with NaN or infinity")
+    if not logits.is_floating_point():
+        raise ValueError(f"{name}: expected floating-point numbers, got {logits.dtype}")
+    if not logits.isfinite().all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
 
 
 def check_target(target: Tensor, logits: Tensor) -> None:

@@ -14,6 +14,7 @@ from ..data import InputFormat
 from ..errors import ResultError
 from ..files import check_writable, replacing
 from ..inference import ANYTIME_FORMATS, Ensemble, EnsembleMean, EnsembleMixture, write_anytime, write_onnx, write_pt2
+from ..models import checkpoint
 from ..runtime import AnytimeSession
 from . import options
 from .loading import checkpoint_path, load_model
@@ -122,8 +123,7 @@ def _export_steps(args: argparse.Namespace) -> int:
     input_format = InputFormat.from_dict(stored["data"]["input"])
     images = torch.randn(2, input_format.channels, *input_format.size)
     folder = args.output or checkpoint_path(args.checkpoint).parent / "anytime"
-    metadata = {name: value for name, value in stored.items() if name in ("data", "recipe", "calibration")}
-    write_anytime(model, folder, images, format=args.format, metadata=metadata)
+    write_anytime(model, folder, images, format=args.format, metadata=checkpoint.description(stored))
     session = AnytimeSession(folder)
     with torch.inference_mode():
         for (_, got), (_, expected) in zip(session.anytime(images), model.anytime(images), strict=True):

@@ -39,7 +39,7 @@ def load_model(path: Path, device: torch.device, *, naive: bool = False) -> tupl
 def load_network(path: Path, device: torch.device) -> tuple[HNE | QuantizedHNE, dict[str, Any]]:
     """As :func:`load_model`; or the network of a file of ``hne quantize``, which computes on the CPU only."""
     file = checkpoint_path(path)
-    if not checkpoint.is_quantized(checkpoint.load(file)[1]):
+    if not checkpoint.is_quantized(file):
         return load_model(path, device)
     model, stored = checkpoint.load_quantized(file)
     if device.type != "cpu":

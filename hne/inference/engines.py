@@ -1,10 +1,6 @@
-"""Engines that run an exported graph on a CPU, each with the settings that make it fastest there.
+"""Engines that run an exported graph on a CPU. Each compiles it for one batch size, and reads images without a copy.
 
-Both compile the graph for one batch size, use as many threads as PyTorch, and read the images without a copy.
-
-- ONNX Runtime: all graph optimisations. Its threads spin while they wait for work, which is the default.
-- OpenVINO: the hint ``LATENCY``, which gives all threads to one call, and float32 (on processors with bfloat16 its
-  default is bfloat16). Threads are not bound to cores, where they would wait for other processes.
+:mod:`hne.runtime` has their settings.
 """
 
 from __future__ import annotations
@@ -20,19 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime import onnxruntime_session, openvino_model
+
 Call = Callable[[], Tensor]
 
 
 def _onnxruntime(graph: Path, images: Tensor, spin: bool) -> Call:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    if not spin:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_free_dimension_override_by_name("batch", len(images))
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime_session(graph, batch=len(images), spin=spin)
     inputs = {"images": images.numpy()}
 
     def call() -> Tensor:
@@ -45,16 +35,7 @@ def _onnxruntime(graph: Path, images: Tensor, spin: bool) -> Call:
 def _openvino(graph: Path, images: Tensor, spin: bool) -> Call:
     import openvino as ov
 
-    core = ov.Core()
-    model = core.read_model(graph)
-    model.reshape(list(images.shape))
-    options = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-        "ENABLE_CPU_PINNING": False,
-    }
-    request = core.compile_model(model, "CPU", options).create_infer_request()
+    request = openvino_model(graph, images.shape).create_infer_request()
     request.set_input_tensor(ov.Tensor(images.numpy(), shared_memory=True))
     logits = torch.from_numpy(request.get_output_tensor().data)
 

@@ -102,11 +102,30 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def is_checkpoint(path: str | Path) -> bool:
     """Whether the metadata of a file say that it is a checkpoint; the file may be damaged nevertheless."""
+    return _metadata(path).get("format") == FORMAT
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Whether the metadata of a file say that it is a network in int8; the file may be damaged nevertheless."""
+    try:
+        config = json.loads(_metadata(path).get("config", ""))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and _QUANTIZED in config
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; none if it cannot be read."""
     try:
         with utf8_path(Path(path)) as name, safe_open(name, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
+            return dict(file.metadata() or {})
     except (SafetensorError, OSError):
-        return False
+        return {}
+
+
+def description(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config that go with the model wherever it goes, as far as they are there."""
+    return {name: config[name] for name in ("data", "recipe", "calibration") if name in config}
 
 
 def model_tensors(model: HNE) -> dict[str, Tensor]:
@@ -120,11 +139,6 @@ def save_quantized(path: str | Path, model: QuantizedHNE, config: Mapping[str, A
     save(path, tensors, {**config, "model": model.config(), _QUANTIZED: model.layer_configs()})
 
 
-def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a network in int8."""
-    return _QUANTIZED in config
-
-
 def load_quantized(path: str | Path) -> tuple[QuantizedHNE, dict[str, Any]]:
     """The network of a checkpoint of :func:`save_quantized`, and its config.
 
@@ -132,7 +146,7 @@ def load_quantized(path: str | Path) -> tuple[QuantizedHNE, dict[str, Any]]:
         CheckpointError: As :func:`load`; or the file is that of another network, or does not fit itself.
     """
     tensors, config = load(path)
-    if not is_quantized(config):
+    if _QUANTIZED not in config:
         raise CheckpointError(f"{path}: not in int8: expected a file of `hne quantize`")
     try:
         ordered = [tensor for _, tensor in sorted(tensors.items())]
@@ -176,7 +190,7 @@ def load_model(
             tensors do not fit it.
     """
     tensors, config = load(path)
-    if is_quantized(config):
+    if _QUANTIZED in config:
         raise CheckpointError(f"{path}: in int8, for inference only: expected a checkpoint with float weights")
     try:
         described = config["model"]

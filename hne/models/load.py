@@ -30,7 +30,7 @@ def load(path: str | Path, *, naive: bool = False, templates: Sequence[nn.Module
         return (NaiveHNE if naive else FusedHNE).from_pretrained(path, templates=templates)
     file = path / checkpoint.FILE_NAME if path.is_dir() else path
     model, config = checkpoint.load_model(file, naive=naive, templates=templates)
-    model.metadata = {name: config[name] for name in ("data", "recipe", "calibration") if name in config}
+    model.metadata = checkpoint.description(config)
     if config.get("history"):
         evaluation = config["history"][-1].get("evaluation")
         model.metadata |= {} if evaluation is None else {"evaluation": evaluation}

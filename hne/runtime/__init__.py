@@ -5,6 +5,6 @@
 
 from __future__ import annotations
 
-from .engines import ENGINES
+from .engines import ENGINES, onnxruntime_session, openvino_model
 from .manifest import FORMAT, MANIFEST, VERSION, Manifest, Step
 from .session import AnytimeSession

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +22,58 @@ def _torch(folder: Path, name: str, programs: str) -> Program:
     return torch.inference_mode()(module)
 
 
-def _onnxruntime(folder: Path, name: str, programs: str) -> Program:
+def onnxruntime_session(graph: Path, *, batch: int | None = None, spin: bool = True) -> Any:
+    """The session of ONNX Runtime for a graph on the CPU, with all optimisations and as many threads as PyTorch.
+
+    Args:
+        graph: A file.
+        batch: Size of the dimension "batch", if that is known; the session then takes no other.
+        spin: Whether its threads spin while they wait for work, for 30 ms after a call.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    session = ort.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
-    return lambda x: [torch.from_numpy(y) for y in session.run(None, {"x": x.contiguous().numpy()})]
+    if not spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    if batch is not None:
+        options.add_free_dimension_override_by_name("batch", batch)
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def _openvino(folder: Path, name: str, programs: str) -> Program:
+def openvino_model(graph: Path, shape: Sequence[int] | None = None) -> Any:
+    """The model that OpenVINO compiles of a graph for the CPU, with as many threads as PyTorch.
+
+    The hint ``LATENCY`` gives all threads to one call. On processors with bfloat16 the default precision is bfloat16,
+    here it is float32. Threads are not bound to cores, where they would wait for other processes.
+
+    Args:
+        graph: A file.
+        shape: Of its only input, if that is known.
+    """
     import openvino as ov
 
+    core = ov.Core()
+    model = core.read_model(graph)
+    if shape is not None:
+        model.reshape(list(shape))
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,
     }
-    compiled = ov.Core().compile_model(folder / f"{name}.onnx", "CPU", options)
+    return core.compile_model(model, "CPU", options)
+
+
+def _onnxruntime(folder: Path, name: str, programs: str) -> Program:
+    session = onnxruntime_session(folder / f"{name}.onnx")
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {"x": x.contiguous().numpy()})]
+
+
+def _openvino(folder: Path, name: str, programs: str) -> Program:
+    compiled = openvino_model(folder / f"{name}.onnx")
 
     def program(x: Tensor) -> list[Tensor]:
         results = compiled([x.contiguous().numpy()])
