@@ -7,17 +7,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..averages import AVERAGES, check_average
 from ._checks import check_logits, check_target
 
 LOWEST, HIGHEST = 1e-2, 1e2
 _STEPS = 60  # of a bisection: the error is below the precision of float64
 
 
-def nested_logits(members: Tensor) -> Tensor:
-    """Mean logits of the first 1, 2, ... N members, ``[N, B, L]`` as those of the members; at least float32."""
+def nested_logits(members: Tensor, average: str = "logits") -> Tensor:
+    """Logits of the ensembles of the first 1, 2, ... N members.
+
+    Args:
+        members: Logits of the members ``[N, B, L]``.
+        average: What an ensemble averages, a name of :data:`hne.averages.AVERAGES`: ``logits``, or ``probabilities``,
+            whose logarithms are returned then.
+
+    Returns:
+        ``[N, B, L]``, in float32 at least.
+
+    Raises:
+        ValueError: There is no sample, a logit is not finite, or ``average`` is unknown.
+    """
     check_logits("members", members)
+    check_average(average)
     members = members.to(torch.promote_types(members.dtype, torch.float32))
-    return members.cumsum(0) / torch.arange(1, len(members) + 1, device=members.device)[:, None, None]
+    return AVERAGES[average](members, range(1, len(members) + 1))
 
 
 def fit_temperatures(logits: Tensor, target: Tensor) -> tuple[float, ...]:

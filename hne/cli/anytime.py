@@ -16,7 +16,7 @@ from ..errors import DataError, ResultError
 from ..evaluation import measure_anytime
 from ..inference import Answer, AnytimePredictor
 from ..models import HNE, QuantizedHNE
-from ..reporting import ProgressBar, check_plot_path, format_macs, plot_accuracy_against_time, show_table
+from ..reporting import ProgressBar, check_plot_path, format_macs, mean_of, plot_accuracy_against_time, show_table
 from . import options
 from .loading import checkpoint_path, load_network, load_test_data
 
@@ -67,6 +67,7 @@ def add_parser(commands: options.Subparsers) -> None:
         help="file of the plot (default: anytime.png beside the checkpoint)",
     )
     parser.add_argument("--images", type=options.path, metavar="FOLDER", help="a folder of pictures")
+    options.add_average(parser, default=None, by_default="what `hne calibrate` has calibrated, else logits")
     options.add_evaluation(parser, batch_size=1)
 
 
@@ -86,7 +87,7 @@ def execute(args: argparse.Namespace) -> int:
             raise ValueError(f"expected a classifier, got a regression of {stored['data']['name']}")
         if not limited and args.images is None:
             return _show_curve(model, load_test_data(args, stored).to(device), args)
-        predictor = AnytimePredictor(model, **limits)
+        predictor = AnytimePredictor(model, **limits, average=args.average)
         input_format = InputFormat.from_dict(stored["data"]["input"])
         black = torch.zeros(args.batch_size, *input_format.size, input_format.channels).byte()
         predictor.calibrate(input_format.normalise(black.to(device)))
@@ -97,8 +98,9 @@ def execute(args: argparse.Namespace) -> int:
 
 def _show_curve(model: HNE | QuantizedHNE, dataset: Dataset, args: argparse.Namespace) -> int:
     """Print and plot accuracy against time."""
+    average = args.average or model.metadata.get("calibration", {}).get("average", "logits")
     with ProgressBar(len(dataset.test), hidden=args.quiet) as bar:
-        curve = measure_anytime(model, dataset, batch_size=args.batch_size, progress=bar.update)
+        curve = measure_anytime(model, dataset, average=average, batch_size=args.batch_size, progress=bar.update)
     batch = "an image" if args.batch_size == 1 else f"a batch of {args.batch_size}"
     title = f"{args.checkpoint} on {dataset.name}, {batch} at a time"
     show_table(
@@ -108,7 +110,10 @@ def _show_curve(model: HNE | QuantizedHNE, dataset: Dataset, args: argparse.Name
             for p in curve
         ],
         title=title,
-        caption=f"ready: median over the batches; {len(dataset.test)} images, {torch.get_num_threads()} thread(s)",
+        caption=(
+            f"ready: median over the batches; {len(dataset.test)} images, {torch.get_num_threads()} thread(s), "
+            f"{mean_of(average)}"
+        ),
     )
     path = args.plot or checkpoint_path(args.checkpoint).parent / "anytime.png"
     plot_accuracy_against_time(curve, path, title)
@@ -160,7 +165,7 @@ def _answer_folder(
     show_table(
         ["image", "class", "probability", "n", "ready (ms)"],
         rows,
-        title=f"{predictor.model.num_models} models, {_limits(args)}",
+        title=f"{predictor.model.num_models} models, {_limits(args)}, {mean_of(predictor.average)}",
         caption=_late(late, len(rows), args) + (f"; {unreadable} unreadable" if unreadable else ""),
         text_columns=2,
     )
@@ -189,7 +194,7 @@ def _answer_dataset(
     show_table(
         ["n", "images", "share", "accuracy"],
         [(n, count[n], f"{count[n] / answered:.1%}", f"{right[n] / count[n]:.2%}") for n in sorted(count)],
-        title=f"{args.checkpoint} on {dataset.name}, {_limits(args)}",
+        title=f"{args.checkpoint} on {dataset.name}, {_limits(args)}, {mean_of(predictor.average)}",
         caption=(
             f"accuracy {right.total() / answered:.2%} with "
             f"{sum(n * images for n, images in count.items()) / answered:.2f} models on average\n"

@@ -25,7 +25,7 @@ from ..evaluation import predict
 from ..files import lock_folder
 from ..metrics import calibration_gaps, expected_calibration_error, negative_log_likelihood
 from ..models import HNE, checkpoint
-from ..reporting import ProgressBar, check_plot_path, format_macs, plot_reliability, show_table
+from ..reporting import ProgressBar, check_plot_path, format_macs, mean_of, plot_reliability, show_table
 from . import options
 from .loading import checkpoint_path, load_model, load_test_data
 
@@ -33,9 +33,10 @@ _DESCRIPTION = """\
 Calibrate a trained ensemble, so that a probability of 95 % is right in 95 % of the cases.
 
 The test images are split by --seed. On one half, the temperature of each ensemble of the first
-n = 1, 2, 3, ... N members is fitted: its probabilities are softmax(mean logits / temperature). Before
-and after, on the other half: NLL (negative log-likelihood, in nats) and ECE (expected calibration
-error in 15 bins), and a plot of accuracy against confidence (reliability.png).
+n = 1, 2, 3, ... N members is fitted: its probabilities are softmax(mean logits / temperature), or with
+--average probabilities those of the logarithm of the mean probabilities / temperature. Before and after,
+on the other half: NLL (negative log-likelihood, in nats) and ECE (expected calibration error in 15
+bins), and a plot of accuracy against confidence (reliability.png).
 
 The temperatures are kept in the checkpoint. `hne anytime` and hne.AnytimePredictor use them; accuracy
 and the figures of `hne eval` stay as they are.
@@ -69,6 +70,7 @@ def add_parser(commands: options.Subparsers) -> None:
     parser.add_argument(
         "--plot", type=options.path, metavar="FILE", help="file of the plot (default: reliability.png in the folder)"
     )
+    options.add_average(parser)
     options.add_evaluation(parser, batch_size=256)
 
 
@@ -89,14 +91,18 @@ def execute(args: argparse.Namespace) -> int:
             batches = predict(model, dataset.test, dataset.input, args.batch_size, progress=bar.update)
             with torch.inference_mode():
                 outputs, targets = zip(*batches, strict=True)
-        logits, target = nested_logits(torch.cat(outputs, 1)), torch.cat(targets)
+        logits, target = nested_logits(torch.cat(outputs, 1), args.average), torch.cat(targets)
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(args.seed)).to(device)
     fitting, trying = order[: len(order) // 2], order[len(order) // 2 :]
     temperatures = fit_temperatures(logits[:, fitting], target[fitting])
     scaled = scaled_logits(logits, temperatures)
     tried = (logits[:, trying], scaled[:, trying], target[trying])
-    _show_temperatures(temperatures, *tried, title=f"{args.checkpoint} on {dataset.name}")
-    calibration: dict[str, Any] = {"temperatures": list(temperatures), "images": len(fitting)}
+    _show_temperatures(temperatures, *tried, args.average, title=f"{args.checkpoint} on {dataset.name}")
+    calibration: dict[str, Any] = {
+        "temperatures": list(temperatures),
+        "average": args.average,
+        "images": len(fitting),
+    }
     if args.target_accuracy is not None or args.target_macs is not None:
         calibration["confidence"] = _choose_exit(model, dataset, scaled, target, (fitting, trying), args)
     if args.coverage is not None:
@@ -110,7 +116,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _show_temperatures(
-    temperatures: Sequence[float], before: Tensor, after: Tensor, target: Tensor, *, title: str
+    temperatures: Sequence[float], before: Tensor, after: Tensor, target: Tensor, average: str, *, title: str
 ) -> None:
     """Print the temperature of each ensemble, and what it changes."""
 
@@ -128,7 +134,7 @@ def _show_temperatures(
             )
         ],
         title=title,
-        caption=f"NLL and ECE on {len(target)} images that the temperatures were not fitted to",
+        caption=f"NLL and ECE on {len(target)} images that the temperatures were not fitted to; {mean_of(average)}",
     )
 
 
@@ -154,6 +160,7 @@ def _choose_exit(
             for name, point in (("chosen on", chosen), ("tried on", other))
         ],
         title=f"\n--confidence {chosen.confidence:.4f} for `hne anytime`",
+        caption=mean_of(args.average),
         text_columns=1,
     )
     return chosen.confidence
@@ -175,5 +182,6 @@ def _make_sets(
             )
         ],
         title=f"\nconformal sets for a coverage of {args.coverage:.2%}",
+        caption=mean_of(args.average),
     )
     return {"coverage": args.coverage, "thresholds": list(thresholds)}

@@ -200,8 +200,9 @@ def _about(base: StudentConfig, dataset: Dataset, device: torch.device, args: ar
     temperature = f"; temperature {base.temperature:g}" if dataset.target is None else ""
     own_blocks = f"; every head has its own last {args.own_blocks} block(s)" if args.own_blocks else ""
     ood = f" OOD: images of {args.ood}, detected by the predictive entropy or the MI." if args.ood else ""
+    average = " Ensembles average logits." if dataset.target is None else ""
     return (
         f"{len(dataset.train)} training and {len(dataset.test)} test images, "
-        f"{config_options.protocol_line(base.to_dict())}{first_phase}{temperature}{own_blocks}.{ood} "
+        f"{config_options.protocol_line(base.to_dict())}{first_phase}{temperature}{own_blocks}.{ood}{average} "
         f"Milliseconds for a batch of 1 and of 64 on {device}, {torch.get_num_threads()} thread(s)."
     )

@@ -17,8 +17,8 @@ from .loading import load_model, load_network, load_ood_images, load_test_data
 
 _DESCRIPTION = """\
 Test a trained ensemble: for n = 1, 2, 4, ... N, the cost per image of the ensemble of the first n
-members (MACs: multiply-adds) and the quality of its prediction, the softmax of the members' mean
-logits:
+members (MACs: multiply-adds) and the quality of its prediction: the softmax of the members' mean
+logits, or with --average probabilities the mean of their probabilities:
 
   accuracy, NLL   negative log-likelihood of the right class, in nats
   Brier           squared distance of the probabilities from the label (0 to 2)
@@ -35,9 +35,9 @@ their probabilities:
 --ood DATA adds out-of-distribution (OOD) images: the test images of a data set or the pictures in a
 folder, resized, made grey or RGB and normalised like the images that the checkpoint was trained on.
 AUROC, AUPR and FPR95 show how well a score separates them from the test images: entropy and MI of the
-members; and of their mean logits the largest probability, the largest logit, and the energy (minus the
-log of the sum of exponentials). OOD images are the positive class: FPR95 is the share of test images
-taken for OOD where 95 % of the OOD images are detected.
+members; the ensemble's largest probability; and of the mean logits the largest one and the energy (minus
+the log of the sum of exponentials). OOD images are the positive class: FPR95 is the share of test images
+taken for OOD where 95 % of the OOD images are detected. --average changes the largest probability only.
 
 For a regression (diabetes): RMSE and NLL of the mixture, in the units of the target.
 """
@@ -61,6 +61,7 @@ def add_parser(commands: options.Subparsers) -> None:
         metavar="DATA",
         help="out-of-distribution images: a data set, or a folder of pictures",
     )
+    options.add_average(parser)
     parser.add_argument("--json", type=options.path, metavar="FILE", help="also write all results to FILE")
     parser.add_argument("--naive", action="store_true", help="compute with the plain PyTorch implementation")
     options.add_evaluation(parser, batch_size=256)
@@ -77,11 +78,19 @@ def execute(args: argparse.Namespace) -> int:
             load_model(args.checkpoint, device, naive=True) if args.naive else load_network(args.checkpoint, device)
         )
         dataset = load_test_data(args, stored)
+        if dataset.target is not None and args.average != "logits":
+            raise ValueError(
+                f"--average: expected data with classes; the ensembles of {dataset.name} are mixtures of Gaussians"
+            )
         ood_images = load_ood_images(args, dataset)
         dataset = dataset.to(device)
-        evaluate_model = evaluate if dataset.target is None else evaluate_regression
         with ProgressBar(len(dataset.test), hidden=args.quiet) as bar:
-            evaluation = evaluate_model(model, dataset, batch_size=args.batch_size, progress=bar.update)
+            common: dict[str, Any] = {"batch_size": args.batch_size, "progress": bar.update}
+            evaluation = (
+                evaluate(model, dataset, average=args.average, **common)
+                if dataset.target is None
+                else evaluate_regression(model, dataset, **common)
+            )
         show_evaluation(evaluation, f"{args.checkpoint} on {dataset.name}")
         if isinstance(evaluation, Evaluation):
             show_uncertainty(evaluation, f"uncertainty on {dataset.name}")
@@ -99,6 +108,9 @@ def _evaluate_ood(
 ) -> dict[str, Any]:
     """Evaluate the detection of OOD images, print the table, and return the results as JSON-able values."""
     with ProgressBar(len(dataset.test) + len(images), hidden=args.quiet) as bar:
-        evaluations = evaluate_ood(model, dataset, images, batch_size=args.batch_size, progress=bar.update)
-    show_ood(evaluations, f"{len(images)} OOD images of {args.ood} against those of {dataset.name}")
+        evaluations = evaluate_ood(
+            model, dataset, images, average=args.average, batch_size=args.batch_size, progress=bar.update
+        )
+    title = f"{len(images)} OOD images of {args.ood} against those of {dataset.name}"
+    show_ood(evaluations, title, average=args.average)
     return {"data": args.ood, "images": len(images), "ensembles": [asdict(evaluation) for evaluation in evaluations]}

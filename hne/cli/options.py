@@ -14,6 +14,7 @@ import torch
 
 from hne_kernels import BACKENDS, use_backend
 
+from ..averages import AVERAGES
 from ..data import DATASETS
 
 Subparsers = Any  # argparse has no public name for it
@@ -142,6 +143,24 @@ def add_evaluation(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
     add_quiet(parser)
     add_data(parser, default="the checkpoint's")
     add_computing(parser)
+
+
+def add_average(
+    parser: Any, *, default: str | None = "logits", by_default: str = "logits, as in the HNE paper"
+) -> None:
+    """Add ``--average``.
+
+    Args:
+        parser: The parser of the command.
+        default: Default average.
+        by_default: What that means, for the help.
+    """
+    parser.add_argument(
+        "--average",
+        choices=tuple(AVERAGES),
+        default=default,
+        help=f"what an ensemble averages over its members (default: {by_default})",
+    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ..data import Images, evaluation_batches
 from ..evaluation import Evaluation, RegressionEvaluation, evaluate, evaluate_regression
 from ..files import check_writable
 from ..models import checkpoint, quantize
-from ..reporting import ProgressBar, format_macs, show_table
+from ..reporting import ProgressBar, format_macs, mean_of, show_table
 from . import options
 from .loading import checkpoint_path, load_model, load_test_data
 
@@ -72,6 +72,8 @@ def execute(args: argparse.Namespace) -> int:
                 for network in (model, quantized)
             )
     caption = f"{len(dataset.test)} test images; ranges of {len(calibration)} training images"
+    if isinstance(before, Evaluation):
+        caption += f"; {mean_of(before.average)}"
     _show_quality(before, after, f"{args.checkpoint} on {dataset.name}", caption)
     checkpoint.save_quantized(output, quantized, {name: stored[name] for name in ("data", "recipe")})
     print(f"wrote {output}")

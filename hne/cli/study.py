@@ -244,7 +244,7 @@ def _about(base: TrainConfig, dataset: Dataset, args: argparse.Namespace) -> str
     return (
         f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, "
         f"{config_options.protocol_line(base.to_dict())}. Unless stated otherwise, objective {base.objective}, "
-        f"alpha {base.alpha:g}, temperature {base.temperature:g}."
+        f"alpha {base.alpha:g}, temperature {base.temperature:g}. Ensembles average logits."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .classification import AVERAGES, EnsembleMetrics, Evaluation, evaluate, evaluate_members
+from .classification import EnsembleMetrics, Evaluation, evaluate, evaluate_members
 from .latency import AnytimeStep, alternating_seconds, measure_anytime, seconds_per_call
 from .ood import OODEvaluation, evaluate_ood
 from .predict import Ensemble, predict

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hne_kernels import default_sizes, prefix_mean
+from hne_kernels import default_sizes
 
+from ..averages import AVERAGES, check_average
 from ..data import Dataset
 from ..distributed import World
 from ..metrics import (
@@ -25,7 +26,6 @@ from ..metrics import (
     mutual_information,
     negative_log_likelihood,
     predictive_entropy,
-    prefix_mixtures,
 )
 from .predict import Ensemble, finite, predict
 
@@ -67,11 +67,13 @@ class Evaluation:
         ensembles: by rising size.
         member_accuracy: of every member by itself, 0 to 1.
         images: number of images.
+        average: what the ensembles average, a name of :data:`hne.averages.AVERAGES`.
     """
 
     ensembles: tuple[EnsembleMetrics, ...]
     member_accuracy: tuple[float, ...]
     images: int
+    average: str = "logits"
 
     @property
     def diversity(self) -> float:
@@ -99,6 +101,7 @@ class Evaluation:
             tuple(EnsembleMetrics(**ensemble) for ensemble in values["ensembles"]),
             tuple(values["member_accuracy"]),
             values["images"],
+            values.get("average", "logits"),  # which files of earlier versions do not name
         )
 
 
@@ -120,7 +123,7 @@ def evaluate(
         model: is put into eval mode.
         dataset: provides the test images and their format.
         sizes: the ensemble sizes n, rising; by default the powers of two below N, then N.
-        average: what an ensemble averages, a name of :data:`AVERAGES`.
+        average: what an ensemble averages, a name of :data:`hne.averages.AVERAGES`: logits or probabilities.
         batch_size: images at a time in each process.
         channels_last: memory layout of the batches.
         world: the processes that share the work; each gets the whole result.
@@ -166,8 +169,7 @@ def evaluate_members(
         ValueError: ``average`` is unknown.
         ResultError: a metric is NaN or infinite.
     """
-    if average not in AVERAGES:
-        raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {average!r}")
+    check_average(average)
     sizes = tuple(default_sizes(num_models) if sizes is None else sizes)
     totals = [
         torch.zeros(shape, dtype=torch.float64, device=world.device)
@@ -204,20 +206,16 @@ def evaluate_members(
             ),
             tuple((member_correct / count).tolist()),
             num_images,
+            average,
         )
     )
 
-
-AVERAGES: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
-    "logits": prefix_mean,  # as in the HNE paper
-    "probabilities": prefix_mixtures,  # as usual for deep ensembles and MC dropout
-}
 
 _METRICS = ("accuracy", "nll", "brier", "diversity", "disagreement", "entropy", "mutual_information")
 
 
 def _batch_metrics(members: Tensor, ensemble: Tensor, target: Tensor) -> Tensor:
-    """``_METRICS`` of one ensemble on one batch, from the members' logits ``[n, B, L]`` and their mean ``[B, L]``."""
+    """``_METRICS`` of one ensemble on a batch, from the logits ``[n, B, L]`` of the members and its own ``[B, L]``."""
     return torch.stack(
         [
             accuracy(ensemble[None], target)[0],

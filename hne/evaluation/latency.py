@@ -13,6 +13,7 @@ from torch.utils.benchmark import Timer
 
 from ..data import Dataset, evaluation_batches
 from ..errors import ResultError
+from ..inference import anytime_steps
 from ..metrics import correct
 from ..models import HNE, QuantizedHNE
 
@@ -91,6 +92,7 @@ def measure_anytime(
     model: HNE | QuantizedHNE,
     dataset: Dataset,
     *,
+    average: str = "logits",
     batch_size: int = 1,
     progress: Callable[[int], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -100,6 +102,7 @@ def measure_anytime(
     Args:
         model: is put into eval mode.
         dataset: provides the test images and their format.
+        average: what an ensemble averages, a name of :data:`hne.averages.AVERAGES`.
         batch_size: images per batch; a smaller last batch is not timed unless it is the only one.
         progress: called with the size of every batch that was evaluated.
         clock: returns seconds; tests replace it.
@@ -117,11 +120,11 @@ def measure_anytime(
     batches = evaluation_batches(dataset.test, dataset.input, batch_size, device=device)
     for index, (images, target) in enumerate(batches):
         if index == 0:
-            for _ in model.anytime(images):
+            for _ in anytime_steps(model, images, average):
                 pass  # warm up: folded weights, memory, threads
         answers, ready = [], []
         start = clock()
-        for _, logits in model.anytime(images):
+        for _, logits in anytime_steps(model, images, average):
             if logits.is_cuda:
                 torch.cuda.synchronize(device)
             ready.append(clock() - start)

@@ -45,7 +45,7 @@ class System:
         kind: What it is; decides the colour in figures.
         config: How it is trained.
         cost: Multiply-adds of the forward passes of its training, with those of the run that it starts from.
-        average: What its ensembles average, a name of :data:`hne.evaluation.AVERAGES`.
+        average: What its ensembles average, a name of :data:`hne.averages.AVERAGES`.
         passes: Number of passes of MC dropout; 0 for other systems.
     """
 

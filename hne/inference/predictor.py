@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..executors import Anytime
+from ..averages import check_average
 from ..models import HNE, QuantizedHNE
+from .anytime_average import Steps, anytime_steps
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Answer:
     """The answer of an :class:`AnytimePredictor` for a batch. Times are seconds from the start of the call.
 
     Attributes:
-        logits: For each sample, the mean logits of the models in its answer, ``[B, L]``.
+        logits: For each sample, the logits of the ensemble of the models in its answer, ``[B, L]``: the mean of their
+            logits, or the logarithms of the mean of their probabilities.
         num_models: For each sample, the number of these models, ``[B]`` int64.
         ready: Time when the logits were ready.
         returned: Time when the answer was returned; later than ``ready`` if a further model missed the deadline.
@@ -66,7 +68,9 @@ class AnytimePredictor:
         confidence: A sample is certain when the ensemble gives its predicted class at least this probability.
         temperatures: Of the ensembles of the first 1, 2, ... N members (see :mod:`hne.calibration`): the probabilities
             are ``softmax(logits / temperature)``. By default those in ``model.metadata``, which ``hne calibrate``
-            leaves in a checkpoint; without any, no scaling.
+            leaves in a checkpoint, if they are of the same ``average``; without any, no scaling.
+        average: What an ensemble averages, ``logits`` or ``probabilities``. By default what ``hne calibrate`` has
+            calibrated, else logits.
         agreement: A sample is certain when this many of its models (2 or more) predict the ensemble's class.
         quantile: The predicted time of a leaf is this quantile of its measured times.
         window: Number of latest times that are kept for each leaf.
@@ -84,6 +88,7 @@ class AnytimePredictor:
         confidence: float | None = None,
         agreement: int | None = None,
         temperatures: Sequence[float] | None = None,
+        average: str | None = None,
         quantile: float = 0.99,
         window: int = 400,
         clock: Callable[[], float] = time.perf_counter,
@@ -100,8 +105,13 @@ class AnytimePredictor:
         self.deadline_ms = deadline_ms
         self.confidence = confidence
         self.agreement = agreement
+        calibration = model.metadata.get("calibration", {})
+        calibrated = calibration.get("average", "logits")
+        self.average = calibrated if average is None else average
+        check_average(self.average)
         if temperatures is None:
-            temperatures = model.metadata.get("calibration", {}).get("temperatures", (1.0,) * model.num_models)
+            fitted = calibration.get("temperatures") if self.average == calibrated else None
+            temperatures = (1.0,) * model.num_models if fitted is None else fitted
         self.temperatures = tuple(temperatures)
         if len(self.temperatures) != model.num_models:
             raise ValueError(f"temperatures: expected {model.num_models}, got {len(self.temperatures)}")
@@ -164,7 +174,7 @@ class AnytimePredictor:
         """Evaluate leaves within ``deadline`` seconds; samples leave the batch only if ``early_exit`` is true."""
         times = self._times[x.shape]
         start = leaf_start = self._clock()
-        steps = self.model.anytime(x)
+        steps = anytime_steps(self.model, x, self.average)
         remaining: Tensor | None = None  # indices of the samples in the batch, once some have left
         votes: Tensor | None = None
         logits = _step(steps)
@@ -249,7 +259,7 @@ class _Times:
         return self._sorted[math.ceil(share * len(self._sorted)) - 1] if self._sorted else 0.0
 
 
-def _step(steps: Anytime) -> Tensor:
+def _step(steps: Steps) -> Tensor:
     """The logits of the next step, when they are ready."""
     _, logits = next(steps)
     if logits.is_cuda:
@@ -257,7 +267,7 @@ def _step(steps: Anytime) -> Tensor:
     return logits
 
 
-def _count(votes: Tensor | None, steps: Anytime) -> Tensor:
+def _count(votes: Tensor | None, steps: Steps) -> Tensor:
     """Add the vote of the latest model to the votes for each class, ``[B, L]``."""
     assert steps.member is not None
     vote = F.one_hot(steps.member.argmax(-1), steps.member.shape[-1])

@@ -6,9 +6,7 @@ From the members' logits ``[N, B, L]`` to nats ``[B]``, or from the logits ``[B,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .precision import at_least_float32
@@ -69,17 +67,3 @@ def energy(logits: Tensor) -> Tensor:
 def _log_mixture(members: Tensor) -> Tensor:
     """Log-probabilities of the mixture, ``[N, B, L]`` to ``[B, L]``."""
     return members.logsumexp(0) - math.log(len(members))
-
-
-def prefix_mixtures(logits: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Log-probabilities of the mixture of the first n members, the mean of their probabilities.
-
-    Args:
-        logits: ``[N, B, L]``, of the members.
-        sizes: each n, from 1 to N.
-
-    Returns:
-        ``[len(sizes), B, L]``.
-    """
-    sums = at_least_float32(logits).log_softmax(-1).logcumsumexp(0)
-    return torch.stack([sums[n - 1] - math.log(n) for n in sizes])

@@ -98,9 +98,14 @@ def show_evaluation(evaluation: Evaluation | RegressionEvaluation, title: str | 
         caption=(
             f"one model by itself {evaluation.mean_member_accuracy:.2%} (mean of "
             f"{len(evaluation.member_accuracy)}), diversity {evaluation.diversity:.3f}, "
-            f"{evaluation.images} images"
+            f"{evaluation.images} images, {mean_of(evaluation.average)}"
         ),
     )
+
+
+def mean_of(average: str) -> str:
+    """What ensembles average, for the caption of a table."""
+    return f"ensembles average {average}"
 
 
 def show_uncertainty(evaluation: Evaluation, title: str | None = None) -> None:
@@ -120,11 +125,12 @@ def show_uncertainty(evaluation: Evaluation, title: str | None = None) -> None:
             for e in evaluation.ensembles
         ],
         title=title,
+        caption=f"Brier, ECE: {mean_of(evaluation.average)}; entropy, MI: of the mean probabilities",
     )
 
 
-def show_ood(ensembles: Sequence[OODEvaluation], title: str | None = None) -> None:
-    """Print how well the scores of each ensemble detect out-of-distribution images."""
+def show_ood(ensembles: Sequence[OODEvaluation], title: str | None = None, *, average: str = "logits") -> None:
+    """Print how well the scores of each ensemble detect out-of-distribution images; ``average`` as in their test."""
     scores = {
         "entropy": "by_entropy",
         "mutual information": "by_mutual_information",
@@ -144,7 +150,10 @@ def show_ood(ensembles: Sequence[OODEvaluation], title: str | None = None) -> No
         ["n", "score", "mean (nats)", "AUROC", "AUPR", "FPR95"],
         rows,
         title=title,
-        caption="mean: of the out-of-distribution images; mutual information is zero for a single member",
+        caption=(
+            "mean: of the out-of-distribution images; mutual information is zero for a single member\n"
+            f"max. probability: {mean_of(average)}; max. logit, energy: of the mean logits"
+        ),
         left=(1,),
     )
 

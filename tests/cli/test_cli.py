@@ -250,6 +250,27 @@ def test_eval_shows_and_writes_every_figure(run: Path, tmp_path: Path, capsys: p
         assert re.search(rf"^ *energy +{by_energy} *$", out, re.M)
 
 
+def test_commands_average_logits_or_probabilities(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = tmp_path / "figures.json", tmp_path / "run"
+    shutil.copytree(run, folder)
+    nll = {}
+    for average in ("logits", "probabilities"):
+        assert main(["eval", str(folder), "--average", average, "--limit-test", "40", "--json", str(path)]) == 0
+        assert capsys.readouterr().out.count(f"ensembles average {average}") == 2
+        nll[average] = [e["nll"] for e in json.loads(path.read_text())["evaluation"]["ensembles"]]
+    assert nll["logits"][0] == pytest.approx(nll["probabilities"][0], rel=1e-5), "of one member"
+    assert nll["logits"][-1] != nll["probabilities"][-1]
+    assert main(["calibrate", str(folder), "--average", "probabilities", "--limit-test", "40"]) == 0
+    assert "ensembles average probabilities" in capsys.readouterr().out
+    assert hne.load(folder).metadata["calibration"]["average"] == "probabilities"
+    for flags, average in (([], "probabilities"), (["--average", "logits"], "logits")):
+        for limits in ([], ["--confidence", "0.9"]):
+            assert main(["anytime", str(folder), "--limit-test", "9", *limits, *flags]) == 0
+            assert f"ensembles average {average}" in capsys.readouterr().out
+
+
 def test_eval_errors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such checkpoint" in error_of(capsys, "eval", str(tmp_path / "none"))
     (tmp_path / "random").write_bytes(bytes(range(100)))
