@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..data import Dataset, Images
+from ..data import SEVERITIES, Corruption, Dataset, Images
 from ..distributed import choose_device
-from ..evaluation import Evaluation, evaluate, evaluate_ood, evaluate_regression
+from ..evaluation import Evaluation, evaluate, evaluate_corruptions, evaluate_ood, evaluate_regression
 from ..files import check_writable, write_json
 from ..models import HNE, QuantizedHNE
-from ..reporting import ProgressBar, show_evaluation, show_ood, show_uncertainty
+from ..reporting import ProgressBar, show_corruptions, show_evaluation, show_ood, show_uncertainty
 from . import options
-from .loading import load_model, load_network, load_ood_images, load_test_data
+from .loading import load_corruptions, load_model, load_network, load_ood_images, load_test_data
 
 _DESCRIPTION = """\
 Test a trained ensemble: for n = 1, 2, 4, ... N, the cost per image of the ensemble of the first n
@@ -39,12 +40,24 @@ members; the ensemble's largest probability; and of the mean logits the largest 
 the log of the sum of exponentials). OOD images are the positive class: FPR95 is the share of test images
 taken for OOD where 95 % of the OOD images are detected. --average changes the largest probability only.
 
+--corruptions adds corrupted test images (Hendrycks and Dietterich 2019): `all` or names with commas
+between them, for corruptions that are applied to the test images,
+
+  gaussian_noise, shot_noise, impulse_noise, defocus_blur, brightness, contrast, pixelate,
+  jpeg_compression
+
+or a folder in the format of CIFAR-10-C and CIFAR-100-C (labels.npy, and an array NAME.npy for each
+corruption). A table has means over the severities for each corruption; another the error for each
+severity and the mean corruption error. --json has all severities of all corruptions.
+
 For a regression (diabetes): RMSE and NLL of the mixture, in the units of the target.
 """
 _EXAMPLES = """\
   hne eval runs/digits-hne_tiny
   hne eval runs/digits-hne_tiny --ood fashion-mnist
   hne eval runs/digits-hne_tiny --ood ~/pictures --json figures.json
+  hne eval runs/digits-hne_tiny --corruptions all
+  hne eval runs/cifar10-hne_resnet50_cifar --corruptions ~/data/CIFAR-10-C
   hne eval runs/digits-hne_tiny --naive        the same weights in plain PyTorch
   hne eval runs/cifar100-hne_resnet50_cifar/checkpoint.safetensors --data-dir ~/data
 """
@@ -60,6 +73,23 @@ def add_parser(commands: options.Subparsers) -> None:
         type=options.path_text,
         metavar="DATA",
         help="out-of-distribution images: a data set, or a folder of pictures",
+    )
+    corruptions = parser.add_argument_group("corrupted images")
+    corruptions.add_argument(
+        "--corruptions",
+        type=options.path_text,
+        metavar="SOURCE",
+        help="all, names of corruptions with commas between them, or a folder of CIFAR-10-C",
+    )
+    corruptions.add_argument(
+        "--severities",
+        type=options.positive_ints,
+        default=SEVERITIES,
+        metavar="S1,S2,...",
+        help="severities of the corruptions (default: 1,2,3,4,5)",
+    )
+    corruptions.add_argument(
+        "--corruption-seed", type=options.whole_number, default=0, metavar="K", help="seed of the noise (default: 0)"
     )
     options.add_average(parser)
     parser.add_argument("--json", type=options.path, metavar="FILE", help="also write all results to FILE")
@@ -83,6 +113,7 @@ def execute(args: argparse.Namespace) -> int:
                 f"--average: expected data with classes; the ensembles of {dataset.name} are mixtures of Gaussians"
             )
         ood_images = load_ood_images(args, dataset)
+        corrupted = load_corruptions(args, dataset)
         dataset = dataset.to(device)
         with ProgressBar(len(dataset.test), hidden=args.quiet) as bar:
             common: dict[str, Any] = {"batch_size": args.batch_size, "progress": bar.update}
@@ -97,6 +128,8 @@ def execute(args: argparse.Namespace) -> int:
         results: dict[str, Any] = {"data": dataset.name, "evaluation": evaluation.to_dict()}
         if ood_images is not None:
             results["ood"] = _evaluate_ood(model, dataset, ood_images.to(device), args)
+        if isinstance(evaluation, Evaluation) and corrupted:
+            results["corruptions"] = _evaluate_corruptions(model, dataset, evaluation, corrupted, args)
     if args.json is not None:
         write_json(args.json, results)
         print(f"wrote {args.json}")
@@ -114,3 +147,20 @@ def _evaluate_ood(
     title = f"{len(images)} OOD images of {args.ood} against those of {dataset.name}"
     show_ood(evaluations, title, average=args.average)
     return {"data": args.ood, "images": len(images), "ensembles": [asdict(evaluation) for evaluation in evaluations]}
+
+
+def _evaluate_corruptions(
+    model: HNE | QuantizedHNE,
+    dataset: Dataset,
+    clean: Evaluation,
+    corrupted: Sequence[Corruption],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Evaluate on corrupted images, print the tables, and return the results as JSON-able values."""
+    with ProgressBar(sum(len(corruption.images) for corruption in corrupted), hidden=args.quiet) as bar:
+        evaluations = evaluate_corruptions(
+            model, dataset, corrupted, average=args.average, batch_size=args.batch_size, progress=bar.update
+        )
+    show_corruptions(clean, evaluations, f"{dataset.name} with corruptions ({args.corruptions})")
+    found = [evaluation.to_dict() for evaluation in evaluations]
+    return {"source": args.corruptions, "seed": args.corruption_seed, "evaluations": found}

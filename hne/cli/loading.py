@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from ..data import DATASETS, RESIZABLE, Dataset, Images, InputFormat, load_dataset, ood_images
+from ..data import (
+    DATASETS,
+    RESIZABLE,
+    Corruption,
+    Dataset,
+    Images,
+    InputFormat,
+    corrupted_images,
+    load_dataset,
+    ood_images,
+)
 from ..errors import CheckpointError
 from ..models import HNE, QuantizedHNE, checkpoint
 from ..training import CHECKPOINT, TrainConfig
@@ -123,6 +133,24 @@ def load_ood_images(args: argparse.Namespace, dataset: Dataset) -> Images | None
     if dataset.target is not None:
         raise ValueError(f"--ood: expected data with classes, since it needs their entropy; {dataset.name} has none")
     return ood_images(args.ood, dataset.input, args.data_dir, limit=getattr(args, "limit_test", None))
+
+
+def load_corruptions(args: argparse.Namespace, dataset: Dataset) -> tuple[Corruption, ...]:
+    """The corrupted images of ``--corruptions``; none without that option.
+
+    Raises:
+        ValueError: A severity is unknown.
+        DataError: There are no such images, or they do not fit ``dataset``.
+    """
+    if args.corruptions is None:
+        return ()
+    return corrupted_images(
+        args.corruptions,
+        dataset,
+        severities=args.severities,
+        seed=args.corruption_seed,
+        limit=getattr(args, "limit_test", None),
+    )
 
 
 def check_fits(path: Path, stored: dict[str, Any], dataset: Dataset) -> None:

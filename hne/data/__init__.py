@@ -15,6 +15,7 @@ from ..extras import require
 
 require("train", "PIL", "sklearn")
 
+from .corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, Corruption, corrupt, corrupted_images
 from .dataset import Dataset
 from .folder import image_files
 from .formats import InputFormat, TargetFormat
@@ -22,4 +23,5 @@ from .images import FileImages, Images, MemoryImages
 from .items import ItemImages
 from .loader import evaluation_batches, training_batches
 from .ood import ood_images
+from .plan import Split
 from .registry import DATASETS, RESIZABLE, load_dataset

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import DataError
 from .formats import InputFormat
 from .images import Images
-from .plan import Plan
+from .plan import Plan, Split
 
 Batch = tuple[Tensor, Tensor]  # inputs [B, C, H, W], labels [B]
 
@@ -66,7 +66,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    split: Images,
+    split: Split,
     input_format: InputFormat,
     batch_size: int,
     *,
@@ -88,6 +88,6 @@ def _check_classes(labels: Tensor | None) -> None:
     )
 
 
-def _load(split: Images, input_format: InputFormat, plan: Plan, device: torch.device | str) -> Iterator[Batch]:
+def _load(split: Split, input_format: InputFormat, plan: Plan, device: torch.device | str) -> Iterator[Batch]:
     for pixels, labels in split.batches(plan):
         yield input_format.normalise(pixels.to(device)), labels.to(device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from ..data import Images, InputFormat, evaluation_batches
+from ..data import InputFormat, Split, evaluation_batches
 from ..distributed import World
 from ..errors import ResultError
 from ..files import first_not_finite
@@ -55,7 +55,7 @@ def finite(results: Results) -> Results:
 
 def predict(
     model: Ensemble,
-    images: Images,
+    images: Split,
     input_format: InputFormat,
     batch_size: int,
     *,

@@ -21,4 +21,13 @@ from .plots import (
     style_axes,
 )
 from .progress import ProgressBar
-from .tables import Table, format_macs, mean_of, show_evaluation, show_ood, show_table, show_uncertainty
+from .tables import (
+    Table,
+    format_macs,
+    mean_of,
+    show_corruptions,
+    show_evaluation,
+    show_ood,
+    show_table,
+    show_uncertainty,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ..evaluation import Evaluation, OODEvaluation, RegressionEvaluation
+from ..evaluation import (
+    CorruptionEvaluation,
+    EnsembleMetrics,
+    Evaluation,
+    OODEvaluation,
+    RegressionEvaluation,
+    mean_metrics,
+)
 
 _UNLIMITED = 1000  # width of a file or pipe: no line is wrapped
 
@@ -156,6 +164,50 @@ def show_ood(ensembles: Sequence[OODEvaluation], title: str | None = None, *, av
         ),
         left=(1,),
     )
+
+
+def show_corruptions(clean: Evaluation, corrupted: Sequence[CorruptionEvaluation], title: str | None = None) -> None:
+    """Print the quality of each ensemble on corrupted images: for each corruption, and for each severity.
+
+    Args:
+        clean: on the images without corruption, for the same ensembles.
+        corrupted: the evaluations, those of a corruption one after the other.
+        title: above the first table.
+    """
+    average = mean_of(clean.average)
+    by_name = [(name, [*group]) for name, group in itertools.groupby(corrupted, lambda found: found.corruption)]
+    rows = [("none", clean.ensembles), *((name, mean_metrics(group)) for name, group in by_name)]
+    severities = sorted({found.severity for found in corrupted})
+    show_table(
+        ["corruption", "n", "accuracy", "NLL", "ECE"],
+        [
+            (name if index == 0 else "", *_quality(ensemble))
+            for name, ensembles in rows
+            for index, ensemble in enumerate(ensembles)
+        ],
+        title=title,
+        caption=f"means over severity {', '.join(map(str, severities))}; {average}",
+        text_columns=1,
+    )
+    by_severity = [mean_metrics([found for found in corrupted if found.severity == s]) for s in severities]
+    show_table(
+        ["n", "none", *map(str, severities), "mean corruption error", "NLL", "ECE"],
+        [
+            (
+                mean.num_models,
+                *(f"{1 - e.accuracy:.2%}" for e in (without, *levels, mean)),
+                f"{mean.nll:.4f}",
+                f"{mean.ece:.4f}",
+            )
+            for without, mean, *levels in zip(clean.ensembles, mean_metrics(corrupted), *by_severity, strict=True)
+        ],
+        title="\nerror by severity",
+        caption=f"means over {len(by_name)} corruptions, not relative to another network; {average}",
+    )
+
+
+def _quality(e: EnsembleMetrics) -> tuple[object, ...]:
+    return e.num_models, f"{e.accuracy:.2%}", f"{e.nll:.4f}", f"{e.ece:.4f}"
 
 
 def format_macs(macs: int) -> str:

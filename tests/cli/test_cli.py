@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cuda_graphs import emulate
@@ -21,7 +22,7 @@ from PIL import Image
 import hne
 from hne import AnytimePredictor
 from hne.cli import main
-from hne.data import load_dataset
+from hne.data import CORRUPTIONS, load_dataset
 from hne.evaluation import InferenceSides
 from hne.inference import engines, export
 from hne.models.checkpoint import load_model
@@ -248,6 +249,31 @@ def test_eval_shows_and_writes_every_figure(run: Path, tmp_path: Path, capsys: p
         )
         assert re.search(rf"^ *{n} +entropy +{ood['entropy']:.4f} +{by_entropy} *$", out, re.M)
         assert re.search(rf"^ *energy +{by_energy} *$", out, re.M)
+
+
+def test_eval_on_corrupted_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.json"
+    argv = ["eval", str(run), "--limit-test", "40", "--average", "probabilities", "--json", str(path), "--corruptions"]
+    assert main([*argv, "all", "--severities", "2,5"]) == 0
+    out = capsys.readouterr().out
+    figures = json.loads(path.read_text())
+    found = figures["corruptions"]["evaluations"]
+    assert [(f["corruption"], f["severity"]) for f in found] == [(name, s) for name in CORRUPTIONS for s in (2, 5)]
+    for index, clean in enumerate(figures["evaluation"]["ensembles"]):
+        n, errors = clean["num_models"], [1 - f["evaluation"]["ensembles"][index]["accuracy"] for f in found]
+        by_severity = (f"{sum(part) / len(part):.2%}" for part in (errors[::2], errors[1::2], errors))
+        cells = (f"{1 - clean['accuracy']:.2%}", *by_severity)
+        assert re.search(rf"^ *{n} +{' +'.join(cells)} +[\d.]+ +[\d.]+ *$", out, re.M), out
+    first = [f["evaluation"]["ensembles"][0] for f in found[:2]]
+    means = [f"{(first[0][metric] + first[1][metric]) / 2:.4f}" for metric in ("nll", "ece")]
+    assert re.search(rf"^ *gaussian_noise +1 +[\d.]+% +{' +'.join(means)} *$", out, re.M), out
+    assert out.count("ensembles average probabilities") == 4
+    np.save(tmp_path / "labels.npy", np.arange(50) % 10)
+    np.save(tmp_path / "fog.npy", np.full((50, 8, 8, 1), 100, np.uint8))
+    assert main([*argv, str(tmp_path)]) == 0
+    assert len(json.loads(path.read_text())["corruptions"]["evaluations"]) == 5
+    assert "rain: no such folder" in error_of(capsys, *argv, "rain")
+    assert "severities: expected some of 1, 2, 3, 4, 5, got [7]" in error_of(capsys, *argv, "all", "--severities", "7")
 
 
 def test_commands_average_logits_or_probabilities(
