@@ -38,6 +38,12 @@ def test_error_names_the_extra(package: str) -> None:
     assert re.search(rf"{package} is not installed: pip install 'hne-kernels\[train\]'$", last), ran.stderr
 
 
+def test_lightning_is_named() -> None:
+    ran = run_without(("lightning",), "import hne.integrations\nimport hne.integrations.lightning")
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last.endswith("lightning is not installed: pip install 'hne-kernels[lightning]'"), ran.stderr
+
+
 def test_command_without_extras_says_in_one_line_what_is_missing() -> None:
     ran = run_without(TRAIN, "from hne.__main__ import main; sys.exit(main())")
     assert ran.returncode == 1

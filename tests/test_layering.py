@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "hne": "errors extras < files hierarchy distributed averages < layers losses metrics calibration data < "
-    "executors < models runtime < inference < evaluation integrations < reporting < training < experiments < cli < "
+    "executors < models runtime < inference < evaluation < reporting integrations < training < experiments < cli < "
     "__init__ __main__",
     "hne_kernels": "extension checks tracing < autocast autograd packing quantized_layer allocator state_record < "
     "reference < dispatch < ops < lazy triton flops environment < info < __init__",

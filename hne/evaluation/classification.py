@@ -169,16 +169,48 @@ def evaluate_members(
         ValueError: ``average`` is unknown.
         ResultError: a metric is NaN or infinite.
     """
-    check_average(average)
-    sizes = tuple(default_sizes(num_models) if sizes is None else sizes)
-    totals = [
-        torch.zeros(shape, dtype=torch.float64, device=world.device)
-        for shape in ((), (num_models,), (len(sizes), BINS), (len(sizes), len(_METRICS)))
-    ]
+    totals = EnsembleTotals(num_models, sizes, average, world.device)
     for members, target in batches:
-        ensembles = AVERAGES[average](members, sizes)
+        totals.add(members, target)
+        if progress is not None:
+            progress(len(target))
+    return totals.evaluation(macs, world)
+
+
+class EnsembleTotals:
+    """Sums of metrics over batches, for a loop of your own.
+
+    Args:
+        num_models: N.
+        sizes: the ensemble sizes n, rising; by default the powers of two below N, then N.
+        average: what an ensemble averages, a name of :data:`hne.averages.AVERAGES`.
+        device: device of the batches.
+
+    Raises:
+        ValueError: ``average`` is unknown.
+    """
+
+    def __init__(
+        self,
+        num_models: int,
+        sizes: Sequence[int] | None = None,
+        average: str = "logits",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_average(average)
+        self._sizes = tuple(default_sizes(num_models) if sizes is None else sizes)
+        self._average = average
+        self._totals = [
+            torch.zeros(shape, dtype=torch.float64, device=device)
+            for shape in ((), (num_models,), (len(self._sizes), BINS), (len(self._sizes), len(_METRICS)))
+        ]
+
+    @torch.inference_mode()
+    def add(self, members: Tensor, target: Tensor) -> None:
+        """Add a batch: logits of the members ``[N, B, L]``, and classes ``[B]``."""
+        ensembles = AVERAGES[self._average](members, self._sizes)
         metrics = torch.stack(
-            [_batch_metrics(members[:n], logits, target) for n, logits in zip(sizes, ensembles, strict=True)]
+            [_batch_metrics(members[:n], logits, target) for n, logits in zip(self._sizes, ensembles, strict=True)]
         )
         sums: tuple[int | Tensor, ...] = (
             len(target),
@@ -186,29 +218,39 @@ def evaluate_members(
             calibration_gaps(ensembles, target),
             len(target) * metrics,
         )
-        for total, batch_sum in zip(totals, sums, strict=True):
+        for total, batch_sum in zip(self._totals, sums, strict=True):
             total += batch_sum
-        if progress is not None:
-            progress(len(target))
-    count, member_correct, gaps, metrics = (world.sum(total).cpu() for total in totals)
-    num_images = int(count)
-    ece = expected_calibration_error(gaps, num_images)
-    return finite(
-        Evaluation(
-            tuple(
-                EnsembleMetrics(
-                    num_models=n,
-                    macs=macs(n),
-                    ece=error,
-                    **dict(zip(_METRICS, means, strict=True)),
-                )
-                for n, error, means in zip(sizes, ece.tolist(), (metrics / count).tolist(), strict=True)
-            ),
-            tuple((member_correct / count).tolist()),
-            num_images,
-            average,
+
+    @torch.inference_mode()
+    def evaluation(self, macs: Callable[[int], int], world: World) -> Evaluation:
+        """The metrics of all batches of all processes; each process gets them.
+
+        Args:
+            macs: multiply-adds of the first n members for one image.
+            world: the processes.
+
+        Raises:
+            ResultError: a metric is NaN or infinite, as without any image.
+        """
+        count, member_correct, gaps, metrics = (world.sum(total.clone()).cpu() for total in self._totals)
+        num_images = int(count)
+        ece = expected_calibration_error(gaps, num_images)
+        return finite(
+            Evaluation(
+                tuple(
+                    EnsembleMetrics(
+                        num_models=n,
+                        macs=macs(n),
+                        ece=error,
+                        **dict(zip(_METRICS, means, strict=True)),
+                    )
+                    for n, error, means in zip(self._sizes, ece.tolist(), (metrics / count).tolist(), strict=True)
+                ),
+                tuple((member_correct / count).tolist()),
+                num_images,
+                self._average,
+            )
         )
-    )
 
 
 _METRICS = ("accuracy", "nll", "brier", "diversity", "disagreement", "entropy", "mutual_information")

@@ -1,4 +1,4 @@
-"""Adapters to other libraries."""
+"""Adapters to other libraries. That to Lightning is in :mod:`hne.integrations.lightning`, which needs the package."""
 
 from __future__ import annotations
 
