@@ -107,6 +107,10 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address an
 # Waiting threads give way: on a busy machine they would keep the working ones from their processor.
 check levels sanitize: export OMP_WAIT_POLICY := passive
 
+.PHONY: notebooks
+notebooks: ## write the notebooks of the examples from their scripts
+	$(PYTHON) tools/notebooks.py
+
 .PHONY: clean
 clean: ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info hne_kernels/*.so $(VENV)/.built
