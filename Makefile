@@ -111,9 +111,13 @@ check levels sanitize: export OMP_WAIT_POLICY := passive
 notebooks: ## write the notebooks of the examples from their scripts
 	$(PYTHON) tools/notebooks.py
 
+.PHONY: docs
+docs: $(VENV)/.docs ## build the documentation site in site/; warnings are errors
+	$(BIN)/mkdocs build --strict --quiet
+
 .PHONY: clean
 clean: ## remove what was built; the environment stays
-	rm -rf build dist *.egg-info hne_kernels/*.so $(VENV)/.built
+	rm -rf build dist site *.egg-info hne_kernels/*.so $(VENV)/.built
 
 # Each stamp stands for a step done; it is taken again when what it depends on is newer.
 $(VENV)/.torch: constraints.txt
@@ -134,6 +138,10 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 # Objects that are up to date are not compiled again.
 hne_kernels/_C_cuda.so: $(VENV)/.built
 	HNE_CUDA=1 $(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --no-build-isolation -e '.[docs]'
 	@touch $@
 
 $(VENV)/.peers: $(BUILD_FILES)
