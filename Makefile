@@ -113,7 +113,7 @@ notebooks: ## write the notebooks of the examples from their scripts
 
 .PHONY: docs
 docs: $(VENV)/.docs ## build the documentation site in site/; warnings are errors
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .PHONY: clean
 clean: ## remove what was built; the environment stays
