@@ -5,6 +5,7 @@ Quick rebuild after a change below csrc/: `python setup.py build_ext --inplace`.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,4 +16,9 @@ sys.path.insert(0, str(ROOT / "build_backend"))  # already on the path when the 
 
 import native  # noqa: E402
 
-setup(ext_modules=native.extensions(ROOT), cmdclass={"build_ext": native.build_command(ROOT)})
+setup(
+    version=native.version(os.environ),
+    ext_modules=native.extensions(ROOT),
+    cmdclass={"build_ext": native.build_command(ROOT)},
+    options={"bdist_wheel": {"py_limited_api": native.OLDEST_PYTHON}},
+)

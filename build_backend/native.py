@@ -2,7 +2,8 @@
 
 Environment variables: `CXX` (compiler), `MAX_JOBS` (parallel compile jobs), `HNE_WERROR=1` (warnings are errors),
 `HNE_SANITIZE=address,undefined` (instrumented build), `HNE_CUDA=0|1` (CUDA library off | required; by default it is
-compiled where there is nvcc and torch has CUDA), `TORCH_CUDA_ARCH_LIST` (GPU targets).
+compiled where there is nvcc and torch has CUDA), `TORCH_CUDA_ARCH_LIST` (GPU targets), `HNE_LOCAL_VERSION=cu130`
+(the version becomes 0.1.0+cu130, which tells wheels apart).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
+VERSION = "0.1.0"
 CPU_LIBRARY = "hne_kernels._C"  # a Python module that also registers the ops
 CUDA_LIBRARY = "hne_kernels._C_cuda"  # registers ops, no Python module
 TORCH_TARGET = (2, 11)  # oldest supported torch; its stable ABI is the one used
 # Machine code for Ampere and Hopper, and PTX, which the driver compiles for every later GPU.
 CUDA_TARGETS = ("compute_80,code=sm_80", "compute_90,code=sm_90a", "compute_90,code=compute_90")
+OLDEST_PYTHON = "cp310"  # the C API is limited to what this version has, see csrc/python.h
 OLDEST_TARGET = 80  # the kernels copy with cp.async and multiply bfloat16
 BYTES_PER_JOB = 3 << 29  # 1.5 GiB: peak memory of a compiler process, rounded up
 
@@ -158,6 +161,8 @@ def check_python_headers() -> None:
             f"Python.h is missing. Install the headers of Python {platform.python_version()}, "
             "for example `apt install python3-dev`."
         )
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise BuildError("free-threaded Python has no stable ABI yet; use a Python with the global interpreter lock.")
 
 
 def cuda_toolkit(environ: Mapping[str, str], torch_version: str, torch_cuda: str | None) -> tuple[Path | None, str]:
@@ -216,12 +221,18 @@ def extensions(root: Path) -> list[Extension]:
         # setuptools requires paths relative to setup.py
         relative = sorted(str(path.relative_to(root)) for path in sources)
         depends = sorted(str(path.relative_to(root)) for path in headers)
-        return Extension(name, relative, depends=depends, language="c++")
+        return Extension(name, relative, depends=depends, language="c++", py_limited_api=name == CPU_LIBRARY)
 
     result = [extension(CPU_LIBRARY, cpu)]
     if cuda:
         result.append(extension(CUDA_LIBRARY, cuda))
     return result
+
+
+def version(environ: Mapping[str, str]) -> str:
+    """Version of the package, with `HNE_LOCAL_VERSION` after a plus sign."""
+    local = environ.get("HNE_LOCAL_VERSION")
+    return f"{VERSION}+{local}" if local else VERSION
 
 
 def write_build_info(folder: Path, values: Mapping[str, Any]) -> None:
@@ -328,8 +339,7 @@ def build_command(root: Path) -> type[build_ext]:
 
         def build_extension(self, extension: Extension) -> None:
             """Compile with the headers and libraries of torch and the CUDA toolkit."""
-            headers = cpp_extension.include_paths()  # torch's headers include pybind11's
-            system = [word for path in headers for word in ("-isystem", path)]
+            system = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
             common = [target_define(), *system]
             extension.extra_compile_args = {
                 "cxx": [*cpp_flags(os.environ), *common],

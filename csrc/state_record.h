@@ -1,21 +1,21 @@
 // A record of Python objects, tensors and memory, to notice changed parameters quickly.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstddef>
 #include <vector>
+
+#include "python.h"
 
 namespace hne {
 
 class StateRecord {
  public:
+  // Each argument is a list.
   // containers: dictionaries and lists, whose lengths and entries are recorded (the identity of the objects).
   // ignored: for each container a frozenset of keys whose entries are not recorded.
   // tensors: their addresses and version counters are recorded,
   // sizes: and samples of so many bytes of memory; 0 for tensors whose memory cannot be read.
-  StateRecord(const pybind11::list& containers, const pybind11::list& ignored, const pybind11::list& tensors,
-              const pybind11::list& sizes);
+  StateRecord(PyObject* containers, PyObject* ignored, PyObject* tensors, PyObject* sizes);
 
   // Whether nothing has changed; false if a tensor has no version counter.
   bool unchanged() const;
@@ -46,13 +46,14 @@ class StateRecord {
     size_t size;
   };
 
-  PyObject* keep(pybind11::handle object);
+  void add_container(PyObject* container, PyObject* ignored);
+  PyObject* keep(PyObject* object);
   void add_samples(const std::byte* address, size_t size);
   bool same_entries() const;
   bool same_tensors() const;
   bool same_memory() const;
 
-  pybind11::list references_;  // keeps all objects alive, to which the other members refer
+  Reference references_;  // a list, which keeps all objects alive, to which the other members refer
   std::vector<Container> containers_;
   std::vector<Entry> entries_;
   std::vector<TensorState> tensors_;
@@ -62,6 +63,6 @@ class StateRecord {
 };
 
 // Adds the class to the Python module.
-void bind_state_record(pybind11::module_& module);
+void add_state_record(PyObject* module);
 
 }  // namespace hne

@@ -12,14 +12,14 @@ import functools
 import os
 import struct
 import sys
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+OLDEST_TORCH = (2, 11)  # the libraries use the stable ABI of this version, which newer ones keep
 OLDEST_GPU = (8, 0)  # compute capability: the kernels copy with cp.async and multiply bfloat16
 _REBUILD = "Rebuild it: `pip install -e .` in a checkout, or install the wheel again."
 
@@ -35,22 +35,31 @@ def _check_complete(library: Path) -> None:
             raise ImportError(f"{library}: file is cut off")
 
 
+def check_torch() -> None:
+    """Raise ImportError for a torch that is too old for the libraries, which would lack symbols."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        oldest, found = ".".join(map(str, OLDEST_TORCH)), f"{torch.__version__} in {Path(torch.__file__).parent}"
+        raise ImportError(
+            f"hne_kernels needs torch {oldest} or newer, found torch {found}. "
+            f"Upgrade it: `pip install 'torch>={oldest}'`."
+        )
+
+
 def load_cpu_library(folder: Path) -> ModuleType:
     """Import `hne_kernels._C` from `folder`.
 
     Raises:
-        ImportError: it is missing, damaged, or built for another Python; the message says which, and how to rebuild.
+        ImportError: it is missing or damaged, or does not fit this torch; the message says which, and what to do.
     """
-    name = "hne_kernels._C"
-    spec = PathFinder.find_spec(name, [str(folder)])
-    if spec is None or spec.loader is None or spec.origin is None:
-        others = sorted(path.name for path in folder.glob("_C.*"))
-        raise ImportError(
-            f"hne_kernels has no compiled library for this Python ({sys.implementation.cache_tag}) "
-            f"in {folder}, found {', '.join(others) or 'none at all'}. {_REBUILD}"
-        )
+    check_torch()
+    name, library = "hne_kernels._C", folder / "_C.abi3.so"
+    if not library.exists():
+        raise ImportError(f"hne_kernels has no compiled library {library}. {_REBUILD}")
     try:
-        _check_complete(Path(spec.origin))
+        _check_complete(library)
+        spec = spec_from_file_location(name, library)
+        assert spec is not None
+        assert spec.loader is not None
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ pytest.importorskip("setuptools")
 import hne_backend  # noqa: E402
 import native  # noqa: E402
 
-LIBRARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+LIBRARY = "_C.abi3.so"
 
 
 def run_python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +44,30 @@ def test_build_info() -> None:
     flags = info["flags"].split()
     assert not [flag for flag in flags if flag.startswith("-m")], "a wheel must run on another machine"
     assert "-ffast-math" not in flags, "NaN and infinity must stay what they are"
+
+
+def undefined_symbols(library: Path) -> list[str]:
+    command = ["nm", "--dynamic", "--undefined-only", str(library)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1] for line in listing.splitlines()]
+
+
+@pytest.mark.parametrize("name", [LIBRARY, "_C_cuda.so"])
+def test_one_library_serves_every_python_and_every_torch(name: str) -> None:
+    """It uses the stable ABIs only: C functions of Python (csrc/python.h limits them) and of torch."""
+    library = Path(extension.cpu_library().__file__ or "").with_name(name)
+    if not library.exists():
+        pytest.skip("this build has no CUDA library")
+    if not shutil.which("nm"):
+        pytest.skip("there is no nm")
+    symbols = undefined_symbols(library)
+    public = [symbol for symbol in symbols if symbol.startswith("Py")]
+    private = {symbol for symbol in symbols if symbol.startswith("_Py")}
+    assert bool(public) == (name == LIBRARY)
+    assert private <= {"_Py_NoneStruct", "_Py_Dealloc"}, "what macros of the limited API expand to"
+    assert "aoti_torch_get_dim" in symbols or "torch_get_const_data_ptr" in symbols
+    # A C++ name of torch has the namespace in it: c10, at or torch.
+    assert not [symbol for symbol in symbols if re.match(r"_ZNK?\d*(3c10|2at|5torch)", symbol)]
 
 
 def test_cpu_capability_is_one_the_machine_has() -> None:
@@ -66,7 +90,7 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
     pip = ["-m", "pip", "--disable-pip-version-check", "-q"]
     wheel = ["wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(ROOT)]
     assert run_python(*pip, *wheel).returncode == 0
-    (built,) = tmp_path.glob("hne_kernels-*.whl")
+    (built,) = tmp_path.glob("hne_kernels-*-cp310-abi3-linux_*.whl")
     install = ["install", "--no-deps", "--target", str(tmp_path / "site"), str(built)]
     assert run_python(*pip, *install).returncode == 0
     program = (
@@ -83,14 +107,23 @@ def test_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
 
 
 def test_missing_library(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match=r"no compiled library .* found none at all. Rebuild it: `pip install"):
+    with pytest.raises(ImportError, match=rf"no compiled library {tmp_path}/{LIBRARY}\. Rebuild it: `pip install"):
         extension.load_cpu_library(tmp_path)
 
 
-def test_library_of_another_python(tmp_path: Path) -> None:
-    (tmp_path / "_C.cpython-37m-x86_64-linux-gnu.so").touch()
-    with pytest.raises(ImportError, match=r"found _C\.cpython-37m-x86_64-linux-gnu\.so\. Rebuild it"):
-        extension.load_cpu_library(tmp_path)
+@pytest.mark.parametrize("version", ["2.10.1+cu128", "1.13.1"])
+def test_torch_that_is_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    message = rf"needs torch 2\.11 or newer, found torch {re.escape(version)} in "
+    with pytest.raises(ImportError, match=message) as error:
+        extension.load_cpu_library(Path(extension.__file__).parent)
+    assert str(error.value).endswith("Upgrade it: `pip install 'torch>=2.11'`.")
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "3.0.0a0+git1234"])
+def test_torch_that_is_new_enough(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    extension.check_torch()
 
 
 @pytest.mark.parametrize(
@@ -161,6 +194,20 @@ def test_the_nearest_torch_that_is_new_enough_is_taken(tmp_path: Path) -> None:
 def test_the_package_and_the_build_ask_for_the_same_torch() -> None:
     assert hne_backend.TORCH_REQUIREMENT in (metadata.requires("hne-kernels") or [])
     assert native.target_define() == "-DTORCH_TARGET_VERSION=0x020b000000000000"
+    assert extension.OLDEST_TORCH == native.TORCH_TARGET
+
+
+def test_the_package_the_wheel_and_the_c_api_ask_for_the_same_python() -> None:
+    limit = re.search(r"Py_LIMITED_API 0x(\d\d)(\w\w)0000", (ROOT / "csrc" / "python.h").read_text())
+    assert limit is not None
+    major, minor = (int(number, 16) for number in limit.groups())
+    assert metadata.metadata("hne-kernels")["Requires-Python"] == f">={major}.{minor}"
+    assert f"cp{major}{minor}" == native.OLDEST_PYTHON
+
+
+@pytest.mark.parametrize(("environ", "suffix"), [({}, ""), ({"HNE_LOCAL_VERSION": "cu130"}, "+cu130")])
+def test_a_wheel_with_cuda_says_so_in_its_version(environ: dict[str, str], suffix: str) -> None:
+    assert native.version(environ) == metadata.version("hne-kernels").partition("+")[0] + suffix
 
 
 @pytest.mark.parametrize(
