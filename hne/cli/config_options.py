@@ -83,7 +83,9 @@ _OPTIONS: dict[str, _Option] = {
     ),
     "lr": _Option("initial learning rate of SGD", float, "LR"),
     "schedule": _Option(
-        "learning rate: cosine to zero, or halving after 40, 60, 73, 83, 90 and 97 %% of the epochs", choices=SCHEDULES
+        "learning rate: cosine to zero; halving after 40, 60, 73, 83, 90 and 97 %% of the epochs; or cyclic, which is "
+        "halving of 5, 4, 3, 2, 1 times the base rate in turn, epoch by epoch",
+        choices=SCHEDULES,
     ),
     "momentum": _Option("momentum of SGD (default: 0.9)", float, "M"),
     "weight_decay": _Option("weight decay of all parameters", float, "W"),

@@ -96,12 +96,15 @@ class InputFormat:
         return image.resize((width, height), Image.Resampling.BILINEAR)
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side to ``resize`` and cut out the centre; black where the image is smaller."""
+        """Resize the shorter side to ``resize`` and cut out the centre; black where the image is smaller.
+
+        Sizes are rounded as torchvision's ``Resize`` and ``CenterCrop`` round them.
+        """
         assert self.resize is not None
         height, width = self.size
-        scale = self.resize / min(image.width, image.height)
-        resized = (round(image.width * scale), round(image.height * scale))
-        left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+        shorter = min(image.width, image.height)
+        resized = (self.resize * image.width // shorter, self.resize * image.height // shorter)
+        left, top = _centre(resized[0], width), _centre(resized[1], height)
         right, bottom = left + width, top + height
         if resized[0] * resized[1] <= _LARGE:
             return image.resize(resized, Image.Resampling.BILINEAR).crop((left, top, right, bottom))
@@ -146,3 +149,8 @@ class TargetFormat:
     def normalise(self, target: Tensor) -> Tensor:
         """Scale targets to mean 0 and standard deviation 1."""
         return (target - self.mean) / self.std
+
+
+def _centre(length: int, crop: int) -> int:
+    """Where a centred crop begins; below 0 if it is longer than the image."""
+    return round((length - crop) / 2) if length >= crop else -((crop - length) // 2)

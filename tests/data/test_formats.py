@@ -15,11 +15,15 @@ from hne.data import InputFormat
 
 
 def resize_then_crop(image: Image.Image, size: tuple[int, int], resize: int) -> np.ndarray:
-    """Resize the whole image and crop the result, by definition."""
-    scale = resize / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
-    left, top = (image.width - size[1]) // 2, (image.height - size[0]) // 2
-    return np.asarray(image.crop((left, top, left + size[1], top + size[0])))
+    """torchvision's ``Resize(resize)`` and ``CenterCrop(size)``, by the definitions of their sizes."""
+    shorter = min(image.size)
+    new = (int(resize * image.width / shorter), int(resize * image.height / shorter))
+    image = image.resize(new, Image.Resampling.BILINEAR)
+    missing = [max(0, wanted - got) for wanted, got in zip(size[::-1], image.size, strict=True)]
+    padded = Image.new("RGB", (image.width + missing[0], image.height + missing[1]))
+    padded.paste(image, (missing[0] // 2, missing[1] // 2))
+    left, top = round((padded.width - size[1]) / 2.0), round((padded.height - size[0]) / 2.0)
+    return np.asarray(padded.crop((left, top, left + size[1], top + size[0])))
 
 
 @pytest.mark.parametrize(
@@ -27,8 +31,10 @@ def resize_then_crop(image: Image.Image, size: tuple[int, int], resize: int) -> 
     [
         (500, 375, (224, 224), 0),
         (333, 500, (224, 224), 0),
+        (333, 500, (223, 97), 0),
+        (257, 300, (224, 221), 0),
         (40, 31, (224, 224), 0),
-        (100, 100, (200, 300), 0),  # the crop is wider than the resized image
+        (100, 100, (200, 301), 0),  # the crop is wider than the resized image
         (1300, 20, (224, 224), 1),  # long and narrow: only the crop is computed
         (20, 1300, (224, 224), 1),
         (11, 1300, (100, 300), 1),

@@ -79,12 +79,22 @@ def test_cosine_schedule() -> None:
     assert config.learning_rate(200) == pytest.approx(0)
 
 
+HALVED = [60, 90, 110, 125, 135, 145]
+
+
 def test_halving_schedule() -> None:
-    config = TrainConfig.of(data="imagenet")
+    config = TrainConfig.of(data="imagenet", schedule="halving")
     halved = [epoch for epoch in range(1, 150) if config.learning_rate(epoch) < config.learning_rate(epoch - 1)]
-    assert halved == [60, 90, 110, 125, 135, 145]
+    assert halved == HALVED
     assert config.learning_rate(149) == 0.1 / 64
-    assert TrainConfig.of(data="imagenet", epochs=15).learning_rate(6) == 0.05, "stretched with the epochs"
+    assert TrainConfig.of(data="imagenet", schedule="halving", epochs=15).learning_rate(6) == 0.05, "stretched"
+
+
+def test_cyclic_schedule() -> None:
+    config = TrainConfig.of(data="imagenet")
+    for epoch in range(150):
+        rate = 0.1 * (5 - epoch % 5) / 2 ** sum(epoch >= halving for halving in HALVED)
+        assert config.learning_rate(epoch) == config.learning_rate(epoch + 0.7) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,7 @@ def test_halving_schedule() -> None:
     [
         ({"data": "mnist"}, r"data: expected one of digits, .*, got 'mnist'"),
         ({"protocol": "svhn"}, r"protocol: expected one of quick, cifar, imagenet, tabular, got 'svhn'"),
-        ({"schedule": "step"}, r"schedule: expected one of cosine, halving, got 'step'"),
+        ({"schedule": "step"}, r"schedule: expected one of cosine, halving, cyclic, got 'step'"),
         ({"epochs": 0}, "epochs: expected a number above 0, got 0"),
         ({"lr": float("nan")}, "lr: expected a number above 0, got nan"),
         ({"clip_grad_norm": -1.0}, r"clip_grad_norm: expected a number above 0, got -1\.0"),
