@@ -28,7 +28,7 @@ logits, or with --average probabilities the mean of their probabilities:
 and how diverse and uncertain the members are; entropy and MI are those of their mixture, the mean of
 their probabilities:
 
-  diversity       standard deviation of the logits over the members
+  diversity       population standard deviation of the logits over the members
   disagreement    share of the pairs of members that predict different classes
   entropy         predictive entropy, in nats
   MI              mutual information: the part of the entropy that comes from disagreement

@@ -40,7 +40,7 @@ Repeat experiments of the HNE paper: train every model that they compare, over s
 write tables and figures.
 
   table1    accuracy of the ensembles of 1, 2, 4, ... N members, by objective: I, H, I+H, I+D, I+HD
-  figure4   accuracy and diversity (standard deviation of the logits) against multiply-adds, by
+  figure4   accuracy and diversity (population standard deviation of the logits) against multiply-adds, by
             distillation: none (I), from the whole ensemble to each member (I+D, for each of
             --alphas), hierarchical (I+HD)
   figure5   the same, by sharing scheme: the tree of an HNE, independent networks, a shared trunk

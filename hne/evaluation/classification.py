@@ -41,7 +41,7 @@ class EnsembleMetrics:
         nll: mean negative log-likelihood of the right class, in nats.
         brier: mean squared distance of the probabilities from the one-hot label, 0 to 2.
         ece: expected calibration error with 15 bins, 0 to 1.
-        diversity: standard deviation of the logits over the members, averaged over classes and images.
+        diversity: population standard deviation of the logits over the members, averaged over classes and images.
         disagreement: share of the pairs of members that predict different classes.
         entropy: mean predictive entropy, in nats.
         mutual_information: share of the entropy that comes from disagreement of the members, in nats.

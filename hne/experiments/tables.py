@@ -24,7 +24,7 @@ def diversity_table(results: Sequence[Result]) -> Table:
     """Diversity of each ensemble of at least two members."""
     results = [result for result in results if result.sizes != (1,)]
     cells = [["", *(e.format(3) for e in result.of_ensembles("diversity")[1:])] for result in results]
-    return _by_size("Diversity (standard deviation of the logits over the networks)", results, cells)
+    return _by_size("Diversity (population standard deviation of the logits over the networks)", results, cells)
 
 
 def macs_table(results: Sequence[Result]) -> Table:
