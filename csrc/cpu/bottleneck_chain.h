@@ -5,7 +5,7 @@
 #include <functional>
 
 #include "bottleneck.h"
-#include "packed_convolution.h"
+#include "convolution_chain.h"
 
 namespace hne {
 

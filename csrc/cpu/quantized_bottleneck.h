@@ -192,37 +192,4 @@ class Bottleneck<uint8_t> {
   int64_t band_;  // output rows of a band
 };
 
-// Convolutions of one branch, applied one after another: the stem before bottlenecks.
-template <>
-class ConvolutionChain<uint8_t> {
- public:
-  // `shape` is the shape of the input; it becomes the shape of the output.
-  ConvolutionChain(const std::vector<QuantizedConvolution>& layers, std::vector<int64_t>& shape) : layers_(layers) {
-    for (const QuantizedConvolution& layer : layers) {
-      geometry_.push_back(layer.geometry(shape));
-      shape = geometry_.back().out_shape();
-    }
-  }
-
-  size_t size() const { return layers_.size(); }
-  int64_t in_size() const { return geometry_.front().pixels() * geometry_.front().in_channels; }
-  int64_t out_size(size_t layer) const { return geometry_[layer].out_pixels() * geometry_[layer].out_channels; }
-
-  template <typename F>
-  const uint8_t* forward(const uint8_t* x, int64_t num_maps, const F& buffer) const {
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      Geometry g = geometry_[i];
-      g.batch = num_maps;
-      uint8_t* const out = buffer(i);
-      layers_[i].forward(g, x, out);
-      x = out;
-    }
-    return x;
-  }
-
- private:
-  const std::vector<QuantizedConvolution>& layers_;
-  std::vector<Geometry> geometry_;
-};
-
 }  // namespace hne

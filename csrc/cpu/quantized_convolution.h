@@ -1,6 +1,7 @@
 // int8 convolutions (inference).
 #pragma once
 
+#include "convolution_chain.h"
 #include "quantized_weights.h"
 
 namespace hne {
@@ -123,6 +124,11 @@ class QuantizedConvolution {
   PanelValues<int32_t> bias_;
   PanelValues<float> scale_;
   ConstTensor zeros_;  // [branches][2]: the zero points of the input and of the output
+};
+
+template <>
+struct ChainedConvolution<uint8_t> {
+  using type = QuantizedConvolution;
 };
 
 }  // namespace hne
