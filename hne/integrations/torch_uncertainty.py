@@ -25,7 +25,8 @@ class TorchUncertainty(nn.Module):
     """A model for TorchUncertainty's routines: images ``[B, C, H, W]`` to logits ``[M * B, L]``.
 
     In training the routine must repeat the targets once per member (TorchUncertainty's
-    ``RepeatTarget(num_estimators)``).
+    ``RepeatTarget(num_estimators)``). Its metrics are those of the members' mean probabilities, as of
+    ``evaluate(..., average="probabilities")`` here.
 
     Args:
         model: the ensemble. It becomes a submodule: ``train()`` and ``eval()`` of this module apply to it.
