@@ -87,6 +87,9 @@ def add_run(parser: argparse.ArgumentParser, *, out: str) -> None:
         default=1,
         help="save every K epochs and at the end (default: 1)",
     )
+    group.add_argument(
+        "--tensorboard", action="store_true", help="also write scalars for TensorBoard into tensorboard/ of the run"
+    )
     add_quiet(group)
 
 

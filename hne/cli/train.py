@@ -24,6 +24,7 @@ of them can be given by itself. The folder --out gets
   log.csv                  per epoch: learning rate, loss, speed, accuracy and NLL of each ensemble
   summary.json             all options and the final results
   accuracy.png             test accuracy against multiply-adds
+  tensorboard/             with --tensorboard: loss, and accuracy, NLL and ECE of each ensemble
 
 Loss and images per second are those of training. Each evaluation prints a table of the ensembles of
 the first n = 1, 2, 4, ... N members: their cost per image (MACs: multiply-adds), accuracy and NLL

@@ -14,7 +14,16 @@ from ..distributed import World
 from ..errors import TrainingError
 from ..files import lock_folder
 from ..reporting import show_evaluation
-from ..training import CHECKPOINT, EpochRecord, TrainConfig, Trainer, check_no_other_files, remove_run, train_into
+from ..training import (
+    CHECKPOINT,
+    EpochRecord,
+    TrainConfig,
+    Trainer,
+    check_no_other_files,
+    check_tensorboard,
+    remove_run,
+    train_into,
+)
 from .console import Terminated
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -41,8 +50,14 @@ def _check_no_run(folder: Path) -> None:
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of :func:`hne.cli.options.add_run`, as keyword arguments of :func:`train_runs`."""
-    names = ("resume", "overwrite", "eval_every", "checkpoint_every", "quiet")
+    """The options of :func:`hne.cli.options.add_run`, as keyword arguments of :func:`train_runs`.
+
+    Raises:
+        ModuleNotFoundError: TensorBoard is wanted, and not installed.
+    """
+    if args.tensorboard:
+        check_tensorboard()
+    names = ("resume", "overwrite", "eval_every", "checkpoint_every", "quiet", "tensorboard")
     return {name: getattr(args, name) for name in names}
 
 
@@ -124,6 +139,7 @@ def train_runs(
     eval_every: int | None = None,
     checkpoint_every: int = 1,
     quiet: bool = False,
+    tensorboard: bool = False,
 ) -> Iterator[tuple[Path, Trainer]]:
     """Train each config in its folder, one after the other.
 
@@ -136,6 +152,7 @@ def train_runs(
         eval_every: See :func:`hne.training.train_into`.
         checkpoint_every: Likewise.
         quiet: Likewise.
+        tensorboard: Likewise.
 
     Yields:
         Folder and trainer of each finished run.
@@ -155,7 +172,12 @@ def train_runs(
             reporter.start(folder, trainer)
             try:
                 for record in train_into(
-                    folder, trainer, eval_every=eval_every, checkpoint_every=checkpoint_every, quiet=quiet
+                    folder,
+                    trainer,
+                    eval_every=eval_every,
+                    checkpoint_every=checkpoint_every,
+                    quiet=quiet,
+                    tensorboard=tensorboard,
                 ):
                     reporter.epoch(trainer, record)
             except TrainingError as error:

@@ -15,4 +15,5 @@ from .run_directory import (
     train_into,
 )
 from .teachers import Teacher, check_outputs, member_outputs, read_outputs
+from .tensorboard import FOLDER, check_tensorboard, open_writer, write_scalars
 from .trainer import Trainer, check_same_run

@@ -19,6 +19,7 @@ from ..files import lock_folder, remove_leftovers, write_json
 from ..models import checkpoint
 from ..reporting import plot_accuracy_against_macs
 from .history import EpochRecord, write_log
+from .tensorboard import open_writer, write_scalars
 from .trainer import Trainer, describe_dataset
 
 CHECKPOINT = checkpoint.FILE_NAME
@@ -29,7 +30,13 @@ RUN_FILES = (PLOT, CHECKPOINT, LOG, SUMMARY)
 
 
 def train_into(
-    folder: Path, trainer: Trainer, *, eval_every: int | None = None, checkpoint_every: int = 1, quiet: bool = False
+    folder: Path,
+    trainer: Trainer,
+    *,
+    eval_every: int | None = None,
+    checkpoint_every: int = 1,
+    quiet: bool = False,
+    tensorboard: bool = False,
 ) -> Iterator[EpochRecord]:
     """Train to the last epoch. Checkpoint and log are written before each record is yielded, all files before the last.
 
@@ -41,8 +48,10 @@ def train_into(
         eval_every: Evaluate after this number of epochs and at the end; by default about ten times.
         checkpoint_every: Save after this number of epochs and at the end.
         quiet: Show no progress bars.
+        tensorboard: Also write scalars for TensorBoard, into the folder ``tensorboard`` of the run.
 
     Raises:
+        ModuleNotFoundError: TensorBoard is not installed.
         TrainingError: Another process or thread trains in the folder, or the training diverged.
         FileError: A file cannot be written.
     """
@@ -52,7 +61,11 @@ def train_into(
             remove_leftovers(folder)
             if trainer.epoch == epochs:  # a finished run was restored
                 _finish(folder, trainer)
+        writer = open_writer(folder, trainer.epoch) if main and tensorboard else None
         for record in trainer.train(eval_every=eval_every or math.ceil(epochs / 10), quiet=quiet):
+            if writer is not None:
+                write_scalars(writer.add_scalar, record)
+                writer.flush()
             if main:
                 if record.epoch == epochs or record.epoch % checkpoint_every == 0:
                     trainer.save(folder / CHECKPOINT)

@@ -107,6 +107,7 @@ def test_detection_is_that_of_mean_probabilities(
 
 def test_training_is_that_of_independent_members(model: FusedHNE, data: tuple[Tensor, Tensor], tmp_path: Path) -> None:
     model.reset_parameters()
+    model.train()  # Lightning keeps the mode
     loader = DataLoader(TensorDataset(*data), batch_size=30)
     expected = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(expected.parameters(), 0.05)

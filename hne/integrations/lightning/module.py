@@ -24,7 +24,7 @@ class HNEModule(LightningModule):
     ``module.model.save_pretrained(folder)`` saves the model in the format of this package.
 
     Args:
-        model: the model.
+        model: the model, in train mode, which Lightning keeps.
         objective: one of :data:`hne.OBJECTIVES`; or a function or module of the members' logits ``[N, B, L]`` and the
             targets of a batch. :func:`hne.losses.likelihood_objective` makes that of a regression. Hydra's is
             ``lambda logits, teacher: hydra_loss(logits, teacher.transpose(0, 1))`` for batches of images and the
