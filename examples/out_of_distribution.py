@@ -30,7 +30,7 @@ options = parser.parse_args()
 
 # %% [markdown]
 # ## Train
-# Few training images leave something to be uncertain about. `hne.load("runs/...")` gives a trained model instead.
+# Eight networks in a tree, for a few epochs. `hne.load("runs/...")` gives a model of `hne train` instead.
 
 # %%
 dataset = load_dataset("digits", limit_train=options.train)
