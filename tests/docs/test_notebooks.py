@@ -27,14 +27,17 @@ def test_every_notebook_has_a_script() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_notebooks_run(script: Path, tmp_path: Path) -> None:
+def test_notebooks_run(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    for folder in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):  # else in the home directory
+        monkeypatch.setenv(folder, str(tmp_path / folder))
     options = [*SMALL[script.stem], f"--out={tmp_path / 'out'}"]
     cells = nbformat.reads(as_text(notebook(script.read_text(), options)), as_version=4)
     nbformat.validate(cells)
-    nbclient.NotebookClient(cells, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(cells, timeout=600, startup_timeout=600, resources=where).execute()
     plot = tmp_path / "out" / f"{script.stem}.png"
     assert plot.read_bytes().startswith(b"\x89PNG")
 
