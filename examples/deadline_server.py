@@ -39,8 +39,8 @@ from hne.training import TrainConfig, Trainer
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--serve", type=int, metavar="PORT", help="serve until Ctrl-C, without a load test")
 parser.add_argument("--deadline-ms", type=float, default=60, help="of each request (default: %(default)s)")
-parser.add_argument("--rates", type=int, nargs="+", default=[25, 50, 100, 200, 400], help="requests per second")
-parser.add_argument("--seconds", type=float, default=1.5, help="at each rate (default: %(default)s)")
+parser.add_argument("--rates", type=int, nargs="+", default=[50, 100, 200, 300, 400, 600], help="requests per second")
+parser.add_argument("--seconds", type=float, default=2, help="at each rate (default: %(default)s)")
 parser.add_argument("--epochs", type=int, default=10, help="epochs of training (default: %(default)s)")
 parser.add_argument("--out", type=Path, default=Path("runs/examples"), help="folder of the plot (default: %(default)s)")
 options = parser.parse_args()
@@ -210,21 +210,21 @@ async def load_test(deadline_ms: float) -> list[dict]:
     async with await start() as server:
         port = server.sockets[0].getsockname()[1]
 
-        async def ask(due: float) -> tuple[float, dict, float]:
+        async def ask(due: float, first: int) -> tuple[float, dict, float]:
             await asyncio.sleep(due - time.perf_counter())
-            i = random.randrange(len(questions))
             reader, writer = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port)
-            writer.write(questions[i])
+            writer.write(questions[first])
             answer = json.loads(await read_body(reader))
             idle.append((reader, writer))
             milliseconds = 1e3 * (time.perf_counter() - due)
-            right = map(int.__eq__, answer.get("classes", ()), labels[i : i + SHEET])
+            right = map(int.__eq__, answer.get("classes", ()), labels[first : first + SHEET])
             return milliseconds, answer, sum(right) / SHEET
 
         for rate in options.rates:
-            random.seed(rate)  # the same requests for both services
+            random.seed(rate)  # the same times for both services
             begin, count = time.perf_counter() + 0.1, round(rate * options.seconds)
-            asked = asyncio.gather(*(ask(begin + random.uniform(0, options.seconds)) for _ in range(count)))
+            times = [begin + random.uniform(0, options.seconds) for _ in range(count)]
+            asked = asyncio.gather(*(ask(due, k * SHEET % len(questions)) for k, due in enumerate(times)))
             results = await asyncio.wait_for(asked, options.seconds + 60)
             answers = [(ms, answer["networks"], right) for ms, answer, right in results if "networks" in answer]
             ms, networks, right = zip(*(answers or [(math.nan,) * 3]), strict=True)
@@ -250,9 +250,10 @@ for name, rows in tests.items():
     for axis, column in zip(axes, ("99 % ms", "networks", "accuracy %"), strict=True):
         axis.plot(options.rates, [row[column] for row in rows], "o-", label=name)
 axes[0].axhline(options.deadline_ms, color="0.5", ls="--", label="deadline")
-axes[0].set(yscale="log", ylabel="99th percentile of the latency (ms)")
+axes[0].set(yscale="log", yticks=[20, 50, 100, 200, 500, 1000], ylabel="99th percentile of the latency (ms)")
 axes[1].set(ylabel="networks in an answer (mean)", ylim=(0, None))
 axes[2].set(ylabel="accuracy (%)")
+axes[0].yaxis.set_major_formatter("{x:g}")
 axes[0].legend(frameon=False)
 for axis in axes:
     axis.set(xscale="log", xlabel="requests per second")
