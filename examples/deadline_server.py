@@ -249,12 +249,13 @@ figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), dpi=150, layout="constraine
 for name, rows in tests.items():
     for axis, column in zip(axes, ("99 % ms", "networks", "accuracy %"), strict=True):
         axis.plot(options.rates, [row[column] for row in rows], "o-", label=name)
-axes[0].axhline(options.deadline_ms, color="0.5", ls="--", label="deadline")
+axes[0].axhline(options.deadline_ms, color="0.5", ls="--")
+axes[0].annotate("deadline", (options.rates[0], options.deadline_ms), (0, 4), textcoords="offset points", color="0.4")
 axes[0].set(yscale="log", yticks=[20, 50, 100, 200, 500, 1000], ylabel="99th percentile of the latency (ms)")
 axes[1].set(ylabel="networks in an answer (mean)", ylim=(0, None))
 axes[2].set(ylabel="accuracy (%)")
 axes[0].yaxis.set_major_formatter("{x:g}")
-axes[0].legend(frameon=False)
+axes[1].legend(frameon=False, loc="lower left")
 for axis in axes:
     axis.set(xscale="log", xlabel="requests per second")
     axis.set_xticks(options.rates, map(str, options.rates))
