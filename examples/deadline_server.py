@@ -180,9 +180,9 @@ async def start(port: int = 0) -> asyncio.Server:
 
 
 async def serve(port: int) -> None:
-    async with await start(port) as server:
-        print(f"serving at http://127.0.0.1:{port}/")
-        await server.serve_forever()
+    server = await start(port)
+    print("serving at http://{}:{}/".format(*server.sockets[0].getsockname()))
+    await asyncio.Event().wait()
 
 
 if options.serve:
@@ -198,42 +198,42 @@ if options.serve:
 
 
 # %%
-def question(first: int, deadline_ms: float) -> bytes:
-    images = dataset.test.images[first : first + SHEET]
-    return message("POST / HTTP/1.1\r\nHost: 127.0.0.1", {"images": images.tolist(), "deadline_ms": deadline_ms})
-
-
 async def load_test(deadline_ms: float) -> list[dict]:
     rows, idle = [], []  # idle connections
-    questions = [question(first, deadline_ms) for first in range(len(dataset.test) - SHEET)]
-    labels = dataset.test.labels.tolist()
-    async with await start() as server:
-        port = server.sockets[0].getsockname()[1]
+    images, labels = dataset.test.images.tolist(), dataset.test.labels.tolist()
+    questions = [
+        message(
+            "POST / HTTP/1.1\r\nHost: 127.0.0.1", {"images": images[first : first + SHEET], "deadline_ms": deadline_ms}
+        )
+        for first in range(len(images) - SHEET)
+    ]
+    server = await start()
+    port = server.sockets[0].getsockname()[1]
 
-        async def ask(due: float, first: int) -> tuple[float, dict, float]:
-            await asyncio.sleep(due - time.perf_counter())
-            reader, writer = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port)
-            writer.write(questions[first])
-            answer = json.loads(await read_body(reader))
-            idle.append((reader, writer))
-            milliseconds = 1e3 * (time.perf_counter() - due)
-            right = map(int.__eq__, answer.get("classes", ()), labels[first : first + SHEET])
-            return milliseconds, answer, sum(right) / SHEET
+    async def ask(due: float, first: int) -> tuple[float, dict, float]:
+        await asyncio.sleep(due - time.perf_counter())
+        reader, writer = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", port)
+        writer.write(questions[first])
+        answer = json.loads(await read_body(reader))
+        idle.append((reader, writer))
+        milliseconds = 1e3 * (time.perf_counter() - due)
+        right = map(int.__eq__, answer.get("classes", ()), labels[first : first + SHEET])
+        return milliseconds, answer, sum(right) / SHEET
 
-        for rate in options.rates:
-            random.seed(rate)  # the same times for both services
-            begin, count = time.perf_counter() + 0.1, round(rate * options.seconds)
-            times = [begin + random.uniform(0, options.seconds) for _ in range(count)]
-            asked = asyncio.gather(*(ask(due, k * SHEET % len(questions)) for k, due in enumerate(times)))
-            results = await asyncio.wait_for(asked, options.seconds + 60)
-            answers = [(ms, answer["networks"], right) for ms, answer, right in results if "networks" in answer]
-            ms, networks, right = zip(*(answers or [(math.nan,) * 3]), strict=True)
-            slow = sorted(ms)[math.ceil(0.99 * len(ms)) - 1]
-            late, refused = (100 * k / count for k in (sum(t > options.deadline_ms for t in ms), count - len(answers)))
-            rows.append({"requests/s": rate, "median ms": median(ms), "99 % ms": slow, "late %": late})
-            rows[-1] |= {"refused %": refused, "networks": mean(networks), "accuracy %": 100 * mean(right)}
-        for _, writer in idle:
-            writer.close()
+    for rate in options.rates:
+        random.seed(rate)  # the same times for both services
+        begin, count = time.perf_counter() + 0.1, round(rate * options.seconds)
+        times = [begin + random.uniform(0, options.seconds) for _ in range(count)]
+        asked = asyncio.gather(*(ask(due, k * SHEET % len(questions)) for k, due in enumerate(times)))
+        results = await asyncio.wait_for(asked, options.seconds + 60)
+        answers = [(ms, answer["networks"], right) for ms, answer, right in results if "networks" in answer]
+        ms, networks, right = zip(*(answers or [(math.nan,) * 3]), strict=True)
+        slow = sorted(ms)[math.ceil(0.99 * len(ms)) - 1]
+        late, refused = (100 * k / count for k in (sum(t > options.deadline_ms for t in ms), count - len(answers)))
+        rows.append({"requests/s": rate, "median ms": median(ms), "99 % ms": slow, "late %": late})
+        rows[-1] |= {"refused %": refused, "networks": mean(networks), "accuracy %": 100 * mean(right)}
+    for connection in [server, *(writer for _, writer in idle)]:
+        connection.close()
     return rows
 
 
