@@ -4,6 +4,7 @@ VENV ?= .venv
 SANITIZERS ?= address,undefined
 RESULT ?= $(or $(shell $(BIN)/python benchmarks/machine.py),cpu)
 GPU_CHECK ?=
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests/cuda_emulation tests/kernels/thread_team -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -27,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help
 help: ## show this list
 	@echo "make TARGET [PYTHON=python3] [VENV=.venv]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/.built ## train a small ensemble on handwritten digits: a table, and a plot in runs/demo
@@ -70,6 +71,31 @@ bench: $(VENV)/.built ## compare the speed with that of others: tables and plots
 .PHONY: gpu-check
 gpu-check: ## on a machine with a GPU: GPU_CHECK=first, second, third (build and smoke table, tests, speed)
 	$(PYTHON) tools/gpu_check.py $(GPU_CHECK)
+
+# torch's libraries are not copied into a wheel: it uses those of the environment. The version of a wheel with the CUDA
+# library names its CUDA, as torch's does: 0.1.0+cu130.
+CUDA_VERSION = $(shell $(NVCC) --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/cu\1\2/p')
+
+.PHONY: wheels
+wheels: $(VENV)/.release ## write a wheel for all versions of Python to dist/; with HNE_CUDA=1 one with the CUDA library
+	rm -rf build/wheels
+	HNE_CUDA=$(or $(HNE_CUDA),0) HNE_LOCAL_VERSION=$(if $(filter 1,$(HNE_CUDA)),$(CUDA_VERSION)) \
+		$(BIN)/python -m build --no-isolation --wheel --outdir build/wheels
+	$(BIN)/abi3audit --strict --summary build/wheels/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		--wheel-dir dist build/wheels/*.whl
+
+.PHONY: sdist
+sdist: $(VENV)/.release ## write the sources to dist/
+	$(BIN)/python -m build --no-isolation --sdist --outdir dist
+
+.PHONY: wheel-check
+wheel-check: ## install the wheels of dist/ in new environments and try them: PYTHON=python3.12 TORCH=torch==2.11.0
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(PYTHON) tools/wheel_check.py --torch $(TORCH) dist/*.whl
+
+.PHONY: release-check
+release-check: ## whether dist/ has the sources and a wheel of the version that TAG names: TAG=v0.1.0
+	@test "$(TAG)" && ls dist/hne_kernels-$(TAG:v%=%).tar.gz dist/hne_kernels-$(TAG:v%=%)-*manylinux*.whl
 
 .PHONY: lint
 lint: $(VENV)/.installed ## check style and types
@@ -146,6 +172,10 @@ $(VENV)/.docs: $(VENV)/.installed
 
 $(VENV)/.peers: $(BUILD_FILES)
 	$(BIN)/pip install --no-build-isolation -e '.[peers]'
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.installed
+	$(BIN)/pip install --no-build-isolation -e '.[release]'
 	@touch $@
 
 $(SANITIZED)/.built: $(VENV)/.installed $(SOURCES)
