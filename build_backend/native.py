@@ -179,7 +179,7 @@ def cuda_toolkit(environ: Mapping[str, str], torch_version: str, torch_cuda: str
     if asked not in (None, "0", "1"):
         raise BuildError(f"HNE_CUDA must be 0 (no CUDA library) or 1 (it is required), got {asked!r}.")
     if asked == "0":
-        return None, "HNE_CUDA=0 was set"
+        return None, "it was built with HNE_CUDA=0 (wheels that have it are versions with +cu)"
     if asked is None and torch_cuda is None:
         return None, f"torch {torch_version} is without CUDA and could not load it (HNE_CUDA=1 compiles it anyway)"
     if home := environ.get("CUDA_HOME"):

@@ -264,7 +264,9 @@ def nvcc(tmp_path: Path) -> dict[str, str]:
 def test_cuda_toolkit_is_where_nvcc_says(nvcc: dict[str, str]) -> None:
     toolkit = Path(nvcc["PATH"], "cuda")
     assert native.cuda_toolkit(nvcc, "2.13.0", "13.0") == (toolkit, "")
-    assert native.cuda_toolkit({**nvcc, "HNE_CUDA": "0"}, "2.13.0", "13.0") == (None, "HNE_CUDA=0 was set")
+    found, reason = native.cuda_toolkit({**nvcc, "HNE_CUDA": "0"}, "2.13.0", "13.0")
+    assert found is None
+    assert "built with HNE_CUDA=0" in reason
     nowhere = {"PATH": str(toolkit)}
     found, reason = native.cuda_toolkit(nowhere, "2.13.0", "13.0")
     assert found is None
