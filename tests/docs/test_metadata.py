@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("file", "pattern"),
     [
-        ("pyproject.toml", r'^version = "(.+)"$'),
+        ("build_backend/native.py", r'^VERSION = "(.+)"$'),
         ("CITATION.cff", r"^version: (.+)$"),
         ("CHANGELOG.md", r"^## \[(\d.+?)\]"),  # the newest comes first
     ],

@@ -134,11 +134,18 @@ def _loss_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
     logits, alpha, temperature = inputs["logits"], inputs["alpha"], inputs["temperature"]
     models, batch, _ = logits.shape
     largest = 1 + logits.abs().max()
-    sizes = K.default_sizes(models)[:-1]
-    loss = largest * ((1 - alpha) * models + alpha * temperature**2 * len(sizes))
+    sizes = K.default_sizes(models)
+    loss = largest * ((1 - alpha) * models + alpha * temperature**2 * (len(sizes) - 1))
+    *smaller, whole = (K.prefix_mean(logits, sizes) / temperature).log_softmax(-1)
+    for ensemble in smaller:
+        # The divergence is a mean by the probabilities of the whole ensemble. Where two of these are alike, as their
+        # logits are, they decide between terms as large as logits.
+        terms = whole - ensemble
+        apart = (terms - (whole.exp() * terms).sum(-1, keepdim=True)).abs()
+        loss = loss + alpha * temperature * largest * (whole.exp() * apart).sum(-1).mean()
     outcome = Outcome((loss,))
     if grads:
-        per_logit = (1 - alpha) + alpha * temperature * sum(1 / size for size in sizes)
+        per_logit = (1 - alpha) + alpha * temperature * sum(1 / size for size in sizes[:-1])
         outcome.gradients = {"logits": (grads[0] * largest * per_logit / batch).expand(logits.shape)}
     return outcome
 

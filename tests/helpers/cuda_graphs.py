@@ -144,6 +144,6 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
     monkeypatch.setattr(hne.training.captured_step, "_is_gpu", lambda device: True)
     monkeypatch.setattr(hne.executors.folded, "is_capturing", lambda: capturing[0])
     # The recorder is a dispatch mode, which a real capture is not.
-    for module in (hne_kernels, hne_kernels.ops.fused_layers):
+    for module in (hne_kernels, hne_kernels.dispatch, hne_kernels.ops.fused_layers):
         monkeypatch.setattr(module, "is_traced", lambda: not capturing[0] and is_traced())
     return Graph
