@@ -136,7 +136,8 @@ def _loss_magnitude(inputs: Inputs, grads: Sequence[Tensor]) -> Outcome:
     largest = 1 + logits.abs().max()
     sizes = K.default_sizes(models)
     loss = largest * ((1 - alpha) * models + alpha * temperature**2 * (len(sizes) - 1))
-    *smaller, whole = (K.prefix_mean(logits, sizes) / temperature).log_softmax(-1)
+    with K.use_backend("reference"):
+        *smaller, whole = (K.prefix_mean(logits, sizes) / temperature).log_softmax(-1)
     for ensemble in smaller:
         # The divergence is a mean by the probabilities of the whole ensemble. Where two of these are alike, as their
         # logits are, they decide between terms as large as logits.
