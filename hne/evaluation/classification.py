@@ -12,7 +12,7 @@ from torch import Tensor
 from hne_kernels import default_sizes
 
 from ..averages import AVERAGES, check_average
-from ..data import Dataset
+from ..data import Dataset, Split
 from ..distributed import World
 from ..metrics import (
     BINS,
@@ -110,6 +110,7 @@ def evaluate(
     model: Ensemble,
     dataset: Dataset,
     *,
+    images: Split | None = None,
     sizes: Sequence[int] | None = None,
     average: str = "logits",
     batch_size: int = 256,
@@ -122,6 +123,7 @@ def evaluate(
     Args:
         model: is put into eval mode.
         dataset: provides the test images and their format.
+        images: labelled images of that format, instead of the test images.
         sizes: the ensemble sizes n, rising; by default the powers of two below N, then N.
         average: what an ensemble averages, a name of :data:`hne.averages.AVERAGES`: logits or probabilities.
         batch_size: images at a time in each process.
@@ -134,7 +136,14 @@ def evaluate(
     """
     world = world or World(next(model.parameters()).device)
     return evaluate_members(
-        predict(model, dataset.test, dataset.input, batch_size, channels_last=channels_last, world=world),
+        predict(
+            model,
+            dataset.test if images is None else images,
+            dataset.input,
+            batch_size,
+            channels_last=channels_last,
+            world=world,
+        ),
         model.num_models,
         lambda n: model.macs(n, dataset.input.size),
         world,

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..data import Corruption, Dataset
-from ..distributed import World
-from .classification import EnsembleMetrics, Evaluation, evaluate_members
-from .predict import Ensemble, predict
+from .classification import EnsembleMetrics, Evaluation, evaluate
+from .predict import Ensemble
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,18 @@ def evaluate_corruptions(
     Raises:
         ResultError: a metric is NaN or infinite.
     """
-    world = World(next(model.parameters()).device)
     return tuple(
         CorruptionEvaluation(
             name,
             severity,
-            evaluate_members(
-                predict(model, images, dataset.input, batch_size, world=world),
-                model.num_models,
-                lambda n: model.macs(n, dataset.input.size),
-                world,
-                progress,
+            evaluate(
+                model,
+                dataset,
+                images=images,
                 sizes=sizes,
                 average=average,
+                batch_size=batch_size,
+                progress=progress,
             ),
         )
         for name, severity, images in corruptions
