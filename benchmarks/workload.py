@@ -78,6 +78,7 @@ RESNET = Network("HNE-ResNet", 32, {"name": "hne_resnet50_cifar", "num_classes":
 MOBILENET = Network("HNE-MobileNetV2", 224, {"name": "hne_mobilenetv2_075", "num_classes": 1000})
 RESNET18 = Network("ResNet-18", 224, {"name": "hne_resnet18", "num_classes": 1000})
 WIDE_RESNET = Network("WRN-28-10", 32, {"name": "hne_wrn28_10", "num_classes": 100})
+FASHION = Network("HNE-tiny", 28, {"name": "hne_tiny", "num_classes": 10})
 TINY = Network("HNE-tiny", 8, {"name": "hne_tiny", "num_classes": 10, "width": 0.25, "num_models": 2})
 
 _HEADS = ((16, 128, 256, 100), (8, 450, 1280, 1000))  # of both networks, at their training batch sizes
@@ -96,6 +97,7 @@ CPU = Workload(
     heads=_HEADS,
     training=(
         *((RESNET, batch, torch.float32) for batch in (32, 128)),
+        (FASHION, 128, torch.float32),
         *((network, 8, torch.float32) for network in (RESNET18, WIDE_RESNET)),
     ),
     inference=(
