@@ -41,8 +41,8 @@ class FoldedExecutor(KernelExecutor):
             with torch.no_grad():
                 if capturing:  # the folded weights exist only when the graph is replayed, so they cannot be cached
                     return InferenceSession(network)
-                session = InferenceSession(network, ParameterVersions(network.modules()))
-            if (device := network.head.conv.weight.device).type == "cuda":
+                session = InferenceSession(network, ParameterVersions(network.read_modules()))
+            if (device := session.device).type == "cuda":
                 # Afterwards every stream may read the new weights, and no stream still reads the old ones.
                 torch.cuda.synchronize(device)
             network.folded = session

@@ -125,8 +125,8 @@ class NaiveExecutor(SubtreeExecutor):
 
 
 def _is_whole(module: BranchModule, branches: slice) -> bool:
-    """Whether these are all branches of a module."""
-    return branches == slice(0, module.branches)
+    """Whether these are all parameters of a module, so that its submodules can be called."""
+    return branches == slice(0, module.branches) and not module.is_slice
 
 
 def _batch_norm(module: BatchNormModule, x: Tensor, branches: slice) -> Tensor:

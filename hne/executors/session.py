@@ -55,6 +55,13 @@ class InferenceSession:
                 versions.forget(below_called - below_folded)
         self._programs: dict[tuple[int, int, int, bool], list[_Step]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        weight = self._head.weights[0]
+        assert weight is not None
+        return weight.device
+
     def is_current(self) -> bool:
         """Whether the network is unchanged since construction, so that the folded weights are right.
 

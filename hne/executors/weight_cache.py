@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from .parameter_versions import CountsAttributeChanges
@@ -37,6 +37,10 @@ class FoldedWeightCache(CountsAttributeChanges):
         self.folded: Any = None
         self.graph_weights: list[Any] = []
         self.freeze_depth = 0
+
+    def read_modules(self) -> Iterator[nn.Module]:
+        """The modules whose parameters, buffers and attributes the folded weights depend on."""
+        return self.modules()
 
     def current(self) -> Any:
         """The cached session; None if there is none, or if the network has changed."""

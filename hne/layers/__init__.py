@@ -12,6 +12,7 @@ from .executor import Executor, Features
 from .layer import Layer, build_layer
 from .layer_norm import BranchLayerNorm, LayerNorm, LayerNormLayer
 from .module import Module, ModuleLayer
+from .narrow import narrow, narrow_layer
 from .parameters import (
     BatchNormModule,
     BranchConv,

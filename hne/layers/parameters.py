@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,12 @@ class BranchModule(nn.Module, ABC):
     Args:
         branches: Number of branches.
         in_channels, channels: Input and output channels of one branch.
+
+    Attributes:
+        is_slice: Whether the parameters are slices of another module's (:mod:`hne.layers.narrow`).
     """
+
+    is_slice: ClassVar[bool] = False
 
     def __init__(self, branches: int, in_channels: int, channels: int) -> None:
         super().__init__()

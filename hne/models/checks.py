@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..hierarchy import Hierarchy
 from ..layers import LayerSpec, Module
@@ -62,3 +63,25 @@ def check_templates(blocks: Any, templates: Sequence[nn.Module]) -> None:
             f"templates: expected one for each Module of the network ({', '.join(names) or 'it has none'}), "
             f"got {len(templates)}"
         )
+
+
+def check_images(x: Tensor, in_channels: int, weight: Tensor) -> None:
+    """Raise unless ``x`` are images that a network of ``in_channels`` and with the parameter ``weight`` accepts."""
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"x must have 4 dimensions [batch, channels, height, width], got shape {tuple(shape)}")
+    if shape[1] != in_channels:
+        raise ValueError(f"x must have {in_channels} channels (dimension 1), got shape {tuple(shape)}")
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(f"x must be images of at least 1x1 pixels, got shape {tuple(shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on the device of the model, {weight.device}, got {x.device}")
+    if x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        return
+    raise TypeError(f"x must have the dtype of the model, {weight.dtype}, got {x.dtype}")
+
+
+def has_plain_batch_norm(module: nn.Module) -> bool:
+    """Whether a module has a batch norm of its own process alone."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(part, kind) and not isinstance(part, nn.SyncBatchNorm) for part in module.modules())

@@ -17,7 +17,6 @@ from hne_kernels import default_sizes
 from ..executors import (
     Anytime,
     FoldedExecutor,
-    FoldedWeightCache,
     KernelExecutor,
     NaiveExecutor,
     SubtreeExecutor,
@@ -35,15 +34,16 @@ from ..layers import (
     check_kind,
     spec_from_config,
 )
-from .checks import check_network, check_templates
+from .checks import check_images, check_network, check_templates, has_plain_batch_norm
 from .presets import PRESETS, scaled
 from .pretrained import SharesPretrained
+from .slimmable import SLIM_ENTRIES, Slimmable, check_width
 from .trained import START_ENTRIES, StartsTrained
 
 _Model = TypeVar("_Model", bound="HNE")
 
 
-class HNE(StartsTrained, SharesPretrained, FoldedWeightCache, ABC):
+class HNE(StartsTrained, SharesPretrained, Slimmable, ABC):
     """An ensemble of networks that share the branches of a tree; base class of :class:`FusedHNE` and :class:`NaiveHNE`.
 
     Args:
@@ -145,7 +145,7 @@ class HNE(StartsTrained, SharesPretrained, FoldedWeightCache, ABC):
             ValueError: An entry is missing, unknown or not valid, or the templates do not fit.
         """
         expected = {"hierarchy", "blocks", "num_classes", "in_channels"}
-        if not isinstance(config, dict) or set(config) - START_ENTRIES != expected:
+        if not isinstance(config, dict) or set(config) - START_ENTRIES - SLIM_ENTRIES != expected:
             got = sorted(config) if isinstance(config, dict) else type(config).__name__
             raise ValueError(f"a model's config has the entries {sorted(expected)}, got {got}")
         try:
@@ -154,7 +154,7 @@ class HNE(StartsTrained, SharesPretrained, FoldedWeightCache, ABC):
             rest = iter(templates)
             blocks = [[spec_from_config(layer, rest) for layer in block] for block in config["blocks"]]
             model = cls(hierarchy, blocks, num_classes=config["num_classes"], in_channels=config["in_channels"])
-            return model.restore_start(config)
+            return model.restore_start(config).restore_widths(config)
         except TypeError as error:
             raise ValueError(f"not a model's config: {error}") from error
 
@@ -169,6 +169,7 @@ class HNE(StartsTrained, SharesPretrained, FoldedWeightCache, ABC):
             "num_classes": self.num_classes,
             "in_channels": self.in_channels,
             **self.start_config(),
+            **self.slim_config(),
         }
 
     def templates(self) -> list[nn.Module]:
@@ -194,7 +195,7 @@ class HNE(StartsTrained, SharesPretrained, FoldedWeightCache, ABC):
             ValueError: A :class:`Module` has batch norms, which only ``convert_sync_batchnorm`` replaces.
         """
         for name, module in self.named_modules():
-            if enabled and isinstance(module, ModuleLayer) and _has_batch_norm(module):
+            if enabled and isinstance(module, ModuleLayer) and has_plain_batch_norm(module):
                 raise ValueError(
                     f"{name} is a {module.spec} with batch norms of torch.nn: use "
                     f"torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) instead of sync_batch_norm_()"
@@ -220,20 +221,27 @@ class HNE(StartsTrained, SharesPretrained, FoldedWeightCache, ABC):
         """The layers of each block, in order."""
         return [list(cast("nn.ModuleList", block)) for block in self.blocks]  # type: ignore[arg-type]
 
-    def macs(self, num_models: int | None = None, input_size: int | tuple[int, int] = (32, 32)) -> int:
+    def macs(
+        self,
+        num_models: int | None = None,
+        input_size: int | tuple[int, int] = (32, 32),
+        *,
+        width: float | None = None,
+    ) -> int:
         """Multiply-adds of convolutions and linear layers for one image.
 
         Args:
             num_models: Number of models that are evaluated, the first ones; all by default.
             input_size: Height and width of the image in pixels, or one number for both.
+            width: Share of the channels that is computed, above 0 and at most 1 (:meth:`set_widths_`).
         """
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-        if height < 1 or width < 1:
-            raise ValueError(f"input_size must be at least 1x1, got {height}x{width}")
-        size = height, width
+        size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        if min(size) < 1:
+            raise ValueError(f"input_size must be at least 1x1, got {size[0]}x{size[1]}")
         *needed, heads = self.hierarchy.needed(self.num_models if num_models is None else num_models)
-        total = heads * self.head.macs((1, 1))
-        for block, branches in zip(self.layers_of_blocks(), needed, strict=True):
+        network = self if width is None or check_width(width) == 1 else self.skeleton(float(width))
+        total = heads * network.head.macs((1, 1))
+        for block, branches in zip(network.layers_of_blocks(), needed, strict=True):
             for layer in block:
                 total += branches * layer.macs(size)
                 size = layer.output_size(size)
@@ -245,50 +253,55 @@ class HNE(StartsTrained, SharesPretrained, FoldedWeightCache, ABC):
     def executor(self) -> SubtreeExecutor:
         """The executor for the current mode: it computes the layers."""
 
-    def forward(self, x: Tensor, num_models: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, num_models: int | None = None, *, width: float | None = None) -> Tensor:
         """Logits of the first ``num_models`` leaves; only their part of the tree is computed.
 
         Args:
             x: Images ``[batch, in_channels, height, width]`` of any strides (:class:`FusedHNE` reads channels-last
                 memory in place), in the dtype of the parameters; under autocast in any floating-point dtype.
             num_models: From 1 to ``self.num_models``; all by default.
+            width: Share of the channels that is computed, the first ones, of a slimmable model (:meth:`set_widths_`);
+                all by default. In eval mode one of ``self.widths``, in training mode any above 0.
 
         Returns:
             Logits ``[num_models, batch, num_classes]``.
 
         Raises:
             ValueError: ``x`` has a wrong rank, number of channels or device, or has no pixels; or ``num_models`` is out
-                of range.
-            TypeError: ``x`` has another dtype, or ``num_models`` is not an int.
+                of range; or ``width`` is, or the model is not slimmable.
+            TypeError: ``x`` has another dtype, ``num_models`` is not an int, or ``width`` is not a number.
+            RuntimeError: The batch-norm statistics of ``width`` were not computed (:meth:`calibrate_widths_`).
             SkippedModuleError: A module that is not called has hooks or was replaced (:mod:`hne.layers.submodules`).
         """
         self.check_images(x)
         n = self.num_models if num_models is None else num_models
         self.hierarchy.check_num_models(n)
-        return self.executor().runner(self)(x, slice(0, n))[-1]
+        network = self if width is None else self.at_width(width)
+        return self.executor().runner(network)(x, slice(0, n))[-1]
 
-    def prefix_logits(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    def prefix_logits(self, x: Tensor, sizes: Sequence[int] | None = None, *, width: float | None = None) -> Tensor:
         """Logits of nested ensembles: the mean over the first ``n`` leaves for each ``n`` of ``sizes`` (eq. 1 and 5).
 
         Args:
             x: Images as in :meth:`forward`.
             sizes: Ensemble sizes in rising order; :attr:`prefix_sizes` by default. Only the part of the tree that the
                 largest ensemble needs is computed.
+            width: As in :meth:`forward`.
 
         Returns:
             Logits ``[len(sizes), batch, num_classes]``.
 
         Raises:
-            ValueError, TypeError: As :meth:`forward`, or ``sizes`` do not rise.
+            ValueError, TypeError, RuntimeError: As :meth:`forward`, or ``sizes`` do not rise.
         """
         self.check_images(x)
         wanted = self.prefix_sizes if sizes is None else tuple(sizes)
         if not wanted or any(a >= b for a, b in itertools.pairwise((0, *wanted))):
             raise ValueError(f"sizes must rise from at least 1, got {wanted}")
         self.hierarchy.check_num_models(wanted[-1])
-        return self.executor().runner(self)(x, slice(0, wanted[-1]), sizes=wanted)[-1]
+        return self.executor().runner(self.at_width(width))(x, slice(0, wanted[-1]), sizes=wanted)[-1]
 
-    def anytime(self, x: Tensor) -> Anytime:
+    def anytime(self, x: Tensor, *, width: float | None = None) -> Anytime:
         """Anytime inference: an iterator over ``(n, y)`` for n = 1, 2, ... ``num_models``.
 
         ``y`` ``[batch, num_classes]`` is the mean of the logits of the first ``n`` leaves. Each step computes only the
@@ -296,31 +309,20 @@ class HNE(StartsTrained, SharesPretrained, FoldedWeightCache, ABC):
 
         Args:
             x: Images as in :meth:`forward`.
+            width: As in :meth:`forward`.
 
         Raises:
-            RuntimeError: The model is in training mode.
+            RuntimeError: The model is in training mode, or ``width`` has no statistics.
             ValueError, TypeError: As :meth:`forward`.
         """
         if self.training:
             raise RuntimeError("anytime() is for inference: call model.eval() first")
         self.check_images(x)
-        return Anytime(self, x)
+        return Anytime(self.at_width(width), x)
 
     def check_images(self, x: Tensor) -> None:
         """Raise unless ``x`` are images that :meth:`forward` accepts."""
-        shape = x.shape
-        if len(shape) != 4:
-            raise ValueError(f"x must have 4 dimensions [batch, channels, height, width], got shape {tuple(shape)}")
-        if shape[1] != self.in_channels:
-            raise ValueError(f"x must have {self.in_channels} channels (dimension 1), got shape {tuple(shape)}")
-        if shape[2] < 1 or shape[3] < 1:
-            raise ValueError(f"x must be images of at least 1x1 pixels, got shape {tuple(shape)}")
-        weight = self._head_parameter()
-        if x.device != weight.device:
-            raise ValueError(f"x must be on the device of the model, {weight.device}, got {x.device}")
-        if x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            return
-        raise TypeError(f"x must have the dtype of the model, {weight.dtype}, got {x.dtype}")
+        check_images(x, self.in_channels, self._head_parameter())
 
     def _head_parameter(self) -> Tensor:
         """A parameter of the head, for its device and dtype; pruned and parametrized weights are not computed."""
@@ -390,8 +392,3 @@ class FusedHNE(HNE):
 
     def executor(self) -> SubtreeExecutor:
         return self._TRAINING if self.training or torch.is_grad_enabled() else self._INFERENCE
-
-
-def _has_batch_norm(layer: ModuleLayer) -> bool:
-    kind = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(module, kind) and not isinstance(module, nn.SyncBatchNorm) for module in layer.modules())
