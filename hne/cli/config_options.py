@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..losses import OBJECTIVES
 from ..models import PRESETS
 from ..training import PROTOCOLS, SCHEDULES, TrainConfig
-from .options import positive_int, positive_ints
+from .options import distinct_floats, positive_int, positive_ints
 
 
 def protocol_line(values: Mapping[str, Any]) -> str:
@@ -46,6 +46,11 @@ _OPTIONS: dict[str, _Option] = {
     "augment": _Option("no random crops and flips"),
     "preset": _Option("architecture (default: one that suits the data; see `hne info`)", choices=tuple(PRESETS)),
     "width": _Option("factor on every channel count (default: 1)", float, "F"),
+    "widths": _Option(
+        "slimmable channels: train for these shares of the channels, too, such as 0.25,0.5,0.75,1 (default: 1 alone)",
+        distinct_floats,
+        "W1,W2,...",
+    ),
     "num_models": _Option("ensemble size: number of members (default: that of the preset)", positive_int, "N"),
     "branches": _Option(
         "another tree: number of branches of each block, for instance 1,1,1,16,16 (heads: --num-models)",

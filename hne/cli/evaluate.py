@@ -9,10 +9,10 @@ from typing import Any
 
 from ..data import SEVERITIES, Corruption, Dataset, Images
 from ..distributed import choose_device
-from ..evaluation import Evaluation, evaluate, evaluate_corruptions, evaluate_ood, evaluate_regression
+from ..evaluation import Evaluation, evaluate_corruptions, evaluate_ood, evaluate_regression, evaluate_widths
 from ..files import check_writable, write_json
 from ..models import HNE, QuantizedHNE
-from ..reporting import ProgressBar, show_corruptions, show_evaluation, show_ood, show_uncertainty
+from ..reporting import ProgressBar, show_corruptions, show_evaluation, show_ood, show_uncertainty, show_widths
 from . import options
 from .loading import load_corruptions, load_model, load_network, load_ood_images, load_test_data
 
@@ -49,6 +49,9 @@ between them, for corruptions that are applied to the test images,
 or a folder in the format of CIFAR-10-C and CIFAR-100-C (labels.npy, and an array NAME.npy for each
 corruption). A table has means over the severities for each corruption; another the error for each
 severity and the mean corruption error. --json has all severities of all corruptions.
+
+A model of `hne train --widths` has a table over its widths and n, in which * marks the Pareto front:
+choices that are more accurate than each cheaper one. All else is of full width.
 
 For a regression (diabetes): RMSE and NLL of the mixture, in the units of the target.
 """
@@ -115,15 +118,18 @@ def execute(args: argparse.Namespace) -> int:
         ood_images = load_ood_images(args, dataset)
         corrupted = load_corruptions(args, dataset)
         dataset = dataset.to(device)
-        with ProgressBar(len(dataset.test), hidden=args.quiet) as bar:
+        widths = model.widths if isinstance(model, HNE) and dataset.target is None else ()
+        with ProgressBar(len(dataset.test) * max(1, len(widths)), hidden=args.quiet) as bar:
             common: dict[str, Any] = {"batch_size": args.batch_size, "progress": bar.update}
             evaluation = (
-                evaluate(model, dataset, average=args.average, **common)
+                evaluate_widths(model, dataset, average=args.average, **common)
                 if dataset.target is None
                 else evaluate_regression(model, dataset, **common)
             )
         show_evaluation(evaluation, f"{args.checkpoint} on {dataset.name}")
         if isinstance(evaluation, Evaluation):
+            if evaluation.narrower:
+                show_widths(evaluation, "\nat each width")
             show_uncertainty(evaluation, f"uncertainty on {dataset.name}")
         results: dict[str, Any] = {"data": dataset.name, "evaluation": evaluation.to_dict()}
         if ood_images is not None:

@@ -9,8 +9,9 @@ import torch
 
 from ..distributed import choose_device, join_world
 from ..errors import CheckpointError
+from ..evaluation import Evaluation
 from ..models import checkpoint
-from ..reporting import show_evaluation
+from ..reporting import show_evaluation, show_widths
 from ..training import CHECKPOINT, RUN_FILES, TrainConfig, Trainer, final_evaluation, run_title
 from . import config_options, options
 from .loading import load_training_data
@@ -29,10 +30,16 @@ of them can be given by itself. The folder --out gets
 Loss and images per second are those of training. Each evaluation prints a table of the ensembles of
 the first n = 1, 2, 4, ... N members: their cost per image (MACs: multiply-adds), accuracy and NLL
 (negative log-likelihood in nats).
+
+--widths makes the channels slimmable: the same weights also compute with the first channels of each
+layer alone. Each step trains full width by the objective, and three smaller ones on its predictions
+(the sandwich rule of US-Nets). The table and the plot at the end show all widths and n, and which of
+these choices are Pareto-optimal. With --branches 1,1,1,1 it is a single US-Net.
 """
 _EXAMPLES = """\
   hne train                                              scikit-learn's digits: needs no download
   hne train --data fashion-mnist --width 0.5 --epochs 5
+  hne train --widths 0.25,0.5,0.75,1 --epochs 60         slimmable channels
   hne train --data cifar100 --data-dir ~/data --amp      the paper's protocol: 200 epochs
   hne train --data folder --data-dir ~/pictures --image-size 128        your images, in train/CLASS/
   hne train --data cifar100 --objective I --branches 16,16,16,16,16     independent networks
@@ -51,7 +58,7 @@ def add_parser(commands: options.Subparsers) -> None:
     options.add_data(parser, default="digits")
     for title, names in (
         ("training data", config_options.TRAINING_DATA),
-        ("model", ("preset", "num_models", "width", "branches", "naive")),
+        ("model", ("preset", "num_models", "width", "widths", "branches", "naive")),
         ("start from a trained network", config_options.BACKBONE),
         ("objective", ("objective", "alpha", "temperature")),
         ("optimisation", (*config_options.OPTIMISATION, "seed")),
@@ -77,7 +84,10 @@ def execute(args: argparse.Namespace) -> int:
         with hint_on_interrupt(world, hint):
             ((_, trainer),) = runs
         if world.main:
-            show_evaluation(final_evaluation(trainer), run_title(trainer))
+            evaluation = final_evaluation(trainer)
+            show_evaluation(evaluation, run_title(trainer))
+            if isinstance(evaluation, Evaluation) and evaluation.narrower:
+                show_widths(evaluation, "\nat each width")
             print(f"wrote {', '.join(name for name in RUN_FILES if (folder / name).exists())} to {folder}")
     return 0
 
@@ -132,6 +142,8 @@ class _Reporter(RunReporter):
             f"{world.size} process(es) on {world.device}, {torch.get_num_threads()} thread(s); "
             f"results in {folder}"
         )
+        if trainer.model.widths:
+            print(f"slimmable to widths {', '.join(f'{width:g}' for width in trainer.model.widths)}")
         if trainer.model.conversion is not None:
             print(f"backbone {trainer.model.conversion.summary}")
         if trainer.batch_size != config.batch_size:

@@ -9,3 +9,4 @@ from .ood import OODEvaluation, evaluate_ood
 from .predict import Ensemble, predict
 from .regression import RegressionEvaluation, RegressionMetrics, evaluate_regression
 from .speed import COMPILED, EAGER, FUSED, SIDES, InferenceSides, TrainingSides
+from .widths import AtWidth, by_width, evaluate_widths, pareto_front

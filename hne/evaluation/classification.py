@@ -68,12 +68,16 @@ class Evaluation:
         member_accuracy: of every member by itself, 0 to 1.
         images: number of images.
         average: what the ensembles average, a name of :data:`hne.averages.AVERAGES`.
+        width: share of the channels that were computed.
+        narrower: of a slimmable model, the evaluations of its widths below 1, by rising width.
     """
 
     ensembles: tuple[EnsembleMetrics, ...]
     member_accuracy: tuple[float, ...]
     images: int
     average: str = "logits"
+    width: float = 1.0
+    narrower: tuple[Evaluation, ...] = ()
 
     @property
     def diversity(self) -> float:
@@ -88,11 +92,18 @@ class Evaluation:
     def columns(self) -> dict[str, float]:
         """Return the main metrics by name, for a row of a log."""
         metrics = {f"{name}_{e.num_models}": getattr(e, name) for e in self.ensembles for name in ("accuracy", "nll")}
+        for narrow in self.narrower:
+            metrics |= {f"accuracy_{e.num_models}_width_{narrow.width:g}": e.accuracy for e in narrow.ensembles}
         return {**metrics, "member_accuracy": self.mean_member_accuracy, "diversity": self.diversity}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the evaluation as JSON-able values."""
-        return asdict(self)
+        """Return the evaluation as JSON-able values; width and narrower ones only of a slimmable model."""
+        values = asdict(self)
+        narrower = [narrow.to_dict() for narrow in self.narrower]
+        del values["width"], values["narrower"]
+        return (
+            values | ({} if self.width == 1 else {"width": self.width}) | ({"narrower": narrower} if narrower else {})
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Evaluation:
@@ -102,6 +113,8 @@ class Evaluation:
             tuple(values["member_accuracy"]),
             values["images"],
             values.get("average", "logits"),  # which files of earlier versions do not name
+            values.get("width", 1.0),
+            tuple(map(cls.from_dict, values.get("narrower", ()))),
         )
 
 

@@ -6,3 +6,4 @@ from .gaussian import gaussian_divergence, gaussians, likelihood_objective
 from .hydra import average_teacher, hydra_loss
 from .modules import HierarchicalDistillationLoss, HierarchicalLoss, HydraLoss, IndependentLoss
 from .objectives import OBJECTIVES, Objective, objective
+from .slimmable import NarrowObjective, narrow_objective

@@ -29,12 +29,17 @@ def hierarchical(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def distillation(logits: Tensor, temperature: float) -> Tensor:
-    """``L_D`` (eq. 11): every member learns the soft labels of the whole ensemble.
+    """``L_D`` (eq. 11): every member learns the soft labels of the whole ensemble."""
+    return soft_cross_entropy(logits, logits.mean(0), temperature)
 
-    Soft labels and members are softened at ``temperature`` T; the factor T^2 keeps the scale of the gradient
+
+def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Every model of ``[M, B, L]`` learns the soft labels of a teacher ``[B, L]``; the sum over the models.
+
+    Soft labels and models are softened at ``temperature`` T; the factor T^2 keeps the scale of the gradient
     (Hinton et al. 2015). No gradient flows through the soft labels.
     """
-    soft = (logits.mean(0).detach() / temperature).softmax(-1)
+    soft = (teacher.detach() / temperature).softmax(-1)
     log_student = (logits / temperature).log_softmax(-1)
     return temperature**2 * -(soft * log_student).sum(-1).mean(1).sum()
 

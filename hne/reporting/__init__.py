@@ -17,6 +17,7 @@ from .plots import (
     plot_accuracy_against_macs,
     plot_accuracy_against_time,
     plot_reliability,
+    plot_widths,
     save_figure,
     style_axes,
 )
@@ -30,4 +31,5 @@ from .tables import (
     show_ood,
     show_table,
     show_uncertainty,
+    show_widths,
 )

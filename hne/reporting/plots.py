@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -13,7 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-from ..evaluation import AnytimeStep, Evaluation
+from ..evaluation import AnytimeStep, Evaluation, by_width, pareto_front
 from ..files import check_writable, replacing
 
 HALO = [withStroke(linewidth=3, foreground="white")]  # keeps text legible over lines
@@ -64,6 +65,53 @@ def plot_accuracy_against_macs(evaluations: Mapping[str, Evaluation], path: str 
             text.set_parse_math(False)
             text.set_text(plain_text(name))
     save_figure(figure, path)
+
+
+def plot_widths(evaluation: Evaluation, path: str | Path, title: str = "") -> None:
+    """Plot accuracy against multiply-adds of a slimmable model: one curve per width, over the number of members.
+
+    The line behind the curves joins the Pareto front over widths and members: choices that are more accurate than each
+    cheaper one.
+
+    Args:
+        evaluation: from :func:`hne.evaluation.evaluate_widths`.
+        path: of the file; its suffix chooses the format (png, svg, pdf).
+        title: above the plot.
+    """
+    figure = new_figure(7.6, 4.8)
+    axes = figure.add_subplot()
+    evaluations = by_width(evaluation)
+    front = pareto_front(evaluation)
+    chosen = [e for at in evaluations for e in at.ensembles if (at.width, e.num_models) in front]
+    macs, accuracy = zip(*sorted((e.macs / 1e6, 100 * e.accuracy) for e in chosen), strict=True)
+    (line,) = axes.plot(macs, accuracy, color="0.85", lw=8, zorder=1.5, label="Pareto front")
+    line.set_solid_capstyle("round")
+    line.set_solid_joinstyle("round")
+    colors = matplotlib.colormaps["viridis"](torch.linspace(0.9, 0.05, len(evaluations)).tolist())
+    for at, color in zip(evaluations, colors, strict=True):
+        costs = [e.macs / 1e6 for e in at.ensembles]
+        percent = [100 * e.accuracy for e in at.ensembles]
+        axes.plot(costs, percent, "o-", color=color, lw=2, ms=6, label=f"width {at.width:g}")
+        label_sizes(axes, [e.num_models for e in at.ensembles], costs, percent, color)
+    costs = sorted(e.macs / 1e6 for at in evaluations for e in at.ensembles)
+    log_cost_axis(axes, _spread(costs, 7))
+    axes.set_xlabel(COST)
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(plain_text(title), parse_math=False)
+    axes.margins(0.08, 0.14)
+    style_axes(axes)
+    axes.legend(frameon=False, loc="lower right")
+    save_figure(figure, path)
+
+
+def _spread(costs: Sequence[float], count: int) -> list[float]:
+    """Ticks on a logarithmic axis: at most ``count`` of the rising costs, the first and the last among them."""
+    least = (costs[-1] / costs[0]) ** (1 / count)
+    ticks = [costs[0]]
+    for cost in costs[1:-1]:
+        if cost > ticks[-1] * least and costs[-1] > cost * least:
+            ticks.append(cost)
+    return [*ticks, costs[-1]]
 
 
 def plot_accuracy_against_time(steps: Sequence[AnytimeStep], path: str | Path, title: str = "") -> None:

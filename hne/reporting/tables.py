@@ -17,7 +17,9 @@ from ..evaluation import (
     Evaluation,
     OODEvaluation,
     RegressionEvaluation,
+    by_width,
     mean_metrics,
+    pareto_front,
 )
 
 _UNLIMITED = 1000  # width of a file or pipe: no line is wrapped
@@ -106,6 +108,31 @@ def show_evaluation(evaluation: Evaluation | RegressionEvaluation, title: str | 
         caption=(
             f"one model by itself {evaluation.mean_member_accuracy:.2%} (mean of "
             f"{len(evaluation.member_accuracy)}), diversity {evaluation.diversity:.3f}, "
+            f"{evaluation.images} images, {mean_of(evaluation.average)}"
+        ),
+    )
+
+
+def show_widths(evaluation: Evaluation, title: str | None = None) -> None:
+    """Print cost and quality of each ensemble at each width of a slimmable model."""
+    front = pareto_front(evaluation)
+    show_table(
+        ["width", "n", "MACs", "accuracy", "NLL", "Pareto"],
+        [
+            (
+                f"{at.width:g}" if index == 0 else "",
+                e.num_models,
+                format_macs(e.macs),
+                f"{e.accuracy:.2%}",
+                f"{e.nll:.4f}",
+                "*" if (at.width, e.num_models) in front else "",
+            )
+            for at in by_width(evaluation)
+            for index, e in enumerate(at.ensembles)
+        ],
+        title=title,
+        caption=(
+            f"width: share of the channels; *: each cheaper choice of width and n is less accurate\n"
             f"{evaluation.images} images, {mean_of(evaluation.average)}"
         ),
     )

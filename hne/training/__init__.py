@@ -14,6 +14,7 @@ from .run_directory import (
     run_title,
     train_into,
 )
+from .sandwich import SandwichStep, calibrate_widths
 from .teachers import Teacher, check_outputs, member_outputs, read_outputs
 from .tensorboard import FOLDER, check_tensorboard, open_writer, write_scalars
 from .trainer import Trainer, check_same_run

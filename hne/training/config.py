@@ -65,6 +65,7 @@ LATER_OPTIONS: dict[str, Any] = {
     "backbone_arch": None,
     "perturb": 0.1,
     "freeze_trunk": False,
+    "widths": None,
 }
 
 
@@ -73,8 +74,9 @@ class TrainConfig:
     """The config of a training run. Checkpoints store it, and a resumed run follows it to the same result.
 
     ``None`` stands for the whole data set (``limit_train``, ``limit_test``), the size and tree of the preset
-    (``num_models``, ``branches``), the image size and split of the data set, no backbone, or no clipping. With a
-    ``backbone`` (see :meth:`hne.HNE.from_backbone`), ``preset`` is a name for it.
+    (``num_models``, ``branches``), full width alone (``widths``), the image size and split of the data set, no
+    backbone, or no clipping. With a ``backbone`` (see :meth:`hne.HNE.from_backbone`), ``preset`` is a name for it.
+    ``widths`` are those of a slimmable model (:meth:`hne.HNE.set_widths_`), relative to ``width``.
     """
 
     data: str
@@ -90,6 +92,7 @@ class TrainConfig:
     alpha: float = 0.5
     temperature: float = 2.0
     width: float = 1.0
+    widths: tuple[float, ...] | None = None
     num_models: int | None = None
     branches: tuple[int, ...] | None = None
     naive: bool = False
@@ -133,6 +136,8 @@ class TrainConfig:
                 _check_number(name, value, lambda number: number > 0, "a number above 0")
         _check_number("perturb", self.perturb, lambda number: number >= 0, "at least 0")
         self._check_backbone()
+        if self.widths is not None:
+            check_widths("widths", self.widths)
         _check_number("weight_decay", self.weight_decay, lambda number: number >= 0, "at least 0")
         _check_number("momentum", self.momentum, lambda number: 0 <= number < 1, "at least 0 and below 1")
         if self.val_share is not None:
@@ -190,6 +195,10 @@ class TrainConfig:
 
     def build_model(self, dataset: Dataset) -> HNE:
         """The model before training. Its weights are the backbone's, or drawn from torch's global generator."""
+        model = self._build_ordinary_model(dataset)
+        return model if self.widths is None else model.set_widths_(self.widths)
+
+    def _build_ordinary_model(self, dataset: Dataset) -> HNE:
         kind = NaiveHNE if self.naive else FusedHNE
         hierarchy = None if self.branches is None else Hierarchy(self.branches, self.num_models)
         if self.backbone is not None and hierarchy is not None:
@@ -226,8 +235,17 @@ class TrainConfig:
         values = {**LATER_OPTIONS, **values}
         if values.keys() != names:
             raise ValueError(f"a training config has the options {sorted(names)}, got {sorted(values)}")
-        branches = values["branches"]
-        return cls(**{**values, "branches": None if branches is None else tuple(branches)})
+        for name in ("branches", "widths"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        return cls(**values)
+
+
+def check_widths(name: str, widths: tuple[float, ...]) -> None:
+    """Check that an option lists different widths above 0 and at most 1, of which one at least is below 1."""
+    for width in widths:
+        _check_number(name, width, lambda number: 0 < number <= 1, "numbers above 0 and at most 1")
+    if len(set(widths)) < len(widths) or not set(widths) - {1}:
+        raise ValueError(f"{name}: expected different widths, one at least below 1, got {widths}")
 
 
 def _check_whole(name: str, value: object) -> None:

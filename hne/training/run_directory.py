@@ -17,7 +17,7 @@ from ..errors import TrainingError
 from ..evaluation import Evaluation, RegressionEvaluation
 from ..files import lock_folder, remove_leftovers, write_json
 from ..models import checkpoint
-from ..reporting import plot_accuracy_against_macs
+from ..reporting import plot_accuracy_against_macs, plot_widths
 from .history import EpochRecord, write_log
 from .tensorboard import open_writer, write_scalars
 from .trainer import Trainer, describe_dataset
@@ -138,7 +138,10 @@ def _finish(folder: Path, trainer: Trainer) -> None:
     evaluation = final_evaluation(trainer)
     write_log(folder / LOG, trainer.history)
     if isinstance(evaluation, Evaluation):
-        plot_accuracy_against_macs({trainer.config.preset: evaluation}, folder / PLOT, run_title(trainer))
+        if evaluation.narrower:
+            plot_widths(evaluation, folder / PLOT, run_title(trainer))
+        else:
+            plot_accuracy_against_macs({trainer.config.preset: evaluation}, folder / PLOT, run_title(trainer))
         single = {"mean_member_accuracy": evaluation.mean_member_accuracy}
     else:
         single = {"mean_member_rmse": evaluation.mean_member_rmse}

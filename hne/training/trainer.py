@@ -19,13 +19,14 @@ from typing_extensions import Self
 from ..data import Dataset, training_batches
 from ..distributed import World
 from ..errors import CheckpointError, ResultError, TrainingError
-from ..evaluation import Evaluation, RegressionEvaluation, evaluate, evaluate_regression
-from ..losses import Objective, likelihood_objective, objective
+from ..evaluation import Evaluation, RegressionEvaluation, evaluate_regression, evaluate_widths
+from ..losses import Objective, likelihood_objective, narrow_objective, objective
 from ..models import HNE, checkpoint
 from ..reporting import ProgressBar
 from .captured_step import CapturedStep, check_can_capture, training_step
 from .config import LATER_OPTIONS, TrainConfig
 from .history import EpochRecord
+from .sandwich import SandwichStep, calibrate_widths, check_slimmable
 
 CUSTOM = "custom"  # preset in the config of a model that was built elsewhere
 
@@ -41,6 +42,9 @@ class Trainer:
 
     On a GPU, SGD is PyTorch's fused one, with the learning rate in a tensor. A run of ordinary steps and one by CUDA
     graphs (``cuda_graph`` of the config) therefore launch the same kernels.
+
+    A slimmable model (:meth:`hne.HNE.set_widths_`) is trained by the sandwich rule (:class:`SandwichStep`); after each
+    epoch the batch-norm statistics of its widths are computed from training images.
 
     A run is repeated and resumed exactly: all random numbers follow from the seed of the config. Where a data set of
     your own draws from a generator of its own, its images are beyond that (see :class:`hne.data.ItemImages`).
@@ -68,7 +72,7 @@ class Trainer:
         DataError: A data set of PyTorch is empty, or its items are not images and labels.
         TrainingError: The processes cannot share the batch equally, the objective or the network does not suit the
             data, no parameter requires a gradient, or ``cuda_graph`` is not possible: without a GPU, or with several
-            processes.
+            processes; or a slimmable model meets several processes, ``cuda_graph`` or a regression.
     """
 
     def __init__(
@@ -101,6 +105,8 @@ class Trainer:
             raise TrainingError("model: no parameter requires a gradient")
         self.parallel = world.parallel(self.model)
         fused = world.device.type == "cuda" or config.cuda_graph
+        if model.widths:
+            check_slimmable(config, dataset, world)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             torch.tensor(config.lr, dtype=torch.float32, device=world.device) if fused else config.lr,
@@ -152,6 +158,10 @@ class Trainer:
             with self._progress_bar(f"epoch {self.epoch + 1}/{epochs}", images, quiet) as bar:
                 loss = self._train_epoch(bar)
             seconds = time.perf_counter() - start
+            if self.model.widths:
+                calibrate_widths(
+                    self.model, self.dataset, self.batch_size, self.config.seed, augment=self.config.augment
+                )
             self.epoch += 1
             evaluation: Evaluation | RegressionEvaluation | None = None
             if self.epoch % eval_every == 0 or self.epoch == epochs:
@@ -163,9 +173,10 @@ class Trainer:
     def _evaluate(self, quiet: bool) -> Evaluation | RegressionEvaluation:
         """Evaluate the model on the test images."""
         self.world.share_buffers(self.model)
-        with self._progress_bar("evaluating", len(self.dataset.test), quiet) as bar:
+        images = len(self.dataset.test) * max(1, len(self.model.widths))
+        with self._progress_bar("evaluating", images, quiet) as bar:
             try:
-                return (evaluate if self.dataset.target is None else evaluate_regression)(
+                return (evaluate_widths if self.dataset.target is None else evaluate_regression)(
                     self.model,
                     self.dataset,
                     channels_last=self.config.channels_last,
@@ -214,12 +225,18 @@ class Trainer:
         clip = self.config.clip_grad_norm
         if self.config.cuda_graph:
             return CapturedStep(self.model, self._compute_loss, self.optimizer, clip_grad_norm=clip)
+        if self.model.widths:
+            narrow = narrow_objective(self.config.objective, self.config.alpha, self.config.temperature)
+            return SandwichStep(self.model, self._forward, self.objective, narrow, self.optimizer, clip_grad_norm=clip)
         return functools.partial(training_step, self._compute_loss, self.optimizer, clip_grad_norm=clip)
 
-    def _compute_loss(self, images: Tensor, target: Tensor) -> Tensor:
+    def _forward(self, images: Tensor, **options: Any) -> Tensor:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.amp):
-            logits = self.parallel(images)
-        return self._loss(logits, images, target)
+            logits: Tensor = self.parallel(images, **options)
+        return logits
+
+    def _compute_loss(self, images: Tensor, target: Tensor) -> Tensor:
+        return self._loss(self._forward(images), images, target)
 
     def _set_learning_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -65,6 +65,17 @@ def _leading_slice(tensor: Tensor) -> Tensor:
     return longer[: tensor.shape[0]]
 
 
+def _channel_slice(tensor: Tensor) -> Tensor:
+    """The first entries of every dimension but the first, as the weights of a slimmable model: branches and rows have
+    strides of their own. The rest is NaN."""
+    spatial = tensor.dim() - 2 if tensor.dim() > 3 else tensor.dim()  # a kernel is whole
+    sizes = [size if d == 0 or d >= spatial else size + 3 for d, size in enumerate(tensor.shape)]
+    wider = tensor.new_full(sizes, _absent(tensor))
+    view = wider[tuple(slice(size) for size in tensor.shape)]
+    view.copy_(tensor)
+    return view
+
+
 def _misaligned(tensor: Tensor) -> Tensor:
     """Contiguous, but one value after an aligned address; surrounded by NaN."""
     longer = tensor.new_full((tensor.numel() + 2,), _absent(tensor))
@@ -98,7 +109,7 @@ def _absent(tensor: Tensor) -> float:
     return float("nan") if tensor.is_floating_point() else -(10**6)
 
 
-LAYOUTS = [_transposed, _leading_slice, _misaligned, _every_other, _expanded, _expanded_within]
+LAYOUTS = [_transposed, _leading_slice, _channel_slice, _misaligned, _every_other, _expanded, _expanded_within]
 
 
 def _relayout(inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> Inputs:
