@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
+
+from typing_extensions import Self
 
 from .executor import Executor, Features
 from .layer import Layer
@@ -46,6 +49,13 @@ class Conv(LayerSpec):
             raise ValueError(f"Conv.groups must divide Conv.channels, got {self.groups} and {self.channels}")
         if not self.norm and self.groups > 1:
             raise ValueError(f"Conv.groups must be 1 without batch norm, got {self.groups}")
+
+    def scaled(self, width: float) -> Self:
+        """As any layer; where each channel is a group, as in a depthwise convolution, each one stays a group."""
+        if self.groups < self.channels or self.groups == 1:
+            return super().scaled(width)
+        channels = dataclasses.replace(self, groups=1).scaled(width).channels
+        return dataclasses.replace(self, channels=channels, groups=channels)
 
     def __str__(self) -> str:
         return f"conv {self.kernel_size}x{self.kernel_size} {self.channels}{stride_text(self.stride)}"

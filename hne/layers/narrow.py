@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .conv import Conv
 from .layer import Layer, build_layer
 from .parameters import BatchNormModule, BranchConv, BranchLinear, BranchModule, BranchNorm, ConvNorm
 from .spec import LayerSpec
@@ -78,7 +79,10 @@ class NarrowConvNorm(Narrow, ConvNorm):
 
     def weight(self, branches: slice) -> Tensor:
         weight: Tensor = self.wide.weight(branches)
-        return weight[:, : self.channels] if self.depthwise else weight[:, : self.channels, : self.in_channels]
+        if weight.dim() == 5:
+            return weight[:, : self.channels, : self.in_channels // self.groups]
+        weight = weight[:, : self.channels]
+        return weight if self.depthwise else weight[:, :, None]  # a depthwise convolution of one channel is dense
 
 
 class NarrowNorm(Narrow, BranchNorm):
@@ -123,7 +127,7 @@ def narrow_layer(
         ValueError: The layer has groups of channels, or fewer channels give it other convolutions.
     """
     wide = cast("Layer", network.get_submodule(path))
-    if getattr(spec, "groups", 1) > 1:
+    if getattr(spec, "groups", 1) > 1 and not (isinstance(spec, Conv) and spec.groups == spec.channels):
         raise ValueError(f"{path} ({spec}): a convolution in groups has no slices of channels")
     with torch.device("meta"):  # without memory, and without numbers of the random generator
         layer = build_layer(spec, in_channels, branches, replicate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -74,8 +75,16 @@ class SandwichStep:
         if smallest == 1:
             return []
         between = [step / _STEPS for step in range(1, _STEPS) if step / _STEPS > smallest]
-        chosen = torch.randperm(len(between))[:RANDOM_WIDTHS].tolist()
-        return [smallest, *(between[index] for index in chosen)]
+        order = (between[index] for index in torch.randperm(len(between)).tolist())
+        return [smallest, *itertools.islice(filter(self._exists, order), RANDOM_WIDTHS)]
+
+    def _exists(self, width: float) -> bool:
+        """Whether the model has this width: with few channels, rounding may give a layer another shortcut."""
+        try:
+            self.model.skeleton(width)
+        except ValueError:
+            return False
+        return True
 
 
 def calibrate_widths(model: HNE, dataset: Dataset, batch_size: int, seed: int, *, augment: bool) -> None:
