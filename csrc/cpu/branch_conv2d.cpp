@@ -127,8 +127,8 @@ void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
   const Tensor packed = empty(weight, {g.branches * branch_size});
   parallel_tasks(g.branches, [&](int64_t branch) {
-    pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.out_channels, g.in_channels, g.taps(),
-         g.in_channels * g.taps(), g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
+    pack(data<T>(weight) + branch * weight.stride(0), g.out_channels, g.in_channels, g.taps(), weight.stride(1),
+         g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
   });
   convolve_packed(g, source, data<T>(packed), bias, Summand<T>{}, Clamp<T>{}, out, written);
 }
@@ -155,7 +155,7 @@ Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::opt
     check_shape("bias", *bias_in, {g.branches, g.out_channels});
     check_kind("bias", *bias_in, x_in);
   }
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
   const std::optional<Tensor> bias = contiguous(widen(bias_in));
   Tensor out = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {

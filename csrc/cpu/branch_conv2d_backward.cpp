@@ -73,8 +73,8 @@ Tensor pack_transposed(const Geometry& g, const Tensor& weight) {
   const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
   const Tensor packed = empty(weight, {g.parents * parent_size});
   parallel_tasks(g.branches, [&](int64_t branch) {
-    pack(data<T>(weight) + branch * g.out_channels * g.in_channels * g.taps(), g.in_channels, g.out_channels, g.taps(),
-         g.taps(), g.in_channels * g.taps(), panel_stride,
+    pack(data<T>(weight) + branch * weight.stride(0), g.in_channels, g.out_channels, g.taps(), g.taps(),
+         weight.stride(1), panel_stride,
          mutable_data<T>(packed) + branch / g.replicate * parent_size + branch % g.replicate * child_size);
   });
   return packed;
@@ -284,7 +284,7 @@ Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_
   check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = contiguous_filters(widen(weight_in));
   Tensor out = empty(grad, {g.parents, g.batch, height, width, g.in_channels});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);

@@ -8,13 +8,15 @@ namespace {
 template <typename T>
 Tensor channels_last(const Tensor& weight, int64_t taps, bool flip) {
   const int64_t branches = weight.size(0), channels = weight.size(1);
+  const int64_t branch_stride = weight.stride(0), channel_stride = weight.stride(1);
   const Tensor out = empty(weight, {branches, taps, channels});
   const T* from = data<T>(weight);
   T* to = mutable_data<T>(out);
   for (int64_t branch = 0; branch < branches; ++branch)
     for (int64_t tap = 0; tap < taps; ++tap)
       for (int64_t c = 0; c < channels; ++c)
-        to[(branch * taps + tap) * channels + c] = from[(branch * channels + c) * taps + (flip ? taps - 1 - tap : tap)];
+        to[(branch * taps + tap) * channels + c] =
+            from[branch * branch_stride + c * channel_stride + (flip ? taps - 1 - tap : tap)];
   return out;
 }
 
@@ -191,7 +193,7 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
     check_shape("bias", *bias_in, {g.branches, g.out_channels});
     check_kind("bias", *bias_in, x_in);
   }
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
   const std::optional<Tensor> bias = contiguous(widen(bias_in));
   Tensor out = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch(x, [&](auto type) {
@@ -210,7 +212,7 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
   STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match weight");
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = contiguous_filters(widen(weight_in));
   Tensor out = empty(grad, {g.parents, g.batch, height, width, g.in_channels});
   dispatch(grad, [&](auto type) {
     using T = decltype(type);

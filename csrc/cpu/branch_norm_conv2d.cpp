@@ -80,7 +80,7 @@ Results forward(const Tensor& x_in, const Tensor& weight_in, const std::optional
   if (materialize) check_materialize(weight_in, norm.has_value());
   STD_TORCH_CHECK(materialize || !residual_in.has_value(), "residual: expected none unless z is materialised");
   const Residual residual(residual_in, residual_norm, x_in);
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
   const Tensor y = empty(x, g.out_shape()), z = materialize ? empty(x, x_in.sizes()) : empty(x, {0});
   const auto [mean, var] = dispatch(x, [&](auto type) {
     using T = decltype(type);
@@ -125,7 +125,7 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& 
     check_like("z", *z_in, x_in);
     check_like("grad_z", *grad_z_in, x_in);
   }
-  const Tensor weight = torch::stable::contiguous(widen(weight_in)), x = torch::stable::contiguous(widen(x_in));
+  const Tensor weight = contiguous_filters(widen(weight_in)), x = torch::stable::contiguous(widen(x_in));
   const std::optional<Tensor> z = contiguous(widen(z_in)), grad_z = contiguous(widen(grad_z_in));
   const bool need_norm = need_input && norm.has_value();
   const Tensor grad_x = need_input ? empty(x, x_in.sizes()) : empty(x, {0});

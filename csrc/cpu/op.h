@@ -35,6 +35,17 @@ inline std::optional<Tensor> widen(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(widen(*t)) : std::nullopt;
 }
 
+// The weight [branch][filter]... with the values of each filter contiguous. Branches and filters keep their strides, so
+// that a slice of channels is not copied.
+inline Tensor contiguous_filters(const Tensor& weight) {
+  int64_t expected = 1;
+  for (int64_t d = weight.dim() - 1; d >= 2; --d) {
+    if (weight.size(d) != 1 && weight.stride(d) != expected) return torch::stable::contiguous(weight);
+    expected *= weight.size(d);
+  }
+  return weight;
+}
+
 // A contiguous tensor that does not change, with its data pointer: asking a tensor for it costs time in every loop.
 class ConstTensor {
  public:

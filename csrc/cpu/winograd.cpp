@@ -216,7 +216,7 @@ template <typename T>
 void convolve_tiles(const Geometry& g, const Geometry& forward, const Tensor& weight, bool backward, const T* x,
                     const T* bias, T* out) {
   const FilterOrder order(g.in_channels, g.out_channels);
-  const int64_t row = forward.in_channels * kTaps, sources = backward ? forward.replicate : 1;
+  const int64_t row = weight.stride(1), sources = backward ? forward.replicate : 1;
   const int64_t stride_n = backward ? kTaps : row, stride_k = backward ? row : kTaps;
   const auto filters = [&](int64_t branch, int64_t group, int64_t s) -> const T* {
     T* const out = scratch<T>(11, sources * order.group(1)) + s * order.group(1);
@@ -224,7 +224,7 @@ void convolve_tiles(const Geometry& g, const Geometry& forward, const Tensor& we
     T packed[kTaps * kPackedDepth * kPanel];
     for (int64_t panel = first; panel < first + order.panels_of(group); ++panel) {
       const int64_t channel = panel * kPanel;
-      const T* const from = data<T>(weight) + branch * forward.out_channels * row + channel * stride_n;
+      const T* const from = data<T>(weight) + branch * weight.stride(0) + channel * stride_n;
       for (int64_t k = 0; k < g.in_channels; k += kPackedDepth) {
         const int64_t count = std::min(kPackedDepth, g.in_channels - k);
         pack(from + k * stride_k, std::min(kPanel, g.out_channels - channel), count, kTaps, stride_n, stride_k, 0,

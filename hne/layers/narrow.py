@@ -43,10 +43,19 @@ class Narrow(BranchModule):
 
 
 class NarrowBatchNorm(nn.BatchNorm2d):
-    """A batch norm with running statistics of its own; weight, bias and eps are those of the wider module's."""
+    """A batch norm with running statistics of its own; weight, bias and eps are those of the wider module's.
+
+    Attributes:
+        calibrated: Whether the running statistics were computed.
+    """
 
     source: tuple[nn.Module, str]
     channels: tuple[int, int]  # of a branch, and those of them that are normalised here
+    calibrated: bool
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        self.calibrated = False
 
     @property
     def weight(self) -> Tensor | None:  # type: ignore[override]
@@ -169,6 +178,7 @@ def narrow(module: BranchModule, source: tuple[nn.Module, str], *, statistics: b
         del bn.eps, bn._parameters["weight"], bn._parameters["bias"]
         bn.__class__ = NarrowBatchNorm
         bn.__dict__["source"], bn.__dict__["channels"] = source, (wide.channels, module.channels)
+        bn.__dict__["calibrated"] = False
         bn.affine = True
         module.bn = bn
 

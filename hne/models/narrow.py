@@ -11,7 +11,15 @@ from torch import nn
 
 from ..executors import FoldedWeightCache, SubtreeExecutor
 from ..hierarchy import Hierarchy
-from ..layers import BatchNormModule, BranchLinear, Layer, narrow, narrow_layer
+from ..layers import (
+    BatchNormModule,
+    BranchLinear,
+    Layer,
+    SkippedModuleError,
+    has_hooks,
+    narrow,
+    narrow_layer,
+)
 
 
 class WideModel(Protocol):
@@ -33,9 +41,6 @@ class NarrowNetwork(FoldedWeightCache):
         model: The model, whose parameters are read in every call.
         width: Factor on every channel count.
         statistics: Whether batch norms have running statistics, for inference.
-
-    Attributes:
-        calibrated: Whether the running statistics were computed, or loaded from a model where they were.
     """
 
     def __init__(self, model: WideModel, width: float, *, statistics: bool) -> None:
@@ -63,12 +68,25 @@ class NarrowNetwork(FoldedWeightCache):
         with torch.device("meta"):
             self.head = BranchLinear(model.hierarchy.num_models, channels, model.num_classes)
         narrow(self.head, (module, "head"), statistics=statistics)
-        self.calibrated = not any(isinstance(module, BatchNormModule) for module in self.modules())
+        self._norms = tuple(module for module in self.modules() if isinstance(module, BatchNormModule))
         self.register_load_state_dict_post_hook(_note_loaded_statistics)
 
     def layers_of_blocks(self) -> list[list[Layer]]:
         """The layers of each block, in order."""
         return [list(cast("nn.ModuleList", block)) for block in self.blocks]  # type: ignore[arg-type]
+
+    def check_hooks(self) -> None:
+        """Raise if a layer of the model has hooks, as its narrow layer is called instead.
+
+        Raises:
+            SkippedModuleError: One has.
+        """
+        for layer in itertools.chain(*self.model[0].layers_of_blocks()):
+            if has_hooks(layer):
+                reason = (
+                    f"its hooks run at full width only: remove them, or call the model without width={self.width:g}"
+                )
+                raise SkippedModuleError(layer, reason).within(self.model[0])
 
     def executor(self) -> SubtreeExecutor:
         """The executor of the model."""
@@ -77,15 +95,25 @@ class NarrowNetwork(FoldedWeightCache):
     def read_modules(self) -> Iterator[nn.Module]:
         return itertools.chain(self.modules(), self.model[0].read_modules())
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the running statistics were computed, or loaded from a model where they were."""
+        return all(module.bn.calibrated for module in self._norms)
+
+    @calibrated.setter
+    def calibrated(self, value: bool) -> None:
+        for module in self._norms:
+            module.bn.calibrated = value  # type: ignore[assignment]
+
     def reset_statistics(self) -> None:
         """Forget the running statistics."""
-        self.calibrated = False
-        for module in self.modules():
-            if isinstance(module, BatchNormModule):
-                module.bn.reset_running_stats()
+        for module in self._norms:
+            module.bn.reset_running_stats()
 
 
 def _note_loaded_statistics(network: nn.Module, _: Any) -> None:
     """Note after loading whether the running statistics are those of a calibration."""
-    counts = [module.bn.num_batches_tracked for module in network.modules() if isinstance(module, BatchNormModule)]
-    network.calibrated = all(count is not None and bool(count > 0) for count in counts)  # type: ignore[assignment]
+    for module in network.modules():
+        if isinstance(module, BatchNormModule):
+            count = module.bn.num_batches_tracked
+            module.bn.calibrated = count is not None and bool(count > 0)  # type: ignore[assignment]

@@ -6,6 +6,7 @@ and a width is a leading slice of the channels of each branch.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -66,7 +67,8 @@ class Slimmable(FoldedWeightCache):
 
         Raises:
             TypeError: A width is not a number, or a layer has no slices of channels (:class:`Module`, transformers).
-            ValueError: A width is out of range, occurs twice or leaves other layers, or blocks are frozen.
+            ValueError: A width is out of range, occurs twice, or is so small that a layer would have another shortcut;
+                or blocks are frozen.
         """
         chosen = sorted(map(check_width, widths))
         if any(one == other for one, other in itertools.pairwise(chosen)):
@@ -90,6 +92,7 @@ class Slimmable(FoldedWeightCache):
             ValueError: It is out of range, or the model is not slimmable; or, for inference, it is not one of
                 :attr:`widths`.
             RuntimeError: For inference, its running statistics were not computed.
+            SkippedModuleError: A layer has hooks, which run at full width only.
         """
         if width is None:
             return self
@@ -98,8 +101,12 @@ class Slimmable(FoldedWeightCache):
             return self
         if not self.widths:
             raise ValueError(f"width: the model is not slimmable, call set_widths_([{width:g}]) first")
-        if self.training:
-            return self.skeleton(width)
+        network = self.skeleton(width) if self.training else self._calibrated_network(width)
+        network.check_hooks()
+        return network
+
+    def _calibrated_network(self, width: float) -> NarrowNetwork:
+        """The network of a width below 1 for inference; errors as of :meth:`at_width`."""
         if width not in self.widths:
             known = ", ".join(f"{known:g}" for known in self.widths)
             raise ValueError(
@@ -171,14 +178,11 @@ class Slimmable(FoldedWeightCache):
         Its config is that of a network with fewer channels, and nothing of it is slimmable any more.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As :meth:`at_width` in eval mode.
+            TypeError, ValueError, RuntimeError: As :meth:`at_width` in eval mode, also for an ordinary model.
         """
-        training = self.training
-        try:
-            self.training = False  # of this module alone: the width must be fit for inference
-            network = self.at_width(width)
-        finally:
-            self.training = training
+        if check_width(width) == 1:
+            return copy.deepcopy(self).set_widths_([])
+        network = self._calibrated_network(float(width))
         config = self.config()
         config["blocks"] = [[layer.spec.scaled(width).config() for layer in block] for block in self.layers_of_blocks()]
         for entry in ("widths", "origin"):
@@ -191,11 +195,14 @@ class Slimmable(FoldedWeightCache):
             for name, module in slim.named_modules():
                 if isinstance(module, BranchModule):
                     _copy_parameters(module, network.get_submodule(name))
-        return slim.train(training)
+        return slim.train(self.training)
 
     def read_modules(self) -> Iterator[nn.Module]:
         narrow = {module for network in self.narrow_networks() for module in network.modules()}
         return (module for module in self.modules() if module not in narrow)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_skeletons"}
 
     def slim_config(self) -> dict[str, Any]:
         """The entries :data:`SLIM_ENTRIES` of the config."""

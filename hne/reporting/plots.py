@@ -87,12 +87,22 @@ def plot_widths(evaluation: Evaluation, path: str | Path, title: str = "") -> No
     (line,) = axes.plot(macs, accuracy, color="0.85", lw=8, zorder=1.5, label="Pareto front")
     line.set_solid_capstyle("round")
     line.set_solid_joinstyle("round")
-    colors = matplotlib.colormaps["viridis"](torch.linspace(0.9, 0.05, len(evaluations)).tolist())
+    colors = matplotlib.colormaps["viridis"](torch.linspace(0.8, 0.0, len(evaluations)).tolist())
     for at, color in zip(evaluations, colors, strict=True):
         costs = [e.macs / 1e6 for e in at.ensembles]
         percent = [100 * e.accuracy for e in at.ensembles]
         axes.plot(costs, percent, "o-", color=color, lw=2, ms=6, label=f"width {at.width:g}")
-        label_sizes(axes, [e.num_models for e in at.ensembles], costs, percent, color)
+        for e, cost, height in zip(at.ensembles, costs, percent, strict=True):
+            axes.annotate(
+                str(e.num_models),
+                (cost, height),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=color,
+                path_effects=HALO,
+            )
     costs = sorted(e.macs / 1e6 for at in evaluations for e in at.ensembles)
     log_cost_axis(axes, _spread(costs, 7))
     axes.set_xlabel(COST)
@@ -100,7 +110,7 @@ def plot_widths(evaluation: Evaluation, path: str | Path, title: str = "") -> No
     axes.set_title(plain_text(title), parse_math=False)
     axes.margins(0.08, 0.14)
     style_axes(axes)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", title="numbers: n, the networks")
     save_figure(figure, path)
 
 

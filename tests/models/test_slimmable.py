@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import hne_kernels as K
 from hne import HNE, FusedHNE, Hierarchy, NaiveHNE
 from hne.layers import BasicBlock, Bottleneck, Conv, DenseBottleneck, MaxPool, Module, Norm, PreActivation
+from hne.layers.submodules import SkippedModuleError
 from hne.models import checkpoint, scaled
 
 RESIDUAL = [
@@ -83,6 +84,8 @@ def test_inference(kind: type[HNE], blocks: list, rng: torch.Generator) -> None:
             assert model.macs(n, (9, 12), width=width) == small.macs(n, (9, 12))
     with torch.no_grad():
         assert torch.equal(model(x, width=1), model(x))
+        for other in (model.to_naive(), model.to_fused()):
+            torch.testing.assert_close(other(x, width=0.5), want)
 
 
 @each_model
@@ -169,7 +172,7 @@ def mobilenet_v2(first: int, channels: Sequence[int], last: int) -> list:
 
 def test_multiply_adds_of_a_us_net() -> None:
     """MobileNetV2 at 224 x 224. US-Nets (Yu & Huang 2019; the table of their model zoo) and MobileNetV2 have 300, 209,
-    97 and 59 M for widths 1, 0.75, 0.5 and 0.35. They round channels to multiples of 8, up from a loss of over 10 %, and
+    97 and 59 M for widths 1, 0.75, 0.5 and 0.35. They round channels to multiples of 8 (upwards at a loss of 10 %), and
     keep the last 1280. Here channels are rounded to the nearest number, and the last ones are scaled, too: full width
     is the same, smaller widths have less.
     """
@@ -256,6 +259,20 @@ def test_an_ordinary_model_stays_one(rng: torch.Generator) -> None:
 
 
 @each_model
+def test_forgotten_statistics(kind: type[HNE], rng: torch.Generator) -> None:
+    """PyTorch's own functions know nothing of widths; the full width has its statistics again, the others have none."""
+    model = slimmable(kind, rng)
+    torch.optim.swa_utils.update_bn([images(rng)], model)
+    model.eval()(images(rng))
+    with pytest.raises(RuntimeError, match=r"no batch-norm statistics"):
+        model(images(rng), width=0.5)
+    model.calibrate_widths_([images(rng)])(images(rng), width=0.5)
+    model.reset_parameters()
+    with pytest.raises(RuntimeError, match=r"no batch-norm statistics"):
+        model(images(rng), width=0.5)
+
+
+@each_model
 def test_slim(kind: type[HNE], rng: torch.Generator) -> None:
     model, x = slimmable(kind, rng), images(rng)
     state = torch.get_rng_state()
@@ -308,6 +325,12 @@ def test_wrong_widths(rng: torch.Generator) -> None:
         with pytest.raises(error, match=message):
             net.set_widths_([width])
         assert net.widths == ()
+    slim = slimmable(FusedHNE, rng)
+    handle = slim.blocks[1][0].register_forward_hook(lambda *_: None)
+    with pytest.raises(SkippedModuleError, match=r"blocks.1.0: its hooks run at full width only: .* without width=0.5"):
+        slim(x, width=0.5)
+    handle.remove()
+    slim(x, width=0.5)
     vit = FusedHNE.from_preset("hne_vit_tiny", num_classes=3, num_models=1)
     with pytest.raises(TypeError, match="expected a module with slices of channels"):
         vit.set_widths_([0.5])
