@@ -15,6 +15,7 @@ from torch.utils import data
 
 from ..data import Dataset
 from ..distributed import World
+from ..errors import TrainingError
 from ..hierarchy import Hierarchy
 from ..layers import ConvNorm
 from ..losses import HydraLoss, Objective, gaussian_divergence, gaussians
@@ -114,6 +115,10 @@ class DistillationTrainer(Trainer):
         *,
         teacher: Teacher,
     ) -> None:
+        if model.widths:
+            raise TrainingError(
+                "model: expected an ordinary one, as smaller widths of a slimmable one learn from itself"
+            )
         dataset = as_dataset(dataset, model)
         dataset = replace(dataset, train=dataset.train.indexed())  # the target of an image is its index
         super().__init__(model, dataset, replace(config, objective=HINTON if model.num_models == 1 else HYDRA), world)

@@ -136,6 +136,21 @@ def test_memory_layouts(
         assert torch.equal(tensor, before[name]), f"{name} was written to"
 
 
+_CONVOLUTIONS = ("branch_conv2d", "branch_depthwise_conv2d", "branch_norm_conv2d")
+
+
+@pytest.mark.skipif("cpp" not in K.available_backends(), reason="the other backends read strides in one way, or copy")
+@pytest.mark.parametrize("case", [case for case in CASES if case.op in _CONVOLUTIONS], ids=str)
+def test_weights_that_are_slices_of_channels(case: Case, rng: torch.Generator) -> None:
+    """The CPU's ways of packing differ with the shape: panels, transposed panels, Winograd's tiles, depthwise rows."""
+    inputs = case.inputs(rng)
+    inputs["weight"] = _channel_slice(inputs["weight"])
+    grads = [grad.float() for grad in cotangents(case, cast(inputs, torch.float64), rng)]
+    with K.use_backend("cpp"):
+        outcome = evaluate(case, inputs, grads)
+    check(case, "cpp", inputs, outcome, grads)
+
+
 @pytest.mark.any_level
 @pytest.mark.parametrize("case", representative(differentiable=True), ids=lambda c: c.label)
 def test_each_gradient_alone(case: Case, backend: Placement, rng: torch.Generator) -> None:
