@@ -47,7 +47,8 @@ _OPTIONS: dict[str, _Option] = {
     "preset": _Option("architecture (default: one that suits the data; see `hne info`)", choices=tuple(PRESETS)),
     "width": _Option("factor on every channel count (default: 1)", float, "F"),
     "widths": _Option(
-        "slimmable channels: train for these shares of the channels, too, such as 0.25,0.5,0.75,1 (default: 1 alone)",
+        "slimmable channels: train for every share of the channels from the smallest of these to 1, and evaluate at "
+        "these, such as 0.25,0.5,0.75,1 (default: 1 alone)",
         distinct_floats,
         "W1,W2,...",
     ),

@@ -135,7 +135,7 @@ class Slimmable(FoldedWeightCache):
         return kept[width]
 
     def calibrate_widths_(self, batches: Iterable[Tensor]) -> Self:
-        """Compute the batch-norm statistics of each width below 1, in place (Yu & Huang 2019, section 3.3).
+        """Compute the batch-norm statistics of each width below 1, in place (post-statistics; Yu & Huang 2019).
 
         The statistics of before are forgotten. Those of full width are the moving averages of training, as in any
         model. To be called after training, and again when parameters have changed.

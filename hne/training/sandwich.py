@@ -16,12 +16,12 @@ from ..models import HNE
 from .config import TrainConfig
 
 RANDOM_WIDTHS = 2  # of each step, between the smallest and the largest (Yu & Huang 2019 train four widths in all)
-CALIBRATION_IMAGES = 2048  # Yu & Huang 2019, section 3.3: the statistics of few images are enough
+CALIBRATION_IMAGES = 2048  # few are enough for means and variances; the authors' code takes five batches of 1024
 _STEPS = 100  # random widths are multiples of a hundredth
 
 
 class SandwichStep:
-    """A training step by the sandwich rule (Yu & Huang, ICCV 2019, section 3.1): the largest width, the smallest, and
+    """A training step by the sandwich rule (Yu & Huang, ICCV 2019): the largest width, the smallest, and
     :data:`RANDOM_WIDTHS` random ones between them.
 
     The largest width learns the labels. The others learn its predictions (:func:`hne.losses.narrow_objective`). The
