@@ -105,7 +105,8 @@ def add_parser(commands: options.Subparsers) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Train the missing runs, and report."""
-    base = TrainConfig.of(**config_options.given_options(args))
+    given = config_options.given_options(args)
+    base = TrainConfig.of(**{name: value for name, value in given.items() if name not in _DEFAULTS})  # not --widths
     out = args.out or Path("runs") / f"study-{base.data}-{base.preset}"
     folder = args.runs or out / "runs"
     settings = StudySettings(base, args.alphas, args.widths)
