@@ -84,7 +84,7 @@ class InferenceSession:
             outputs = compute(x)
             x = outputs[-1]
             results += outputs if keep_output else outputs[:-1]
-        if sizes is not None:
+        if sizes is not None and results[-1].shape[0] > 1:  # the ensemble of one member is the member
             results[-1] = K.prefix_mean(results[-1], sizes)
         return results
 

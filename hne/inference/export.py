@@ -32,7 +32,8 @@ class EnsembleMean(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Mean logits of the members: images ``[B, C, H, W]`` to logits ``[B, L]``."""
-        return self.model(images, self.num_models).mean(0)
+        logits: Tensor = self.model(images, self.num_models)
+        return logits[0] if self.num_models == 1 else logits.mean(0)
 
     def copy_free(self, images: Tensor, separate: bool = False) -> nn.Module:
         """The same function as a network of ``torch.nn`` modules; see :class:`CopyFreeNetwork`."""

@@ -52,133 +52,144 @@ struct LeftRows {
   }
 };
 
-// What a tile prefetches into the second cache, a cache line or less for each term: `data`, or if that is null its part
-// of the weights that are read after those of this tile. All tiles of these columns share them, since a core reads
+// What the tiles of some columns prefetch into the second cache, a cache line or less for each term: data of the queue,
+// or if there are none the weights that are read after those of these columns. All tiles share them, since a core reads
 // memory much more slowly than it computes.
 template <typename T>
-struct TilePrefetch {
-  const T* data;
-  int64_t tile, tiles;
+class TilePrefetch {
+ public:
+  TilePrefetch(const Gemm<T>& g, int64_t panel, int64_t panels, int64_t tiles)
+      : g_(g),
+        panel_(panel),
+        next_(panel + panels),
+        panels_(std::min((g.channels + kPanel - 1) / kPanel - next_, panels)) {
+    for (int64_t t = 0; t < g.num_taps; ++t) terms_ += g.taps[t].depth;
+    if (panels_ > 0)
+      step_ = (panels_ * kPanel + tiles - 1) / tiles;
+    else if (g.next_weights != nullptr && terms_ > 0)
+      step_ = (g.next_count + tiles * terms_ - 1) / (tiles * terms_);
+  }
+
+  void next_tile() {
+    ++tile_;
+    data_ = g_.prefetch != nullptr ? g_.prefetch->take(terms_ * kLine<T>) : nullptr;
+  }
 
   // The address for the first term of a tap, and the distance of those for the next ones.
-  template <int PANELS>
-  std::pair<const T*, int64_t> start(const Gemm<T>& g, const Tap<T>& tap, int64_t panel) {
-    if (data != nullptr) return {std::exchange(data, data + tap.depth * kLine<T>), kLine<T>};
-    const int64_t next = panel + PANELS, left = (g.channels + kPanel - 1) / kPanel - next;
-    if (left <= 0 && g.next_weights != nullptr) {
-      const int64_t step = (g.next_count + tiles * tap.depth - 1) / std::max<int64_t>(tiles * tap.depth, 1);
-      return {g.next_weights + tile * tap.depth * step, step};
-    }
+  std::pair<const T*, int64_t> start(const Tap<T>& tap) {
+    if (data_ != nullptr) return {std::exchange(data_, data_ + tap.depth * kLine<T>), kLine<T>};
+    if (panels_ <= 0 && g_.next_weights != nullptr) return {g_.next_weights + tile_ * tap.depth * step_, step_};
     // Panels of one tap are contiguous, those of several are not.
-    if (left <= 0 || tap.panel_stride != tap.depth * kPanel)
-      return {tap.weight + (tile < std::min<int64_t>(PANELS, left) ? next + tile : panel) * tap.panel_stride, kPanel};
-    const int64_t step = (std::min<int64_t>(PANELS, left) * kPanel + tiles - 1) / tiles;
-    return {tap.weight + next * tap.panel_stride + tile * tap.depth * step, step};
+    if (panels_ <= 0 || tap.panel_stride != tap.depth * kPanel)
+      return {tap.weight + (tile_ < panels_ ? next_ + tile_ : panel_) * tap.panel_stride, kPanel};
+    return {tap.weight + next_ * tap.panel_stride + tile_ * tap.depth * step_, step_};
   }
+
+ private:
+  const Gemm<T>& g_;
+  const int64_t panel_, next_;
+  const int64_t panels_;  // number of the next ones
+  int64_t terms_ = 0, step_ = 0, tile_ = -1;
+  const T* data_ = nullptr;
 };
 
-// Computes one tile.
+// Computes `tiles` tiles from `row` on.
 template <typename T, int ROWS, int VECTORS, bool CONSTANT_STRIDE>
-void gemm_tile(const Gemm<T>& g, int64_t row, int64_t panel, TilePrefetch<T> tile_prefetch) {
+void gemm_tiles(const Gemm<T>& g, int64_t panel, int64_t row, int64_t tiles, TilePrefetch<T>& tile_prefetch) {
   constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel, PER_PANEL = kVectorsPerPanel<T>;
-  if (!g.outputs_cached) {  // out and add are needed after the sums
+  const int64_t first = panel * kPanel, columns = g.channels - first;
+  const bool full = columns >= VECTORS * W;
+  T padded[VECTORS * W] = {};
+  if (g.bias != nullptr && !full) std::copy_n(g.bias + first, columns, padded);
+  const T* const bias = g.bias != nullptr && full ? g.bias + first : padded;
+  for (; tiles > 0; --tiles, row += ROWS) {
+    tile_prefetch.next_tile();
+    if (!g.outputs_cached) {  // out and add are needed after the sums
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < VECTORS; j += PER_PANEL) {
+          __builtin_prefetch(g.out[row + i] + first + j * W, 1);
+          if (g.add != nullptr) __builtin_prefetch(g.add[row + i] + first + j * W);
+        }
+    }
+    Vec<T, W> sum[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
-      for (int j = 0; j < VECTORS; j += PER_PANEL) {
-        __builtin_prefetch(g.out[row + i] + panel * kPanel + j * W, 1);
-        if (g.add != nullptr) __builtin_prefetch(g.add[row + i] + panel * kPanel + j * W);
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = load<W>(bias + j * W);
+    for (int64_t t = 0; t < g.num_taps; ++t) {
+      const Tap<T>& tap = g.taps[t];
+      LeftRows<T, ROWS, CONSTANT_STRIDE> left(tap, row);
+      const T* right = tap.weight + panel * tap.panel_stride;
+      auto [prefetch, prefetch_step] = tile_prefetch.start(tap);
+      const auto column = [&](int64_t k) __attribute__((always_inline)) {
+        Vec<T, W> w[VECTORS];
+#pragma GCC unroll 16
+        for (int j = 0; j < VECTORS; ++j)
+          w[j] = load<W>(right + j / PER_PANEL * tap.panel_stride + k * kPanel + j % PER_PANEL * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) {
+          const Vec<T, W> x = splat<W>(left.value(i, k));
+#pragma GCC unroll 16
+          for (int j = 0; j < VECTORS; ++j) sum[i][j] += x * w[j];
+        }
+      };
+      for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel, prefetch += prefetch_step) {
+        __builtin_prefetch(prefetch, 0, 2);
+        column(0);
       }
-  }
-  const int64_t first = panel * kPanel, columns = g.channels - first;
-  const bool full = columns >= VECTORS * W;
-  Vec<T, W> bias[VECTORS] = {};
-  if (g.bias != nullptr) {
-    T padded[VECTORS * W] = {};
-    const T* source = g.bias + first;
-    if (!full) source = std::copy_n(source, columns, padded) - columns;
-#pragma GCC unroll 16
-    for (int j = 0; j < VECTORS; ++j) bias[j] = load<W>(source + j * W);
-  }
-  Vec<T, W> sum[ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 16
-    for (int j = 0; j < VECTORS; ++j) sum[i][j] = bias[j];
-  for (int64_t t = 0; t < g.num_taps; ++t) {
-    const Tap<T>& tap = g.taps[t];
-    LeftRows<T, ROWS, CONSTANT_STRIDE> left(tap, row);
-    const T* right = tap.weight + panel * tap.panel_stride;
-    auto [prefetch, prefetch_step] = tile_prefetch.template start<(VECTORS + PER_PANEL - 1) / PER_PANEL>(g, tap, panel);
-    const auto column = [&](int64_t k) __attribute__((always_inline)) {
-      Vec<T, W> w[VECTORS];
-#pragma GCC unroll 16
-      for (int j = 0; j < VECTORS; ++j)
-        w[j] = load<W>(right + j / PER_PANEL * tap.panel_stride + k * kPanel + j % PER_PANEL * W);
+    }
+    T* const* out = g.out + row;
+    const T* const* add = g.add != nullptr ? g.add + row : nullptr;
+    const Clamp<T> range = g.clamp;
+    if (full) {
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
-        const Vec<T, W> x = splat<W>(left.value(i, k));
+        T* out_row = out[i] + first;
 #pragma GCC unroll 16
-        for (int j = 0; j < VECTORS; ++j) sum[i][j] += x * w[j];
+        for (int j = 0; j < VECTORS; ++j) {
+          Vec<T, W> v = sum[i][j];
+          if (add != nullptr) v += load<W>(add[i] + first + j * W);
+          store<W>(out_row + j * W, clamp(v, range));
+        }
       }
-    };
-    for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel, prefetch += prefetch_step) {
-      __builtin_prefetch(prefetch, 0, 2);
-      column(0);
+      continue;
     }
+    T values[ROWS][VECTORS * W];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < VECTORS; ++j) store<W>(values[i] + j * W, sum[i][j]);
+    for (int i = 0; i < ROWS; ++i)
+      for_lanes<T, W>(columns, [&](auto width, int64_t c) {
+        constexpr int N = decltype(width)::value;
+        Vec<T, N> v = load<N>(values[i] + c);
+        if (add != nullptr) v += load<N>(add[i] + first + c);
+        store<N>(out[i] + first + c, clamp(v, range));
+      });
   }
-  T* const* out = g.out + row;
-  const T* const* add = g.add != nullptr ? g.add + row : nullptr;
-  const Clamp<T> range = g.clamp;
-  if (full) {
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      T* out_row = out[i] + first;
-#pragma GCC unroll 16
-      for (int j = 0; j < VECTORS; ++j) {
-        Vec<T, W> v = sum[i][j];
-        if (add != nullptr) v += load<W>(add[i] + first + j * W);
-        store<W>(out_row + j * W, clamp(v, range));
-      }
-    }
-    return;
-  }
-  T values[ROWS][VECTORS * W];
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 16
-    for (int j = 0; j < VECTORS; ++j) store<W>(values[i] + j * W, sum[i][j]);
-  for (int i = 0; i < ROWS; ++i)
-    for_lanes<T, W>(columns, [&](auto width, int64_t c) {
-      constexpr int N = decltype(width)::value;
-      Vec<T, N> v = load<N>(values[i] + c);
-      if (add != nullptr) v += load<N>(add[i] + first + c);
-      store<N>(out[i] + first + c, clamp(v, range));
-    });
 }
 
-// Calls the gemm_tile with ROWS = `rows`.
+// Calls the gemm_tiles with ROWS = `rows`.
 template <typename T, int VECTORS, bool CONSTANT_STRIDE, int ROWS = tile_rows<T>(VECTORS, CONSTANT_STRIDE)>
-void gemm_rows(const Gemm<T>& g, int64_t panel, TilePrefetch<T> prefetch, int64_t row, int64_t rows) {
+void gemm_rows(const Gemm<T>& g, int64_t panel, int64_t row, int64_t rows, int64_t tiles, TilePrefetch<T>& prefetch) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return gemm_rows<T, VECTORS, CONSTANT_STRIDE, ROWS - 1>(g, panel, prefetch, row, rows);
+    if (rows < ROWS) return gemm_rows<T, VECTORS, CONSTANT_STRIDE, ROWS - 1>(g, panel, row, rows, tiles, prefetch);
   }
-  gemm_tile<T, ROWS, VECTORS, CONSTANT_STRIDE>(g, row, panel, prefetch);
+  gemm_tiles<T, ROWS, VECTORS, CONSTANT_STRIDE>(g, panel, row, tiles, prefetch);
 }
 
 // All rows of the VECTORS vectors of columns from `panel` on, in as few tiles as possible, of nearly equal size.
 template <typename T, int VECTORS, bool CONSTANT_STRIDE>
 void gemm_columns(const Gemm<T>& g, int64_t panel) {
-  constexpr int ROWS = tile_rows<T>(VECTORS, CONSTANT_STRIDE);
-  const int64_t tiles = (g.count + ROWS - 1) / ROWS;
-  int64_t terms = 0;
-  for (int64_t t = 0; t < g.num_taps; ++t) terms += g.taps[t].depth;
-  for (int64_t row = 0, tile = 0; tile < tiles; ++tile) {
-    const int64_t rows = (g.count - row + tiles - tile - 1) / (tiles - tile);
-    const T* const data = g.prefetch != nullptr ? g.prefetch->take(terms * kLine<T>) : nullptr;
-    gemm_rows<T, VECTORS, CONSTANT_STRIDE>(g, panel, {data, tile, tiles}, row, rows);
-    row += rows;
-  }
+  if (g.count == 0) return;
+  constexpr int ROWS = tile_rows<T>(VECTORS, CONSTANT_STRIDE), PER_PANEL = kVectorsPerPanel<T>;
+  const int64_t tiles = (g.count + ROWS - 1) / ROWS, rows = (g.count + tiles - 1) / tiles;
+  const int64_t large = g.count - (rows - 1) * tiles;  // tiles of `rows` rows; the others have one less
+  TilePrefetch<T> prefetch(g, panel, (VECTORS + PER_PANEL - 1) / PER_PANEL, tiles);
+  gemm_rows<T, VECTORS, CONSTANT_STRIDE>(g, panel, 0, rows, large, prefetch);
+  if (large < tiles) gemm_rows<T, VECTORS, CONSTANT_STRIDE>(g, panel, large * rows, rows - 1, tiles - large, prefetch);
 }
 
 template <typename T, bool CONSTANT_STRIDE>
