@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "hne": "errors extras < files hierarchy distributed averages < layers losses metrics calibration data < "
-    "executors < models runtime < inference < evaluation < reporting integrations < training < experiments < cli < "
-    "__init__ __main__",
+    "executors < models runtime < inference rivals < evaluation < reporting integrations < training < experiments < "
+    "cli < __init__ __main__",
     "hne_kernels": "extension checks tracing < autocast autograd packing quantized_layer allocator state_record < "
     "reference < dispatch < ops < lazy triton flops environment < info < __init__",
 }

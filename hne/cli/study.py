@@ -17,6 +17,7 @@ from ..evaluation import Evaluation
 from ..experiments import (
     STUDIES,
     Panel,
+    PanelResult,
     RunState,
     StudySettings,
     collect_results,
@@ -26,7 +27,9 @@ from ..experiments import (
     read_run_state,
     run_name,
     study_panels,
+    study_trainer,
     training_configs,
+    with_times,
     write_report,
 )
 from ..reporting import show_table
@@ -45,10 +48,14 @@ write tables and figures.
             --alphas), hierarchical (I+HD)
   figure5   the same, by sharing scheme: the tree of an HNE, independent networks, a shared trunk
             (multi-branch), and for comparison one network at several --widths
+  figure6   accuracy against multiply-adds and against measured milliseconds: HNEs by objective, and
+            their rivals: early exits after the blocks of one network, MSDNet, a slimmable network at
+            four widths, and one network at several --widths
   figure9   accuracy of the ensembles and of each member by itself: I, I+D, I+HD
 
 Several studies can be named at once. Each writes NAME.md and NAME.csv (mean and standard deviation
-over the seeds) into --out and, except for table1, NAME.png and NAME.svg.
+over the seeds) into --out and, except for table1, NAME.png and NAME.svg. Times are medians of
+calls for one image on the CPU, which take turns, of the models of the first seed.
 
 Every training run has a folder in --runs, named after its options. Studies share runs. A finished
 run is not trained again, and an interrupted one continues after its last epoch. The same command,
@@ -67,7 +74,7 @@ _EXAMPLES = """\
   hne study table1 --data cifar100 --scale 1,0.5 --amp      the paper's protocol: for a GPU
   hne study figure4 --data cifar100 --scale 1,0.5 --amp --dry-run
 """
-_DEFAULTS = {"scale": (1.0,), "seeds": 3, "alphas": StudySettings.alphas, "widths": StudySettings.widths}
+_DEFAULTS = {"scale": (1.0,), "seeds": 3, "alphas": StudySettings.alphas, "widths": StudySettings.widths, "rounds": 20}
 
 
 def add_parser(commands: options.Subparsers) -> None:
@@ -83,6 +90,8 @@ def add_parser(commands: options.Subparsers) -> None:
         study.add_argument(flag, type=options.path, metavar="DIR", help=help)
     seeds = "train every config K times, with the seeds 0 to K - 1 (default: 3)"
     study.add_argument("--seeds", type=options.positive_int, metavar="K", help=seeds)
+    rounds = "time each call in K turns, and take the median (default: 20)"
+    study.add_argument("--rounds", type=options.positive_int, metavar="K", help=rounds)
     dry_run = "train nothing: list the runs with their state, and report on the finished ones"
     study.add_argument("--dry-run", action="store_true", help=dry_run)
     options.add_quiet(study)
@@ -129,7 +138,10 @@ def execute(args: argparse.Namespace) -> int:
         if world.main:
             about = _about(base, dataset, args)
             for name, panels in studies.items():
-                _report(name, panels, states, out, f"{base.preset} on {base.data}", about, args)
+                results = collect_results(panels, args.seeds, lambda config: states[config].evaluation)
+                if STUDIES[name].timed:
+                    results = with_times(results, folder, dataset, rounds=args.rounds)
+                _report(name, panels, results, states, out, f"{base.preset} on {base.data}", about, args)
     if failures:
         raise TrainingError(f"{len(failures)} of {len(states)} runs failed: {'; '.join(failures)}")
     return 0
@@ -184,7 +196,7 @@ def _train_missing(
     reporter = _Reporter(not world.main or args.quiet, len(missing), macs, work)
     runs = train_runs(
         {folder / run_name(config): config for config in missing},
-        lambda config: Trainer.from_config(config, dataset, world),
+        lambda config: study_trainer(config, dataset, world),
         reporter,
         resume=True,
         eval_every=max((config.epochs for config in missing), default=1),  # at the end only
@@ -214,6 +226,7 @@ class _Reporter(ProgressReporter):
 def _report(
     name: str,
     panels: tuple[Panel, ...],
+    results: tuple[PanelResult, ...],
     states: Mapping[TrainConfig, RunState],
     out: Path,
     subject: str,
@@ -222,7 +235,6 @@ def _report(
 ) -> None:
     """Print the tables of a study, and write its files."""
     study = STUDIES[name]
-    results = collect_results(panels, args.seeds, lambda config: states[config].evaluation)
     configs = training_configs(panels, args.seeds)
     missing = sum(states[config].evaluation is None for config in configs)
     if missing == len(configs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .classification import EnsembleMetrics, EnsembleTotals, Evaluation, evaluate, evaluate_members
 from .corruptions import CorruptionEvaluation, evaluate_corruptions, mean_metrics
+from .exits import evaluate_exits
 from .latency import AnytimeStep, alternating_seconds, measure_anytime, seconds_per_call
 from .ood import OODEvaluation, evaluate_ood
 from .predict import Ensemble, predict

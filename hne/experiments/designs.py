@@ -10,6 +10,7 @@ from ..hierarchy import Hierarchy
 from ..losses import OBJECTIVES
 from ..models import PRESETS
 from ..training import TrainConfig
+from .rivals import RivalConfig
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,20 @@ class Study:
         title: Heading of the report.
         curves: Function from settings and scale to the curves.
         tables: Names of the tables, keys of ``hne.experiments.tables.TABLES``.
-        figure: ``cost`` for accuracy and diversity against multiply-adds, ``members`` for the accuracy of ensembles
-            and of each member by itself, or None.
+        figure: ``cost`` for accuracy and diversity against multiply-adds, ``cost and time`` for accuracy against
+            multiply-adds and milliseconds, ``members`` for the accuracy of ensembles and of each member by itself, or
+            None.
     """
 
     title: str
     curves: Callable[[StudySettings, float], tuple[Curve, ...]]
     tables: tuple[str, ...]
     figure: str | None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the results need measured times."""
+        return "milliseconds" in self.tables
 
 
 def _objectives(settings: StudySettings, scale: float) -> tuple[Curve, ...]:
@@ -135,6 +142,21 @@ def _members(settings: StudySettings, scale: float) -> tuple[Curve, ...]:
     )
 
 
+def _rivals(settings: StudySettings, scale: float) -> tuple[Curve, ...]:
+    base = replace(settings.base, width=scale)
+    single = Hierarchy.single(settings.blocks)
+    networks = [scale * width for width in settings.widths]
+    return (
+        *(settings.hne_curve(objective, scale, f"HNE, {objective}") for objective in ("I", "I+D", "I+HD")),
+        Curve("exits", "early exits", (RivalConfig.like(base, "exits"),)),
+        Curve("MSDNet", "MSDNet", (RivalConfig.like(base, "msdnet"),)),
+        settings.curve("slimmable", "slimmable", single, [scale], objective="I", widths=_SLIMMABLE_WIDTHS),
+        settings.curve("single", "one network", single, networks, objective="I"),
+    )
+
+
+_SLIMMABLE_WIDTHS = (0.25, 0.5, 0.75, 1.0)
+
 STUDIES: dict[str, Study] = {
     "table1": Study("Accuracy by objective", _objectives, ("accuracy", "macs"), None),
     "figure4": Study(
@@ -142,6 +164,9 @@ STUDIES: dict[str, Study] = {
     ),
     "figure5": Study(
         "Accuracy and diversity by sharing scheme", _sharing_schemes, ("accuracy", "diversity", "macs"), "cost"
+    ),
+    "figure6": Study(
+        "Accuracy against cost and time, with rivals", _rivals, ("accuracy", "macs", "milliseconds"), "cost and time"
     ),
     "figure9": Study("Ensembles and their networks by themselves", _members, ("accuracy", "members"), "members"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..reporting import COST, HALO, log_cost_axis, new_figure, plain_text, save_figure, style_axes
-from .results import CurveResult, Estimate, PanelResult
+from .results import CurveResult, Estimate, PanelResult, Result
 
 # The colours of Okabe and Ito can be told apart by the colour-blind. The same network has the same colour in every
 # figure: "I+HD" among the objectives and "HNE" among the systems are one network.
@@ -28,6 +28,9 @@ _STYLES = {  # by kind of curve: colour and markers
     "single": (_GREY, "D"),
     "continued": ("#000000", "D"),
     "MC dropout": ("#AA4499", "o"),
+    "slimmable": (_GREEN, "D"),
+    "exits": ("#AA4499", "o"),
+    "MSDNet": ("#000000", "o"),
 }
 # By the quantities that a figure shows: the factor, and the label of the axis.
 ACCURACY_AND_DIVERSITY = {
@@ -35,6 +38,17 @@ ACCURACY_AND_DIVERSITY = {
     "diversity": (1, "diversity (std. deviation of the logits)"),
 }
 ACCURACY_AND_NLL = {"accuracy": (100, "test accuracy (%)"), "nll": (1, "negative log-likelihood (nats)")}
+
+
+class Cost(NamedTuple):
+    """What an x-axis shows."""
+
+    label: str
+    of: Callable[[Result], Sequence[float]]  # for each ensemble size
+
+
+MACS = Cost(COST, lambda result: [macs / 1e6 for macs in result.macs])
+TIME = Cost("ms for one image", lambda result: [estimate.mean for estimate in result.of_ensembles("milliseconds")])
 _LINE = 13  # typographic points between labels
 
 
@@ -67,6 +81,27 @@ def plot_against_cost(
     save_figure(figure, path)
 
 
+def plot_cost_and_time(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
+    """Plot accuracy against multiply-adds and against milliseconds, side by side, a row for each panel.
+
+    Args:
+        panels: Panels with at least one curve each, whose results have ``milliseconds``.
+        path: The file; its ending chooses the format.
+        title: Title above the figure.
+    """
+    figure = new_figure(12.5, 4.8 * len(panels))
+    figure.set_layout_engine("constrained", w_pad=0.15)
+    grid = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
+    figure.suptitle(plain_text(title), parse_math=False)
+    for panel, row in zip(panels, grid, strict=True):
+        prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
+        for axes, cost in zip(row, (MACS, TIME), strict=True):
+            _draw_against_cost(axes, panel, "accuracy", 100, cost)
+            axes.set_xlabel(cost.label)
+        row[0].set_ylabel(prefix + "test accuracy (%)")
+    save_figure(figure, path)
+
+
 def plot_members(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
     """Plot the accuracy of ensembles as a curve over n and of each member as bars: a column for each curve.
 
@@ -91,7 +126,7 @@ def plot_members(panels: Sequence[PanelResult], path: str | Path, title: str) ->
     save_figure(figure, path)
 
 
-FIGURES = {"cost": plot_against_cost, "members": plot_members}
+FIGURES = {"cost": plot_against_cost, "cost and time": plot_cost_and_time, "members": plot_members}
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
@@ -118,29 +153,29 @@ class _Point(NamedTuple):
     name: str  # ensemble size, or width where a curve compares widths
 
 
-def _points(curve: CurveResult, quantity: str, factor: float) -> list[_Point]:
+def _points(curve: CurveResult, quantity: str, factor: float, cost: Cost) -> list[_Point]:
     several = len(curve.results) > 1
     return [
-        _Point(macs / 1e6, factor * e.mean, e, rf"$\times${result.config.width:g}" if several else str(n))
+        _Point(x, factor * e.mean, e, rf"$\times${result.width:g}" if several else str(n))
         for result in curve.results
-        for n, macs, e in zip(result.sizes, result.macs, result.of_ensembles(quantity), strict=True)
+        for n, x, e in zip(result.sizes, cost.of(result), result.of_ensembles(quantity), strict=True)
         if quantity != "diversity" or n > 1  # a single network has none
     ]
 
 
-def _draw_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: float) -> None:
-    costs = {result.macs: result.sizes for result in panel.results}
-    macs, sizes = next(iter(costs.items()))
+def _draw_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: float, cost: Cost = MACS) -> None:
+    costs = {tuple(cost.of(result)): result.sizes for result in panel.results}
+    values, sizes = next(iter(costs.items()))
     same_costs = len(costs) == 1
     ends: list[tuple[float, float, str, str]] = []
     for index, (curve, color, marker) in enumerate(_styled(panel.curves)):
-        points = _points(curve, quantity, factor)
+        points = _points(curve, quantity, factor, cost)
         if not points:
             continue
         several = len(curve.results) > 1
         numbered = not (same_costs or several)
         # Points of the same cost are shifted a little, so that all error bars show.
-        shift = (max(macs) / min(macs)) ** (0.012 * (index - (len(panel.curves) - 1) / 2)) if same_costs else 1
+        shift = (max(values) / min(values)) ** (0.012 * (index - (len(panel.curves) - 1) / 2)) if same_costs else 1
         level = 10 - index  # the first curve on top, each number above its marker
         axes.errorbar(
             [shift * point.cost for point in points],
@@ -167,8 +202,8 @@ def _draw_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: fl
     style_axes(axes)
     axes.margins(0.12, 0.08)
     if same_costs:
-        log_cost_axis(axes, [m / 1e6 for m in macs])
-        names = [f"{m / 1e6:.{2 if m < 1e6 else 3}g}\nn={n}" for m, n in zip(macs, sizes, strict=True)]
+        log_cost_axis(axes, values)
+        names = [f"{value:.{2 if value < 1 else 3}g}\nn={n}" for value, n in zip(values, sizes, strict=True)]
         axes.set_xticks(axes.get_xticks(), names, fontsize=8.5)
     else:
         log_cost_axis(axes, [])

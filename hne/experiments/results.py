@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..evaluation import Evaluation
+from ..evaluation import Evaluation, by_width
 from ..training import TrainConfig
-from .designs import Panel
+from .designs import Curve, Panel
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Result:
 
     Attributes:
         label: Name in tables.
-        config: The config; its seed has no meaning.
-        evaluations: Evaluations of the finished seeds, at least one.
+        config: The config; its seed is the first finished one.
+        evaluations: Evaluations of the finished seeds, at least one; of a slimmable model, at one of its widths.
         more: Further quantities by name, for each ensemble size.
     """
 
@@ -51,6 +51,11 @@ class Result:
     config: TrainConfig
     evaluations: tuple[Evaluation, ...]
     more: Mapping[str, tuple[Estimate, ...]] = field(default_factory=dict)
+
+    @property
+    def width(self) -> float:
+        """The factor on the channel counts of the preset."""
+        return self.config.width * self.evaluations[0].width
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -107,22 +112,20 @@ def collect_results(
         evaluation_of: Returns the evaluation of a run, or None if it is not finished.
     """
 
-    def result(label: str, config: TrainConfig) -> Result | None:
-        found = (evaluation_of(replace(config, seed=seed)) for seed in range(seeds))
-        evaluations = tuple(evaluation for evaluation in found if evaluation is not None)
-        return Result(label, config, evaluations) if evaluations else None
+    def results(curve: Curve) -> Iterator[Result]:
+        for config in curve.configs:
+            found = [(seed, evaluation_of(replace(config, seed=seed))) for seed in range(seeds)]
+            finished = [(seed, by_width(evaluation)) for seed, evaluation in found if evaluation is not None]
+            if not finished:
+                continue
+            seeded = replace(config, seed=finished[0][0])
+            for evaluations in zip(*(widths for _, widths in finished), strict=True):
+                result = Result(curve.label, seeded, evaluations)
+                several = len(curve.configs) > 1 or len(finished[0][1]) > 1
+                yield replace(result, label=f"{curve.label}, width {result.width:g}") if several else result
 
     collected = []
     for panel in panels:
-        curves = []
-        for curve in panel.curves:
-            several = len(curve.configs) > 1
-            candidates = [
-                result(f"{curve.label}, width {config.width:g}" if several else curve.label, config)
-                for config in curve.configs
-            ]
-            finished = tuple(candidate for candidate in candidates if candidate is not None)
-            if finished:
-                curves.append(CurveResult(curve.kind, curve.label, finished))
-        collected.append(PanelResult(panel.scale, tuple(curves)))
+        curves = [CurveResult(curve.kind, curve.label, tuple(results(curve))) for curve in panel.curves]
+        collected.append(PanelResult(panel.scale, tuple(curve for curve in curves if curve.results)))
     return tuple(collected)

@@ -51,7 +51,18 @@ def members_table(results: Sequence[Result]) -> Table:
     return Table("Accuracy of each network by itself (%)", ("", *map(str, range(1, count + 1))), rows)
 
 
-TABLES = {"accuracy": accuracy_table, "diversity": diversity_table, "macs": macs_table, "members": members_table}
+def times_table(results: Sequence[Result]) -> Table:
+    """Time of each ensemble size."""
+    return quantity_table("Time of a call for one image (ms)", results, "milliseconds", 3)
+
+
+TABLES = {
+    "accuracy": accuracy_table,
+    "diversity": diversity_table,
+    "macs": macs_table,
+    "members": members_table,
+    "milliseconds": times_table,
+}
 
 
 def _by_size(
@@ -107,7 +118,7 @@ def write_csv(path: Path, panels: Iterable[PanelResult]) -> None:
             for result in panel.results:
                 config = result.config
                 branches = ".".join(map(str, config.branches or ()))
-                head = (panel.scale, result.label, branches, config.objective, config.alpha, config.width)
+                head = (panel.scale, result.label, branches, config.objective, config.alpha, result.width)
                 for name, index, macs, estimate in _quantities(result, names):
                     deviation = "" if estimate.deviation is None else f"{estimate.deviation:.6g}"
                     tail = (f"{estimate.mean:.6g}", deviation, estimate.count)

@@ -128,7 +128,7 @@ def description(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in ("data", "recipe", "calibration") if name in config}
 
 
-def model_tensors(model: HNE) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a network by their names in a checkpoint."""
     return {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
 
@@ -155,7 +155,7 @@ def load_quantized(path: str | Path) -> tuple[QuantizedHNE, dict[str, Any]]:
         raise CheckpointError(f"{path}: cannot build its network ({error})") from error
 
 
-def restore_model(model: HNE, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy the network's tensors of a checkpoint into ``model``.
 
     Raises:

@@ -3,6 +3,7 @@
 from .captured_step import CapturedStep, training_step
 from .config import DEFAULTS, PROTOCOLS, SCHEDULES, TrainConfig
 from .distillation import DistillationTrainer, StudentConfig, expand_branches, student_configs
+from .exits import ExitTrainer
 from .history import EpochRecord
 from .run_directory import (
     CHECKPOINT,

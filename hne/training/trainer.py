@@ -75,6 +75,8 @@ class Trainer:
             processes; or a slimmable model meets several processes, ``cuda_graph`` or a regression.
     """
 
+    _MODEL: type = HNE  # the class of the models that it trains
+
     def __init__(
         self,
         model: HNE,
@@ -84,8 +86,9 @@ class Trainer:
     ) -> None:
         if isinstance(model, TrainConfig):
             raise TypeError("model must be an HNE, got a config: Trainer.from_config(config, dataset) builds its model")
-        if not isinstance(model, HNE):
-            raise TypeError(f"model must be an HNE (FusedHNE or NaiveHNE), got {type(model).__name__}")
+        if not isinstance(model, self._MODEL):
+            expected = "an HNE (FusedHNE or NaiveHNE)" if self._MODEL is HNE else self._MODEL.__name__
+            raise TypeError(f"model must be {expected}, got {type(model).__name__}")
         if not isinstance(config, TrainConfig):
             raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
         world = world or World(next(model.parameters()).device)
@@ -176,7 +179,7 @@ class Trainer:
         images = len(self.dataset.test) * max(1, len(self.model.widths))
         with self._progress_bar("evaluating", images, quiet) as bar:
             try:
-                return (evaluate_widths if self.dataset.target is None else evaluate_regression)(
+                return self._evaluate_function()(
                     self.model,
                     self.dataset,
                     channels_last=self.config.channels_last,
@@ -185,6 +188,10 @@ class Trainer:
                 )
             except ResultError as error:
                 raise TrainingError(f"{error} after epoch {self.epoch}: {self._advice()}") from error
+
+    def _evaluate_function(self) -> Callable[..., Evaluation | RegressionEvaluation]:
+        """The function that evaluates the model."""
+        return evaluate_widths if self.dataset.target is None else evaluate_regression
 
     def _advice(self) -> str:
         """How to keep the training from diverging."""

@@ -166,3 +166,22 @@ def test_bad_usage(flags: list[str], message: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["study", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_rivals_are_trained_timed_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["study", "figure6", "--out", str(tmp_path), *SMALL, "--widths", "1", "--seeds", "1", "--rounds", "1"]
+    assert main([*command, "--quiet"]) == 0
+    first = capsys.readouterr().out
+    with open(tmp_path / "figure6.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] in ("accuracy", "milliseconds")]
+    points = {(row["label"], row["index"]) for row in rows}
+    assert len(rows) == 2 * len(points), "every point has an accuracy and a time"
+    systems = {label.split(",")[0]: sum(other == label for other, _ in points) for label, _ in points}
+    assert systems == {"HNE": 2, "early exits": 4, "MSDNet": 7, "slimmable": 1, "one network": 1}
+    assert {label for label, _ in points if label.startswith("slim")} == {
+        f"slimmable, width {0.25 * width:g}" for width in (0.25, 0.5, 0.75, 1)
+    }
+    assert all(float(row["mean"]) > 0 for row in rows if row["quantity"] == "milliseconds")
+    assert main(command) == 0
+    assert "7 runs: 7 finished" in capsys.readouterr().out
+    assert "Time of a call for one image (ms)" in first

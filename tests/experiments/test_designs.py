@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hne import OBJECTIVES
-from hne.experiments import STUDIES, StudySettings, study_panels, training_configs
+from hne.experiments import STUDIES, RivalConfig, StudySettings, study_panels, training_configs
 from hne.training import TrainConfig
 
 PAPER = StudySettings(TrainConfig.of(data="cifar100"))
@@ -48,13 +48,25 @@ def test_systems_of_figure5() -> None:
     assert {config.objective for config in found["HNE"]} == {"I+HD"}
 
 
+def test_rivals_of_figure6() -> None:
+    found = curves("figure6", scale=0.5)
+    assert found["HNE, I+HD"] == curves("figure5", scale=0.5)["HNE"]
+    assert found["one network"] == curves("figure5", scale=0.5)["one network"]
+    for label, rival in (("early exits", "exits"), ("MSDNet", "msdnet")):
+        (config,) = found[label]
+        assert isinstance(config, RivalConfig)
+        assert (config.rival, config.width, config.objective, config.epochs) == (rival, 0.5, "I", PAPER.base.epochs)
+    (slimmable,) = found["slimmable"]
+    assert (slimmable.branches, slimmable.width, slimmable.widths) == ((1,) * 5, 0.5, (0.25, 0.5, 0.75, 1.0))
+
+
 def test_studies_share_runs() -> None:
     hne = curves("figure5")["HNE"]
     assert curves("table1")["I+HD"] == curves("figure4")["I+HD"] == curves("figure9")["I+HD"] == hne
     assert curves("table1")["I+D"] == curves("figure4")["I+D, alpha 0.5"]
     everything = [panel for study in STUDIES.values() for panel in study_panels(study, PAPER, [1.0, 0.5])]
     needed = training_configs(everything, 3)
-    assert len(needed) == len(set(needed)) == 3 * (2 * (5 + 2 + 2) + 4), "one network: widths 0.25, 0.5, 1, 2"
+    assert len(needed) == len(set(needed)) == 3 * (2 * (5 + 2 + 2 + 3) + 4), "one network: widths 0.25, 0.5, 1, 2"
     assert [config.seed for config in needed] == sorted(config.seed for config in needed)
 
 

@@ -47,7 +47,8 @@ def result(label: str, shift: float = 0.0, costs: tuple[int, ...] = (10, 15), **
         )
         for noise in (0.0, 0.02, 0.04)
     ]
-    return Result(label, TrainConfig.of(**options), tuple(runs))
+    times = tuple(Estimate.of([0.1 * cost]) for cost in costs)
+    return Result(label, TrainConfig.of(**options), tuple(runs), {"milliseconds": times})
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_table_of_different_costs(systems: PanelResult) -> None:
 @pytest.mark.parametrize("name", list(STUDIES))
 def test_reports(name: str, objectives: PanelResult, systems: PanelResult, tmp_path: Path) -> None:
     study = STUDIES[name]
-    compared = [systems, replace(objectives, scale=0.5)] if study.figure == "cost" else [objectives]
+    compared = [systems, replace(objectives, scale=0.5)] if study.figure in ("cost", "cost and time") else [objectives]
     written = write_report(tmp_path, name, study, compared, "so", "Three seeds.")
     assert [path.suffix for path in written] == [".md", ".csv", *((".png", ".svg") if study.figure else ())]
     text = written[0].read_text()
