@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from hne_kernels import environment_report
+
 from ..data import Dataset
 from ..distributed import World, choose_device, join_world
 from ..errors import TrainingError
@@ -141,7 +143,8 @@ def execute(args: argparse.Namespace) -> int:
                 results = collect_results(panels, args.seeds, lambda config: states[config].evaluation)
                 if STUDIES[name].timed:
                     results = with_times(results, folder, dataset, rounds=args.rounds)
-                _report(name, panels, results, states, out, f"{base.preset} on {base.data}", about, args)
+                text = f"{about}\n\n{_about_times(args)}" if STUDIES[name].timed else about
+                _report(name, panels, results, states, out, f"{base.preset} on {base.data}", text, args)
     if failures:
         raise TrainingError(f"{len(failures)} of {len(states)} runs failed: {'; '.join(failures)}")
     return 0
@@ -258,6 +261,16 @@ def _about(base: TrainConfig, dataset: Dataset, args: argparse.Namespace) -> str
         f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, "
         f"{config_options.protocol_line(base.to_dict())}. Unless stated otherwise, objective {base.objective}, "
         f"alpha {base.alpha:g}, temperature {base.temperature:g}. Ensembles average logits."
+    )
+
+
+def _about_times(args: argparse.Namespace) -> str:
+    """How times were measured, for a report."""
+    machine = dict(environment_report())["machine"]
+    return (
+        f"Times are of the models of the first seed, for one image, medians of {args.rounds} turns: "
+        f"{machine['processor']}, {torch.get_num_threads()} thread(s), {machine['CPU instructions'].split()[0]}; "
+        f"PyTorch {torch.__version__}."
     )
 
 

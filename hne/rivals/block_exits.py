@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from typing_extensions import Self
 
 from ..hierarchy import Hierarchy
@@ -59,13 +60,13 @@ class BlockExits(EarlyExitNetwork):
 
     def first_exits(self, x: Tensor, count: int) -> Tensor:
         network = self._networks[count - 1]
-        executor = network.executor()
-        *features, last = executor.runner(network)(x, slice(0, 1), keep=True)
-        # The last features were read by the last exit already.
-        first = [
-            executor.logits(self._exit(index), executor.pool(x), slice(0, 1), 1)
-            for index, x in enumerate(features[: count - 1])
-        ]
+        # The last features, too, which the last exit has read.
+        *features, _, last = network.executor().runner(network)(x, slice(0, 1), keep=True)
+        first = []
+        for index, maps in enumerate(features):  # [1, batch, height, width, channel]
+            weight, bias = self._exit(index).weight_and_bias(slice(0, 1))
+            assert bias is not None
+            first.append(linear(maps.mean((2, 3))[0], weight[0, :, :, 0, 0], bias[0])[None])
         return torch.cat([*first, last])
 
     def macs(self, num_models: int | None = None, input_size: int | tuple[int, int] = (32, 32)) -> int:
