@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class MSDNet(EarlyExitNetwork):
     Each layer adds channels to those of the layers before (dense connections), from the same scale and from the next
     finer one. A third of the layers has three scales, a third two, and the rest one. The defaults are the network for
     anytime prediction on CIFAR of the authors' PyTorch version (github.com/kalviny/MSDNet-PyTorch), which prunes
-    channels to one half where a scale ends.
+    channels to one half where a scale ends. Evaluation is lazy, as in the paper: a finer feature map of the last
+    layers before an exit is computed only when a later exit needs it.
 
     Args:
         num_classes: Number of logits.
@@ -89,15 +91,20 @@ class MSDNet(EarlyExitNetwork):
 
     def _exit_logits(self, x: Tensor) -> Iterator[Tensor]:
         """Logits of one exit after another; what only later exits need is computed later."""
-        scales = []
-        for conv in self.first:
-            x = conv(x)
-            scales.append(x)
-        for number, layer in enumerate(self.layers, 1):
-            scales = layer(scales)
-            if str(number) in self.exits:
-                logits: Tensor = self.exits[str(number)](scales[-1])
-                yield logits
+        known: dict[tuple[int, int], Tensor] = {}
+        for number, exit in self.exits.items():
+            logits: Tensor = exit(self._features(x, known, int(number), _SCALES - 1))
+            yield logits
+
+    def _features(self, x: Tensor, known: dict[tuple[int, int], Tensor], number: int, scale: int) -> Tensor:
+        """The feature map of a scale after ``number`` layers, and those that it needs, unless they are ``known``."""
+        if (number, scale) not in known:
+            if number == 0:
+                result = self.first[scale](x if scale == 0 else self._features(x, known, 0, scale - 1))
+            else:
+                result = self.layers[number - 1](functools.partial(self._features, x, known, number - 1), scale)
+            known[number, scale] = result
+        return known[number, scale]
 
     def macs(self, num_models: int | None = None, input_size: int | tuple[int, int] = (32, 32)) -> int:
         size = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -130,7 +137,7 @@ class _Layer(nn.Module):
 
     def __init__(self, channels: int, growth: int, finest: int, ends: bool) -> None:
         super().__init__()
-        self.ends = ends
+        self.finest = finest
         self.same, self.down = nn.ModuleList(), nn.ModuleList()
         for scale in range(finest, _SCALES):
             factor, has_finer = _FACTORS[scale], scale > finest or ends
@@ -140,15 +147,13 @@ class _Layer(nn.Module):
                 finer = _FACTORS[scale - 1]
                 self.down.append(_bottleneck(finer * channels, factor * growth - added, finer, 2))
 
-    def forward(self, scales: list[Tensor]) -> list[Tensor]:
-        kept = scales[1:] if self.ends else scales
-        finer = list(scales[: len(self.down)])
-        first = len(kept) - len(finer)  # scales that none finer adds to
-        results = []
-        for index, (x, same) in enumerate(zip(kept, self.same, strict=True)):
-            below = [self.down[index - first](finer[index - first])] if index >= first else []
-            results.append(torch.cat([x, *below, same(x)], 1))
-        return results
+    def forward(self, features: Callable[[int], Tensor], scale: int) -> Tensor:
+        """The output at one scale; ``features`` gives the input at a scale."""
+        x = features(scale)
+        index = scale - self.finest
+        below = index - len(self.same) + len(self.down)  # negative: no finer scale adds to this one
+        from_finer = [self.down[below](features(scale - 1))] if below >= 0 else []
+        return torch.cat([x, *from_finer, self.same[index](x)], 1)
 
 
 class _Transition(nn.Module):
@@ -156,10 +161,12 @@ class _Transition(nn.Module):
 
     def __init__(self, channels: int, reduced: int, finest: int) -> None:
         super().__init__()
+        self.finest = finest
         self.convs = nn.ModuleList(_conv(factor * channels, factor * reduced, 1) for factor in _FACTORS[finest:])
 
-    def forward(self, scales: list[Tensor]) -> list[Tensor]:
-        return [conv(x) for conv, x in zip(self.convs, scales, strict=True)]
+    def forward(self, features: Callable[[int], Tensor], scale: int) -> Tensor:
+        result: Tensor = self.convs[scale - self.finest](features(scale))
+        return result
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:

@@ -36,6 +36,37 @@ def test_msdnet_has_the_parameters_of_its_authors_version() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 4_839_544
 
 
+def test_msdnet_has_the_multiply_adds_of_its_authors_version() -> None:
+    """Seven exits for CIFAR-100, against models/msdnet.py of github.com/kalviny/MSDNet-PyTorch at commit f654595.
+
+    The figures are sums over its convolutions and linear layers, counted by their output shapes. Like its
+    op_counter.py, they are without lazy evaluation, which saves what is finer than the last layers before an exit need.
+    """
+    not_lazy = [14_967_296, 25_259_008, 36_780_544, 45_972_480, 56_933_888, 66_529_280, 75_487_744]
+    model = MSDNet(num_classes=100)
+    macs = [model.macs(exits) for exits in range(1, 8)]
+    assert macs[5:] == not_lazy[5:], "one scale is left"
+    assert all(lazy < whole for lazy, whole in zip(macs[:5], not_lazy[:5], strict=True))
+    finest = [1024 * (channels * 6 + 9 * 6 * 6) for channels in (28, 34)]  # of the third and the fourth layer
+    middle = (1024 * 34 * 6 + 256 * 9 * 6 * 6) + 256 * (68 * 12 + 9 * 12 * 6)  # of the fourth layer
+    assert macs[0] == not_lazy[0] - sum(finest) - middle
+
+
+@pytest.mark.parametrize("layers", [(3, 2), (1, 1), (1, 3)])
+def test_msdnet_computes_only_what_exits_depend_on(layers: tuple[int, int]) -> None:
+    base, step = layers
+    for count in range(1, 5):
+        model = MSDNet(num_classes=5, exits=4, base=base, step=step, channels=4, growth=2)
+        computed: list[nn.Module] = []
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(lambda module, *_, computed=computed: computed.append(module))
+        model(torch.randn(2, 3, 16, 16), count).sum().backward()
+        assert len(computed) == len(set(computed)), "nothing is computed twice"
+        needed = {m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.weight.grad is not None}
+        assert set(computed) == needed
+
+
 def test_msdnet_ends_scales_after_each_third() -> None:
     model = MSDNet(num_classes=10, exits=4, base=3, step=2, channels=4, growth=2)
     scales = [len(layer.same) for layer in model.layers if hasattr(layer, "same")]
