@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from hne_kernels import environment_report
-
 from ..data import Dataset
 from ..distributed import World, choose_device, join_world
 from ..experiments import (
@@ -34,6 +32,7 @@ from ..reporting import show_table
 from ..training import TrainConfig
 from . import config_options, options
 from .loading import load_ood_images, load_training_data
+from .machine import machine_line
 from .training_runs import ProgressReporter, hint_on_interrupt, train_runs
 
 _DESCRIPTION = """\
@@ -194,16 +193,13 @@ def _about(base: TrainConfig, dataset: Dataset, world: World, args: argparse.Nam
     """The setting, for the report."""
     seeds = f"Mean ± standard deviation over {args.seeds} seeds" if args.seeds > 1 else "One seed"
     ood = f" Out-of-distribution: images of {args.ood}." if args.ood else ""
-    facts = dict(environment_report())
-    version, machine = facts["versions"], facts["machine"]
     averages = "HNEs average logits, the others probabilities; the predictive entropy is that of mean probabilities."
     return (
         f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, "
         f"{config_options.protocol_line(base.to_dict())}; HNE: alpha {base.alpha:g}, temperature "
         f"{base.temperature:g}; dropout {args.dropout:g}.{ood} {averages}\n\n"
         f"Times are of the networks of seed 0, medians of {args.rounds} turns, on {world.device}: "
-        f"{machine['processor']}, {torch.get_num_threads()} thread(s), {machine['CPU instructions'].split()[0]}; "
-        f"hne_kernels {version['hne_kernels']}, PyTorch {torch.__version__}."
+        f"{machine_line()}."
     )
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from hne_kernels import environment_report
-
 from ..data import Dataset
 from ..distributed import World, choose_device, join_world
 from ..errors import TrainingError
@@ -38,6 +36,7 @@ from ..reporting import show_table
 from ..training import TrainConfig, Trainer, final_evaluation
 from . import config_options, options
 from .loading import load_training_data
+from .machine import machine_line
 from .training_runs import ProgressReporter, train_runs
 
 _DESCRIPTION = """\
@@ -141,9 +140,11 @@ def execute(args: argparse.Namespace) -> int:
             about = _about(base, dataset, args)
             for name, panels in studies.items():
                 results = collect_results(panels, args.seeds, lambda config: states[config].evaluation)
+                text = about
                 if STUDIES[name].timed:
                     results = with_times(results, folder, dataset, rounds=args.rounds)
-                text = f"{about}\n\n{_about_times(args)}" if STUDIES[name].timed else about
+                    turns = f"medians of {args.rounds} turns: {machine_line()}."
+                    text += f"\n\nTimes are of the models of the first seed, for one image, {turns}"
                 _report(name, panels, results, states, out, f"{base.preset} on {base.data}", text, args)
     if failures:
         raise TrainingError(f"{len(failures)} of {len(states)} runs failed: {'; '.join(failures)}")
@@ -261,16 +262,6 @@ def _about(base: TrainConfig, dataset: Dataset, args: argparse.Namespace) -> str
         f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, "
         f"{config_options.protocol_line(base.to_dict())}. Unless stated otherwise, objective {base.objective}, "
         f"alpha {base.alpha:g}, temperature {base.temperature:g}. Ensembles average logits."
-    )
-
-
-def _about_times(args: argparse.Namespace) -> str:
-    """How times were measured, for a report."""
-    machine = dict(environment_report())["machine"]
-    return (
-        f"Times are of the models of the first seed, for one image, medians of {args.rounds} turns: "
-        f"{machine['processor']}, {torch.get_num_threads()} thread(s), {machine['CPU instructions'].split()[0]}; "
-        f"PyTorch {torch.__version__}."
     )
 
 

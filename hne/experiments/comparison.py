@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,30 +65,28 @@ def measure_times(
         return logits
 
     device = next(ensembles[0].parameters()).device
-    inputs = []
-    for count in BATCH_SIZES:
-        pixels = dataset.test.pixels(torch.arange(count) % len(dataset.test))
-        inputs.append(dataset.input.normalise(pixels.to(device)))
-    keys = [
-        (index, batch, size)
-        for index, ensemble in enumerate(ensembles)
-        for batch in range(len(BATCH_SIZES))
-        for size in range(1, ensemble.eval().num_models + 1)
-    ]
+    inputs = [first_images(dataset, count, device) for count in BATCH_SIZES]
     calls = [
-        lambda ensemble=ensembles[index], images=inputs[batch], size=size: call(ensemble, images, size)
-        for index, batch, size in keys
+        [functools.partial(call, ensemble, images, size) for size in range(1, ensemble.eval().num_models + 1)]
+        for ensemble in ensembles
+        for images in inputs
     ]
-    seconds = dict(zip(keys, alternating_seconds(calls, rounds, min_seconds), strict=True))
-    return [
-        {
-            f"milliseconds_{count}": tuple(
-                Estimate.of([1e3 * seconds[index, batch, size]]) for size in range(1, ensemble.num_models + 1)
-            )
-            for batch, count in enumerate(BATCH_SIZES)
-        }
-        for index, ensemble in enumerate(ensembles)
-    ]
+    times = iter(median_milliseconds(calls, rounds, min_seconds))
+    return [{f"milliseconds_{count}": next(times) for count in BATCH_SIZES} for _ in ensembles]
+
+
+def first_images(dataset: Dataset, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The first test images, as a model takes them; from the beginning again if there are fewer."""
+    pixels = dataset.test.pixels(torch.arange(count) % len(dataset.test))
+    return dataset.input.normalise(pixels.to(device))
+
+
+def median_milliseconds(
+    calls: Sequence[Sequence[Callable[[], object]]], rounds: int, min_seconds: float
+) -> list[tuple[Estimate, ...]]:
+    """Median time of each call of each group; all of them take turns (:func:`hne.evaluation.alternating_seconds`)."""
+    seconds = iter(alternating_seconds([call for group in calls for call in group], rounds, min_seconds))
+    return [tuple(Estimate.of([1e3 * next(seconds)]) for _ in group) for group in calls]
 
 
 def comparison_panel(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ ACCURACY_AND_DIVERSITY = {
     "accuracy": (100, "test accuracy (%)"),
     "diversity": (1, "diversity (std. deviation of the logits)"),
 }
+ACCURACY = {"accuracy": ACCURACY_AND_DIVERSITY["accuracy"]}
 ACCURACY_AND_NLL = {"accuracy": (100, "test accuracy (%)"), "nll": (1, "negative log-likelihood (nats)")}
 
 
@@ -57,8 +59,9 @@ def plot_against_cost(
     path: str | Path,
     title: str,
     quantities: Mapping[str, tuple[float, str]] = ACCURACY_AND_DIVERSITY,
+    costs: Sequence[Cost] = (MACS,),
 ) -> None:
-    """Plot two quantities against multiply-adds, side by side, a row for each panel.
+    """Plot two quantities against multiply-adds, or one quantity against two costs, side by side, a row for each panel.
 
     The x-axis names the ensemble sizes where all results of a panel have the same costs; elsewhere the markers do.
 
@@ -67,38 +70,26 @@ def plot_against_cost(
         path: The file; its ending chooses the format.
         title: Title above the figure.
         quantities: The quantities, with factors and labels.
+        costs: What the x-axes show.
     """
     figure = new_figure(11.5, 4.4 * len(panels))
     figure.set_layout_engine("constrained", w_pad=0.15)
-    grid = figure.subplots(len(panels), 2, squeeze=False, sharex="row")
+    columns = list(product(costs, quantities.items()))
+    same_cost = len(costs) == 1
+    grid = figure.subplots(
+        len(panels),
+        len(columns),
+        squeeze=False,
+        sharex="row" if same_cost else "none",
+        sharey="none" if same_cost else "row",
+    )
     figure.suptitle(plain_text(title), parse_math=False)
     for panel, row in zip(panels, grid, strict=True):
         prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
-        for axes, (quantity, (factor, label)) in zip(row, quantities.items(), strict=True):
-            _draw_against_cost(axes, panel, quantity, factor)
+        for axes, (cost, (quantity, (factor, label))) in zip(row, columns, strict=True):
+            _draw_against_cost(axes, panel, quantity, factor, cost)
             axes.set_ylabel(prefix + label)
-            axes.set_xlabel(COST)
-    save_figure(figure, path)
-
-
-def plot_cost_and_time(panels: Sequence[PanelResult], path: str | Path, title: str) -> None:
-    """Plot accuracy against multiply-adds and against milliseconds, side by side, a row for each panel.
-
-    Args:
-        panels: Panels with at least one curve each, whose results have ``milliseconds``.
-        path: The file; its ending chooses the format.
-        title: Title above the figure.
-    """
-    figure = new_figure(12.5, 4.8 * len(panels))
-    figure.set_layout_engine("constrained", w_pad=0.15)
-    grid = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
-    figure.suptitle(plain_text(title), parse_math=False)
-    for panel, row in zip(panels, grid, strict=True):
-        prefix = f"width {panel.scale:g}: " if len(panels) > 1 else ""
-        for axes, cost in zip(row, (MACS, TIME), strict=True):
-            _draw_against_cost(axes, panel, "accuracy", 100, cost)
             axes.set_xlabel(cost.label)
-        row[0].set_ylabel(prefix + "test accuracy (%)")
     save_figure(figure, path)
 
 
@@ -126,7 +117,11 @@ def plot_members(panels: Sequence[PanelResult], path: str | Path, title: str) ->
     save_figure(figure, path)
 
 
-FIGURES = {"cost": plot_against_cost, "cost and time": plot_cost_and_time, "members": plot_members}
+FIGURES: dict[str, Callable[[Sequence[PanelResult], Path, str], None]] = {
+    "cost": plot_against_cost,
+    "cost and time": partial(plot_against_cost, quantities=ACCURACY, costs=(MACS, TIME)),
+    "members": plot_members,
+}
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
@@ -163,7 +158,7 @@ def _points(curve: CurveResult, quantity: str, factor: float, cost: Cost) -> lis
     ]
 
 
-def _draw_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: float, cost: Cost = MACS) -> None:
+def _draw_against_cost(axes: Axes, panel: PanelResult, quantity: str, factor: float, cost: Cost) -> None:
     costs = {tuple(cost.of(result)): result.sizes for result in panel.results}
     values, sizes = next(iter(costs.items()))
     same_costs = len(costs) == 1

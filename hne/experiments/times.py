@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Dataset
-from ..evaluation import alternating_seconds
 from ..models import HNE, checkpoint
 from ..training import CHECKPOINT, TrainConfig
-from .results import Estimate, PanelResult, Result
+from .comparison import first_images, median_milliseconds
+from .results import PanelResult, Result
 from .runs import run_name
 
 
@@ -49,19 +49,18 @@ def with_times(
 
 
 def _with_times(panel: PanelResult, folder: Path, dataset: Dataset, rounds: int, min_seconds: float) -> PanelResult:
-    image = dataset.input.normalise(dataset.test.pixels(torch.zeros(1, dtype=torch.int64)))
+    image = first_images(dataset, 1)
     models: dict[TrainConfig, nn.Module] = {}  # widths of a slimmable model share it
     calls = []
     for result in panel.results:
         if result.config not in models:
             models[result.config] = load_run(folder, result.config, dataset)
         width = result.evaluations[0].width
-        calls += [functools.partial(_answer, models[result.config], image, n, width) for n in result.sizes]
-    seconds = iter(alternating_seconds(calls, rounds, min_seconds))
+        calls.append([functools.partial(_answer, models[result.config], image, n, width) for n in result.sizes])
+    times = iter(median_milliseconds(calls, rounds, min_seconds))
 
     def timed(result: Result) -> Result:
-        times = tuple(Estimate.of([1e3 * next(seconds)]) for _ in result.sizes)
-        return replace(result, more={**result.more, "milliseconds": times})
+        return replace(result, more={**result.more, "milliseconds": next(times)})
 
     curves = [replace(curve, results=tuple(map(timed, curve.results))) for curve in panel.curves]
     return PanelResult(panel.scale, tuple(curves))

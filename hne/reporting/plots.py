@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 import torch
@@ -92,19 +93,10 @@ def plot_widths(evaluation: Evaluation, path: str | Path, title: str = "") -> No
         costs = [e.macs / 1e6 for e in at.ensembles]
         percent = [100 * e.accuracy for e in at.ensembles]
         axes.plot(costs, percent, "o-", color=color, lw=2, ms=6, label=f"width {at.width:g}")
-        for e, cost, height in zip(at.ensembles, costs, percent, strict=True):
-            axes.annotate(
-                str(e.num_models),
-                (cost, height),
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
-                color=color,
-                path_effects=HALO,
-            )
+        sizes = [e.num_models for e in at.ensembles]
+        label_sizes(axes, sizes, costs, percent, color, prefix="", offset=(0, 6), ha="center")
     costs = sorted(e.macs / 1e6 for at in evaluations for e in at.ensembles)
-    log_cost_axis(axes, _spread(costs, 7))
+    log_cost_axis(axes, _log_ticks(costs, 7))
     axes.set_xlabel(COST)
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(plain_text(title), parse_math=False)
@@ -114,7 +106,7 @@ def plot_widths(evaluation: Evaluation, path: str | Path, title: str = "") -> No
     save_figure(figure, path)
 
 
-def _spread(costs: Sequence[float], count: int) -> list[float]:
+def _log_ticks(costs: Sequence[float], count: int) -> list[float]:
     """Ticks on a logarithmic axis: at most ``count`` of the rising costs, the first and the last among them."""
     least = (costs[-1] / costs[0]) ** (1 / count)
     ticks = [costs[0]]
@@ -185,14 +177,25 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def label_sizes(axes: Axes, sizes: Sequence[int], x: Sequence[float], y: Sequence[float], color: str) -> None:
-    """Write the ensemble size beside each point."""
+def label_sizes(
+    axes: Axes,
+    sizes: Sequence[int],
+    x: Sequence[float],
+    y: Sequence[float],
+    color: Any,
+    *,
+    prefix: str = "n = ",
+    offset: tuple[float, float] = (7, -12),
+    ha: Literal["left", "center"] = "left",
+) -> None:
+    """Write the ensemble size beside each point, at an offset in typographic points."""
     for size, right, up in zip(sizes, x, y, strict=True):
         axes.annotate(
-            f"n = {size}",
+            f"{prefix}{size}",
             (right, up),
-            xytext=(7, -12),
+            xytext=offset,
             textcoords="offset points",
+            ha=ha,
             fontsize=9,
             color=color,
             path_effects=HALO,

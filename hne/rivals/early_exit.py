@@ -24,9 +24,7 @@ class EarlyExitNetwork(nn.Module, ABC):
     widths: tuple[float, ...] = ()  # as of an HNE that is not slimmable
 
     def __init__(self, exits: int, num_classes: int, in_channels: int) -> None:
-        for name, value in (("exits", exits), ("num_classes", num_classes), ("in_channels", in_channels)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        check_numbers(exits=exits, num_classes=num_classes, in_channels=in_channels)
         super().__init__()
         self.num_models = exits
         self.num_classes = num_classes
@@ -77,3 +75,10 @@ class EarlyExitNetwork(nn.Module, ABC):
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= self.num_models:
             raise ValueError(f"num_models must be a number of exits from 1 to {self.num_models}, got {count!r}")
         return count
+
+
+def check_numbers(**numbers: int) -> None:
+    """Raise a ValueError unless all arguments are whole numbers of at least 1."""
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .early_exit import EarlyExitNetwork
+from .early_exit import EarlyExitNetwork, check_numbers
 
 _SCALES = 3
 _FACTORS = (1, 2, 4)  # of the channels of each scale, fine to coarse, and of the bottlenecks' widths
@@ -57,9 +57,7 @@ class MSDNet(EarlyExitNetwork):
         super().__init__(exits, num_classes, in_channels)
         self._macs: dict[tuple[int, int], list[int]] = {}  # by the size of the images
         self.options = {"exits": exits, "base": base, "step": step, "channels": channels, "growth": growth}
-        for name, value in self.options.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        check_numbers(**self.options)
         layers = base + step * (exits - 1)
         interval = math.ceil(layers / _SCALES)
         inputs = (in_channels, *(channels * factor for factor in _FACTORS))
