@@ -10,7 +10,8 @@ import networks
 import pytest
 import torch
 from networks import build, each_model, images
-from torch import Tensor, distributed, multiprocessing, nn
+from processes import run_processes
+from torch import Tensor, distributed, nn
 
 from hne import HNE, Conv, Hierarchy, Norm, PreActivation
 from hne.layers import LayerSpec
@@ -48,7 +49,7 @@ def test_processes_with_parts_of_a_batch_equal_one_with_the_batch(
     y = whole(x)
     y.square().sum().backward()
 
-    multiprocessing.spawn(_process, (str(tmp_path),), nprocs=len(PARTS))
+    run_processes(_process, tmp_path, len(PARTS))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(PARTS))]
     torch.testing.assert_close(torch.cat([result[0] for result in results], 1), y)
     torch.testing.assert_close(torch.cat([result[1] for result in results]), x.grad)
@@ -127,7 +128,7 @@ def test_processes_with_few_or_no_images(kind: type[HNE], tmp_path: Path, rng: t
             model = prepare(build(kind, tree, rng)).train()
             cases.append((model, images(rng, sum(parts), size), parts, synchronise(copy.deepcopy(model))))
     torch.save([(synchronised, x, parts) for _, x, parts, synchronised in cases], tmp_path / "input.pt")
-    multiprocessing.spawn(_small_parts, (str(tmp_path),), nprocs=2)
+    run_processes(_small_parts, tmp_path)
     results = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
     for (model, x, parts, _), both in zip(cases, results, strict=True):
         if sum(parts) == 1:

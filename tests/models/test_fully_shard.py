@@ -10,7 +10,8 @@ import networks
 import pytest
 import torch
 from networks import build, each_model, images
-from torch import Tensor, distributed, multiprocessing
+from processes import run_processes
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -53,7 +54,7 @@ def test_sharded_models_train_and_infer(kind: type[HNE], tmp_path: Path, rng: to
     model, x = build(kind, networks.TREES["doubling"], rng), images(rng)
     torch.save((model, x), tmp_path / "input.pt")
     expected = _steps(copy.deepcopy(model), x)
-    multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    run_processes(_process, tmp_path)
     for rank in range(2):
         for got, want in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from cuda_graphs import emulate
 from networks import each_model, images
+from processes import run_processes
 from templates import Shuffle, network
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -195,7 +196,7 @@ def test_several_processes(kind: type[HNE], tmp_path: Path, rng: torch.Generator
     twin = copy.deepcopy(model)
     sum(twin(part).square().sum() for part in x.split(PARTS)).div(2).backward()
     expected = _steps(model, model, x)
-    multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    run_processes(_process, tmp_path)
     for rank in range(2):
         gradients, steps = torch.load(tmp_path / f"{rank}.pt")
         for got, parameter in zip(gradients, twin.parameters(), strict=True):
