@@ -13,7 +13,7 @@ from timed_steps import Failure, RanOut, Skipped
 # By name: the rows that matter first, as pytest's -k selects them on a GPU and in a rehearsal.
 ROWS = {
     "inference-128": ("inference and HNE-ResNet-16-128-bfloat16", "inference and HNE-tiny-2-2-bfloat16"),
-    "inference-1": ("inference and HNE-ResNet-16-1-bfloat16", "inference and HNE-tiny-2-2-float32"),
+    "inference-1": ("inference and HNE-ResNet-16-1-bfloat16", "inference and HNE-tiny-1-2-bfloat16"),
     "training-128": ("training and HNE-ResNet-128-bfloat16", "training and HNE-tiny-4-bfloat16"),
 }
 COMPILED = ("compiled", "channels_last_compiled", "frozen")
