@@ -130,8 +130,10 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address an
 			tests/kernels/test_fused_layers*.py tests/kernels/test_quantized_layers.py tests/kernels/test_winograd.py || exit 1; \
 	done
 
-# Waiting threads give way: on a busy machine they would keep the working ones from their processor.
+# Waiting threads give way: on a busy machine they would keep the working ones from their processor. Bytecode is kept
+# even if the machine's environment says otherwise: pytest would rewrite all tests in each of its processes.
 check levels sanitize: export OMP_WAIT_POLICY := passive
+check levels sanitize: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: notebooks
 notebooks: ## write the notebooks of the examples from their scripts

@@ -52,7 +52,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter._get_np_dtype = _known_numpy_dtype
 
-# pytest loads this file in a run of the benchmarks, too, and then calls both functions below.
+# pytest loads this file in a run of the benchmarks, too, and then calls the functions below.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first: one that began last would run alone while the other processes have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
