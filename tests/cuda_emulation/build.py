@@ -20,6 +20,11 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 
 import native  # noqa: E402
 
+SANITIZED = (
+    "-fsanitize=address,alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow",
+    *("-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+)
+
 
 def compiler() -> str | None:
     """The command of a C++ compiler, or None."""
@@ -105,6 +110,23 @@ def build(folder: Path, flags: tuple[str, ...]) -> Path:
         if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in objects):
             _run([*_command("-Og", flags), "-shared", *map(str, objects), "-o", str(library), *_libraries()])
     return library
+
+
+def build_sanitized() -> Path:
+    """The library of the tests, with sanitizers, which also find unaligned accesses of 16 bytes."""
+    return build(ROOT / "build" / "cuda_emulation", SANITIZED)
+
+
+def sanitized_environ() -> dict[str, str]:
+    """What a process needs to load that library: Python is not instrumented, so the runtime is preloaded."""
+    preload = [
+        subprocess.check_output([(compiler() or "g++").split()[0], f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return {
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
 
 
 def main() -> None:

@@ -17,36 +17,25 @@ import build as emulation  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-_SANITIZED = (
-    "-fsanitize=address,alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow",
-    *("-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
-)
-
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The kernels compiled for the host with sanitizers, which also find unaligned accesses of 16 bytes."""
+    """The kernels compiled for the host."""
     if emulation.compiler() is None:
         pytest.skip("no C++ compiler")
-    return emulation.build(ROOT / "build" / "cuda_emulation", _SANITIZED)
+    return emulation.build_sanitized()
 
 
 def _run(library: Path, *arguments: str, **environ: str) -> str:
-    """Run Python with the emulated kernels, after preloading the sanitizer's runtime, as Python is not instrumented."""
-    compiler = (emulation.compiler() or "g++").split()[0]
-    preload = [
-        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
+    """Run Python with the emulated kernels."""
     result = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
         env={
             **os.environ,
             "HNE_CUDA_EMULATION": str(library),
-            "LD_PRELOAD": " ".join(preload),
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
             "OMP_WAIT_POLICY": "passive",
+            **emulation.sanitized_environ(),
             **environ,
         },
         capture_output=True,

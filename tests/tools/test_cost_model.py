@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import struct
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda_emulation"))
 
 import build_steps
 import cost_table
@@ -218,9 +221,18 @@ def test_predictions_of_the_repository_are_of_the_smoke_table() -> None:
 
 
 @pytest.mark.slow
-def test_recorded_launches() -> None:
-    """A call of a network launches kernels whose names, parameters and tensors are known."""
+def test_recorded_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of a network launches kernels whose names, parameters and tensors are known.
+
+    The kernels are compiled once for this test and for those of their results (tests/kernels/test_cuda.py).
+    """
+    build = import_module("build")
+    sanitized = build.build_sanitized()
+    monkeypatch.setattr(build, "build", lambda folder, flags: sanitized)
+    for name, value in build.sanitized_environ().items():
+        monkeypatch.setenv(name, value)
     library = emulation()
+    assert library == sanitized
     recording = record(Call("resnet", 1, False), library)
     ours = [launch for launch in recording.launches if launch.kernel]
     assert len(ours) >= 5
