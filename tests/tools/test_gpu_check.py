@@ -191,6 +191,28 @@ def test_without_ncu_each_kernel_that_matters_has_a_row(monkeypatch: pytest.Monk
     assert [(row["row"], row["result"]) for row in check.rows] == [("gemm", "skipped"), ("norm", "skipped")]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_that_interrupt(number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(_: GpuCheck) -> str:
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+        return "not interrupted"
+
+    _check(monkeypatch, tmp_path)
+    step = gpu_check.Step("waits", interrupted, 50)
+    monkeypatch.setattr(gpu_check, "planned", lambda *_: [step, gpu_check.Step("next", interrupted, 5)])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "first", "--device", "cpu", "--results", str(tmp_path)])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert gpu_check.main() == 130
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    steps = json.loads((tmp_path / "first.json").read_text())["steps"]
+    assert {name: outcome["result"] for name, outcome in steps.items()} == {"waits": "interrupted"}
+
+
 # --- rehearsals on the CPU ------------------------------------------------------------------------------------------
 
 
@@ -275,14 +297,13 @@ def test_rehearsal_of_the_third_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_rows_and_a_summary(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interruption_leaves_rows_and_a_summary(tmp_path: Path) -> None:
     command = [sys.executable, PROGRAM, "first", "--device", "cpu", "--results", str(tmp_path), "--seconds", "3000"]
     process = subprocess.Popen(command, env=_environ(), stdout=subprocess.PIPE, text=True)
     table, end = tmp_path / "first.tsv", time.monotonic() + 300
     while time.monotonic() < end and not (table.exists() and "cpp-ops" in table.read_text()):
         time.sleep(0.2)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     record = json.loads((tmp_path / "first.json").read_text())
