@@ -1,4 +1,4 @@
-"""What an ensemble averages: its members' logits, or their probabilities."""
+"""What an ensemble averages: its members' logits, their probabilities, or in a regression their Gaussians."""
 
 from __future__ import annotations
 
@@ -24,6 +24,35 @@ def prefix_mixtures(logits: Tensor, sizes: Sequence[int]) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     sums = logits.log_softmax(-1).logcumsumexp(0)
     return torch.stack([sums[n - 1] - math.log(n) for n in sizes])
+
+
+def mixture(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of an equal mixture of Gaussians (Lakshminarayanan et al. 2017).
+
+    The variance is the mean of the members' variances plus the population variance of their means.
+
+    Args:
+        mean, variance: ``[N, ...]``, of the members.
+
+    Returns:
+        ``[...]`` and ``[...]``, in float32 at least.
+    """
+    mean, variance = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (mean, variance))
+    return mean.mean(0), variance.mean(0) + mean.var(0, correction=0)
+
+
+def prefix_gaussians(mean: Tensor, variance: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the mixture of the first n Gaussians, for each n of ``sizes``.
+
+    Args:
+        mean, variance: ``[N, B]``, of the members.
+        sizes: each n, from 1 to N.
+
+    Returns:
+        ``[len(sizes), B]`` and ``[len(sizes), B]``, in float32 at least.
+    """
+    means, variances = zip(*(mixture(mean[:n], variance[:n]) for n in sizes), strict=True)
+    return torch.stack(means), torch.stack(variances)
 
 
 AVERAGES: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {

@@ -73,7 +73,7 @@ _OPTIONS: dict[str, _Option] = {
     "naive": _Option("train the plain PyTorch implementation, for comparison"),
     "objective": _Option(
         "training objective: I each member by itself (eq. 9), H the nested ensembles (eq. 10), D members and HD nested "
-        "ensembles distilled from the whole ensemble (eq. 11, 12) (default: I+HD)",
+        "ensembles distilled from the whole ensemble (eq. 11, 12) (default: I+HD; with protocol tabular I)",
         choices=OBJECTIVES,
     ),
     "alpha": _Option("weight of the second term; the first has 1 - A (default: 0.5, for imagenet 0.75)", float, "A"),

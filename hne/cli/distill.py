@@ -47,7 +47,7 @@ _EXAMPLES = """\
   hne distill logits.npy --data digits --preset hne_tiny
 
   hne train --data diabetes --branches 8,8,8,8 --out runs/diabetes      a regression
-  hne distill runs/diabetes --compare
+  hne distill runs/diabetes --compare --ood permuted
 """
 
 
@@ -74,7 +74,10 @@ def add_parser(commands: options.Subparsers) -> None:
     compare = "also train one network on the members' average (distilled) and one without a teacher (alone), as long"
     student.add_argument("--compare", action="store_true", help=compare)
     options.add_data(parser, default="the teacher's")
-    ood = "compare on out-of-distribution images, too: a data set, or a folder of pictures (see `hne eval`)"
+    ood = (
+        "compare on out-of-distribution images, too: a data set, or a folder of pictures; in a regression permuted or "
+        "scaled (see `hne eval`)"
+    )
     parser.add_argument("--ood", type=options.path_text, metavar="DATA", help=ood)
     for title, names in (
         ("training data", config_options.TRAINING_DATA),
@@ -199,10 +202,15 @@ def _about(base: StudentConfig, dataset: Dataset, device: torch.device, args: ar
     first_phase = f", the first {base.first_phase} of Hydra's with one head" if base.first_phase else ""
     temperature = f"; temperature {base.temperature:g}" if dataset.target is None else ""
     own_blocks = f"; every head has its own last {args.own_blocks} block(s)" if args.own_blocks else ""
-    ood = f" OOD: images of {args.ood}, detected by the predictive entropy or the MI." if args.ood else ""
-    average = " Ensembles average logits." if dataset.target is None else ""
+    if dataset.target is None:
+        ood = f" OOD: images of {args.ood}, detected by the predictive entropy or the MI."
+        average = " Ensembles average logits."
+    else:
+        ood = f" OOD: {args.ood} measurements, detected by the mixture's deviation or the diversity."
+        average = " Ensembles are mixtures of Gaussians."
     return (
         f"{len(dataset.train)} training and {len(dataset.test)} test images, "
-        f"{config_options.protocol_line(base.to_dict())}{first_phase}{temperature}{own_blocks}.{ood}{average} "
+        f"{config_options.protocol_line(base.to_dict())}{first_phase}{temperature}{own_blocks}."
+        f"{ood if args.ood else ''}{average} "
         f"Milliseconds for a batch of 1 and of 64 on {device}, {torch.get_num_threads()} thread(s)."
     )

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ..data import SEVERITIES, Corruption, Dataset, Images
 from ..distributed import choose_device
-from ..evaluation import Evaluation, evaluate_corruptions, evaluate_ood, evaluate_regression, evaluate_widths
+from ..evaluation import (
+    Evaluation,
+    OODEvaluation,
+    RegressionOODEvaluation,
+    evaluate_corruptions,
+    evaluate_ood,
+    evaluate_regression,
+    evaluate_regression_ood,
+    evaluate_widths,
+)
 from ..files import check_writable, write_json
 from ..models import HNE, QuantizedHNE
-from ..reporting import ProgressBar, show_corruptions, show_evaluation, show_ood, show_uncertainty, show_widths
+from ..reporting import (
+    ProgressBar,
+    show_corruptions,
+    show_evaluation,
+    show_ood,
+    show_regression_ood,
+    show_uncertainty,
+    show_widths,
+)
 from . import options
 from .loading import load_corruptions, load_model, load_network, load_ood_images, load_test_data
 
@@ -53,7 +71,11 @@ severity and the mean corruption error. --json has all severities of all corrupt
 A model of `hne train --widths` has a table over its widths and n, in which * marks the Pareto front:
 choices that are more accurate than each cheaper one. All else is of full width.
 
-For a regression (diabetes): RMSE and NLL of the mixture, in the units of the target.
+For a regression (diabetes): RMSE and NLL of the members' mixture in the units of the target, and how well
+its intervals are calibrated: coverage error is the mean distance between the share of the targets inside
+an interval and its probability, over central intervals of 5, 10, ... 95 %. --ood permuted takes each
+measurement from another test sample, --ood scaled triples its distance from the mean; both are detected
+by the deviation of the mixture, and by the diversity, the deviation of the members' means.
 """
 _EXAMPLES = """\
   hne eval runs/digits-hne_tiny
@@ -75,7 +97,7 @@ def add_parser(commands: options.Subparsers) -> None:
         "--ood",
         type=options.path_text,
         metavar="DATA",
-        help="out-of-distribution images: a data set, or a folder of pictures",
+        help="out-of-distribution images: a data set, or a folder of pictures; in a regression permuted or scaled",
     )
     corruptions = parser.add_argument_group("corrupted images")
     corruptions.add_argument(
@@ -145,14 +167,19 @@ def execute(args: argparse.Namespace) -> int:
 def _evaluate_ood(
     model: HNE | QuantizedHNE, dataset: Dataset, images: Images, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Evaluate the detection of OOD images, print the table, and return the results as JSON-able values."""
+    """Evaluate the detection of OOD data, print the table, and return the results as JSON-able values."""
+    ensembles: Sequence[OODEvaluation | RegressionOODEvaluation]
     with ProgressBar(len(dataset.test) + len(images), hidden=args.quiet) as bar:
-        evaluations = evaluate_ood(
-            model, dataset, images, average=args.average, batch_size=args.batch_size, progress=bar.update
-        )
-    title = f"{len(images)} OOD images of {args.ood} against those of {dataset.name}"
-    show_ood(evaluations, title, average=args.average)
-    return {"data": args.ood, "images": len(images), "ensembles": [asdict(evaluation) for evaluation in evaluations]}
+        common: dict[str, Any] = {"batch_size": args.batch_size, "progress": bar.update}
+        if dataset.target is None:
+            ensembles = found = evaluate_ood(model, dataset, images, average=args.average, **common)
+            show = functools.partial(show_ood, found, average=args.average)
+        else:
+            ensembles = of_samples = evaluate_regression_ood(model, dataset, images, **common)
+            show = functools.partial(show_regression_ood, of_samples)
+    source = f"images of {args.ood}" if dataset.target is None else f"samples, {args.ood},"
+    show(title=f"{len(images)} OOD {source} against those of {dataset.name}")
+    return {"data": args.ood, "images": len(images), "ensembles": [asdict(ensemble) for ensemble in ensembles]}
 
 
 def _evaluate_corruptions(

@@ -19,6 +19,7 @@ from ..data import (
     corrupted_images,
     load_dataset,
     ood_images,
+    ood_samples,
 )
 from ..errors import CheckpointError
 from ..models import HNE, QuantizedHNE, checkpoint
@@ -126,12 +127,12 @@ def load_ood_images(args: argparse.Namespace, dataset: Dataset) -> Images | None
     """The out-of-distribution images of ``--ood`` in the format of ``dataset``; None without that option.
 
     Raises:
-        ValueError: ``dataset`` is a regression.
+        ValueError: ``dataset`` is a regression, and the option names nothing of :data:`hne.data.OOD_SAMPLES`.
     """
     if args.ood is None:
         return None
     if dataset.target is not None:
-        raise ValueError(f"--ood: expected data with classes, since it needs their entropy; {dataset.name} has none")
+        return ood_samples(args.ood, dataset)
     return ood_images(args.ood, dataset.input, args.data_dir, limit=getattr(args, "limit_test", None))
 
 

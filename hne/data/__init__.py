@@ -22,6 +22,6 @@ from .formats import InputFormat, TargetFormat
 from .images import FileImages, Images, MemoryImages
 from .items import ItemImages
 from .loader import evaluation_batches, training_batches
-from .ood import ood_images
+from .ood import OOD_SAMPLES, ood_images, ood_samples
 from .plan import Split
 from .registry import DATASETS, RESIZABLE, load_dataset

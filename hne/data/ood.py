@@ -1,8 +1,10 @@
-"""Out-of-distribution (OOD) images: images of another data set, in the input format of a trained network."""
+"""Out-of-distribution (OOD) data: images of another data set in the input format of a trained network, and measurements
+that are unlike the test samples of a regression."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..errors import DataError
+from .dataset import Dataset
 from .folder import image_files
 from .formats import InputFormat
 from .images import FileImages, Images, MemoryImages
@@ -50,6 +53,51 @@ def ood_images(
         return replace(images, input=input_format)
     assert isinstance(images, MemoryImages)  # data sets by name have no items of PyTorch
     return MemoryImages(_convert(images, input_format), images.labels)
+
+
+def ood_samples(source: str, dataset: Dataset, *, seed: int = 0) -> Images:
+    """Make out-of-distribution samples from the test samples of measurements, as those of a regression.
+
+    Args:
+        source: One of :data:`OOD_SAMPLES`: "permuted" takes each measurement of a sample from another test sample, so
+            that each by itself is usual and their combination is not; "scaled" triples the distance of each
+            measurement from its mean over the training samples.
+        dataset: The data set of the measurements.
+        seed: Of the permutations.
+
+    Returns:
+        As many samples as there are test samples, in their format. The labels mean nothing to the network.
+
+    Raises:
+        ValueError: ``source`` is unknown.
+        DataError: The data set has images, not measurements.
+    """
+    if source not in OOD_SAMPLES:
+        raise ValueError(
+            f"out-of-distribution samples: expected {' or '.join(OOD_SAMPLES)} for {dataset.name}, got {source!r}"
+        )
+    test = dataset.test
+    if not isinstance(test, MemoryImages) or dataset.target is None:
+        raise DataError(f"{dataset.name}: expected measurements, but this data set has images")
+    return replace(test, images=OOD_SAMPLES[source](test.images, dataset.input, seed))
+
+
+def _permuted(samples: torch.Tensor, input_format: InputFormat, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(len(samples), generator=generator) for _ in input_format.mean], 1)
+    return samples.gather(0, order[:, None, None].to(samples.device))
+
+
+def _scaled(samples: torch.Tensor, input_format: InputFormat, seed: int) -> torch.Tensor:
+    mean = torch.tensor(input_format.mean, device=samples.device)
+    return mean + 3 * (samples - mean)
+
+
+OOD_SAMPLES: dict[str, Callable[[torch.Tensor, InputFormat, int], torch.Tensor]] = {
+    "permuted": _permuted,
+    "scaled": _scaled,
+}
+"""Kinds of out-of-distribution samples that :func:`ood_samples` makes of measurements."""
 
 
 def _convert(split: MemoryImages, input_format: InputFormat) -> torch.Tensor:

@@ -9,5 +9,6 @@ from .latency import AnytimeStep, alternating_seconds, measure_anytime, seconds_
 from .ood import OODEvaluation, evaluate_ood
 from .predict import Ensemble, predict
 from .regression import RegressionEvaluation, RegressionMetrics, evaluate_regression
+from .regression_ood import RegressionOODEvaluation, evaluate_regression_ood
 from .speed import COMPILED, EAGER, FUSED, SIDES, InferenceSides, TrainingSides
 from .widths import AtWidth, by_width, evaluate_widths, pareto_front

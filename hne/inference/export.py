@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..averages import mixture
 from ..executors import CopyFreeNetwork
 from ..losses import gaussians
-from ..metrics import mixture
 from ..models import HNE, FusedHNE
 
 

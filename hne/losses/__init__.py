@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .gaussian import gaussian_divergence, gaussians, likelihood_objective
+from .gaussian import gaussian_divergence, gaussian_objective, gaussians
 from .hydra import average_teacher, hydra_loss
 from .modules import HierarchicalDistillationLoss, HierarchicalLoss, HydraLoss, IndependentLoss
 from .objectives import OBJECTIVES, Objective, objective

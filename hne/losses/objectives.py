@@ -70,9 +70,7 @@ def objective(name: str, alpha: float = 0.5, temperature: float = 2.0) -> Object
     Raises:
         ValueError: the name is unknown, or ``alpha`` or ``temperature`` is out of range.
     """
-    if name not in _OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
-    check_settings(alpha, temperature)
+    check_objective(name, alpha, temperature)
     formula = _OBJECTIVES[name]
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -82,6 +80,13 @@ def objective(name: str, alpha: float = 0.5, temperature: float = 2.0) -> Object
         return formula(logits, target, alpha, temperature)
 
     return loss
+
+
+def check_objective(name: str, alpha: float, temperature: float = 1.0) -> None:
+    """Raise ValueError unless ``name`` is known, and ``alpha`` and ``temperature`` are in their ranges."""
+    if name not in _OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+    check_settings(alpha, temperature)
 
 
 def check_settings(alpha: float, temperature: float) -> None:

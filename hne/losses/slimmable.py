@@ -9,7 +9,7 @@ from torch import Tensor
 
 import hne_kernels as K
 
-from .objectives import OBJECTIVES, check_settings, soft_cross_entropy
+from .objectives import check_objective, soft_cross_entropy
 
 NarrowObjective = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,9 +42,7 @@ def narrow_objective(name: str, alpha: float = 0.5, temperature: float = 2.0) ->
     Raises:
         ValueError: The name is unknown, or ``alpha`` or ``temperature`` is out of range.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
-    check_settings(alpha, temperature)
+    check_objective(name, alpha, temperature)
     first, _, second = name.partition("+")
 
     def term(kind: str, logits: Tensor, teacher: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ the entropy of a mixture splits into the members' own entropy and their disagree
 
 from __future__ import annotations
 
-from ..averages import prefix_mixtures
+from ..averages import mixture, prefix_gaussians, prefix_mixtures
 from .calibration import BINS, calibration_gaps, expected_calibration_error
 from .classification import accuracy, brier_score, correct, negative_log_likelihood
 from .detection import Detection, detection
 from .diversity import disagreement, diversity
-from .gaussian import gaussian_nll, mixture, root_mean_squared_error
+from .gaussian import LEVELS, coverage_counts, coverage_error, gaussian_nll, root_mean_squared_error
 from .uncertainty import (
     energy,
     max_logit,

@@ -1,4 +1,4 @@
-"""Metrics of regression: every member predicts a Gaussian, and the ensemble is the mixture of its members.
+"""Metrics of regression, in which a network or an ensemble predicts a Gaussian.
 
 A Gaussian is given by its mean and its variance, in two tensors of the same shape.
 """
@@ -7,24 +7,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .precision import at_least_float32
 
-
-def mixture(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of an equal mixture of Gaussians (Lakshminarayanan et al. 2017).
-
-    The variance is the mean of the members' variances plus the population variance of their means.
-
-    Args:
-        mean, variance: ``[N, ...]``, of the members.
-
-    Returns:
-        ``[...]`` and ``[...]``, in float32 at least.
-    """
-    mean, variance = at_least_float32(mean), at_least_float32(variance)
-    return mean.mean(0), variance.mean(0) + mean.var(0, correction=0)
+LEVELS = tuple(percent / 100 for percent in range(5, 100, 5))
+"""Probabilities of the central intervals whose coverage is measured: 0.05, 0.1, ... 0.95."""
 
 
 def root_mean_squared_error(mean: Tensor, target: Tensor) -> Tensor:
@@ -52,3 +41,36 @@ def gaussian_nll(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
     """
     mean, variance = at_least_float32(mean), at_least_float32(variance)
     return (((target - mean).square() / variance + variance.log() + math.log(2 * math.pi)) / 2).mean(-1)
+
+
+def coverage_counts(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
+    """Number of targets inside the central interval that a Gaussian gives each probability of :data:`LEVELS`.
+
+    Counts add up over batches and processes (see :func:`coverage_error`).
+
+    Args:
+        mean, variance: ``[..., B]``.
+        target: ``[B]``.
+
+    Returns:
+        ``[..., len(LEVELS)]``, int64.
+    """
+    mean, variance = at_least_float32(mean), at_least_float32(variance)
+    levels = torch.tensor(LEVELS, dtype=mean.dtype, device=mean.device)
+    half_widths = torch.special.ndtri((1 + levels) / 2)  # in standard deviations
+    distance = (target - mean).abs() / variance.sqrt()
+    return (distance[..., None] <= half_widths).sum(-2)
+
+
+def coverage_error(counts: Tensor, samples: int) -> Tensor:
+    """Mean distance between the share of targets inside an interval and its probability (Kuleshov et al. 2018).
+
+    Args:
+        counts: ``[..., len(LEVELS)]`` from :func:`coverage_counts`, summed over batches.
+        samples: number of targets in all batches.
+
+    Returns:
+        ``[...]``, 0 to 0.5; 0 for perfectly calibrated intervals.
+    """
+    shares = at_least_float32(counts) / samples
+    return (shares - torch.tensor(LEVELS, dtype=shares.dtype, device=shares.device)).abs().mean(-1)

@@ -29,6 +29,7 @@ from .tables import (
     show_corruptions,
     show_evaluation,
     show_ood,
+    show_regression_ood,
     show_table,
     show_uncertainty,
     show_widths,

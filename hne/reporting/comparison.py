@@ -15,9 +15,12 @@ from ..evaluation import (
     Evaluation,
     OODEvaluation,
     RegressionEvaluation,
+    RegressionMetrics,
+    RegressionOODEvaluation,
     evaluate,
     evaluate_ood,
     evaluate_regression,
+    evaluate_regression_ood,
     seconds_per_call,
 )
 from ..files import replacing_text, write_json, write_text
@@ -43,7 +46,7 @@ class System:
     name: str
     num_models: int
     evaluation: Evaluation | RegressionEvaluation
-    ood: OODEvaluation | None = None
+    ood: OODEvaluation | RegressionOODEvaluation | None = None
     parameters: int | None = None
     milliseconds: tuple[float, ...] = ()
 
@@ -65,11 +68,16 @@ def measure_system(
         seconds: least time to spend on each timing.
     """
     model.eval()
-    if dataset.target is not None:
-        evaluation: Evaluation | RegressionEvaluation = evaluate_regression(model, dataset)
-    else:
+    evaluation: Evaluation | RegressionEvaluation
+    ood: OODEvaluation | RegressionOODEvaluation | None = None
+    if dataset.target is None:
         evaluation = evaluate(model, dataset)
-    ood = None if ood_images is None else evaluate_ood(model, dataset, ood_images)[-1]
+        if ood_images is not None:
+            ood = evaluate_ood(model, dataset, ood_images)[-1]
+    else:
+        evaluation = evaluate_regression(model, dataset)
+        if ood_images is not None:
+            ood = evaluate_regression_ood(model, dataset, ood_images)[-1]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     times = []
     for size in BATCH_SIZES:
@@ -87,8 +95,11 @@ def measure_system(
 def comparison_table(systems: Sequence[System], title: str) -> Table:
     """Put the systems into a table, one row each. Unknown cells stay empty; columns without any value are left out."""
     rows = [_cells(system) for system in systems]
-    columns = [column for column in rows[0] if any(row[column] for row in rows)]
-    cells = ((system.name, *(row[column] for column in columns)) for system, row in zip(systems, rows, strict=True))
+    longest = max(rows, key=len)  # a teacher whose outputs alone are known has fewer columns
+    columns = [column for column in longest if any(row.get(column) for row in rows)]
+    cells = (
+        (system.name, *(row.get(column, "") for column in columns)) for system, row in zip(systems, rows, strict=True)
+    )
     return Table(title, ("", *columns), tuple(cells))
 
 
@@ -104,24 +115,36 @@ def write_comparison(folder: Path, systems: Sequence[System], table: Table, abou
 
 def _cells(system: System) -> dict[str, str]:
     """Format the cells of a system, by column."""
-    whole = system.evaluation.ensembles[-1]
+    whole, ood = system.evaluation.ensembles[-1], system.ood
     cells = {"networks": str(system.num_models)}
-    if isinstance(system.evaluation, RegressionEvaluation):
-        e = system.evaluation.ensembles[-1]
-        cells |= {"RMSE": f"{e.rmse:.2f}", "NLL": f"{e.nll:.4f}", "diversity": f"{e.diversity:.3g}"}
-    else:
-        c, ood = system.evaluation.ensembles[-1], system.ood
+    if isinstance(whole, RegressionMetrics):
         cells |= {
-            "accuracy (%)": f"{100 * c.accuracy:.2f}",
-            "NLL": f"{c.nll:.4f}",
-            "Brier": f"{c.brier:.4f}",
-            "ECE": f"{c.ece:.4f}",
-            "diversity": f"{c.diversity:.3f}",
-            "disagreement (%)": f"{100 * c.disagreement:.2f}",
-            "MI": f"{c.mutual_information:.4f}",
-            "MI OOD": "" if ood is None else f"{ood.mutual_information:.4f}",
-            "AUROC (%)": "" if ood is None else f"{100 * ood.by_entropy.auroc:.2f}",
-            "AUROC of MI (%)": "" if ood is None else f"{100 * ood.by_mutual_information.auroc:.2f}",
+            "RMSE": f"{whole.rmse:.2f}",
+            "NLL": f"{whole.nll:.4f}",
+            "coverage error": f"{whole.coverage_error:.4f}",
+            "diversity": f"{whole.diversity:.3g}",
+        }
+    else:
+        cells |= {
+            "accuracy (%)": f"{100 * whole.accuracy:.2f}",
+            "NLL": f"{whole.nll:.4f}",
+            "Brier": f"{whole.brier:.4f}",
+            "ECE": f"{whole.ece:.4f}",
+            "diversity": f"{whole.diversity:.3f}",
+            "disagreement (%)": f"{100 * whole.disagreement:.2f}",
+            "MI": f"{whole.mutual_information:.4f}",
+        }
+    if isinstance(ood, RegressionOODEvaluation):
+        cells |= {
+            "diversity OOD": f"{ood.diversity:.3g}",
+            "AUROC (%)": f"{100 * ood.by_deviation.auroc:.2f}",
+            "AUROC of diversity (%)": f"{100 * ood.by_diversity.auroc:.2f}",
+        }
+    elif ood is not None:
+        cells |= {
+            "MI OOD": f"{ood.mutual_information:.4f}",
+            "AUROC (%)": f"{100 * ood.by_entropy.auroc:.2f}",
+            "AUROC of MI (%)": f"{100 * ood.by_mutual_information.auroc:.2f}",
         }
     known = system.parameters is not None
     times = system.milliseconds or ("",) * len(BATCH_SIZES)

@@ -17,6 +17,7 @@ from ..evaluation import (
     Evaluation,
     OODEvaluation,
     RegressionEvaluation,
+    RegressionOODEvaluation,
     by_width,
     mean_metrics,
     pareto_front,
@@ -89,9 +90,16 @@ def show_evaluation(evaluation: Evaluation | RegressionEvaluation, title: str | 
     """Print cost and quality of each ensemble."""
     if isinstance(evaluation, RegressionEvaluation):
         show_table(
-            ["n", "MACs", "RMSE", "NLL", "diversity"],
+            ["n", "MACs", "RMSE", "NLL", "coverage error", "diversity"],
             [
-                (e.num_models, format_macs(e.macs), f"{e.rmse:.4g}", f"{e.nll:.4f}", f"{e.diversity:.4g}")
+                (
+                    e.num_models,
+                    format_macs(e.macs),
+                    f"{e.rmse:.4g}",
+                    f"{e.nll:.4f}",
+                    "" if e.coverage_error is None else f"{e.coverage_error:.4f}",
+                    f"{e.diversity:.4g}",
+                )
                 for e in evaluation.ensembles
             ],
             title=title,
@@ -188,6 +196,28 @@ def show_ood(ensembles: Sequence[OODEvaluation], title: str | None = None, *, av
         caption=(
             "mean: of the out-of-distribution images; mutual information is zero for a single member\n"
             f"max. probability: {mean_of(average)}; max. logit, energy: of the mean logits"
+        ),
+        left=(1,),
+    )
+
+
+def show_regression_ood(ensembles: Sequence[RegressionOODEvaluation], title: str | None = None) -> None:
+    """Print how well the deviations that each ensemble predicts detect out-of-distribution samples."""
+    rows = [
+        (first, score, f"{mean:.4g}", f"{d.auroc:.2%}", f"{d.aupr:.2%}", f"{d.fpr95:.2%}")
+        for e in ensembles
+        for first, score, mean, d in (
+            (e.num_models, "deviation", e.deviation, e.by_deviation),
+            ("", "diversity", e.diversity, e.by_diversity),
+        )
+    ]
+    show_table(
+        ["n", "score", "mean", "AUROC", "AUPR", "FPR95"],
+        rows,
+        title=title,
+        caption=(
+            "mean: of the out-of-distribution samples, in the units of the target\n"
+            "deviation: of the mixture; diversity: of the members' means, zero for a single member"
         ),
         left=(1,),
     )

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
+from ..averages import mixture
 from ..data import Dataset
 from ..distributed import World
 from ..errors import TrainingError
 from ..hierarchy import Hierarchy
 from ..layers import ConvNorm
 from ..losses import HydraLoss, Objective, gaussian_divergence, gaussians
-from ..metrics import mixture
 from ..models import HNE, PRESETS
 from .config import TrainConfig
 from .teachers import Teacher, ask_teacher, prepare_teacher

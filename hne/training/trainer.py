@@ -20,7 +20,7 @@ from ..data import Dataset, training_batches
 from ..distributed import World
 from ..errors import CheckpointError, ResultError, TrainingError
 from ..evaluation import Evaluation, RegressionEvaluation, evaluate_regression, evaluate_widths
-from ..losses import Objective, likelihood_objective, narrow_objective, objective
+from ..losses import Objective, gaussian_objective, narrow_objective, objective
 from ..models import HNE, checkpoint
 from ..reporting import ProgressBar
 from .captured_step import CapturedStep, check_can_capture, training_step
@@ -70,9 +70,9 @@ class Trainer:
         TypeError: ``model`` is no :class:`hne.HNE`, ``config`` no :class:`TrainConfig`, or ``dataset`` no data set.
         ValueError: The channels or classes of model and data differ.
         DataError: A data set of PyTorch is empty, or its items are not images and labels.
-        TrainingError: The processes cannot share the batch equally, the objective or the network does not suit the
-            data, no parameter requires a gradient, or ``cuda_graph`` is not possible: without a GPU, or with several
-            processes; or a slimmable model meets several processes, ``cuda_graph`` or a regression.
+        TrainingError: The processes cannot share the batch equally, the network does not suit the data, no parameter
+            requires a gradient, or ``cuda_graph`` is not possible: without a GPU, or with several processes; or a
+            slimmable model meets several processes, ``cuda_graph`` or a regression.
     """
 
     _MODEL: type = HNE  # the class of the models that it trains
@@ -257,12 +257,7 @@ class Trainer:
         config = self.config
         if self.dataset.target is None:
             return objective(config.objective, config.alpha, config.temperature)
-        if config.objective != "I":
-            raise TrainingError(
-                f"objective: expected I (each member by itself), as {config.data} is a regression, "
-                f"got {config.objective}"
-            )
-        return likelihood_objective(self.dataset.target.normalise)
+        return gaussian_objective(self.dataset.target.normalise, config.objective, config.alpha)
 
     def _loss(self, logits: Tensor, images: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch; a subclass may compute it from the images, too."""

@@ -120,7 +120,17 @@ def test_command_of_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "accuracy (%)" not in rows["hydra"]
     capsys.readouterr()
     assert main([*distill, "--overwrite", "--ood", "digits"]) == 2
-    assert "diabetes has none" in capsys.readouterr().err
+    assert "expected permuted or scaled for diabetes, got 'digits'" in capsys.readouterr().err
+    assert main([*distill, "--resume", "--ood", "scaled"]) == 0
+    assert "OOD: scaled measurements" in (tmp_path / "h" / "comparison.md").read_text()
+    values = {
+        system["name"]: system for system in json.loads((tmp_path / "h" / "comparison.json").read_text())["systems"]
+    }
+    for name, row in table_of(tmp_path / "h").items():
+        evaluation, ood = values[name]["evaluation"]["ensembles"][-1], values[name]["ood"]
+        assert float(row["coverage error"]) == pytest.approx(evaluation["coverage_error"], abs=1e-4)
+        assert float(row["AUROC (%)"]) == pytest.approx(100 * ood["by_deviation"]["auroc"], abs=0.01)
+        assert float(row["AUROC of diversity (%)"]) == pytest.approx(100 * ood["by_diversity"]["auroc"], abs=0.01)
 
 
 def test_command_errors(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

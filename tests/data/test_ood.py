@@ -10,7 +10,7 @@ import torch
 from data_files import write_cifar, write_image_folders
 from PIL import Image
 
-from hne.data import InputFormat, load_dataset, ood_images
+from hne.data import InputFormat, load_dataset, ood_images, ood_samples
 from hne.errors import DataError
 
 RGB = InputFormat(3, (16, 20), (0.5,) * 3, (0.2,) * 3)
@@ -48,3 +48,26 @@ def test_ood_images_of_files(tmp_path: Path) -> None:
         ood_images(tmp_path / "none", GREY)
     with pytest.raises(DataError, match="diabetes: expected images, but this data set has none"):
         ood_images("diabetes", GREY)
+
+
+def test_ood_samples() -> None:
+    """Permuted measurements keep their values, not their combinations; scaled ones lie three times as far."""
+    dataset = load_dataset("diabetes")
+    test = dataset.test.pixels(torch.arange(147))[:, 0, 0]
+    permuted, scaled = (
+        ood_samples(kind, dataset).pixels(torch.arange(147))[:, 0, 0] for kind in ("permuted", "scaled")
+    )
+    torch.testing.assert_close(permuted.sort(0).values, test.sort(0).values, rtol=0, atol=0)
+    known = {tuple(row.tolist()) for row in test}
+    assert sum(tuple(row.tolist()) in known for row in permuted) < 5
+    assert torch.equal(ood_samples("permuted", dataset).pixels(torch.arange(147))[:, 0, 0], permuted), "same seed"
+    assert not torch.equal(ood_samples("permuted", dataset, seed=1).pixels(torch.arange(147))[:, 0, 0], permuted)
+    mean = torch.tensor(dataset.input.mean)
+    torch.testing.assert_close(scaled - mean, 3 * (test - mean), rtol=1e-4, atol=1e-3)
+
+
+def test_ood_samples_refuse() -> None:
+    with pytest.raises(ValueError, match="expected permuted or scaled for diabetes, got 'digits'"):
+        ood_samples("digits", load_dataset("diabetes"))
+    with pytest.raises(DataError, match="digits: expected measurements, but this data set has images"):
+        ood_samples("scaled", load_dataset("digits"))

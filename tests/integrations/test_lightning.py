@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hne import OBJECTIVES, FusedHNE, NaiveHNE, objective
 from hne.data import Dataset
 from hne.evaluation import evaluate
-from hne.losses import hydra_loss, likelihood_objective
+from hne.losses import gaussian_objective, hydra_loss
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
@@ -95,7 +95,7 @@ def test_accumulated_gradients(data: Data, tmp_path: Path) -> None:
 def test_other_objectives_and_schedules(data: Data, rng: torch.Generator, tmp_path: Path) -> None:
     teacher = data[0], torch.randn(24, 4, 5, generator=rng)
     hydra = HNEModule(small(), lambda logits, teacher: hydra_loss(logits, teacher.transpose(0, 1), 2.0))
-    regression = HNEModule(small(classes=2), likelihood_objective(lambda y: y))
+    regression = HNEModule(small(classes=2), gaussian_objective(lambda y: y))
     for module, pairs in ((hydra, teacher), (regression, (data[0], torch.randn(24, generator=rng)))):
         before = module.objective(module(pairs[0]), pairs[1]).item()
         fitted = trainer(tmp_path, max_epochs=4)

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from hne.metrics import (
+    LEVELS,
     accuracy,
     brier_score,
     calibration_gaps,
     correct,
+    coverage_counts,
+    coverage_error,
     detection,
     disagreement,
     diversity,
@@ -212,3 +215,17 @@ def test_regression_figures(rng: torch.Generator) -> None:
         assert root_mean_squared_error(mean, target)[row].item() == pytest.approx(rmse)
         density = torch.distributions.Normal(mean[row], variance[row].sqrt()).log_prob(target)
         assert gaussian_nll(mean, variance, target)[row].item() == pytest.approx(-density.mean().item())
+
+
+def test_coverage_of_calibrated_intervals(rng: torch.Generator) -> None:
+    """Targets drawn from the predicted Gaussians lie in an interval as often as it says; narrow ones are too few."""
+    mean, variance = torch.randn(20000, generator=rng), torch.rand(20000, generator=rng) + 0.1
+    target = mean + variance.sqrt() * torch.randn(20000, generator=rng)
+    errors = []
+    for factor in (1.0, 1 / 9):
+        counts = coverage_counts(mean.expand(2, -1), factor * variance, target)
+        assert counts.shape == (2, len(LEVELS))
+        errors.append(coverage_error(counts, 20000)[1].item())
+    assert errors[0] < 0.01
+    share = torch.special.ndtr(torch.special.ndtri((1 + torch.tensor(LEVELS)) / 2) / 3) * 2 - 1
+    assert errors[1] == pytest.approx((torch.tensor(LEVELS) - share).mean().item(), abs=0.01)

@@ -26,7 +26,7 @@ class HNEModule(LightningModule):
     Args:
         model: the model, in train mode, which Lightning keeps.
         objective: one of :data:`hne.OBJECTIVES`; or a function or module of the members' logits ``[N, B, L]`` and the
-            targets of a batch. :func:`hne.losses.likelihood_objective` makes that of a regression. Hydra's is
+            targets of a batch. :func:`hne.losses.gaussian_objective` makes that of a regression. Hydra's is
             ``lambda logits, teacher: hydra_loss(logits, teacher.transpose(0, 1))`` for batches of images and the
             logits ``[B, N, L]`` of a teacher.
         alpha, temperature: of an objective by name, see :func:`hne.objective`.
