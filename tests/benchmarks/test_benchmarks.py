@@ -55,7 +55,7 @@ def test_table(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "4 comparisons, fused slower than another side in" in result.stdout
-    assert "peak in float32, measured: " in result.stdout
+    assert "peak in float32, measured beside each row: " in result.stdout
     saved = json.loads((tmp_path / "new" / "table.json").read_text())
     assert {"cpu", "threads", "torch", "commit", "date"} <= saved["machine"].keys()
     assert "quick" in saved["note"]
