@@ -78,12 +78,7 @@ class InferenceSession:
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Compute a subtree; see :class:`~hne.executors.base.SubtreeRunner`."""
-        program = self._prepared_program(x, leaves, first, keep)
-        results: list[Tensor] = []
-        for compute, keep_output in program:
-            outputs = compute(x)
-            x = outputs[-1]
-            results += outputs if keep_output else outputs[:-1]
+        results, _ = _run_steps(self._prepared_program(x, leaves, first, keep), x)
         if sizes is not None and results[-1].shape[0] > 1:  # the ensemble of one member is the member
             results[-1] = K.prefix_mean(results[-1], sizes)
         return results
@@ -91,11 +86,7 @@ class InferenceSession:
     def run_member(self, x: Tensor, leaf: int, first: int, total: Tensor | None) -> Member:
         """Compute a leaf; see :class:`~hne.executors.base.MemberRunner`."""
         *earlier, (head, _) = self._prepared_program(x, slice(leaf, leaf + 1), first, True)
-        results: list[Tensor] = []
-        for compute, keep_output in earlier:
-            outputs = compute(x)
-            x = outputs[-1]
-            results += outputs if keep_output else outputs[:-1]
+        results, x = _run_steps(earlier, x)
         assert isinstance(head, K.FusedLayers)
         *features, logits, total, mean = head.next_member(x, total, leaf + 1)
         return Member(results + features, logits, total, mean)
@@ -194,6 +185,15 @@ class _SessionLayer(NamedTuple):
 class _Step(NamedTuple):
     compute: Callable[[Tensor], list[Tensor]]  # from the input to the features that are kept and, last, the output
     keep_output: bool  # whether the output is kept, too; the next step reads it
+
+
+def _run_steps(steps: Sequence[_Step], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The features that are kept, and the output of the last step; ``x`` without a step."""
+    kept: list[Tensor] = []
+    for compute, keep_output in steps:
+        *features, x = compute(x)
+        kept += [*features, x] if keep_output else features
+    return kept, x
 
 
 def _compute(step: FoldedStep, images: bool, x: Tensor) -> list[Tensor]:

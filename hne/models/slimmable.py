@@ -6,6 +6,7 @@ and a width is a leading slice of the channels of each branch.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -196,6 +197,15 @@ class Slimmable(FoldedWeightCache):
                 if isinstance(module, BranchModule):
                     _copy_parameters(module, network.get_submodule(name))
         return slim.train(self.training)
+
+    @contextlib.contextmanager
+    def frozen_parameters(self) -> Iterator[Self]:
+        """As :meth:`FoldedWeightCache.frozen_parameters`, for all widths."""
+        with contextlib.ExitStack() as blocks:
+            for network in self.narrow_networks():
+                blocks.enter_context(network.frozen_parameters())
+            blocks.enter_context(super().frozen_parameters())
+            yield self
 
     def read_modules(self) -> Iterator[nn.Module]:
         narrow = {module for network in self.narrow_networks() for module in network.modules()}

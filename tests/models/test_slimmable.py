@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hne_kernels as K
 from hne import HNE, FusedHNE, Hierarchy, NaiveHNE
+from hne.executors import ParameterVersions
 from hne.layers import BasicBlock, Bottleneck, Conv, DenseBottleneck, MaxPool, Module, Norm, PreActivation
 from hne.layers.submodules import SkippedModuleError
 from hne.models import checkpoint, scaled
@@ -224,6 +225,27 @@ def test_changed_weights_are_noticed(rng: torch.Generator) -> None:
         assert not torch.equal(full(x, width=0.5), model(x, width=0.5))  # a copy has weights of its own
         model.head = copy.deepcopy(full.head)
         assert model(x, width=0.5).isfinite().all()
+
+
+@torch.no_grad()
+def test_frozen_parameters_hold_for_every_width(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+    model, x = slimmable(FusedHNE, rng), images(rng)
+    before = model(x, width=0.5)
+    model.head.conv.bias.add_(1)
+    with model.frozen_parameters() as same:
+        assert same is model
+        frozen = model(x, width=0.5)
+        assert not torch.equal(frozen, before), "a change before the block takes effect in it"
+        model(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(ParameterVersions, "is_current", lambda _: pytest.fail("parameters were checked"))
+            model(x)
+            assert torch.equal(model(x, width=0.5), frozen)
+            list(model.anytime(x, width=0.5))
+        model.head.conv.bias.add_(1)
+        assert torch.equal(model(x, width=0.5), frozen)
+        assert not copy.deepcopy(model).narrow[1].freeze_depth
+    assert not torch.equal(model(x, width=0.5), frozen), "a change within the block takes effect after it"
 
 
 @each_model
