@@ -31,7 +31,7 @@ from ..models import HNE
 from ..reporting import show_table
 from ..training import TrainConfig
 from . import config_options, options
-from .loading import load_ood_images, load_training_data
+from .loading import image_counts, load_ood_images, load_training_data
 from .machine import machine_line
 from .training_runs import ProgressReporter, hint_on_interrupt, train_runs
 
@@ -156,7 +156,7 @@ def execute(args: argparse.Namespace) -> int:
 def _introduce(base: TrainConfig, dataset: Dataset, world: World, out: Path) -> None:
     """Print data and options."""
     print(
-        f"{base.preset} on {base.data}: {len(dataset.train)} training and {len(dataset.test)} test images, "
+        f"{base.preset} on {base.data}: {image_counts(dataset)}, "
         f"{config_options.protocol_line(base.to_dict())}\n"
         f"{world.size} process(es) on {world.device}, {torch.get_num_threads()} thread(s); results in {out}\n",
         flush=True,
@@ -195,7 +195,7 @@ def _about(base: TrainConfig, dataset: Dataset, world: World, args: argparse.Nam
     ood = f" Out-of-distribution: images of {args.ood}." if args.ood else ""
     averages = "HNEs average logits, the others probabilities; the predictive entropy is that of mean probabilities."
     return (
-        f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, "
+        f"{seeds}; {image_counts(dataset)}, "
         f"{config_options.protocol_line(base.to_dict())}; HNE: alpha {base.alpha:g}, temperature "
         f"{base.temperature:g}; dropout {args.dropout:g}.{ood} {averages}\n\n"
         f"Times are of the networks of seed 0, medians of {args.rounds} turns, on {world.device}: "

@@ -40,7 +40,10 @@ _OPTIONS: dict[str, _Option] = {
         "scale the images of imagenet or folder to this height and width (default: 224)", positive_int, "PIXELS"
     ),
     "val_share": _Option(
-        "for folder without val/: share of the images of each class to test on (default: 0.1)", float, "SHARE"
+        "test on this share of the training images of each class in place of the test images, to choose options "
+        "(folder without val/: 0.1)",
+        float,
+        "SHARE",
     ),
     "split_seed": _Option("random seed of the choice of these images (default: 0)", int, "K"),
     "augment": _Option("no random crops and flips"),
@@ -152,6 +155,6 @@ def as_flags(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str
         elif value is True:
             words.append(f"--{flag}")
         elif value != defaults.get(option):
-            text = ",".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
-            words += [f"--{flag}", text]
+            entries = value if isinstance(value, tuple) else (str(value),)
+            words += [f"--{flag}", ",".join(e if isinstance(e, str) else f"{e:g}" for e in entries)]
     return words

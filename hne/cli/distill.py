@@ -16,7 +16,7 @@ from ..models import HNE
 from ..reporting import System, comparison_table, measure_system, show_table, write_comparison
 from ..training import DistillationTrainer, StudentConfig, Trainer, expand_branches, student_configs
 from . import config_options, options
-from .loading import load_ood_images, load_training_data
+from .loading import image_counts, load_ood_images, load_training_data
 from .teacher_file import TeacherFile
 from .training_runs import RunReporter, check_unused, hint_on_interrupt, run_options, train_runs
 
@@ -112,7 +112,7 @@ def _introduce(teacher: TeacherFile, base: StudentConfig, dataset: Dataset, out:
     """Print teacher, student and data."""
     print(
         f"teacher {teacher.path}: {teacher.num_models} members\n"
-        f"student {base.preset}, {base.data}: {len(dataset.train)} training and {len(dataset.test)} test images\n"
+        f"student {base.preset}, {base.data}: {image_counts(dataset)}\n"
         f"temperature {base.temperature:g}, protocol {base.protocol}: "
         f"{config_options.protocol_line(base.to_dict())}\n"
         f"{torch.get_num_threads()} thread(s); results in {out}",
@@ -209,7 +209,7 @@ def _about(base: StudentConfig, dataset: Dataset, device: torch.device, args: ar
         ood = f" OOD: {args.ood} measurements, detected by the mixture's deviation or the diversity."
         average = " Ensembles are mixtures of Gaussians."
     return (
-        f"{len(dataset.train)} training and {len(dataset.test)} test images, "
+        f"{image_counts(dataset)}, "
         f"{config_options.protocol_line(base.to_dict())}{first_phase}{temperature}{own_blocks}."
         f"{ood if args.ood else ''}{average} "
         f"Milliseconds for a batch of 1 and of 64 on {device}, {torch.get_num_threads()} thread(s)."

@@ -110,6 +110,15 @@ def held_out_options(trained: Mapping[str, Any]) -> dict[str, Any]:
     return {} if held_out is None else dict(zip(("val_share", "split_seed"), held_out, strict=True))
 
 
+def image_counts(dataset: Dataset) -> str:
+    """The numbers of images to train and to test on, and which are tested on if they are held out from the former."""
+    text = f"{len(dataset.train)} training and {len(dataset.test)} test images"
+    if dataset.held_out is None:
+        return text
+    share, seed = dataset.held_out
+    return f"{text} (held out: {share:g} of each class, split seed {seed})"
+
+
 def load_training_data(args: argparse.Namespace, config: TrainConfig) -> Dataset:
     """The data set of a config."""
     return load_dataset(

@@ -16,6 +16,7 @@ from hne_kernels import BACKENDS, use_backend
 
 from ..averages import AVERAGES
 from ..data import DATASETS
+from ..losses import OBJECTIVES
 
 Subparsers = Any  # argparse has no public name for it
 
@@ -248,3 +249,13 @@ def distinct_floats(text: str) -> tuple[float, ...]:
     if not values or not all(0 <= value < math.inf for value in values) or len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"expected different numbers with commas between them, got {text!r}")
     return values
+
+
+def objectives(text: str) -> tuple[str, ...]:
+    """Different names of objectives, separated by commas."""
+    names = tuple(text.split(","))
+    if not set(names) <= set(OBJECTIVES) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"expected different objectives of {', '.join(OBJECTIVES)} with commas between them, got {text!r}"
+        )
+    return names

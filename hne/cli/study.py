@@ -35,7 +35,7 @@ from ..experiments import (
 from ..reporting import show_table
 from ..training import TrainConfig, Trainer, final_evaluation
 from . import config_options, options
-from .loading import load_training_data
+from .loading import image_counts, load_training_data
 from .machine import machine_line
 from .training_runs import ProgressReporter, train_runs
 
@@ -75,7 +75,14 @@ _EXAMPLES = """\
   hne study table1 --data cifar100 --scale 1,0.5 --amp      the paper's protocol: for a GPU
   hne study figure4 --data cifar100 --scale 1,0.5 --amp --dry-run
 """
-_DEFAULTS = {"scale": (1.0,), "seeds": 3, "alphas": StudySettings.alphas, "widths": StudySettings.widths, "rounds": 20}
+_DEFAULTS = {
+    "scale": (1.0,),
+    "seeds": 3,
+    "objectives": StudySettings.objectives,
+    "alphas": StudySettings.alphas,
+    "widths": StudySettings.widths,
+    "rounds": 20,
+}
 
 
 def add_parser(commands: options.Subparsers) -> None:
@@ -100,6 +107,8 @@ def add_parser(commands: options.Subparsers) -> None:
     config_options.add_options(parser.add_argument_group("training data"), *config_options.TRAINING_DATA)
     config_options.add_options(parser.add_argument_group("model"), "preset", "num_models")
     comparisons = parser.add_argument_group("comparisons")
+    objectives = f"objectives of table1 (default: {','.join(StudySettings.objectives)})"
+    comparisons.add_argument("--objectives", type=options.objectives, metavar="O,O,...", help=objectives)
     helps = {"objective": "objective of the ensembles of figure5 (default: I+HD)"}
     config_options.add_options(comparisons, "objective", "alpha", "temperature", helps=helps)
     for group, flag, help in (
@@ -119,7 +128,7 @@ def execute(args: argparse.Namespace) -> int:
     base = TrainConfig.of(**{name: value for name, value in given.items() if name not in _DEFAULTS})  # not --widths
     out = args.out or Path("runs") / f"study-{base.data}-{base.preset}"
     folder = args.runs or out / "runs"
-    settings = StudySettings(base, args.alphas, args.widths)
+    settings = StudySettings(base, args.objectives, args.alphas, args.widths)
     studies = {name: study_panels(STUDIES[name], settings, args.scale) for name in dict.fromkeys(args.studies)}
     configs = training_configs((panel for panels in studies.values() for panel in panels), args.seeds)
     with options.computing(args), join_world(choose_device(args.device)) as world:
@@ -158,7 +167,7 @@ def _introduce(
     done = sum(state.evaluation is not None for state in states.values())
     begun = sum(state.epochs > 0 and state.evaluation is None for state in states.values())
     print(
-        f"{base.preset} on {base.data}: {len(dataset.train)} training and {len(dataset.test)} test images, "
+        f"{base.preset} on {base.data}: {image_counts(dataset)}, "
         f"{config_options.protocol_line(base.to_dict())}\n"
         f"{len(states)} runs: {done} finished, {begun} begun, {len(states) - done - begun} to start; "
         f"{world.size} process(es) on {world.device}, {torch.get_num_threads()} thread(s); results in {out}",
@@ -259,7 +268,7 @@ def _about(base: TrainConfig, dataset: Dataset, args: argparse.Namespace) -> str
     """The setting of a study, for its report."""
     seeds = f"Mean ± standard deviation over {args.seeds} seeds" if args.seeds > 1 else "One seed"
     return (
-        f"{seeds}; {len(dataset.train)} training and {len(dataset.test)} test images, "
+        f"{seeds}; {image_counts(dataset)}, "
         f"{config_options.protocol_line(base.to_dict())}. Unless stated otherwise, objective {base.objective}, "
         f"alpha {base.alpha:g}, temperature {base.temperature:g}. Ensembles average logits."
     )

@@ -14,7 +14,7 @@ from ..models import checkpoint
 from ..reporting import show_evaluation, show_widths
 from ..training import CHECKPOINT, RUN_FILES, TrainConfig, Trainer, final_evaluation, run_title
 from . import config_options, options
-from .loading import load_training_data
+from .loading import image_counts, load_training_data
 from .training_runs import RunReporter, check_unused, hint_on_interrupt, run_options, train_runs
 
 _DESCRIPTION = """\
@@ -128,15 +128,10 @@ class _Reporter(RunReporter):
             return
         config, dataset, world = trainer.config, trainer.dataset, trainer.world
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        held_out = ""
-        if dataset.held_out is not None:
-            share, seed = dataset.held_out
-            held_out = f" (held out: {share:g} of each class, split seed {seed})"
         print(
             f"{config.preset}{' (naive)' if config.naive else ''}: {trainer.model.num_models} models, "
             f"{parameters:,} parameters\n"
-            f"{config.data}: {len(dataset.train)} training and {len(dataset.test)} test images, "
-            f"{len(dataset.classes)} classes{held_out}\n"
+            f"{config.data}: {image_counts(dataset)}, {len(dataset.classes)} classes\n"
             f"objective {config.objective}, protocol {config.protocol}: "
             f"{config_options.protocol_line(config.to_dict())}\n"
             f"{world.size} process(es) on {world.device}, {torch.get_num_threads()} thread(s); "

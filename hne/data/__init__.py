@@ -19,6 +19,7 @@ from .corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, Corruption, c
 from .dataset import Dataset
 from .folder import image_files
 from .formats import InputFormat, TargetFormat
+from .held_out import hold_out_images
 from .images import FileImages, Images, MemoryImages
 from .items import ItemImages
 from .loader import evaluation_batches, training_batches

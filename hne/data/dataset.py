@@ -26,7 +26,7 @@ class Dataset:
         input: the format of a network's input.
         train, test: the two splits.
         target: the normalisation of a regression's targets; None for a classification.
-        held_out: share and seed, where the test images were held out from a folder of training images.
+        held_out: share and seed, where the test images were held out from the training images.
     """
 
     name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from .diabetes import diabetes
 from .digits import digits
 from .fashion_mnist import fashion_mnist
 from .folder import folder
+from .held_out import hold_out_images
 from .imagenet import imagenet
 from .images import Images
 
@@ -28,16 +30,6 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
 }
 
 RESIZABLE = ("imagenet", "folder")
-
-# The data sets that take an option, and why others do not.
-_OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
-    "image_size": (
-        RESIZABLE,
-        "the images of {name} have one size; only imagenet and folder can be resized",
-    ),
-    "val_share": (("folder",), "{name} has test images of its own; only folder can be split"),
-    "split_seed": (("folder",), "{name} has test images of its own; only folder can be split"),
-}
 
 
 def load_dataset(
@@ -56,7 +48,8 @@ def load_dataset(
         name: one of ``DATASETS``.
         data_dir: folder of its files; by default ``$HNE_DATA`` and the folders of system packages are searched.
         image_size: height and width in pixels, for ``imagenet`` and ``folder`` (default 224).
-        val_share: share of the training images to test on, for a ``folder`` without test images (default 0.1).
+        val_share: test on this share of the training images of each class, which are then not trained on, in place of
+            the test images; a ``folder`` without test images has 0.1 by default.
         split_seed: chooses these images (default 0).
         limit_train, limit_test: use only this many images, a random but fixed selection.
 
@@ -69,13 +62,17 @@ def load_dataset(
         raise ValueError(f"data: expected one of {', '.join(DATASETS)}, got {name!r}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
-    options = {"image_size": image_size, "val_share": val_share, "split_seed": split_seed}
+    options: dict[str, Any] = {"image_size": image_size}
+    if name == "folder":  # splits its list of files
+        options |= {"val_share": val_share, "split_seed": split_seed}
+    elif split_seed is not None and val_share is None:
+        raise ValueError("split_seed: chooses the images that are held out, which needs val_share, too")
     given = {option: value for option, value in options.items() if value is not None}
-    for option in given:
-        names, reason = _OPTIONS[option]
-        if name not in names:
-            raise ValueError(f"{option}: {reason.format(name=name)}")
+    if image_size is not None and name not in RESIZABLE:
+        raise ValueError(f"image_size: the images of {name} have one size; only imagenet and folder can be resized")
     dataset = DATASETS[name](data_dir, **given)
+    if val_share is not None and name != "folder":
+        dataset = hold_out_images(dataset, val_share, split_seed or 0)
     dataset = replace(
         dataset,
         train=limit_images("limit_train", dataset.train, limit_train),

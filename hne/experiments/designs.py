@@ -43,11 +43,13 @@ class StudySettings:
 
     Attributes:
         base: The options that all runs have in common.
+        objectives: The objectives that table 1 compares.
         alphas: Weights of the distillation in the ``I+D`` runs of figure 4.
         widths: Widths of the single networks of figure 5, relative to the ensemble's members.
     """
 
     base: TrainConfig
+    objectives: tuple[str, ...] = OBJECTIVES
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     widths: tuple[float, ...] = (0.5, 1.0, 2.0)
 
@@ -105,7 +107,7 @@ class Study:
 
 
 def _objectives(settings: StudySettings, scale: float) -> tuple[Curve, ...]:
-    return tuple(settings.hne_curve(objective, scale) for objective in OBJECTIVES)
+    return tuple(settings.hne_curve(objective, scale) for objective in settings.objectives)
 
 
 def _distillations(settings: StudySettings, scale: float) -> tuple[Curve, ...]:

@@ -45,7 +45,7 @@ def test_train_resume_and_test(images: Path, tmp_path: Path, capsys: pytest.Capt
     split = ("--val-share", "0.25", "--split-seed", "7")
     assert main(["train", *data, *MODEL, *split, "--epochs", "2", "--out", run, "--threads", "1"]) == 0
     assert (
-        "30 training and 10 test images, 2 classes (held out: 0.25 of each class, split seed 7)"
+        "30 training and 10 test images (held out: 0.25 of each class, split seed 7), 2 classes"
         in capsys.readouterr().out
     )
     stored = checkpoint.load(tmp_path / "run" / CHECKPOINT)[1]
@@ -98,7 +98,7 @@ def test_a_network_trained_in_python(images: Path, tmp_path: Path, capsys: pytes
 def test_errors(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ("--out", str(tmp_path / "run"))
     for flags, message in (
-        (("--data", "digits", "--val-share", "0.2"), "val_share: digits has test images of its own"),
+        (("--data", "digits", "--split-seed", "2"), "split_seed: chooses the images that are held out, which needs"),
         (("--data", "folder"), "folder: found none of train in any folder (none was named)"),
         (("--data", "folder", "--data-dir", str(images / "train")), f"found none of train in {images / 'train'}."),
         (

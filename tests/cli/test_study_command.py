@@ -45,6 +45,26 @@ def test_study_leaves_everything(done: Path) -> None:
     assert "Preliminary" not in text
 
 
+def test_some_objectives_on_images_that_are_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run needs no more than its summary, and says which images it was tested on."""
+    command = ["study", "table1", "--objectives", "I,I+H", "--val-share", "0.1", "--out", str(tmp_path), *SMALL]
+    command += ["--seeds", "1", "--quiet"]
+    assert main(command) == 0
+    text = (tmp_path / "table1.md").read_text()
+    assert re.findall(r"^\| (I\S*) \|", text, re.M) == ["I", "I+H"]
+    assert "30 test images (held out: 0.1 of each class, split seed 0)" in text
+    assert "--objectives I,I+H" in text
+    assert "--val-share 0.1" in text
+    for checkpoint in (tmp_path / "runs").glob(f"*/{CHECKPOINT}"):
+        checkpoint.unlink()
+    capsys.readouterr()
+    assert main(command[:-1]) == 0
+    assert "2 runs: 2 finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["study", "table1", "--objectives", "I,HD"])
+    assert "expected different objectives of I, H, I+H, I+D, I+HD" in capsys.readouterr().err
+
+
 def test_report_agrees_with_the_runs(done: Path) -> None:
     with open(done / "figure5.csv") as file:
         rows = [row for row in csv.DictReader(file) if (row["label"], row["quantity"]) == ("multi-branch", "diversity")]
