@@ -66,11 +66,12 @@ struct Folded {
     dispatch(from, [&](auto type) {
       using T = decltype(type);
       const T *mean = norm_row<T>(norm, kMean), *scale = norm_row<T>(norm, kScale), *shift = norm_row<T>(norm, kShift);
-      const T* const given = data<T>(from);
+      const int64_t branch_stride = from.stride(0), row_stride = from.stride(1);
       T *const to = mutable_data<T>(weight), *const to_bias = mutable_data<T>(bias);
       parallel_tasks(s.branches, [&](int64_t branch) {
-        for (int64_t i = branch * s.out; i < (branch + 1) * s.out; ++i) {
-          kernels<T>().store_scaled(to + i * s.in, given + i * s.in, scale[i], s.in);
+        const T* row = data<T>(from) + branch * branch_stride;
+        for (int64_t i = branch * s.out; i < (branch + 1) * s.out; ++i, row += row_stride) {
+          kernels<T>().store_scaled(to + i * s.in, row, scale[i], s.in);
           to_bias[i] = shift[i] - mean[i] * scale[i];
         }
       });
@@ -83,10 +84,6 @@ Tensor contiguous_norm(const char* name, const Tensor& norm, const Tensor& x, co
   return torch::stable::contiguous(norm);
 }
 
-Tensor matrices(const Tensor& weight) {
-  return torch::stable::view(weight, {weight.size(0), weight.size(1), weight.size(2)});
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in, const Tensor& norm,
                                                    const std::string& activation, const Tensor& out_norm_in,
                                                    const std::string& out_activation,
@@ -96,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
   const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in, next_in);
   const OutResidual residual(residual_in, residual_norm, s, x_in);
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
-  const std::optional<Tensor> next = contiguous(widen(next_in));
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
+  const std::optional<Tensor> next = contiguous_filters(widen(next_in));
   const Folded folded(s, weight, contiguous_norm("out_norm", out_norm_in, x_in, s));
   const Tensor z = empty(x, s.shape(s.out)), y = empty(x, s.shape(s.next));
   const Tensor y_mean = empty(norm, {s.branches, s.next}), y_var = empty(norm, {s.branches, s.next});
@@ -107,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
     const Clamp<T> clamp = Clamp<T>::named(out_activation);
     const PackedMatrices<T> project(folded.weight, false);
     std::optional<PackedMatrices<T>> expand;
-    if (next.has_value()) expand.emplace(matrices(*next), false);
+    if (next.has_value()) expand.emplace(*next, false);
     const int64_t blocks = ceil_div(s.rows, kBlockRows);
     Moments<T> moments(s.branches, blocks, s.next);
     parallel_tasks(s.branches * blocks, [&](int64_t task) {
@@ -152,12 +149,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     check_shape(name, *t, s.shape(s.out));
     check_kind(name, *t, x_in);
   }
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
   const Tensor z = torch::stable::contiguous(widen(z_in));
   const ExpandableGradient grad_z(grad_z_in, s);
   STD_TORCH_CHECK(has_residual || !residual_in.has_value(), "residual: expected none");
   const OutResidual residual(residual_in, residual_norm, s, x_in);
-  const std::optional<Tensor> next = contiguous(widen(next_in));
+  const std::optional<Tensor> next = contiguous_filters(widen(next_in));
   const Tensor out_norm = contiguous_norm("out_norm", out_norm_in, x_in, s);
   const Folded folded(s, weight, out_norm);
   const Tensor grad_x = empty(x, x_in.sizes()), grad_weight = empty(weight, weight_in.sizes());
@@ -171,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const PrologueInput<T> grad_y_input = next_output.input<T>();
     const PackedMatrices<T> project(folded.weight, true);
     std::optional<PackedMatrices<T>> expand;
-    if (next.has_value()) expand.emplace(matrices(*next), true);
+    if (next.has_value()) expand.emplace(*next, true);
     const RowPartition partition(s.branches, s.rows);
     // A gradient that fits no cache is written past the caches, as another op reads it.
     const bool streams = has_residual && !residual.normalized() && s.out * sizeof(T) % 64 == 0 &&
@@ -228,6 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         sums.add(branch, block, r, kernels<T>().normalize_backward);
       });
     });
+    const int64_t branch_stride = weight.stride(0), row_stride = weight.stride(1);
     sums.finish_norm(*normalization.norm, grad_norm);
     out_sums.finish_norm(out_norm, grad_out_norm);  // but for the scale, which the products give
     if (residual.normalized()) residual_sums.finish_norm(*residual.normalization->norm, grad_residual_norm);
@@ -240,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       }
       if (next.has_value())
         std::copy(next_product, next_product + next_size, mutable_data<T>(grad_next) + branch * next_size);
-      const T* const w = data<T>(weight) + branch * size;
+      const T* const w = data<T>(weight) + branch * branch_stride;
       const T* const mean = norm_row<T>(out_norm, kMean) + branch * s.out;
       const T* const scale = norm_row<T>(out_norm, kScale) + branch * s.out;
       const T* const grad_shift = norm_row<T>(grad_out_norm, kShift) + branch * s.out;
@@ -253,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         for (int64_t k = 0; k < s.in; ++k)
           for (int64_t c = c0; c < end; ++c) {
             const T value = product[k * s.out + c];
-            sums[c - c0] += double(value) * double(w[c * s.in + k]);
+            sums[c - c0] += double(value) * double(w[c * row_stride + k]);
             to[c * s.in + k] = value * scale[c];
           }
         for (int64_t c = c0; c < end; ++c) to_scale[c] = T(sums[c - c0] - double(mean[c]) * double(grad_shift[c]));

@@ -79,9 +79,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
                                                    const std::string& activation) {
   const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in);
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
   const Tensor y_mean = empty(norm, {s.branches, s.out}), y_var = empty(norm, {s.branches, s.out});
   const Tensor x_mean = empty(norm, {s.branches, s.in}), product = empty(norm, {s.branches, s.out, s.in});
+  const int64_t branch_stride = weight.stride(0), row_stride = weight.stride(1);
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const PrologueInput<T> input = normalization.input<T>(x);
@@ -92,17 +93,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
       moments.finish(branch, average.data(), square.data());
       std::copy(average.begin(), average.end(), mutable_data<T>(x_mean) + branch * s.in);
       std::copy(square.begin(), square.end(), mutable_data<T>(covariance) + branch * s.in * s.in);
-      const T* w = data<T>(weight) + branch * s.out * s.in;
+      const T* w = data<T>(weight) + branch * branch_stride;
       T* const to = mutable_data<T>(y_mean) + branch * s.out;
-      for (int64_t c = 0; c < s.out; ++c) to[c] = T(dot(w + c * s.in, average.data(), s.in));
+      for (int64_t c = 0; c < s.out; ++c) to[c] = T(dot(w + c * row_stride, average.data(), s.in));
     });
     const PackedMatrices<T> packed(covariance, false);  // symmetric
     parallel_tasks(s.branches, [&](int64_t branch) {
-      const T* w = data<T>(weight) + branch * s.out * s.in;
+      const T* w = data<T>(weight) + branch * branch_stride;
       T* const to = mutable_data<T>(product) + branch * s.out * s.in;
-      packed.multiply(branch, w, s.out, to);
+      packed.multiply_strided(branch, w, row_stride, s.out, to);
       T* const var = mutable_data<T>(y_var) + branch * s.out;
-      for (int64_t c = 0; c < s.out; ++c) var[c] = T(std::max(dot(w + c * s.in, to + c * s.in, s.in), 0.0));
+      for (int64_t c = 0; c < s.out; ++c) var[c] = T(std::max(dot(w + c * row_stride, to + c * s.in, s.in), 0.0));
     });
   });
   return {y_mean, y_var, x_mean, product};
@@ -120,18 +121,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, const Te
     check_statistics(name, *t, x_in, {s.branches, s.out});
   check_statistics("x_mean", x_mean_in, x_in, {s.branches, s.in});
   check_statistics("product", product_in, x_in, {s.branches, s.out, s.in});
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
   const Tensor grad_mean = torch::stable::contiguous(grad_mean_in), grad_var = torch::stable::contiguous(grad_var_in);
   const Tensor x_mean = torch::stable::contiguous(x_mean_in), product = torch::stable::contiguous(product_in);
   const Tensor grad_x = empty(x, x_in.sizes()), grad_weight = empty(weight, weight_in.sizes());
   const Tensor grad_norm = empty(norm, norm.sizes());
+  const int64_t branch_stride = weight.stride(0), row_stride = weight.stride(1);
   dispatch(x, [&](auto type) {
     using T = decltype(type);
     const PrologueInput<T> input = normalization.input<T>(x);
     const T rows = T(std::max<int64_t>(s.rows, 1));
     const Tensor square = empty(x, {s.branches, s.in, s.in}), constant = empty(x, {s.branches, s.in});
     parallel_tasks(s.branches, [&](int64_t branch) {
-      const T* w = data<T>(weight) + branch * s.out * s.in;
+      const T* w = data<T>(weight) + branch * branch_stride;
       const T* average = data<T>(x_mean) + branch * s.in;
       const T *from_mean = data<T>(grad_mean) + branch * s.out, *from_var = data<T>(grad_var) + branch * s.out;
       const T* w_cov = data<T>(product) + branch * s.out * s.in;
@@ -143,12 +145,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_mean_in, const Te
         const T mean_of_row = from_mean[c] / rows, var_of_row = 2 * from_var[c] / rows;
         for (int64_t k = 0; k < s.in; ++k, ++i) {
           to[i] = from_mean[c] * average[k] + 2 * from_var[c] * w_cov[i];
-          scaled[i] = var_of_row * w[i];
-          sum[k] += double(mean_of_row * w[i]);
+          const T value = w[c * row_stride + k];
+          scaled[i] = var_of_row * value;
+          sum[k] += double(mean_of_row * value);
         }
       }
       std::fill(b, b + s.in * s.in, T(0));
-      add_outer<T>(scaled, s.in, w, s.in, s.out, b);
+      const T* const* rows_of_w = row_pointers(w, s.out, row_stride, 1);
+      kernels<T>().outer({row_pointers(scaled, s.out, s.in, 0), rows_of_w, s.out, s.in, s.in, b, nullptr});
       for (int64_t j = 0; j < s.in; ++j)
         for (int64_t k = 0; k < s.in; ++k) sum[k] -= double(average[j] * b[j * s.in + k]);
       std::copy(sum.begin(), sum.end(), mutable_data<T>(constant) + branch * s.in);

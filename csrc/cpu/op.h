@@ -45,6 +45,9 @@ inline Tensor contiguous_filters(const Tensor& weight) {
   }
   return weight;
 }
+inline std::optional<Tensor> contiguous_filters(const std::optional<Tensor>& weight) {
+  return weight.has_value() ? std::optional<Tensor>(contiguous_filters(*weight)) : std::nullopt;
+}
 
 // A contiguous tensor that does not change, with its data pointer: asking a tensor for it costs time in every loop.
 class ConstTensor {

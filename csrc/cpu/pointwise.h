@@ -29,15 +29,16 @@ struct PointwiseSizes {
   }
 };
 
-// Pointers to consecutive rows.
+// Pointers to rows that lie `stride` values apart.
 template <typename T>
-T** row_pointers(T* first, int64_t count, int64_t channels, int slot) {
+T** row_pointers(T* first, int64_t count, int64_t stride, int slot) {
   T** rows = scratch<T*>(slot, count);
-  for (int64_t m = 0; m < count; ++m) rows[m] = first + m * channels;
+  for (int64_t m = 0; m < count; ++m) rows[m] = first + m * stride;
   return rows;
 }
 
-// Packed matrices W [branch][out][in]: `multiply` computes x W^T for rows x, or x W if `transposed`.
+// Packed matrices W [branch][out][in], whose rows are contiguous: `multiply` computes x W^T for rows x, or x W if
+// `transposed`.
 template <typename T>
 class PackedMatrices {
  public:
@@ -46,9 +47,10 @@ class PackedMatrices {
         in_(matrices.size(transposed ? 1 : 2)),
         size_(ceil_div(out_, kPanel) * in_ * kPanel),
         packed_(empty(matrices, {matrices.size(0), size_})) {
+    const int64_t branch_stride = matrices.stride(0), row_stride = matrices.stride(1);
     parallel_tasks(matrices.size(0), [&](int64_t branch) {
-      pack(data<T>(matrices) + branch * out_ * in_, out_, in_, 1, transposed ? 1 : in_, transposed ? out_ : 1,
-           in_ * kPanel, mutable_data<T>(packed_) + branch * size_);
+      pack(data<T>(matrices) + branch * branch_stride, out_, in_, 1, transposed ? 1 : row_stride,
+           transposed ? row_stride : 1, in_ * kPanel, mutable_data<T>(packed_) + branch * size_);
     });
   }
 
@@ -58,6 +60,13 @@ class PackedMatrices {
     const Tap<T> tap{&rows, data<T>(packed_) + branch * size_, in_ * kPanel, in_, in_};
     const T* const* added = add != nullptr ? row_pointers(add, count, out_, 0) : nullptr;
     kernels<T>().gemm({&tap, 1, count, out_, row_pointers(to, count, out_, 1), bias, added, clamp, ahead});
+  }
+
+  // to = rows x matrix, for rows that lie row_stride values apart.
+  void multiply_strided(int64_t branch, const T* rows, int64_t row_stride, int64_t count, T* to) const {
+    const Tap<T> tap{row_pointers(rows, count, row_stride, 0), data<T>(packed_) + branch * size_, in_ * kPanel, in_,
+                     row_stride};
+    kernels<T>().gemm({&tap, 1, count, out_, row_pointers(to, count, out_, 1), nullptr, nullptr, {}, nullptr});
   }
 
  private:

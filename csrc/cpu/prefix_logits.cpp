@@ -17,7 +17,8 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
   if (bias_in.has_value()) check_kind("bias", *bias_in, features_in);
   check_prefix_sizes(sizes, models);
   const Tensor features = torch::stable::contiguous(widen(features_in));
-  const Tensor weight = torch::stable::contiguous(widen(weight_in));
+  const Tensor weight = contiguous_filters(widen(weight_in));
+  const int64_t head_stride = weight.stride(0), class_stride = weight.stride(1);
   const std::optional<Tensor> bias = contiguous(widen(bias_in));
   Tensor member = empty(features, {models, batch, classes});
   Tensor prefix = empty(features, {int64_t(sizes.size()), batch, classes});
@@ -32,7 +33,8 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
       const int64_t n = task / groups, column = task % groups * group_panels * kPanel;
       const int64_t columns = std::min(group_panels * kPanel, classes - column);
       T* packed = scratch<T>(0, group_panels * panel_size);
-      pack(data<T>(weight) + (n * classes + column) * channels, columns, channels, 1, channels, 1, panel_size, packed);
+      const T* const head = data<T>(weight) + n * head_stride + column * class_stride;
+      pack(head, columns, channels, 1, class_stride, 1, panel_size, packed);
       const T* head_bias = bias.has_value() ? data<T>(bias) + n * classes + column : nullptr;
       T* const head_out = mutable_data<T>(member) + n * batch * classes + column;
       T** out_rows = scratch<T*>(1, kBlockRows);

@@ -136,15 +136,22 @@ def test_memory_layouts(
         assert torch.equal(tensor, before[name]), f"{name} was written to"
 
 
-_CONVOLUTIONS = ("branch_conv2d", "branch_depthwise_conv2d", "branch_norm_conv2d")
+_WITH_WEIGHTS = (
+    "branch_conv2d",
+    "branch_depthwise_conv2d",
+    "branch_norm_conv2d",
+    "branch_pointwise_stats",
+    "branch_pointwise_norm_conv2d",
+    "prefix_logits",
+)
 
 
 @pytest.mark.skipif("cpp" not in K.available_backends(), reason="the other backends read strides in one way, or copy")
-@pytest.mark.parametrize("case", [case for case in CASES if case.op in _CONVOLUTIONS], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.op in _WITH_WEIGHTS], ids=str)
 def test_weights_that_are_slices_of_channels(case: Case, rng: torch.Generator) -> None:
     """The CPU's ways of packing differ with the shape: panels, transposed panels, Winograd's tiles, depthwise rows."""
     inputs = case.inputs(rng)
-    inputs["weight"] = _channel_slice(inputs["weight"])
+    inputs |= {name: _channel_slice(inputs[name]) for name in ("weight", "next_weight") if inputs.get(name) is not None}
     grads = [grad.float() for grad in cotangents(case, cast(inputs, torch.float64), rng)]
     with K.use_backend("cpp"):
         outcome = evaluate(case, inputs, grads)
