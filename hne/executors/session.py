@@ -78,7 +78,12 @@ class InferenceSession:
         self, x: Tensor, leaves: slice, first: int = 0, *, keep: bool = False, sizes: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Compute a subtree; see :class:`~hne.executors.base.SubtreeRunner`."""
-        results, _ = _run_steps(self._prepared_program(x, leaves, first, keep), x)
+        program = self._prepared_program(x, leaves, first, keep)
+        results: list[Tensor] = []
+        for compute, keep_output in program:  # here and in run_member(): a function would be a frame of every call
+            outputs = compute(x)
+            x = outputs[-1]
+            results += outputs if keep_output else outputs[:-1]
         if sizes is not None and results[-1].shape[0] > 1:  # the ensemble of one member is the member
             results[-1] = K.prefix_mean(results[-1], sizes)
         return results
@@ -86,7 +91,11 @@ class InferenceSession:
     def run_member(self, x: Tensor, leaf: int, first: int, total: Tensor | None) -> Member:
         """Compute a leaf; see :class:`~hne.executors.base.MemberRunner`."""
         *earlier, (head, _) = self._prepared_program(x, slice(leaf, leaf + 1), first, True)
-        results, x = _run_steps(earlier, x)
+        results: list[Tensor] = []
+        for compute, keep_output in earlier:
+            outputs = compute(x)
+            x = outputs[-1]
+            results += outputs if keep_output else outputs[:-1]
         assert isinstance(head, K.FusedLayers)
         *features, logits, total, mean = head.next_member(x, total, leaf + 1)
         return Member(results + features, logits, total, mean)
@@ -185,15 +194,6 @@ class _SessionLayer(NamedTuple):
 class _Step(NamedTuple):
     compute: Callable[[Tensor], list[Tensor]]  # from the input to the features that are kept and, last, the output
     keep_output: bool  # whether the output is kept, too; the next step reads it
-
-
-def _run_steps(steps: Sequence[_Step], x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The features that are kept, and the output of the last step; ``x`` without a step."""
-    kept: list[Tensor] = []
-    for compute, keep_output in steps:
-        *features, x = compute(x)
-        kept += [*features, x] if keep_output else features
-    return kept, x
 
 
 def _compute(step: FoldedStep, images: bool, x: Tensor) -> list[Tensor]:
