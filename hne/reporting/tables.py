@@ -22,6 +22,7 @@ from ..evaluation import (
     mean_metrics,
     pareto_front,
 )
+from ..metrics import Detection
 
 _UNLIMITED = 1000  # width of a file or pipe: no line is wrapped
 
@@ -187,40 +188,37 @@ def show_ood(ensembles: Sequence[OODEvaluation], title: str | None = None, *, av
         for score, name in scores.items():
             d = getattr(e, name)
             first = e.num_models if score == "entropy" else ""
-            rates = (f"{d.auroc:.2%}", f"{d.aupr:.2%}", f"{d.fpr95:.2%}")
-            rows.append((first, score, means.get(score, ""), *rates))
-    show_table(
-        ["n", "score", "mean (nats)", "AUROC", "AUPR", "FPR95"],
-        rows,
-        title=title,
-        caption=(
-            "mean: of the out-of-distribution images; mutual information is zero for a single member\n"
-            f"max. probability: {mean_of(average)}; max. logit, energy: of the mean logits"
-        ),
-        left=(1,),
+            rows.append((first, score, means.get(score, ""), *_rates(d)))
+    caption = (
+        "mean: of the out-of-distribution images; mutual information is zero for a single member\n"
+        f"max. probability: {mean_of(average)}; max. logit, energy: of the mean logits"
     )
+    show_table(["n", "score", "mean (nats)", *_RATES], rows, title=title, caption=caption, left=(1,))
 
 
 def show_regression_ood(ensembles: Sequence[RegressionOODEvaluation], title: str | None = None) -> None:
     """Print how well the deviations that each ensemble predicts detect out-of-distribution samples."""
     rows = [
-        (first, score, f"{mean:.4g}", f"{d.auroc:.2%}", f"{d.aupr:.2%}", f"{d.fpr95:.2%}")
+        (first, score, f"{mean:.4g}", *_rates(d))
         for e in ensembles
         for first, score, mean, d in (
             (e.num_models, "deviation", e.deviation, e.by_deviation),
             ("", "diversity", e.diversity, e.by_diversity),
         )
     ]
-    show_table(
-        ["n", "score", "mean", "AUROC", "AUPR", "FPR95"],
-        rows,
-        title=title,
-        caption=(
-            "mean: of the out-of-distribution samples, in the units of the target\n"
-            "deviation: of the mixture; diversity: of the members' means, zero for a single member"
-        ),
-        left=(1,),
+    caption = (
+        "mean: of the out-of-distribution samples, in the units of the target\n"
+        "deviation: of the mixture; diversity: of the members' means, zero for a single member"
     )
+    show_table(["n", "score", "mean", *_RATES], rows, title=title, caption=caption, left=(1,))
+
+
+_RATES = ("AUROC", "AUPR", "FPR95")
+
+
+def _rates(detection: Detection) -> tuple[str, ...]:
+    """The cells of the columns :data:`_RATES`."""
+    return f"{detection.auroc:.2%}", f"{detection.aupr:.2%}", f"{detection.fpr95:.2%}"
 
 
 def show_corruptions(clean: Evaluation, corrupted: Sequence[CorruptionEvaluation], title: str | None = None) -> None:
