@@ -23,6 +23,10 @@ class TrainingError(HNEError, RuntimeError):
     """Training cannot start with the given options, or failed, for instance because the loss is not finite."""
 
 
+class FolderLockedError(TrainingError):
+    """Another process, or another thread, trains in the folder."""
+
+
 class ResultError(HNEError, ArithmeticError):
     """A result is not a finite number, or a written program computes another result than its model."""
 

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from .errors import FileError, ResultError, TrainingError
+from .errors import FileError, FolderLockedError, ResultError
 
 # Names of temporary files: the machine, the process, a random part. No other program uses such names.
 _TEMPORARY = re.compile(r"\.hne-tmp-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{12}(\.\w{1,16})?")
@@ -235,7 +235,7 @@ def lock_folder(folder: Path, *, again: bool = False) -> Iterator[None]:
         again: Whether this thread may hold the lock already.
 
     Raises:
-        TrainingError: The lock is held.
+        FolderLockedError: The lock is held.
         FileError: The folder or the lock file ``.hne-lock`` cannot be created.
     """
     make_folder(folder)
@@ -274,7 +274,7 @@ def _lock(path: Path) -> int:
                     return descriptor
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise
-                raise TrainingError(
+                raise FolderLockedError(
                     f"{path.parent}: another process trains here; wait for it, or name another folder"
                 ) from error
             now = _status(path)

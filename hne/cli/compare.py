@@ -174,12 +174,11 @@ def _train(
     configs = {run_name(system.config): system.config for systems in repetitions for system in systems}
     macs = macs_per_epoch(configs.values(), dataset)
     done = {config: read_run_state(folder / name, config, dataset).epochs for name, config in configs.items()}
-    work = sum(macs[config] * (config.epochs - epochs) for config, epochs in done.items())
     models: dict[str, HNE] = {}
     runs = train_runs(
         {folder / name: config for name, config in configs.items()},
         lambda config: make_trainer(config, dataset, world, models),
-        ProgressReporter(not world.main or args.quiet, len(configs), macs, work),
+        ProgressReporter(not world.main or args.quiet, macs, done),
         resume=True,
         eval_every=max(config.epochs for config in configs.values()),  # at the end only
         quiet=args.quiet,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from ..experiments import (
     RunState,
     StudySettings,
     collect_results,
-    lock_runs,
     macs_per_epoch,
     panel_tables,
     read_run_state,
@@ -61,7 +59,8 @@ calls for one image on the CPU, which take turns, of the models of the first see
 Every training run has a folder in --runs, named after its options. Studies share runs. A finished
 run is not trained again, and an interrupted one continues after its last epoch. The same command,
 given again, therefore completes a study, and with other options it trains only the runs that
-change. --dry-run lists the finished and the missing runs.
+change. --dry-run lists the finished and the missing runs. Given several times at once, say once for
+each GPU, the command shares the runs out: none is trained by two processes.
 
 --data, --epochs, --limit-train, --scale, --num-models and --seeds set the size of a study. By
 default it follows the paper's protocol for the data set (quick for digits) at full width with 3
@@ -74,6 +73,7 @@ _EXAMPLES = """\
       --protocol quick --batch-size 32 --lr 0.2 --epochs 5 --limit-train 20000 --no-augment
   hne study table1 --data cifar100 --scale 1,0.5 --amp      the paper's protocol: for a GPU
   hne study figure4 --data cifar100 --scale 1,0.5 --amp --dry-run
+  CUDA_VISIBLE_DEVICES=1 hne study table1 --data cifar100 --scale 1,0.5 --amp    a second GPU takes part
 """
 _DEFAULTS = {
     "scale": (1.0,),
@@ -141,8 +141,7 @@ def execute(args: argparse.Namespace) -> int:
             _introduce(base, dataset, world, states, out)
         failures: list[str] = []
         if not args.dry_run:
-            with lock_runs(folder) if world.main else nullcontext():
-                failures = _train_missing(states, macs, dataset, world, folder, args)
+            failures = _train_missing(states, macs, dataset, world, folder, args)
         elif world.main:
             _list_runs(states, macs)
         if world.main:
@@ -199,14 +198,14 @@ def _train_missing(
     folder: Path,
     args: argparse.Namespace,
 ) -> list[str]:
-    """Train the runs that are not finished, and update ``states``.
+    """Train the runs that are not finished and that no other process trains, and update ``states``.
 
     Returns:
         Name and error of each run that failed.
     """
     missing = [config for config, state in states.items() if state.evaluation is None]
-    work = sum(macs[config] * (config.epochs - states[config].epochs) for config in missing)
-    reporter = _Reporter(not world.main or args.quiet, len(missing), macs, work)
+    epochs = {config: states[config].epochs for config in missing}
+    reporter = _Reporter(not world.main or args.quiet, macs, epochs)
     runs = train_runs(
         {folder / run_name(config): config for config in missing},
         lambda config: study_trainer(config, dataset, world),
@@ -214,26 +213,38 @@ def _train_missing(
         resume=True,
         eval_every=max((config.epochs for config in missing), default=1),  # at the end only
         quiet=args.quiet,
+        share=True,
     )
     for _, trainer in runs:
         evaluation = final_evaluation(trainer)
         assert isinstance(evaluation, Evaluation)  # execute() refuses regressions
         states[trainer.config] = RunState(trainer.epoch, evaluation)
         del trainer  # frees its memory before the next run
+    left = {config: read_run_state(folder / run_name(config), config, dataset) for config in reporter.left}
+    states.update(left)
+    busy = sum(state.evaluation is None for state in left.values())
+    if busy:
+        reporter.print(f"{busy} run(s) left to other processes: when those end, the same command completes the report")
     return reporter.failures
 
 
 class _Reporter(ProgressReporter):
-    """Goes on after a failed run."""
+    """Goes on after a run that failed, or that another process trains."""
 
-    def __init__(self, silent: bool, runs: int, macs: Mapping[TrainConfig, int], work: int) -> None:
-        super().__init__(silent, runs, macs, work)
+    def __init__(self, silent: bool, macs: Mapping[TrainConfig, int], epochs: Mapping[TrainConfig, int]) -> None:
+        super().__init__(silent, macs, epochs)
         self.failures: list[str] = []
+        self.left: list[TrainConfig] = []
 
     def failure(self, folder: Path, trainer: Trainer, error: TrainingError) -> None:
         self.failures.append(f"{folder.name}: {error}")
-        self.work -= self.macs[trainer.config] * (trainer.config.epochs - trainer.epoch)
+        self.skip(trainer.config)
         self.print(f"  failed: {error}")
+
+    def locked(self, folder: Path, trainer: Trainer) -> None:
+        self.left.append(trainer.config)
+        self.skip(trainer.config)
+        self.print(f"left to another process: {folder.name}")
 
 
 def _report(

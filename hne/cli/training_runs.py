@@ -6,12 +6,14 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from ..distributed import World
-from ..errors import TrainingError
+from ..errors import FolderLockedError, TrainingError
 from ..files import lock_folder
 from ..reporting import show_evaluation
 from ..training import (
@@ -83,34 +85,43 @@ class RunReporter:
         """Called when a run fails. Raises the error again; a subclass may go on with the next run instead."""
         raise error
 
+    def locked(self, folder: Path, trainer: Trainer) -> None:
+        """Called when another process trains the run, which is then left to it."""
+
 
 class ProgressReporter(RunReporter):
     """Prints the name of each run, and estimates the remaining time of all.
 
     Args:
         silent: Print nothing.
-        runs: Number of runs.
-        macs: Multiply-adds of an epoch of each run.
-        work: Multiply-adds of all epochs that are missing.
+        macs: Multiply-adds of an epoch, for each run.
+        epochs: Number of finished epochs of each run.
     """
 
-    def __init__(self, silent: bool, runs: int, macs: Mapping[TrainConfig, int], work: int) -> None:
+    def __init__(self, silent: bool, macs: Mapping[TrainConfig, int], epochs: Mapping[TrainConfig, int]) -> None:
         super().__init__(silent)
-        self.work = work
-        self.macs = macs
-        self._runs = runs
+        self._macs = macs
+        self._left = {config: macs[config] * (config.epochs - count) for config, count in epochs.items()}
+        self._runs = len(epochs)
         self._started = self._done = 0
         self._start_time = time.monotonic()
 
     def start(self, folder: Path, trainer: Trainer) -> None:
         self._started += 1
-        finished = ": finished" if trainer.epoch == trainer.config.epochs else ""
+        config = trainer.config
+        self._left[config] = self._macs[config] * (config.epochs - trainer.epoch)  # another process may have trained it
+        finished = ": finished" if trainer.epoch == config.epochs else ""
         self.print(f"run {self._started}/{self._runs}  {folder.name}{finished}")
 
+    def skip(self, config: TrainConfig) -> None:
+        """Take a run, or what is left of it, out of the remaining time."""
+        self._left[config] = 0
+
     def epoch(self, trainer: Trainer, record: EpochRecord) -> None:
-        self._done += self.macs[trainer.config]
-        left = (time.monotonic() - self._start_time) * (self.work - self._done) / self._done
-        epochs = trainer.config.epochs
+        macs, epochs = self._macs[trainer.config], trainer.config.epochs
+        self._done += macs
+        self._left[trainer.config] -= macs
+        left = (time.monotonic() - self._start_time) * sum(self._left.values()) / self._done
         self.print(
             f"  epoch {record.epoch:{len(str(epochs))}}/{epochs}  loss {record.loss:.4f}  "
             f"{record.images_per_second:.0f} img/s  {_duration(left)} left"
@@ -140,6 +151,7 @@ def train_runs(
     checkpoint_every: int = 1,
     quiet: bool = False,
     tensorboard: bool = False,
+    share: bool = False,
 ) -> Iterator[tuple[Path, Trainer]]:
     """Train each config in its folder, one after the other.
 
@@ -153,14 +165,29 @@ def train_runs(
         checkpoint_every: Likewise.
         quiet: Likewise.
         tensorboard: Likewise.
+        share: Leave a run that another process trains to it. Otherwise it is an error.
 
     Yields:
-        Folder and trainer of each finished run.
+        Folder and trainer of each finished run, but for those left to other processes.
+
+    Raises:
+        FolderLockedError: Another process trains a run, without ``share``.
     """
     for folder, config in configs.items():
         trainer = make_trainer(config)
         path, main = folder / CHECKPOINT, trainer.world.main
-        with lock_folder(folder) if main else nullcontext():
+        with ExitStack() as stack:
+            locked = False
+            try:
+                if main:
+                    stack.enter_context(lock_folder(folder))
+            except FolderLockedError:
+                if not share:
+                    raise
+                locked = True
+            if trainer.world.sum(torch.tensor(float(locked), device=trainer.world.device)):
+                reporter.locked(folder, trainer)
+                continue
             if resume and path.exists():
                 trainer.restore(path)
             if overwrite and main:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from hne.cli import main, training_runs
 from hne.data import load_dataset
 from hne.errors import CheckpointError
 from hne.experiments import RunState, read_run_state
+from hne.files import lock_folder
 from hne.training import CHECKPOINT, SUMMARY, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,6 +127,36 @@ def test_interrupted_study_goes_on(
     for path in (tmp_path / "runs").glob("digits*"):
         evaluations = [json.loads((f / SUMMARY).read_text())["evaluation"] for f in (path, done / "runs" / path.name)]
         assert evaluations[0] == evaluations[1], "as without the interruption"
+
+
+def test_studies_at_once_share_the_runs(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that another process trains is left to it, and one that another has finished meanwhile is not repeated."""
+    train_into = training_runs.train_into
+    trained: list[str] = []
+
+    def meanwhile(folder: Path, *args: Any, **options: Any) -> Iterator[Any]:
+        if not trained:
+            finished = next((done / "runs").glob("*-1.1.1.2-I+HD-*-seed0-*"))
+            shutil.copytree(finished, folder.parent / finished.name)
+        for row in train_into(folder, *args, **options):
+            trained.append(folder.name)
+            yield row
+
+    monkeypatch.setattr(training_runs, "train_into", meanwhile)
+    study = ["study", "figure9", "--out", str(tmp_path), *SMALL, "--seeds", "1"]
+    other = next((done / "runs").glob("*-1.1.1.2-I+D-*-seed0-*")).name
+    with lock_folder(tmp_path / "runs" / other):
+        assert main(study) == 0
+    out = capsys.readouterr().out
+    assert {name.partition("1.1.1.2-")[2].partition("-")[0] for name in trained} == {"I"}
+    assert f"left to another process: {other}\n" in out
+    assert re.search(r"^run 2/3  .*-I\+HD-.*: finished$", out, re.M)
+    assert "1 run(s) left to other processes" in out
+    assert "Preliminary: 1 of 3 runs are missing." in (tmp_path / "figure9.md").read_text()
+    assert main(study) == 0
+    assert "Preliminary" not in (tmp_path / "figure9.md").read_text()
 
 
 def test_failed_runs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
