@@ -2,6 +2,7 @@
 // depthwise convolution, the second 1x1 convolution and the shortcut before the next band starts.
 #pragma once
 
+#include "bottleneck_rows.h"
 #include "bottleneck_weights.h"
 
 namespace hne {
@@ -9,15 +10,13 @@ namespace hne {
 constexpr int64_t kBandPixels = 48;     // least pixels of a band: each band reads all weights once
 constexpr int64_t kNextWeights = 4096;  // of the next product, prefetched at the end of a product: its first panels
 
-// One bottleneck for inputs of one shape. The expanded feature map (the output of the first 1x1 convolution) is stored
-// with the zero padding of the depthwise convolution, in rows of [padded width][middle].
+// One bottleneck for inputs of one shape.
 template <typename T>
-class Bottleneck {
+class Bottleneck : public BottleneckRows<T> {
  public:
   Bottleneck(const BottleneckWeights& weights, const std::vector<int64_t>& shape)
-      : weights_(weights),
-        g_(weights.geometry(shape)),
-        middle_(weights.middle()),
+      : BottleneckRows<T>(weights.geometry(shape), weights.middle(), weights.identity),
+        weights_(weights),
         clamp_(Clamp<T>::named(weights.activation)),
         final_clamp_(Clamp<T>::named(weights.final_activation)) {
     // A band's features and the weights fill half of the second cache, or more if the pixels of a band would be few.
@@ -28,17 +27,8 @@ class Bottleneck {
     band_ = ceil_div(height, bands);  // bands of equal size
   }
 
-  const Geometry& geometry() const { return g_; }
-  // Values of one feature map: of the input, the output and the expanded one.
-  int64_t in_size() const { return g_.pixels() * g_.in_channels; }
-  int64_t out_size() const { return g_.out_pixels() * g_.out_channels; }
-  int64_t expanded_size() const { return padded_height() * row_size(); }
-
   // Tells that the output is the input of `next`, whose first weights are then prefetched.
   void set_next(const Bottleneck& next) { next_ = &next; }
-
-  // Whether the output may overwrite the input: a band reads each value before it is written, and no later band does.
-  bool in_place() const { return weights_.identity; }
 
   // Computes output rows [first, last) of one feature map, band by band. `x` may be `out` if in_place().
   void forward(int64_t branch, const T* x, T* out, int64_t first, int64_t last) const {
@@ -56,13 +46,9 @@ class Bottleneck {
   // Two-step alternative where each thread computes at most one band: expand() the whole feature map, then
   // forward_expanded(). Threads that share a feature map then expand no row twice, and a layer's output is expanded for
   // the next layer while it is in the cache.
-  bool fits_one_band(int64_t rows) const { return rows <= band_; }
-
-  // Expands rows [first, last) of x; the first and the last row of x include the zero rows around the feature map.
   void expand(int64_t branch, const T* x, T* expanded, int64_t first, int64_t last) const {
-    const auto padded = [&](int64_t row) { return std::min(row + g_.padding, padded_height()); };
-    expand_rows(branch, x, first > 0 ? padded(first) : 0, last < g_.height ? padded(last) : padded_height(), expanded,
-                padded_height());
+    const auto [begin, end] = this->padded_rows(first, last);
+    expand_rows(branch, x, begin, end, expanded, padded_height());
   }
 
   // Computes output rows [first, last) from the whole expanded feature map.
@@ -71,17 +57,15 @@ class Bottleneck {
   }
 
  private:
-  // Padded rows that `rows` output rows read.
-  int64_t rows_read(int64_t rows) const { return (rows - 1) * g_.stride + g_.kernel_size; }
-  int64_t padded_height() const { return rows_read(g_.out_height); }
-  int64_t row_size() const { return (g_.width + 2 * g_.padding) * middle_; }  // values of a padded row
+  using BottleneckRows<T>::g_, BottleneckRows<T>::middle_, BottleneckRows<T>::band_;
+  using BottleneckRows<T>::rows_read, BottleneckRows<T>::padded_height, BottleneckRows<T>::row_size;
 
   // Values that a band of `rows` output rows reads and writes, weights included.
   int64_t band_values(int64_t rows) const {
     const int64_t weights = middle_ * (g_.in_channels + g_.taps() + g_.out_channels) +
                             (weights_.shortcut.has_value() ? g_.in_channels * g_.out_channels : 0);
     const int64_t in = rows * g_.stride * g_.width * g_.in_channels, out = rows * g_.out_width * g_.out_channels;
-    return weights + rows_read(rows) * row_size() + rows * g_.out_width * middle_ + in + (in_place() ? 0 : out);
+    return weights + rows_read(rows) * row_size() + rows * g_.out_width * middle_ + in + (this->in_place() ? 0 : out);
   }
 
   static Tap<T> pointwise_tap(const ConstTensor& packed, int64_t branch, int64_t channels, int64_t depth,
@@ -98,25 +82,15 @@ class Bottleneck {
 
   // Writes padded rows [first, last), row r to row r % ring of `expanded`.
   void expand_rows(int64_t branch, const T* x, int64_t first, int64_t last, T* expanded, int64_t ring) const {
-    const int64_t middle = middle_, top = first - g_.padding;  // the row of x
-    T** const out_rows = scratch<T*>(2, std::max<int64_t>(last - first, 0) * g_.width);
-    int64_t pixels = 0;
-    for (int64_t r = first; r < last; ++r) {
-      T* row = expanded + r % ring * row_size();
-      if (r < g_.padding || r - g_.padding >= g_.height) {
-        std::fill(row, row + row_size(), T(0));
-        continue;
-      }
-      std::fill(row, row + g_.padding * middle, T(0));
-      std::fill(row + (g_.padding + g_.width) * middle, row + row_size(), T(0));
-      for (int64_t ix = 0; ix < g_.width; ++ix) out_rows[pixels++] = row + (g_.padding + ix) * middle;
-    }
-    const T* first_row = x + std::max<int64_t>(top, 0) * g_.width * g_.in_channels;
-    const Tap<T> tap = pointwise_tap(weights_.expand, branch, middle, g_.in_channels, &first_row);
-    const T* const bias = weights_.expand_bias.data<T>() + branch * middle;
-    Gemm<T> gemm{&tap, 1, pixels, middle, out_rows, bias, nullptr, clamp_};
+    T** const pixel_rows = scratch<T*>(2, std::max<int64_t>(last - first, 0) * g_.width);
+    const auto row = [&](int64_t r) { return expanded + r % ring * row_size(); };
+    const int64_t pixels = this->pad_rows(first, last, T(0), row, pixel_rows);
+    const T* first_pixel = this->first_pixel(x, first);
+    const Tap<T> tap = pointwise_tap(weights_.expand, branch, middle_, g_.in_channels, &first_pixel);
+    const T* const bias = weights_.expand_bias.data<T>() + branch * middle_;
+    Gemm<T> gemm{&tap, 1, pixels, middle_, pixel_rows, bias, nullptr, clamp_};
     gemm.outputs_cached = true;
-    prefetch(gemm, weights_.project, branch, g_.out_channels, middle);
+    prefetch(gemm, weights_.project, branch, g_.out_channels, middle_);
     kernels<T>().gemm(gemm);
   }
 
@@ -126,22 +100,12 @@ class Bottleneck {
     const int64_t pixels = count * g_.out_width, channels = g_.in_channels;
     const T* const filtered = filter(branch, expanded, ring, begin, count);
     const T** const rows = scratch<const T*>(0, pixels);
-    T** const out_rows = scratch<T*>(2, pixels);
-    for (int64_t m = 0; m < pixels; ++m) out_rows[m] = out + (begin * g_.out_width + m) * g_.out_channels;
-    const T* source = x + begin * g_.width * channels;  // input of the shortcut
+    T** const out_rows = this->out_rows(out, begin, pixels);
+    const bool has_shortcut = weights_.identity || weights_.shortcut.has_value();
+    const T* const source = has_shortcut ? this->shortcut_pixels(x, begin, pixels) : nullptr;
     Tap<T> taps[2] = {pointwise_tap(weights_.project, branch, g_.out_channels, middle_, &filtered), {}};
-    if (weights_.shortcut.has_value()) {
-      if (g_.stride > 1) {
-        T* strided = scratch<T>(7, pixels * channels);
-        for (int64_t m = 0; m < pixels; ++m) {
-          const int64_t iy = (begin + m / g_.out_width) * g_.stride, ix = m % g_.out_width * g_.stride;
-          const T* pixel = x + (iy * g_.width + ix) * channels;
-          std::copy(pixel, pixel + channels, strided + m * channels);
-        }
-        source = strided;
-      }
+    if (weights_.shortcut.has_value())
       taps[1] = pointwise_tap(*weights_.shortcut, branch, g_.out_channels, channels, &source);
-    }
     if (weights_.identity)
       for (int64_t m = 0; m < pixels; ++m) rows[m] = source + m * channels;
     const T* const bias = weights_.sum_bias.data<T>() + branch * g_.out_channels;
@@ -167,10 +131,7 @@ class Bottleneck {
   }
 
   const BottleneckWeights& weights_;
-  Geometry g_;
-  int64_t middle_;
   Clamp<T> clamp_, final_clamp_;
-  int64_t band_;  // output rows of a band
   const Bottleneck* next_ = nullptr;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bottleneck_chain.h"
+#include "bottleneck_rows.h"
 #include "quantized_convolution.h"
 
 namespace hne {
@@ -64,40 +65,29 @@ class QuantizedBottleneckWeights {
 
 // The expanded feature map is stored with the padding of the depthwise convolution, which is its zero point.
 template <>
-class Bottleneck<uint8_t> {
+class Bottleneck<uint8_t> : public BottleneckRows<uint8_t> {
  public:
   Bottleneck(const QuantizedBottleneckWeights& weights, const std::vector<int64_t>& shape)
-      : weights_(weights), g_(weights.geometry(shape)) {
+      : BottleneckRows(weights.geometry(shape), weights.middle, weights.identity), weights_(weights) {
     // The expanded features of a band fill an eighth of the second cache: weights, input and output lie there, too.
     const int64_t rows = second_cache_bytes() / 8 / std::max<int64_t>(g_.stride * row_size(), 1);
     band_ = std::clamp<int64_t>(rows, 1, std::max<int64_t>(g_.out_height, 1));
   }
 
-  const Geometry& geometry() const { return g_; }
-  bool identity() const { return weights_.identity; }
-  // Whether the output may overwrite the input: a band reads each value before it is written, and no later band does.
-  bool in_place() const { return weights_.identity; }
-  int64_t in_size() const { return g_.pixels() * g_.in_channels; }
-  int64_t out_size() const { return g_.out_pixels() * g_.out_channels; }
-  int64_t expanded_size() const { return padded_height() * row_size(); }
-
   void forward(int64_t branch, const uint8_t* x, uint8_t* out, int64_t first, int64_t last) const {
     uint8_t* const expanded = scratch<uint8_t>(3, rows_read(band_) * row_size());
     for (int64_t begin = first, ready = 0; begin < last; begin += band_) {
-      const int64_t count = std::min(band_, last - begin), rows = rows_read(count);
-      expand_rows(branch, x, begin * g_.stride - g_.padding, ready, rows, expanded);
+      const int64_t count = std::min(band_, last - begin), rows = rows_read(count), top = begin * g_.stride;
+      expand_rows(branch, x, top + ready, top + rows, expanded, top);
       filter_and_project(branch, x, expanded, out, begin, count);
       ready = std::max<int64_t>(0, g_.kernel_size - g_.stride);  // the next band reads these rows again
       std::copy(expanded + (rows - ready) * row_size(), expanded + rows * row_size(), expanded);
     }
   }
 
-  bool fits_one_band(int64_t rows) const { return rows <= band_; }
-
   void expand(int64_t branch, const uint8_t* x, uint8_t* expanded, int64_t first, int64_t last) const {
-    const auto padded = [&](int64_t row) { return std::min(row + g_.padding, padded_height()); };
-    expand_rows(branch, x, -g_.padding, first > 0 ? padded(first) : 0,
-                last < g_.height ? padded(last) : padded_height(), expanded);
+    const auto [begin, end] = padded_rows(first, last);
+    expand_rows(branch, x, begin, end, expanded, 0);
   }
 
   void forward_expanded(int64_t branch, const uint8_t* x, const uint8_t* expanded, uint8_t* out, int64_t first,
@@ -108,32 +98,18 @@ class Bottleneck<uint8_t> {
  private:
   enum Zero { of_expanded, of_filtered, of_output };
 
-  int64_t rows_read(int64_t rows) const { return (rows - 1) * g_.stride + g_.kernel_size; }
-  int64_t padded_height() const { return rows_read(g_.out_height); }
-  int64_t row_size() const { return (g_.width + 2 * g_.padding) * weights_.middle; }
   int32_t zero(int64_t branch, Zero which) const { return weights_.zeros.data<int32_t>()[branch * 3 + which]; }
 
-  // Writes padded rows [first, last) of `expanded`, whose row 0 is row `top` of x.
-  void expand_rows(int64_t branch, const uint8_t* x, int64_t top, int64_t first, int64_t last,
-                   uint8_t* expanded) const {
+  // Writes padded rows [first, last), row r to row r - top of `expanded`.
+  void expand_rows(int64_t branch, const uint8_t* x, int64_t first, int64_t last, uint8_t* expanded,
+                   int64_t top) const {
     const int64_t middle = weights_.middle;
-    const uint8_t padding = uint8_t(zero(branch, of_expanded));
-    uint8_t** const out_rows = scratch<uint8_t*>(2, std::max<int64_t>(last - first, 0) * g_.width);
-    int64_t pixels = 0;
-    for (int64_t r = first; r < last; ++r) {
-      uint8_t* row = expanded + r * row_size();
-      if (top + r < 0 || top + r >= g_.height) {
-        std::fill(row, row + row_size(), padding);
-        continue;
-      }
-      std::fill(row, row + g_.padding * middle, padding);
-      std::fill(row + (g_.padding + g_.width) * middle, row + row_size(), padding);
-      for (int64_t ix = 0; ix < g_.width; ++ix) out_rows[pixels++] = row + (g_.padding + ix) * middle;
-    }
-    const uint8_t* rows = x + std::max<int64_t>(top + first, 0) * g_.width * g_.in_channels;
-    const QuantizedTap tap = weights_.expand.tap(branch, rows, g_.in_channels);
+    uint8_t** const pixel_rows = scratch<uint8_t*>(2, std::max<int64_t>(last - first, 0) * g_.width);
+    const auto row = [&](int64_t r) { return expanded + (r - top) * row_size(); };
+    const int64_t pixels = pad_rows(first, last, uint8_t(zero(branch, of_expanded)), row, pixel_rows);
+    const QuantizedTap tap = weights_.expand.tap(branch, first_pixel(x, first), g_.in_channels);
     quantized_kernels().gemm({&tap, 1, pixels, middle, weights_.expand_bias.of(branch), nullptr,
-                              weights_.expand_scale.of(branch), zero(branch, of_expanded), out_rows, nullptr});
+                              weights_.expand_scale.of(branch), zero(branch, of_expanded), pixel_rows, nullptr});
   }
 
   // Computes output rows [begin, begin + count); `expanded` points to the first padded row that they read.
@@ -141,8 +117,6 @@ class Bottleneck<uint8_t> {
                           int64_t count) const {
     const int64_t pixels = count * g_.out_width, channels = g_.in_channels;
     const uint8_t* const filtered = filter(branch, expanded, count);
-    uint8_t** const out_rows = scratch<uint8_t*>(2, pixels);
-    for (int64_t m = 0; m < pixels; ++m) out_rows[m] = out + (begin * g_.out_width + m) * g_.out_channels;
     QuantizedTap taps[2] = {weights_.project.tap(branch, filtered, weights_.middle), {}};
     QuantizedGemm gemm{taps,
                        1,
@@ -152,24 +126,16 @@ class Bottleneck<uint8_t> {
                        nullptr,
                        weights_.project_scale.of(branch),
                        zero(branch, of_output),
-                       out_rows,
+                       out_rows(out, begin, pixels),
                        nullptr};
-    const uint8_t* source = x + begin * g_.width * channels;
     if (weights_.shortcut.has_value()) {
-      if (g_.stride > 1) {
-        uint8_t* strided = scratch<uint8_t>(7, pixels * channels);
-        for (int64_t m = 0; m < pixels; ++m) {
-          const int64_t iy = (begin + m / g_.out_width) * g_.stride, ix = m % g_.out_width * g_.stride;
-          std::copy_n(x + (iy * g_.width + ix) * channels, channels, strided + m * channels);
-        }
-        source = strided;
-      }
       taps[1] = taps[0];
-      taps[0] = weights_.shortcut->tap(branch, source, channels);
+      taps[0] = weights_.shortcut->tap(branch, shortcut_pixels(x, begin, pixels), channels);
       gemm.num_taps = 2;
       gemm.rescale = weights_.rescale->of(branch);
     } else if (weights_.identity) {
-      gemm.add = source, gemm.add_stride = channels, gemm.add_scale = weights_.rescale->of(branch);
+      gemm.add = shortcut_pixels(x, begin, pixels), gemm.add_stride = channels;
+      gemm.add_scale = weights_.rescale->of(branch);
     }
     quantized_kernels().gemm(gemm);
   }
@@ -188,8 +154,6 @@ class Bottleneck<uint8_t> {
   }
 
   const QuantizedBottleneckWeights& weights_;
-  Geometry g_;
-  int64_t band_;  // output rows of a band
 };
 
 }  // namespace hne
