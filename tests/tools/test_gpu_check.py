@@ -289,12 +289,12 @@ def test_rehearsal_of_the_third_call(tmp_path: Path) -> None:
     result, record = _rehearse("third", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     skipped = {name for name, outcome in record["steps"].items() if outcome["result"] == "skipped"}
-    assert skipped == {"inference-128-compiled", "inference-1-compiled"}, "one of the compiled rows is enough"
+    assert skipped == {"inference-128-compiled"}, "another batch than that of inference-1-compiled"
     assert {outcome["result"] for outcome in record["steps"].values()} == {"passed", "skipped"}
     rows = json.loads((tmp_path / "peers.json").read_text())["rows"]
     sides = {row["name"]: set(row.get("others_ms", ())) for row in rows}
     assert sides["training step"] == {"eager", "channels_last", "compiled", "channels_last_compiled"}
-    assert sides["inference"] == {"eager", "channels_last"}
+    assert sides["inference"] >= {"eager", "channels_last", "compiled", "channels_last_compiled"}
     assert "comparisons, fused slower" in record["steps"]["others"]["note"]
 
 
