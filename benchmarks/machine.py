@@ -5,35 +5,16 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import subprocess
 from importlib import metadata
-from pathlib import Path
 
+import revision
 import torch
 
 import hne_kernels as K
 from hne_kernels import extension
 from hne_kernels.environment import processor_name
-
-
-def commit() -> str:
-    """Short hash of the checkout, with a ``+`` if files differ from it; outside git the value of ``HNE_COMMIT``.
-
-    Changes below benchmarks/results do not count: they come from earlier runs.
-    """
-    root = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        return result.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("HNE_COMMIT", "unknown")
 
 
 def machine() -> dict[str, str]:
@@ -73,7 +54,7 @@ def table_name() -> str:
 
 def describe() -> dict[str, str]:
     """The machine, the commit and the date."""
-    return machine() | {"commit": commit(), "date": datetime.date.today().isoformat()}
+    return machine() | revision.describe()
 
 
 if __name__ == "__main__":

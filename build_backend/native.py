@@ -32,6 +32,7 @@ TORCH_TARGET = (2, 11)  # oldest supported torch; its stable ABI is the one used
 # Machine code for Ampere and Hopper, and PTX, which the driver compiles for every later GPU.
 CUDA_TARGETS = ("compute_80,code=sm_80", "compute_90,code=sm_90a", "compute_90,code=compute_90")
 OLDEST_PYTHON = "cp310"  # the C API is limited to what this version has, see csrc/python.h
+STANDARD = "-std=c++20"  # torch's build helper would add its own: 17 with the oldest supported torch
 OLDEST_TARGET = 80  # the kernels copy with cp.async and multiply bfloat16
 BYTES_PER_JOB = 3 << 29  # 1.5 GiB: peak memory of a compiler process, rounded up
 
@@ -44,13 +45,13 @@ class BuildError(SystemExit):
 
 
 def cpp_flags(environ: Mapping[str, str]) -> list[str]:
-    """Flags for every C++ file; torch's build helper adds `-std=`.
+    """Flags for every C++ file.
 
     No flag selects an instruction set: csrc/cpu/microkernels/isa/*.cpp do that for their own functions, and the library
     chooses among those at run time.
     """
-    flags = ["-fno-math-errno", "-ffp-contract=fast"]  # the part of -ffast-math that preserves NaN and infinity
-    flags += ["-fno-wrapv", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = [STANDARD, "-fno-wrapv", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags += ["-fno-math-errno", "-ffp-contract=fast"]  # the part of -ffast-math that preserves NaN and infinity
     if environ.get("HNE_WERROR") == "1":
         flags.append("-Werror")
     if sanitizers := environ.get("HNE_SANITIZE"):
@@ -63,7 +64,7 @@ def cpp_flags(environ: Mapping[str, str]) -> list[str]:
 
 def nvcc_flags(environ: Mapping[str, str]) -> list[str]:
     """Flags for every CUDA file but the targets."""
-    flags = ["-O3", "-DUSE_CUDA", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"]
+    flags = [STANDARD, "-O3", "-DUSE_CUDA", "--compiler-options", "-fvisibility=hidden,-Wall,-Wextra"]
     if environ.get("HNE_WERROR") == "1":
         flags += ["--Werror", "all-warnings", "--compiler-options", "-Werror"]
     return flags

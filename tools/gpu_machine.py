@@ -29,7 +29,7 @@ print(json.dumps({
     "capability": list(torch.cuda.get_device_capability()) if gpu else [],
 }))
 """
-_DESCRIBE = "import json, machine; print(json.dumps(machine.describe()))"
+_DESCRIBE = "import json, {module}; print(json.dumps({module}.describe()))"
 
 
 def ask(code: str, **environ: str) -> tuple[Any, str]:
@@ -89,10 +89,13 @@ class GpuCheck(Check):
         return [need for need, found in needs.items() if not found]
 
     def facts(self) -> dict[str, str]:
-        """GPU, driver, versions, commit and date, as in the benchmarks; before the build only what torch knows."""
+        """GPU, driver, versions, commit and date, as in the benchmarks; before the build what torch knows of them."""
         paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
-        described, _ = ask(_DESCRIBE, PYTHONPATH=paths)
-        return described or {name: str(value) for name, value in self.machine.items()}
+        described, _ = ask(_DESCRIBE.format(module="machine"), PYTHONPATH=paths)
+        if described:
+            return described
+        revision, _ = ask(_DESCRIBE.format(module="revision"), PYTHONPATH=paths)
+        return {name: str(value) for name, value in self.machine.items()} | (revision or {})
 
     def write_row(self, step: str, name: str, cells: Cells) -> None:
         """Append a row to the table on disk, with the prediction of the cost model beside times, and show it."""

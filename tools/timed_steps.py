@@ -109,7 +109,7 @@ class Check:
         except Exception as error:  # a fault of the check itself must not cost the other steps
             result, note = "FAILED", f"{type(error).__name__}: {error}"
         self._saved = self._step_end - time.monotonic()
-        return Outcome(result, round(time.monotonic() - start, 1), note)
+        return Outcome(result, round(time.monotonic() - start, 1), note.replace(f"{ROOT}/", ""))
 
     def left(self) -> float:
         """Remaining seconds of the step."""

@@ -39,13 +39,13 @@ Tensor compose(Tensor x, const Weights& weights, const std::vector<Layer>& layer
                                        from(w[7]),        from(int64_t{1}),
                                        from(l.replicate), from(l.activation),
                                        from(l.identity),  from(l.final_activation)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("hne::fused_bottleneck", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("hne::fused_bottleneck", "", stack.data(), TORCH_ABI_VERSION));
     x = to<Tensor>(stack[0]);
   }
   if (!pool) return x;
   std::array<StableIValue, 4> stack{from(x), from(std::optional<std::vector<int64_t>>({2, 3})), from(true),
                                     from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mean", "dim", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mean", "dim", stack.data(), TORCH_ABI_VERSION));
   return to<Tensor>(stack[0]);
 }
 

@@ -291,6 +291,12 @@ def test_bad_hne_cuda(value: str, nvcc: dict[str, str]) -> None:
         native.cuda_toolkit({**nvcc, "HNE_CUDA": value}, "2.13.0", None)
 
 
+@pytest.mark.parametrize("flags", [native.cpp_flags, native.nvcc_flags])
+def test_flags_name_the_standard(flags: Callable[[dict[str, str]], list[str]]) -> None:
+    """The build helper of the oldest supported torch adds an older one where none is named."""
+    assert [flag for flag in flags({}) if flag.startswith("-std=")] == ["-std=c++20"]
+
+
 def _targets(asked: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from torch.utils.cpp_extension import _get_cuda_arch_flags
 

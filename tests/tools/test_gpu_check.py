@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import gpu_machine
 import pytest
 import smoke_steps
 import suite_steps
+import torch
 from gpu_machine import GpuCheck
 from predicted_rows import Predictions, sources
 from timed_steps import Check, Failure, Outcome, RanOut, Skipped
@@ -109,6 +111,18 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lines = gpu_check.report(check, steps, done)
     assert sum("not begun" in line for line in lines) == len(steps) - 1
     assert any(line.startswith("next: install what is missing (missing: a GPU that torch") for line in lines)
+
+
+def test_a_package_that_does_not_load_leaves_commit_and_date(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HNE_COMMIT", "abc1234")
+    monkeypatch.setattr(
+        gpu_machine, "_DESCRIBE", "import sys; sys.modules['hne_kernels'] = None; " + gpu_machine._DESCRIBE
+    )
+    facts = GpuCheck(60, tmp_path, call="first", device="cpu").facts()
+    assert facts["torch"] == torch.__version__
+    assert "backends" not in facts
+    assert facts["commit"] not in ("", "unknown")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"])
 
 
 def test_the_next_thing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
