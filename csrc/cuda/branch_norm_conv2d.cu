@@ -111,8 +111,11 @@ Gradients branch_norm_conv2d_backward(const Tensor& grad_y, const Tensor& grad_m
     const ResidualArguments added(residual, residual_norm, x);
     const Normalization& normalization = arguments.normalization;
     const Device device(x);
-    const Tensor none = torch::stable::new_empty(x, {0}), no_norm = torch::stable::new_empty(x, {0}, ScalarType::Float);
-    Tensor grad_x = none, grad_weight = none, grad_norm = no_norm, grad_residual = none, grad_residual_norm = no_norm;
+    // An op's results must not share memory, not even where they are empty.
+    const auto none = [&] { return torch::stable::new_empty(x, {0}); };
+    const auto no_norm = [&] { return torch::stable::new_empty(x, {0}, ScalarType::Float); };
+    Tensor grad_x = none(), grad_weight = none(), grad_norm = no_norm(), grad_residual = none();
+    Tensor grad_residual_norm = no_norm();
     if (need_input && materialized) {
       const SumResults results(device, g, output, weight, x, *z, *grad_z, normalization, added, has_residual);
       grad_x = results.grad_x, grad_norm = results.grad_norm;

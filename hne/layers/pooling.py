@@ -127,7 +127,10 @@ class AveragePoolLayer(PoolingLayer, Layer, spec=AveragePool):
         return self.spec.padding or 0
 
     def pool(self, maps: Tensor) -> Tensor:
-        return F.avg_pool2d(maps, self.spec.kernel_size, self.spec.stride, self.padding)
+        padding = self.padding
+        if padding and maps.requires_grad:  # on GPUs the gradient through PyTorch's own padding can be wrong
+            maps, padding = F.pad(maps, [padding] * 4), 0  # (pytorch/pytorch issue 188344, in 2.11)
+        return F.avg_pool2d(maps, self.spec.kernel_size, self.spec.stride, padding)
 
 
 def _check_padding(spec: MaxPool | AveragePool) -> None:

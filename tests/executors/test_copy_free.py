@@ -8,7 +8,7 @@ import plain_networks
 import pytest
 import templates
 import torch
-import transformers
+import transformer_models
 from networks import TREES, build, each_tree, images
 from registries import restored_registries
 from torch import Tensor, nn
@@ -61,10 +61,10 @@ def test_layers(name: str, separate: bool, rng: torch.Generator) -> None:
 
 
 @each_layout
-@pytest.mark.parametrize("name", transformers.TRANSFORMERS)
+@pytest.mark.parametrize("name", transformer_models.TRANSFORMERS)
 def test_transformers(name: str, separate: bool, rng: torch.Generator) -> None:
-    model = transformers.build(NaiveHNE, name, TREES["odd"], rng)
-    check(model, images(rng, size=transformers.SIZE), (1, 4, 6), separate)
+    model = transformer_models.build(NaiveHNE, name, TREES["odd"], rng)
+    check(model, images(rng, size=transformer_models.SIZE), (1, 4, 6), separate)
 
 
 @each_layout

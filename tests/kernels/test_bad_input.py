@@ -32,6 +32,9 @@ def test_error_names_the_argument(
     backend: Placement, rng: torch.Generator,
 ) -> None:  # fmt: skip
     case, inputs = _apply(op, argument, value, rng, backend)
+    if backend.device == "cuda" and "class indices from" in text:
+        assert case(inputs)[0].isnan()  # an error would have to wait for the GPU
+        return
     with pytest.raises(error, match=text):
         case(inputs)
 
@@ -113,8 +116,9 @@ def test_registered_ops_check_too(op: str, argument: str, value: Any, backend: P
     registered = getattr(torch.ops.hne, f"triton_{case.op}" if backend.backend == "triton" else case.op, None)
     if backend.backend == "reference" or registered is None:
         pytest.skip(f"{op} is no registered op of {backend.backend}")
-    if (backend.backend, op, argument) == ("triton", LOSS, "target") and inputs["target"].shape == (3,):
-        assert registered(*inputs.values())[0].isnan()  # an error would have to wait for the GPU
+    waits = backend.backend == "triton" or backend.device == "cuda"  # an error would have to wait for the GPU
+    if waits and (op, argument) == (LOSS, "target") and inputs["target"].shape == (3,):
+        assert registered(*inputs.values())[0].isnan()
         return
     names = [a.name for a in registered.default._schema.arguments]
     if op == "prefix_logits":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 import threading
 from collections.abc import Iterator
 
@@ -63,7 +64,8 @@ def test_a_tensor_on_another_device(case: Case, backend: str, rng: torch.Generat
     inputs = case.inputs(rng, torch.float32, "cuda")
     first, *others = tensors(inputs)
     for name in others:
-        with pytest.raises(ValueError, match=rf"\b{name}: expected to be on the device of .*cuda:0, got cpu"):
+        shown = re.sub(r"^(\w+)_(\d+)$", r"layer \2: \1", name)  # of a chain
+        with pytest.raises(ValueError, match=rf"\b{shown}: expected to be on the device of .*cuda:0, got cpu"):
             case({**inputs, name: inputs[name].cpu()})
     with pytest.raises((ValueError, RuntimeError), match=r"(on the device of|serves tensors on)"):
         case({**inputs, first: inputs[first].cpu()})

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 INFERENCE = {"fused_conv2d", "fused_bottleneck", "fused_bottleneck_chain"}
-# Ops with prepared layers, which are neither functions of tensors nor traced; see test_fused_layers.py.
-PREPARED = {"prepare_layers", "fused_layers", "prepare_quantized_layers", "quantized_layers"}
+# Not functions of tensors: ops with prepared layers, which are not traced either (test_fused_layers.py), and a switch.
+NO_FUNCTIONS = {"prepare_layers", "fused_layers", "prepare_quantized_layers", "quantized_layers", "allow_tf32"}
 # Ops that cannot be differentiated (again), while opcheck differentiates the sum of all results.
 ONCE = {*(f"{op}_backward" for op in TRAINING_OPS), "hierarchical_distillation_loss"}
 
@@ -66,10 +66,14 @@ def _record(case: Case, inputs: Inputs) -> dict[str, list[Call]]:
     return recorder.calls
 
 
-def _registered(backend: str) -> set[str]:
-    names = {name.removeprefix("hne::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("hne::")}
+def _registered(place: Placement) -> set[str]:
+    """The ops of a backend with a kernel for the device."""
+    keys = (place.device.upper(), "CompositeExplicitAutograd")
+    ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hne::")]
+    served = [op for op in ops if any(torch._C._dispatch_has_kernel_for_dispatch_key(op, key) for key in keys)]
+    names = {op.removeprefix("hne::") for op in served}
     triton = {name for name in names if name.startswith("triton_")}
-    return triton if backend == "triton" else names - triton - PREPARED
+    return triton if place.backend == "triton" else names - triton - NO_FUNCTIONS
 
 
 def _samples() -> list[Case]:
@@ -130,7 +134,7 @@ def test_every_registered_op_is_checked(registered: Placement, rng: torch.Genera
         with FakeTensorMode() as mode:  # no kernel runs
             fake = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in inputs.items()}
             recorded |= _record(case, fake).keys()
-    assert recorded == _registered(registered.backend)
+    assert recorded == _registered(registered)
 
 
 def test_fake_strides_are_the_real_ones(registered: Placement, rng: torch.Generator) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import SIZE, TRANSFORMERS, build, plain_logits
+from transformer_models import SIZE, TRANSFORMERS, build, plain_logits
 
 from hne import (
     HNE,
