@@ -41,12 +41,12 @@ PREPARATION = (Step("machine", machine, 15), Step("build", build_steps.build, 16
 CALLS: dict[str, tuple[Step, ...]] = {
     "first": (
         Step("rates", smoke_steps.rates, 20),
-        Step("cuda-ops", smoke_steps.ops(0), 80),
-        Step("cuda-network", smoke_steps.networks(0), 50),
-        Step("triton-ops", smoke_steps.ops(1), 110),
+        Step("cuda-ops", smoke_steps.ops(0), 40),
+        Step("cuda-network", smoke_steps.networks(0), 35),
+        Step("eager", smoke_steps.eager, 50),
+        Step("compiled", smoke_steps.compiled, 50),
+        Step("triton-ops", smoke_steps.ops(1), 140),  # most of it is compilation and tuning
         Step("triton-network", smoke_steps.networks(1), 45),
-        Step("eager", smoke_steps.eager, 20),
-        Step("compiled", smoke_steps.compiled, 35),
         Step("calibrate", smoke_steps.calibrate, 5),
     ),
     "second": (
