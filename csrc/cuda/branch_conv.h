@@ -73,10 +73,10 @@ Geometry check_backward(const Tensor& grad, int64_t in_channels, int64_t height,
 
 // y = conv(normalization(x), weight) + bias; `moments`, unless null, gets the partial Moments of y.
 template <typename Kind>
-Tensor convolve(const Device& device, const Geometry& g, const Tensor& x_in, const Tensor& weight_in,
+Tensor convolve(const Device& device, const Geometry& g, const Tensor& x_in, const Tensor& weight,
                 const std::optional<Tensor>& bias_in, const Normalization& normalization = {},
                 ChannelReduction* moments = nullptr) {
-  const Tensor x = torch::stable::contiguous(x_in), weight = torch::stable::contiguous(weight_in);
+  const Tensor x = torch::stable::contiguous(x_in);
   const std::optional<Tensor> bias = contiguous(bias_in);
   Tensor out = torch::stable::new_empty(x, g.out_shape());
   dispatch(x, [&](auto type) {
@@ -96,9 +96,8 @@ Tensor convolve(const Device& device, const Geometry& g, const Tensor& x_in, con
 // Gradient of x; `sums`, unless null, gets the partial gradients of the normalisation's scale and shift (Pair).
 template <typename Kind>
 Tensor input_gradient(const Device& device, const Geometry& g, const OutputGradientArguments& output,
-                      const Tensor& weight_in, const std::optional<Tensor>& x_in = {},
+                      const Tensor& weight, const std::optional<Tensor>& x_in = {},
                       const Normalization& normalization = {}, ChannelReduction* sums = nullptr) {
-  const Tensor weight = torch::stable::contiguous(weight_in);
   const std::optional<Tensor> x = contiguous(x_in);
   Tensor out = torch::stable::new_empty(output.grad, {g.parents, g.batch, g.height, g.width, g.in_channels});
   dispatch(out, [&](auto type) {

@@ -50,7 +50,7 @@ Results branch_norm_conv2d(const Tensor& x, const Tensor& weight, const std::opt
 struct SumResults {
   Tensor grad_x, grad_norm, grad_residual, grad_residual_norm;
 
-  SumResults(const Device& device, const Geometry& g, const OutputGradientArguments& output, const Tensor& weight_in,
+  SumResults(const Device& device, const Geometry& g, const OutputGradientArguments& output, const Tensor& weight,
              const Tensor& x_in, const Tensor& z_in, const Tensor& grad_z_in, const Normalization& normalization,
              const ResidualArguments& added, bool has_residual)
       : grad_x(torch::stable::new_empty(x_in, x_in.sizes())),
@@ -58,7 +58,7 @@ struct SumResults {
         grad_residual(has_residual ? torch::stable::new_empty(x_in, x_in.sizes())
                                    : torch::stable::new_empty(x_in, {0})),
         grad_residual_norm(torch::stable::new_empty(x_in, {0}, ScalarType::Float)) {
-    const Tensor weight = torch::stable::contiguous(weight_in), x = torch::stable::contiguous(x_in);
+    const Tensor x = torch::stable::contiguous(x_in);
     const Tensor z = torch::stable::contiguous(z_in), grad_z = torch::stable::contiguous(grad_z_in);
     const bool normalized = added.normalization.present();
     ChannelReduction sums(x, g.parents, g.in_channels), residual_sums(x, g.parents, g.in_channels);

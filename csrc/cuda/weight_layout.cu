@@ -8,16 +8,24 @@
 namespace hne {
 namespace {
 
-// to[matrix][column][row] = from[matrix][row][column]
+// Sizes of stored filters, and the strides of all but the taps, which lie side by side. Depthwise: one input channel.
+struct StoredFilters {
+  int64_t branches, out, in, taps;
+  int64_t branch_stride, out_stride, in_stride;
+
+  HNE_BOTH int64_t size() const { return branches * taps * out * in; }
+};
+
+// to[branch][tap][out][in] = from[branch][out][in][tap]
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    transpose(const T* from, T* to, const int64_t count, const int64_t rows, const int64_t columns) {
+__global__ void __launch_bounds__(kThreads) transpose(const T* from, T* to, const StoredFilters f) {
   wait_for_previous_kernel();
   launch_next_kernel();
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= count * rows * columns) return;
-  const int64_t row = at % rows, column = at / rows % columns, matrix = at / rows / columns;
-  to[at] = from[(matrix * rows + row) * columns + column];
+  if (at >= f.size()) return;
+  const int64_t filter = at / f.in, matrix = filter / f.out, branch = matrix / f.taps;
+  const int64_t in = at - filter * f.in, out = filter - matrix * f.out, tap = matrix - branch * f.taps;
+  to[at] = from[branch * f.branch_stride + out * f.out_stride + in * f.in_stride + tap];
 }
 
 // to[matrix][column][row] = sum over splits, in order, of partial[split][matrix][row][column]
@@ -38,14 +46,24 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-Tensor taps_first(const Device& device, const Tensor& weight, const Geometry& g) {
+Tensor taps_first(const Device& device, const Tensor& weight_in, const Geometry& g) {
+  const int64_t dims = weight_in.dim();
+  const bool side_by_side = weight_in.stride(dims - 1) == 1 && weight_in.stride(dims - 2) == g.kernel_size;
+  const Tensor weight = g.taps() == 1 || !side_by_side ? torch::stable::contiguous(weight_in) : weight_in;
   if (g.taps() == 1) return weight;
-  const int64_t filters = weight.dim() == 5 ? g.out_channels * g.in_channels : g.in_channels;
-  Tensor out = torch::stable::new_empty(weight, {g.branches, g.taps(), filters});
+  const bool dense = dims == 5;
+  const StoredFilters filters{.branches = g.branches,
+                              .out = dense ? g.out_channels : g.in_channels,
+                              .in = dense ? g.in_channels : 1,
+                              .taps = g.taps(),
+                              .branch_stride = weight.stride(0),
+                              .out_stride = weight.stride(1),
+                              .in_stride = dense ? weight.stride(2) : 0};
+  Tensor out = torch::stable::new_empty(weight, {g.branches, g.taps(), filters.out * filters.in});
   dispatch(weight, [&](auto type) {
     using T = decltype(type);
-    device.launch_early(transpose<T>, ceil_div(g.branches * filters * g.taps(), kThreads), kThreads, 0, data<T>(weight),
-                        mutable_data<T>(out), g.branches, filters, g.taps());
+    device.launch_early(transpose<T>, ceil_div(filters.size(), kThreads), kThreads, 0, data<T>(weight),
+                        mutable_data<T>(out), filters);
   });
   return out;
 }

@@ -114,6 +114,9 @@ def _find_chains(layers: Sequence[FusedLayer], kept: frozenset[int]) -> dict[int
     return chains
 
 
+_MOST_KINDS = 64  # of features that are remembered
+
+
 class FusedLayers:
     """A sequence of layers.
 
@@ -161,6 +164,7 @@ class FusedLayers:
             index for index, found in readers.items() if found != [index + 1] or self.layers[index + 1].source != -1
         }
         self._chains = _find_chains(self.layers, self._result_indices | kept)
+        self._fitting: set[tuple[torch.Size, torch.dtype, torch.device]] = set()  # features that were checked
         self._prepared: int | None = None
         self._call = torch.ops.hne.fused_layers.default  # looked up once
         # A recorded program must hold the weights, so nothing is prepared while one is recorded.
@@ -286,7 +290,7 @@ class FusedLayers:
 
     def _in_turn(self, x: Tensor) -> list[Tensor]:
         x = self._features(x)
-        self._check(x)
+        self._check_once(x)
         results = []
         features = {-1: x}  # those that are read later, by the index of the layer that computes them
         chains = self._chains if self._chains and dispatch.backend_for(x) == "cuda" else {}
@@ -316,6 +320,18 @@ class FusedLayers:
 
     def _features(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1).unsqueeze(0) if self.images else x
+
+    def _check_once(self, x: Tensor) -> None:
+        """As :meth:`_check`, without what features of the same kind have passed: it takes longer than the launches."""
+        if is_traced():  # its sizes may be symbols
+            self._check(x)
+            return
+        kind = (x.shape, x.dtype, x.device)
+        if kind not in self._fitting:
+            self._check(x)
+            if len(self._fitting) == _MOST_KINDS:
+                self._fitting.clear()
+            self._fitting.add(kind)
 
     def _check(self, x: Tensor, *, any_size: bool = False) -> None:
         """Raise unless the layers fit features like ``x``; with ``any_size``, whatever their height and width."""
