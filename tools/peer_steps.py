@@ -64,7 +64,7 @@ def benchmark(check: GpuCheck, expression: str, without: tuple[str, ...]) -> str
         if lost is None:
             break
         check.lost_sides.append(lost[1])
-    note = f"{last_line(output, 'comparisons, fused slower')}: {table}.md"
+    note = f"{last_line(output, 'comparisons, fused slower')}: {table.name}.md"
     if check.lost_sides:
         raise Failure(f"{note}; the GPU was lost after {', '.join(check.lost_sides)}")
     if failure:

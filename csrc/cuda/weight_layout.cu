@@ -47,10 +47,10 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 Tensor taps_first(const Device& device, const Tensor& weight_in, const Geometry& g) {
+  if (g.taps() == 1) return torch::stable::contiguous(weight_in);
   const int64_t dims = weight_in.dim();
   const bool side_by_side = weight_in.stride(dims - 1) == 1 && weight_in.stride(dims - 2) == g.kernel_size;
-  const Tensor weight = g.taps() == 1 || !side_by_side ? torch::stable::contiguous(weight_in) : weight_in;
-  if (g.taps() == 1) return weight;
+  const Tensor weight = side_by_side ? weight_in : torch::stable::contiguous(weight_in);
   const bool dense = dims == 5;
   const StoredFilters filters{.branches = g.branches,
                               .out = dense ? g.out_channels : g.in_channels,

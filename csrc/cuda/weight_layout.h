@@ -7,7 +7,8 @@
 namespace hne {
 
 // Dense weights [branch][out][in][tap] to [branch][tap][out][in], depthwise ones [branch][channel][tap] to
-// [branch][tap][channel]. The weight may be a slice of more channels: it is read where it is.
+// [branch][tap][channel]. The weight may be a slice of more channels: it is read where it is, but for kernels of one
+// tap, of which a slice is copied.
 Tensor taps_first(const Device& device, const Tensor& weight, const Geometry& g);
 
 // Adds up partial weight gradients [split][matrix][tap][channel] into `out`, [matrix][channel][tap].
