@@ -124,7 +124,7 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address an
 		echo "sanitizers, $$level instructions"; \
 		case $$level in portable) oldest="$(OLDEST)" ;; *) oldest= ;; esac; \
 		case "$$levels" in *$$level) tests= ;; *) tests="not any_level" ;; esac; \
-		env $$oldest HNE_CPU_CAPABILITY=$$level LD_PRELOAD="$$preload" \
+		env $$oldest HNE_CPU_CAPABILITY=$$level HNE_CPU_BF16=1 LD_PRELOAD="$$preload" \
 			$(BIN)/pytest $(PARALLEL) -s -k 'cpp or fused_layers or quantized_layers' -m "$$tests" \
 			tests/kernels/test_parity.py tests/kernels/test_properties.py \
 			tests/kernels/test_fused_layers*.py tests/kernels/test_quantized_layers.py tests/kernels/test_winograd.py || exit 1; \

@@ -45,6 +45,10 @@ PyObject* cpu_vnni(PyObject*, PyObject*) {
   return hne::call([] { return PyBool_FromLong(hne::vnni()); });
 }
 
+PyObject* cpu_bfloat16(PyObject*, PyObject*) {
+  return hne::call([] { return PyBool_FromLong(hne::multiplies_bfloat16()); });
+}
+
 PyObject* forget_layers(PyObject*, PyObject* handle) {
   return hne::call([&] {
     hne::forget_layers(integer(handle));
@@ -76,6 +80,8 @@ PyMethodDef kFunctions[] = {
     {"cpu_capabilities_supported", cpu_capabilities_supported, METH_NOARGS,
      "Names of the instruction sets that this machine supports, comma separated, best last."},
     {"cpu_vnni", cpu_vnni, METH_NOARGS, "Whether the int8 kernels use vpdpbusd."},
+    {"cpu_bfloat16", cpu_bfloat16, METH_NOARGS,
+     "Whether inference in bfloat16 multiplies bfloat16, instead of float32."},
     {"forget_layers", forget_layers, METH_O, "Free the layers that the op prepare_layers returned this number for."},
     {"forget_quantized_layers", forget_quantized_layers, METH_O,
      "Free the layers that the op prepare_quantized_layers returned this number for."},

@@ -6,6 +6,7 @@ import platform
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,12 @@ def _gpus() -> str:
         major, minor = torch.cuda.get_device_capability(index)
         gpus.append(f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})")
     return ", ".join(gpus)
+
+
+def _extensions(library: Any) -> str:
+    """What the kernels for int8 and bfloat16 use besides."""
+    used = [name for name, uses in (("VNNI", library.cpu_vnni()), ("BF16", library.cpu_bfloat16())) if uses]
+    return f" with {' and '.join(used)}" if used else ""
 
 
 def processor_name() -> str:
@@ -77,7 +84,7 @@ def environment_report() -> list[Section]:
             "machine",
             {
                 "processor": processor_name(),
-                "CPU instructions": f"{library.cpu_capability()}{' with VNNI' if library.cpu_vnni() else ''} "
+                "CPU instructions": f"{library.cpu_capability()}{_extensions(library)} "
                 f"(this machine: {library.cpu_capabilities_supported()})",
                 "threads": str(torch.get_num_threads()),
                 "GPUs": _gpus(),

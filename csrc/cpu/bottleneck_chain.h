@@ -62,7 +62,7 @@ class BottleneckChain {
     }
   }
 
-  int64_t size() const { return outputs_.total_size() + expanded_.total_size(); }
+  int64_t size() const { return outputs_.total_size() + kTerms<T> * expanded_.total_size(); }
 
   // Whether bottleneck i reads an input that has been expanded as a whole.
   bool is_pre_expanded(size_t i) const {
@@ -96,8 +96,8 @@ class BottleneckChain {
   }
 
  private:
-  T* expanded(T* memory, size_t i, int64_t map_index) const {
-    return memory + outputs_.total_size() + expanded_.offset(i, map_index);
+  Sum<T>* expanded(T* memory, size_t i, int64_t map_index) const {
+    return reinterpret_cast<Sum<T>*>(memory + outputs_.total_size()) + expanded_.offset(i, map_index);
   }
 
   const ConvolutionChain<T>& stem_;

@@ -10,7 +10,7 @@ namespace hne {
 
 // A bottleneck computes bands of output rows. The expanded feature map (the output of the first 1x1 convolution) is
 // stored with the padding of the depthwise convolution, in rows of [padded width][middle]; row 0 is the first padded
-// one.
+// one. Its values are those of sums: float for bfloat16, which depthwise convolutions do not multiply.
 template <typename T>
 class BottleneckRows {
  public:
@@ -42,10 +42,10 @@ class BottleneckRows {
   // Writes the padding of padded rows [first, last), of which row r lies at row(r), and lists the addresses of their
   // pixels in `pixels`. Returns the number of pixels.
   template <typename Row>
-  int64_t pad_rows(int64_t first, int64_t last, T padding, const Row& row, T** pixels) const {
+  int64_t pad_rows(int64_t first, int64_t last, Sum<T> padding, const Row& row, Sum<T>** pixels) const {
     int64_t count = 0;
     for (int64_t r = first; r < last; ++r) {
-      T* const begin = row(r);
+      Sum<T>* const begin = row(r);
       if (r < g_.padding || r - g_.padding >= g_.height) {
         std::fill(begin, begin + row_size(), padding);
         continue;

@@ -15,11 +15,12 @@ class BottleneckWeights {
   const bool identity;
   const std::string activation, final_activation;
 
-  // `weights` are the eight tensors of fused_bottleneck, in its order; only the last two may be missing.
+  // `weights` are the eight tensors of fused_bottleneck, in its order; only the last two may be missing. `in_pairs`:
+  // for Bottleneck<bfloat16>.
   BottleneckWeights(const std::optional<Tensor>* weights, int64_t stride, int64_t replicate, std::string activation,
-                    bool identity, std::string final_activation)
+                    bool identity, std::string final_activation, bool in_pairs = false)
       : BottleneckWeights(check(weights, stride, replicate, identity), weights, stride, replicate,
-                          std::move(activation), identity, std::move(final_activation)) {}
+                          std::move(activation), identity, std::move(final_activation), in_pairs) {}
 
   int64_t branches() const { return pixel_geometry_.branches; }
   int64_t middle() const { return middle_; }  // channels of the depthwise convolution
@@ -34,13 +35,13 @@ class BottleneckWeights {
 
  private:
   BottleneckWeights(Geometry pixel_geometry, const std::optional<Tensor>* weights, int64_t stride, int64_t replicate,
-                    std::string activation, bool identity, std::string final_activation)
-      : expand(*weights[0]),
+                    std::string activation, bool identity, std::string final_activation, bool in_pairs)
+      : expand(filters(*weights[0], in_pairs)),
         expand_bias(*weights[1]),
         depthwise(*weights[2]),
         depthwise_bias(*weights[3]),
-        project(*weights[4]),
-        shortcut(weights[6].has_value() ? std::optional<ConstTensor>(*weights[6]) : std::nullopt),
+        project(filters(*weights[4], in_pairs)),
+        shortcut(weights[6].has_value() ? std::optional<ConstTensor>(filters(*weights[6], in_pairs)) : std::nullopt),
         sum_bias(sum(*weights[5], weights[7])),
         stride(stride),
         replicate(replicate),
@@ -61,6 +62,10 @@ class BottleneckWeights {
     return bottleneck_geometry({parents, 1, 1, 1, weights[0]->size(4)}, *weights[0], *weights[1], *weights[2],
                                *weights[3], *weights[4], *weights[5], weights[6], weights[7], stride, replicate,
                                identity);
+  }
+
+  static ConstTensor filters(const Tensor& packed, bool in_pairs) {
+    return in_pairs ? pair_filters(packed) : ConstTensor(packed);
   }
 
   static Tensor sum(const Tensor& bias, const std::optional<Tensor>& other) {

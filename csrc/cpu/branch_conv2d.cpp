@@ -9,9 +9,15 @@ constexpr int64_t kTaskPanels = 4;   // least panels of a task, where several ta
 constexpr int64_t kDepth = 192;      // terms of a product: a tile's rows and weights fit the first cache
 
 // Windows that are copied before they are multiplied: equally spaced rows allow larger tiles, and products of few terms
-// read their weights from the first cache. A product takes some channels of one tap, or several taps.
+// read their weights from the first cache. A product takes some channels of one tap, or several taps. Sums of bfloat16
+// are not divided, as the features between them would be rounded.
 struct WindowParts {
   int64_t taps, depth;
+  WindowParts(const Geometry& g, bool whole) : taps(g.taps()), depth(g.in_channels) {
+    if (!whole) *this = WindowParts(g);
+  }
+
+ private:
   explicit WindowParts(const Geometry& g)
       : taps(std::clamp<int64_t>(kDepth / std::max<int64_t>(g.in_channels, 1), 1, g.taps())),
         depth(ceil_div(g.in_channels, ceil_div(std::max<int64_t>(g.in_channels, 1), kDepth))) {}
@@ -26,8 +32,8 @@ int64_t rows_per_task(int64_t total) {
 }  // namespace
 
 template <typename T>
-void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Summand<T> add,
-                     Clamp<T> clamp, T* out, const RowsWritten& written) {
+void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const Sum<T>* bias, Summand<T> add,
+                     Clamp<Sum<T>> clamp, T* out, const RowsWritten& written) {
   const int64_t total = g.batch * g.out_pixels(), block = written ? kBlockRows : rows_per_task(total);
   const int64_t chunks = ceil_div(total, block);
   const int64_t tap_size = g.in_channels * kPanel, panel_stride = g.taps() * tap_size;
@@ -35,7 +41,7 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
   const int64_t line_size = g.kernel_size * g.in_channels;
   const bool by_lines = g.in_channels < kFewChannels && !x.computed();
   const bool by_windows = !by_lines && !g.pointwise();
-  const WindowParts parts(g);
+  const WindowParts parts(g, !std::is_same_v<T, Sum<T>>);
   // Lines of the output pixels of one row are equally spaced, which is faster for long rows.
   const bool by_rows = by_lines && g.out_width >= kTilePixels;
   const std::vector<T> zeros(g.in_channels, T(0));
@@ -63,7 +69,7 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
       add_rows = scratch<const T*>(5, kBlockRows);
       for (int64_t m = 0; m < count; ++m, row += g.out_channels) add_rows[m] = row;
     }
-    const T* branch_bias = bias != nullptr ? bias + branch * g.out_channels + channel : nullptr;
+    const Sum<T>* branch_bias = bias != nullptr ? bias + branch * g.out_channels + channel : nullptr;
     PrefetchQueue<T> ahead;
     if (by_windows) {
       gather_rows(g, branch_x, zeros.data(), first, count, rows, kBlockRows);
@@ -87,7 +93,7 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
                              out_rows,
                              starts ? branch_bias : nullptr,
                              starts ? add_rows : out_rows,
-                             ends ? clamp : Clamp<T>{},
+                             ends ? clamp : Clamp<Sum<T>>{},
                              {},
                              !starts});
         }
@@ -140,6 +146,8 @@ void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
 #undef HNE_INSTANTIATE
+template void convolve_packed(const Geometry&, const PrologueInput<bfloat16>&, const bfloat16*, const float*,
+                              Summand<bfloat16>, Clamp<float>, bfloat16*, const RowsWritten&);
 
 namespace {
 

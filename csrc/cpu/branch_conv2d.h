@@ -42,10 +42,10 @@ struct Summand {
 };
 
 // out = clamp(conv(x, packed) + bias + add); packed is [branch][panel][tap][in_channels][kPanel], bias may be null. A
-// computed x needs a pointwise kernel with stride 1.
+// computed x needs a pointwise kernel with stride 1. bfloat16 needs a pointwise kernel, or fewer than kFewChannels.
 template <typename T>
-void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const T* bias, Summand<T> add,
-                     Clamp<T> clamp, T* out, const RowsWritten& written = {});
+void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const Sum<T>* bias, Summand<T> add,
+                     Clamp<Sum<T>> clamp, T* out, const RowsWritten& written = {});
 
 // out = conv(x, weight) + bias
 template <typename T>

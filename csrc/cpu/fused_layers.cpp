@@ -1,5 +1,6 @@
 #include "fused_layers.h"
 
+#include <utility>
 #include <variant>
 
 #include "bottleneck_chain.h"
@@ -113,6 +114,7 @@ class PreparedLayers {
     std::vector<LayerSpec> layers;
     for (int64_t i = 0; i < count; ++i) layers.emplace_back(&numbers[i * LayerSpec::kNumbers]);
     type_ = features_type(layers, weights);
+    in_pairs_ = type_ == ScalarType::BFloat16 && multiplies_bfloat16() && have_pairs(layers, weights);
     std::vector<bool> kept(count);
     for (int64_t i = 0; i < count; ++i) {
       const LayerSpec& layer = layers[i];
@@ -149,9 +151,15 @@ class PreparedLayers {
   // linear layer: [branch, batch, channel].
   std::vector<Tensor> operator()(const Tensor& x_in) const {
     STD_TORCH_CHECK(x_in.is_cpu() && x_in.scalar_type() == type_, "x: expected the dtype of the weights, on the CPU");
-    const Tensor x = widen(x_in);
     std::vector<Tensor> results;
-    calls_.lead([&] { results = dispatch(x, [&](auto type) { return forward_micro_batches<decltype(type)>(x); }); });
+    calls_.lead([&] {
+      if (in_pairs_) {
+        results = forward_micro_batches<bfloat16>(x_in);
+        return;
+      }
+      const Tensor x = widen(x_in);
+      results = dispatch(x, [&](auto type) { return forward_micro_batches<decltype(type)>(x); });
+    });
     for (Tensor& features : results) features = round_to(features, type_);
     return results;
   }
@@ -196,6 +204,31 @@ class PreparedLayers {
     return weights[used]->scalar_type();
   }
 
+  // Whether bfloat16 can be multiplied in pairs of channels: by pointwise convolutions, convolutions of images and
+  // bottlenecks that read even numbers of channels. The input of all layers may have an odd number, which is padded.
+  // Dense convolutions of more channels need fewer products in float32, by Winograd.
+  static bool have_pairs(const std::vector<LayerSpec>& layers, const std::vector<std::optional<Tensor>>& weights) {
+    const Tensor* first = nullptr;  // the filters that read the input of all layers
+    bool adds_input = false;
+    size_t used = 0;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const LayerSpec& layer = layers[i];
+      if (layer.kind == LayerSpec::normalize || layer.pools()) return false;
+      const size_t at = std::exchange(used, used + layer.num_weights());
+      if (used > weights.size() || !weights[at].has_value() || weights[at]->dim() != 6) return false;
+      const Tensor& filters = *weights[at];
+      const bool bottleneck = layer.kind == LayerSpec::bottleneck, reads_input = int64_t(i) + 1 + layer.source == 0;
+      const bool dense = !bottleneck && filters.size(2) > 1;
+      if (dense && filters.size(4) > kFewChannels - kTerms<bfloat16>) return false;
+      if (bottleneck && (!weights[at + 2].has_value() || weights[at + 2]->dim() != 4)) return false;
+      if (bottleneck && weights[at + 2]->size(3) % kTerms<bfloat16> != 0) return false;
+      if (filters.size(4) % kTerms<bfloat16> != 0 && (bottleneck || !reads_input)) return false;
+      if (reads_input) first = &filters;
+      adds_input |= layer.residual != 0 && int64_t(i) + 1 + layer.residual == 0;
+    }
+    return first != nullptr && !(adds_input && first->size(4) % kTerms<bfloat16> != 0);
+  }
+
   // Adds the layer, which reads the features `source`, to the last stage where it can be computed together with it,
   // else as a new stage.
   void add(const LayerSpec& layer, const std::optional<Tensor>* weights, size_t source) {
@@ -227,13 +260,13 @@ class PreparedLayers {
           stages_.push_back({GlobalPool{}, source});
         source = stages_.size();
       }
-      stages_.push_back(
-          {PackedConvolution(*weights[0], *weights[1], layer.stride, layer.padding, layer.replicate, activation),
-           source});
+      stages_.push_back({PackedConvolution(*weights[0], *weights[1], layer.stride, layer.padding, layer.replicate,
+                                           activation, true, in_pairs_),
+                         source});
       return;
     }
     const BottleneckWeights bottleneck(weights, layer.stride, layer.replicate, activation, layer.identity != 0,
-                                       activation_name(layer.final_activation));
+                                       activation_name(layer.final_activation), in_pairs_);
     if (sequence != nullptr && layer.replicate == 1) {
       sequence->bottlenecks.push_back(bottleneck);
     } else {
@@ -284,7 +317,7 @@ class PreparedLayers {
   // kMinMicroBatch; the whole batch if features between stages are returned.
   template <typename T>
   int64_t micro_batch_size(const Tensor& x) const {
-    std::vector<std::vector<int64_t>> shapes = {features_shape(x)};
+    std::vector<std::vector<int64_t>> shapes = {features_shape<T>(x)};
     const int64_t batch = shapes[0][1];
     int64_t max_values = 0;  // of one sample between two stages
     for (size_t s = 0; s + 1 < stages_.size(); ++s) {
@@ -304,7 +337,7 @@ class PreparedLayers {
   template <typename T>
   std::vector<Tensor> forward(const Tensor& x_in) const {
     std::vector<Features> features(stages_.size() + 1);
-    features[0].shape = features_shape(x_in);
+    features[0].shape = features_shape<T>(x_in);
     features[0].values = channels_last<T>(x_in, features[0].shape);
     std::vector<Tensor> results;
     // Memory that nobody reads any more is used again.
@@ -385,39 +418,56 @@ class PreparedLayers {
     return result;
   }
 
-  // [branch, batch, height, width, channel]; images [batch, channel, height, width] are features of one branch.
+  // [branch, batch, height, width, channel], with a whole number of terms of a product as channels; images [batch,
+  // channel, height, width] are features of one branch.
+  template <typename T>
   static std::vector<int64_t> features_shape(const Tensor& x) {
     const auto sizes = x.sizes();
     STD_TORCH_CHECK(x.dim() == 5 || x.dim() == 4, "x: expected 5 dimensions, or 4 of images");
-    if (x.dim() == 5) return {sizes.begin(), sizes.end()};
+    const int64_t channels = ceil_div(sizes[x.dim() == 5 ? 4 : 1], kTerms<T>) * kTerms<T>;
+    if (x.dim() == 5) return {sizes[0], sizes[1], sizes[2], sizes[3], channels};
     STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0, "x: expected images of at least one pixel");
-    return {1, sizes[0], sizes[2], sizes[3], sizes[1]};
+    return {1, sizes[0], sizes[2], sizes[3], channels};
   }
 
-  // x as contiguous features; images that lie channels last in memory are not copied.
+  // x as contiguous features of that shape, with zeros as the channels that x lacks; images that lie channels last in
+  // memory are not copied.
   template <typename T>
-  static Tensor channels_last(const Tensor& x, const std::vector<int64_t>& shape) {
-    if (x.dim() == 5) return torch::stable::contiguous(x);
-    const int64_t batch = shape[1], height = shape[2], width = shape[3], channels = shape[4];
+  static Tensor channels_last(const Tensor& x_in, const std::vector<int64_t>& shape) {
+    const bool images = x_in.dim() == 4;
+    const Tensor x = images ? x_in : torch::stable::contiguous(x_in);
+    const int64_t channels = x.size(images ? 1 : 4), out_channels = shape[4];
+    if (!images && channels == out_channels) return x;
+    // Features are one long image.
     const auto strides = x.strides();
-    const int64_t batch_stride = strides[0], channel_stride = strides[1];
-    const int64_t row_stride = strides[2], column_stride = strides[3];
+    const int64_t batch = images ? shape[1] : 1, height = images ? shape[2] : 1;
+    const int64_t width = images ? shape[3] : shape[0] * shape[1] * shape[2] * shape[3];
+    const int64_t batch_stride = images ? strides[0] : 0, channel_stride = images ? strides[1] : 1;
+    const int64_t row_stride = images ? strides[2] : 0, column_stride = images ? strides[3] : channels;
     const bool is_channels_last = (channels == 1 || channel_stride == 1) && (width == 1 || column_stride == channels) &&
                                   (height == 1 || row_stride == width * channels) &&
                                   (batch == 1 || batch_stride == height * width * channels);
-    if (is_channels_last) return x;
+    if (is_channels_last && channels == out_channels) return x;
     const Tensor copy = empty(x, shape);
-    const T* const images = data<T>(x);
+    const T* const values = data<T>(x);
     T* const features = mutable_data<T>(copy);
-    const int64_t row_size = width * channels, rows = batch * height;
+    const int64_t row_size = width * out_channels, rows = batch * height;
     const int64_t task_rows = std::max<int64_t>(1, kCopyValues / std::max<int64_t>(row_size, 1));
     parallel_tasks(ceil_div(rows, task_rows), [&](int64_t task) {
-      for (int64_t r = task * task_rows; r < std::min(rows, (task + 1) * task_rows); ++r)
-        for (int64_t c = 0; c < channels; ++c) {
-          const T* in = images + r / height * batch_stride + r % height * row_stride + c * channel_stride;
-          T* out = features + r * row_size + c;
-          for (int64_t column = 0; column < width; ++column) out[column * channels] = in[column * column_stride];
+      for (int64_t r = task * task_rows; r < std::min(rows, (task + 1) * task_rows); ++r) {
+        const T* in = values + r / height * batch_stride + r % height * row_stride;
+        T* out = features + r * row_size;
+        if (channel_stride == 1) {
+          for (int64_t column = 0; column < width; ++column, in += column_stride) {
+            out = std::copy_n(in, channels, out);
+            out = std::fill_n(out, out_channels - channels, T(0));
+          }
+          continue;
         }
+        for (int64_t c = 0; c < out_channels; ++c, in += channel_stride, ++out)
+          for (int64_t column = 0; column < width; ++column)
+            out[column * out_channels] = c < channels ? in[column * column_stride] : T(0);
+      }
     });
     return copy;
   }
@@ -487,7 +537,7 @@ class PreparedLayers {
     const Geometry g = pool.geometry(shape);
     shape = g.out_shape();
     Tensor out = empty(like, shape);
-    pool.forward<T>(g, x, mutable_data<T>(out));
+    if constexpr (std::is_same_v<T, Sum<T>>) pool.forward<T>(g, x, mutable_data<T>(out));  // have_pairs() else
     return out;
   }
 
@@ -496,7 +546,8 @@ class PreparedLayers {
                               std::vector<int64_t>& shape) {
     update_shape(normalize, shape);
     Tensor out = empty(like, shape);
-    normalize.forward<T>(x, shape[1] * shape[2] * shape[3], mutable_data<T>(out));
+    if constexpr (std::is_same_v<T, Sum<T>>)  // have_pairs() else
+      normalize.forward<T>(x, shape[1] * shape[2] * shape[3], mutable_data<T>(out));
     return out;
   }
 
@@ -522,6 +573,7 @@ class PreparedLayers {
 
   RepeatedCalls calls_;
   ScalarType type_;
+  bool in_pairs_;  // whether bfloat16 is multiplied as such, instead of float
   std::vector<Stage> stages_;
   std::vector<size_t> last_readers_;  // by the number of the features: the last stage that reads them
   bool ends_linear_;                  // the last layer is a pool_linear

@@ -50,10 +50,11 @@ inline std::optional<Tensor> contiguous_filters(const std::optional<Tensor>& wei
 }
 
 // A contiguous tensor that does not change, with its data pointer: asking a tensor for it costs time in every loop.
+// Of bfloat16 it is a copy in float32, unless `narrow`.
 class ConstTensor {
  public:
-  explicit ConstTensor(const Tensor& t)
-      : tensor_(torch::stable::contiguous(widen(t))), data_(tensor_.const_data_ptr()) {}
+  explicit ConstTensor(const Tensor& t, bool narrow = false)
+      : tensor_(torch::stable::contiguous(narrow ? t : widen(t))), data_(tensor_.const_data_ptr()) {}
   template <typename T>
   const T* data() const {
     return static_cast<const T*>(data_);
@@ -63,6 +64,24 @@ class ConstTensor {
   Tensor tensor_;
   const void* data_;
 };
+
+// Packed bfloat16 filters [branch][panel][k][k][depth][kPanel] as products of bfloat16 read them, in pairs of channels:
+// [branch][panel][k][k][ceil(depth / 2)][kPanel][2], with zeros for a channel that is missing.
+inline ConstTensor pair_filters(const Tensor& packed) {
+  const Tensor from = torch::stable::contiguous(packed);
+  const int64_t depth = from.size(4), pairs = ceil_div(depth, kTerms<bfloat16>), kernel_size = from.size(2);
+  const Tensor to = empty(from, {from.size(0), from.size(1), kernel_size, kernel_size, pairs, kPanel, 2});
+  const bfloat16* in = data<bfloat16>(from);
+  bfloat16* out = mutable_data<bfloat16>(to);
+  const int64_t taps = from.size(0) * from.size(1) * kernel_size * kernel_size;
+  for (int64_t tap = 0; tap < taps; ++tap, in += depth * kPanel)
+    for (int64_t k = 0; k < 2 * pairs; k += 2)
+      for (int64_t n = 0; n < kPanel; ++n) {
+        *out++ = in[k * kPanel + n];
+        *out++ = k + 1 < depth ? in[(k + 1) * kPanel + n] : bfloat16{};
+      }
+  return ConstTensor(to, true);
+}
 
 // Uninitialised memory of the calling thread for `count` values, kept between tasks. Uses at the same time need
 // different slots; the pointer is valid until the next call with this slot.

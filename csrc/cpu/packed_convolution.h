@@ -9,16 +9,17 @@ namespace hne {
 
 class PackedConvolution {
  public:
-  // `reused`: for many calls, so that filters may be transformed in the first.
+  // `reused`: for many calls, so that filters may be transformed in the first. `in_pairs`: for features in bfloat16,
+  // with a channel more than the weight has if that has an odd number.
   PackedConvolution(const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding, int64_t replicate,
-                    std::string activation, bool reused = true)
-      : weight_(weight),
+                    std::string activation, bool reused = true, bool in_pairs = false)
+      : weight_(in_pairs ? pair_filters(weight) : ConstTensor(weight)),
         bias_(bias),
         stride_(stride),
         padding_(padding),
         replicate_(replicate),
         activation_(std::move(activation)),
-        winograd_(reused ? std::make_shared<Winograd>() : nullptr) {
+        winograd_(reused && !in_pairs ? std::make_shared<Winograd>() : nullptr) {
     STD_TORCH_CHECK(weight.dim() == 6 && bias.dim() == 2, "weight: expected 6 dimensions, bias: 2");
     branches_ = bias.size(0), in_channels_ = weight.size(4), out_channels_ = bias.size(1);
     kernel_size_ = weight.size(2);
@@ -26,6 +27,7 @@ class PackedConvolution {
                 {branches_, ceil_div(out_channels_, kPanel), kernel_size_, kernel_size_, in_channels_, kPanel});
     check_kind("weight", weight, weight);
     check_kind("bias", bias, weight);
+    if (in_pairs) in_channels_ = ceil_div(in_channels_, kTerms<bfloat16>) * kTerms<bfloat16>;
   }
 
   int64_t branches() const { return branches_; }
@@ -38,9 +40,11 @@ class PackedConvolution {
 
   template <typename T>
   void forward(const Geometry& g, const T* x, T* out, Summand<T> add = {}) const {
-    const T* const bias = bias_.data<T>();
-    if (winograd_ != nullptr && prefers_winograd(g, true))
-      return convolve_winograd<T>(g, x, winograd_weights<T>(), bias, add, clamp<T>(), out);
+    const Sum<T>* const bias = bias_.data<Sum<T>>();
+    if constexpr (std::is_same_v<T, Sum<T>>) {
+      if (winograd_ != nullptr && prefers_winograd(g, true))
+        return convolve_winograd<T>(g, x, winograd_weights<T>(), bias, add, clamp<T>(), out);
+    }
     convolve_packed<T>(g, {x, g.batch * g.pixels(), g.in_channels}, weight_.data<T>(), bias, add, clamp<T>(), out);
   }
 
@@ -48,9 +52,11 @@ class PackedConvolution {
   template <typename T>
   void forward_map(Geometry g, int64_t branch, const T* x, T* out, const T* add) const {
     g.parents = g.branches = g.batch = g.replicate = 1;
-    const T* const bias = bias_.data<T>() + branch * out_channels_;
-    if (winograd_ != nullptr && prefers_winograd(g, true))
-      return convolve_winograd<T>(g, x, {winograd_weights<T>()[branch]}, bias, {add}, clamp<T>(), out);
+    const Sum<T>* const bias = bias_.data<Sum<T>>() + branch * out_channels_;
+    if constexpr (std::is_same_v<T, Sum<T>>) {
+      if (winograd_ != nullptr && prefers_winograd(g, true))
+        return convolve_winograd<T>(g, x, {winograd_weights<T>()[branch]}, bias, {add}, clamp<T>(), out);
+    }
     const T* const weight =
         weight_.data<T>() + branch * ceil_div(out_channels_, kPanel) * kPanel * g.taps() * in_channels_;
     convolve_packed<T>(g, {x, g.pixels(), g.in_channels}, weight, bias, {add}, clamp<T>(), out);
@@ -68,8 +74,8 @@ class PackedConvolution {
   std::shared_ptr<Winograd> winograd_;  // null if the convolution is used once
 
   template <typename T>
-  Clamp<T> clamp() const {
-    return Clamp<T>::named(activation_);
+  Clamp<Sum<T>> clamp() const {
+    return Clamp<Sum<T>>::named(activation_);
   }
 
   template <typename T>

@@ -42,7 +42,7 @@ void add_rows_after(PrefetchQueue<T>& queue, const T* feature_map, int64_t rows,
 
 // The feature map [branch][row][channel] that a convolution reads: x as it lies in memory or, with a normalisation,
 // clamp((x - mean) * scale + shift + add), computed where it is read; `add` may have a normalisation of its own.
-// Vectors are [branch][channel].
+// Vectors are [branch][channel]. bfloat16 is never computed.
 template <typename T>
 struct PrologueInput {
   const T* x;
@@ -51,7 +51,7 @@ struct PrologueInput {
   const T* scale = nullptr;
   const T* shift = nullptr;
   const T* add = nullptr;
-  Clamp<T> clamp = {};
+  Clamp<Sum<T>> clamp = {};
   T* store = nullptr;  // a feature map for the computed rows, or null; each row is then to be read once
   const T *add_mean = nullptr, *add_scale = nullptr, *add_shift = nullptr;  // of `add`, or null
 
@@ -68,7 +68,13 @@ struct PrologueInput {
 
   // Rows of a branch. Computed rows go to `store` or else to `memory`, [count][channels].
   const T* read(int64_t branch, int64_t first, int64_t count, T* memory) const {
-    if (!computed()) return x + (branch * rows + first) * channels;
+    if constexpr (std::is_same_v<T, Sum<T>>) {
+      if (computed()) return compute(branch, first, count, memory);
+    }
+    return x + (branch * rows + first) * channels;
+  }
+
+  const T* compute(int64_t branch, int64_t first, int64_t count, T* memory) const {
     NormRows<T> r = norm(branch, first, count);
     if (add_mean != nullptr) {
       NormRows<T> added = added_norm(branch, first, count);

@@ -125,7 +125,9 @@ class FusedLayers:
     transforms the call (``torch.compile``, ``torch.jit.trace``, ``torch.func``, ...), the layers are called in turn, so
     that a recorded program holds the weights; the CUDA kernels compute consecutive bottlenecks on small feature maps
     together (:func:`fused_bottleneck_chain`). The weights must not change. Of bfloat16 weights the library stores a
-    copy in float32.
+    copy in float32, and computes in it, unless the processor multiplies bfloat16 faster (``vdpbf16ps`` on AMD's Zen 4
+    and 5) and all layers are pointwise convolutions, convolutions of images and bottlenecks with even numbers of
+    channels: features between layers are then rounded to bfloat16.
 
     Args:
         layers: the layers; each must fit the features that it reads.

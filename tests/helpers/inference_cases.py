@@ -311,7 +311,36 @@ CHAINS = [
     bottleneck_chain("empty", Bottleneck(2, 2, 0, 4, 4, 8, 8, 8, 3, 1, "nothing", "relu", "relu"), pool=True),
 ]
 
+
+def _scaled(geometry: Geometry, activation: str) -> Case:
+    return fused_convolution(geometry, activation, scaled=True)
+
+
 LAYERS += [
+    layers(
+        # Even numbers of channels, whose bfloat16 is multiplied in pairs: panels with padding, short and long sums,
+        # and an input with an odd number.
+        "even channels",
+        fused_convolution(Geometry(1, 1, 3, 9, 17, 3, 18, 3, 2, 1), "relu"),
+        fused_convolution(Geometry(1, 1, 3, 5, 9, 18, 34, 1, 1, 0), "relu6"),
+        bottleneck(Bottleneck(1, 1, 3, 5, 9, 34, 70, 34, 3, 1, "identity", "relu", "relu")),
+        bottleneck(Bottleneck(1, 3, 3, 5, 9, 34, 6, 50, 3, 2, "shortcut", "relu", "none", missing=1)),
+        bottleneck(Bottleneck(2, 1, 3, 3, 5, 50, 266, 50, 5, 1, "identity", "relu6", "none")),
+        fused_convolution(Geometry(2, 2, 3, 1, 1, 50, 37, 1, 1, 0), "none"),
+        keep=[1, 3],
+        mean=[5],
+    ),
+    layers(
+        # Sums of convolutions with even numbers of channels.
+        "even sums",
+        _scaled(Geometry(1, 2, 4, 7, 9, 4, 16, 1, 1, 0), "relu"),
+        _scaled(Geometry(2, 1, 4, 7, 9, 16, 16, 1, 1, 0), "relu"),
+        _scaled(Geometry(2, 2, 4, 7, 9, 16, 52, 1, 2, 0), "relu6"),
+        _scaled(Geometry(4, 1, 4, 4, 5, 52, 386, 1, 1, 0), "relu"),
+        _scaled(Geometry(4, 1, 4, 4, 5, 386, 52, 1, 2, 0), "relu"),
+        _scaled(Geometry(4, 1, 4, 2, 3, 52, 52, 1, 1, 0), "relu"),
+        reads={1: {"residual": -1}, 5: {"residual": -1}},
+    ),
     layers(
         "small maps",
         fused_convolution(Geometry(1, 1, 2, 16, 15, 3, 8, 3, 1, 1), "relu"),
@@ -331,10 +360,6 @@ LAYERS += [
         mean=[2],
     ),
 ]
-
-
-def _scaled(geometry: Geometry, activation: str) -> Case:
-    return fused_convolution(geometry, activation, scaled=True)
 
 
 LAYERS += [

@@ -17,7 +17,7 @@ import cases
 import pytest
 import torch
 from called import OpsOfOurs
-from cases import CASES, cast, check, cotangents, evaluate, representative
+from cases import CASES, LAYERS, cast, check, cotangents, evaluate, representative
 from placements import PLACEMENTS, Placement
 from threads import on_threads
 
@@ -340,6 +340,7 @@ from cases import CASES, cast, check, cotangents, evaluate
 import hne_kernels as K
 from hne_kernels import dispatch, extension
 assert extension.cpu_library().cpu_capability() == {level!r}
+assert extension.cpu_library().cpu_bfloat16() == {bfloat16}
 rng = torch.Generator().manual_seed({seed})
 for dtype in (torch.float32, torch.bfloat16):
     for case in CASES:
@@ -353,18 +354,46 @@ print("checked", len(CASES))
 """
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
-def test_instruction_sets(level: str, rng: torch.Generator) -> None:
-    """Parity with every instruction set of this machine.
+@pytest.mark.parametrize(("level", "bfloat16"), [("portable", True), ("avx2", False), ("avx512", True)])
+def test_instruction_sets(level: str, bfloat16: bool, rng: torch.Generator) -> None:
+    """Parity with every instruction set of this machine; with products of bfloat16, portable where it has no others.
 
     glibc's MALLOC_PERTURB_ fills the library's scratch buffers with large numbers, so that uninitialised reads show.
     """
     if level not in _LEVELS:
         pytest.skip(f"this machine has {', '.join(_LEVELS)}")
-    core = _CORE.format(folder=os.path.dirname(cases.__file__), level=level, seed=rng.initial_seed())
-    result = _python(core, HNE_CPU_CAPABILITY=level, MALLOC_PERTURB_="128", OMP_NUM_THREADS="1")
+    core = _CORE.format(folder=os.path.dirname(cases.__file__), level=level, bfloat16=bfloat16, seed=rng.initial_seed())
+    result = _python(
+        core, HNE_CPU_CAPABILITY=level, HNE_CPU_BF16=str(int(bfloat16)), MALLOC_PERTURB_="128", OMP_NUM_THREADS="1"
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"checked {len(CASES)}"
+
+
+_BITS = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from cases import LAYERS, evaluate
+for case in LAYERS:
+    inputs = case.inputs(torch.Generator().manual_seed({seed}), torch.bfloat16)
+    print(case.name, [result.view(torch.int16).tolist() for result in evaluate(case, inputs, []).results])
+"""
+
+
+def test_layers_with_even_channels_multiply_bfloat16(rng: torch.Generator) -> None:
+    """Their features are rounded between layers, those of all others are not."""
+    code = _BITS.format(folder=os.path.dirname(cases.__file__), seed=rng.initial_seed())
+    outputs = [_python(code, HNE_CPU_BF16=value).stdout.splitlines() for value in "01"]
+    assert len(outputs[0]) == len(LAYERS)
+    changed = {case.name for case, *lines in zip(LAYERS, *outputs, strict=True) if lines[0] != lines[1]}
+    assert changed == {
+        "even channels",
+        "even sums",
+        "mean-first",
+        "network",
+        "small maps",
+        "small maps, features and mean",
+    }
 
 
 def test_best_instruction_set_by_default() -> None:

@@ -23,10 +23,10 @@ struct Interior {
 template <typename T, int W>
 HNE_INLINE void depthwise_pixels(const DepthwiseRows<T>& r, int64_t c, int64_t begin, int64_t end) {
   for (int64_t row = 0; row < r.count; ++row) {
-    const T* const* rows = r.rows + row * r.stride;
+    const Sum<T>* const* rows = r.rows + row * r.stride;
     for (int64_t ox = begin; ox < end; ++ox) {
       T* out = r.out + (row * r.out_width + ox) * r.channels + c;
-      Vec<T, W> sum = {};
+      Vec<Sum<T>, W> sum = {};
       if (r.accumulate)
         sum = load<W>(out);
       else if (r.bias != nullptr)
@@ -54,21 +54,21 @@ template <typename T, int W, int STRIDE, int PIXELS>
 void depthwise_3x3(const DepthwiseRows<T>& r, int64_t c, int64_t begin, int64_t end) {
   constexpr bool KEEP_PIXELS = HNE_REGISTERS == 32, KEEP_FILTER = !KEEP_PIXELS && kDepthwisePixels<STRIDE> == 4;
   const int64_t channels = r.channels;
-  const T* const weight = r.weight + c;
-  const Vec<T, W> bias = r.bias != nullptr ? load<W>(r.bias + c) : Vec<T, W>{};
-  Vec<T, W> w[9];
+  const Sum<T>* const weight = r.weight + c;
+  const Vec<Sum<T>, W> bias = r.bias != nullptr ? load<W>(r.bias + c) : Vec<Sum<T>, W>{};
+  Vec<Sum<T>, W> w[9];
 #pragma GCC unroll 9
   for (int i = 0; KEEP_FILTER && i < 9; ++i) w[i] = load<W>(weight + i * channels);
   for (int64_t row = 0; row < r.count; ++row) {
-    const T* const* rows = r.rows + row * STRIDE;
+    const Sum<T>* const* rows = r.rows + row * STRIDE;
     T* out = r.out + (row * r.out_width + begin) * channels + c;
     for (int64_t ox = begin; ox < end; ox += PIXELS, out += PIXELS * channels) {
-      Vec<T, W> sum[PIXELS];
+      Vec<Sum<T>, W> sum[PIXELS];
 #pragma GCC unroll 8
       for (int i = 0; i < PIXELS; ++i) sum[i] = r.accumulate ? load<W>(out + i * channels) : bias;
 #pragma GCC unroll 3
       for (int ky = 0; ky < 3; ++ky) {
-        const T* const x = rows[ky] + (ox * STRIDE - r.padding) * channels + c;
+        const Sum<T>* const x = rows[ky] + (ox * STRIDE - r.padding) * channels + c;
 #pragma GCC unroll 3
         for (int i = ky * 3; !KEEP_FILTER && i < ky * 3 + 3; ++i) w[i] = load<W>(weight + i * channels);
         if constexpr (KEEP_PIXELS) {
@@ -79,7 +79,7 @@ void depthwise_3x3(const DepthwiseRows<T>& r, int64_t c, int64_t begin, int64_t 
         } else {
 #pragma GCC unroll 10
           for (int k = 0; k < (PIXELS - 1) * STRIDE + 3; ++k) {
-            const Vec<T, W> v = load<W>(x + k * channels);
+            const Vec<Sum<T>, W> v = load<W>(x + k * channels);
 #pragma GCC unroll 8
             for (int i = 0; i < PIXELS; ++i)
               if (k - i * STRIDE >= 0 && k - i * STRIDE < 3) sum[i] += v * w[ky * 3 + k - i * STRIDE];

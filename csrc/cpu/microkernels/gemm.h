@@ -44,15 +44,16 @@ struct LeftRows {
     for (int i = 0; i < POINTERS; ++i)
       pointers[i] = CONSTANT_STRIDE ? tap.rows[0] + (row + i * ROWS_PER_POINTER) * row_stride : tap.rows[row + i];
   }
-  HNE_INLINE T value(int row, int64_t k) const {
-    return pointers[row / ROWS_PER_POINTER][row % ROWS_PER_POINTER * row_stride + k];
+  HNE_INLINE const T* address(int row) const {
+    return pointers[row / ROWS_PER_POINTER] + row % ROWS_PER_POINTER * row_stride;
   }
   HNE_INLINE void advance(int64_t columns) {
     for (int i = 0; i < POINTERS; ++i) pointers[i] += columns;
   }
 };
 
-// What the tiles of some columns prefetch into the second cache, a cache line or less for each term: data of the queue,
+// What the tiles of some columns prefetch into the second cache, a cache line or less for each step, which multiplies
+// kTerms terms: data of the queue,
 // or if there are none the weights that are read after those of these columns. All tiles share them, since a core reads
 // memory much more slowly than it computes.
 template <typename T>
@@ -63,35 +64,56 @@ class TilePrefetch {
         panel_(panel),
         next_(panel + panels),
         panels_(std::min((g.channels + kPanel - 1) / kPanel - next_, panels)) {
-    for (int64_t t = 0; t < g.num_taps; ++t) terms_ += g.taps[t].depth;
+    for (int64_t t = 0; t < g.num_taps; ++t) steps_ += g.taps[t].depth / kTerms<T>;
     if (panels_ > 0)
-      step_ = (panels_ * kPanel + tiles - 1) / tiles;
-    else if (g.next_weights != nullptr && terms_ > 0)
-      step_ = (g.next_count + tiles * terms_ - 1) / (tiles * terms_);
+      stride_ = (panels_ * kRow + tiles - 1) / tiles;
+    else if (g.next_weights != nullptr && steps_ > 0)
+      stride_ = (g.next_count + tiles * steps_ - 1) / (tiles * steps_);
   }
 
   void next_tile() {
     ++tile_;
-    data_ = g_.prefetch != nullptr ? g_.prefetch->take(terms_ * kLine<T>) : nullptr;
+    data_ = g_.prefetch != nullptr ? g_.prefetch->take(steps_ * kLine<T>) : nullptr;
   }
 
-  // The address for the first term of a tap, and the distance of those for the next ones.
+  // The address for the first step of a tap, and the distance of those for the next ones.
   std::pair<const T*, int64_t> start(const Tap<T>& tap) {
-    if (data_ != nullptr) return {std::exchange(data_, data_ + tap.depth * kLine<T>), kLine<T>};
-    if (panels_ <= 0 && g_.next_weights != nullptr) return {g_.next_weights + tile_ * tap.depth * step_, step_};
+    const int64_t steps = tap.depth / kTerms<T>;
+    if (data_ != nullptr) return {std::exchange(data_, data_ + steps * kLine<T>), kLine<T>};
+    if (panels_ <= 0 && g_.next_weights != nullptr) return {g_.next_weights + tile_ * steps * stride_, stride_};
     // Panels of one tap are contiguous, those of several are not.
     if (panels_ <= 0 || tap.panel_stride != tap.depth * kPanel)
-      return {tap.weight + (tile_ < panels_ ? next_ + tile_ : panel_) * tap.panel_stride, kPanel};
-    return {tap.weight + next_ * tap.panel_stride + tile_ * tap.depth * step_, step_};
+      return {tap.weight + (tile_ < panels_ ? next_ + tile_ : panel_) * tap.panel_stride, kRow};
+    return {tap.weight + next_ * tap.panel_stride + tile_ * steps * stride_, stride_};
   }
 
  private:
+  static constexpr int64_t kRow = kPanel * kTerms<T>;  // values of a panel for one step
   const Gemm<T>& g_;
   const int64_t panel_, next_;
   const int64_t panels_;  // number of the next ones
-  int64_t terms_ = 0, step_ = 0, tile_ = -1;
+  int64_t steps_ = 0, stride_ = 0, tile_ = -1;
   const T* data_ = nullptr;
 };
+
+// Writes the results of a tile as float; there is nothing to add.
+template <int ROWS, int VECTORS, int W, typename T>
+HNE_INLINE void store_sums(const Gemm<T>& g, const Vec<Sum<T>, W> (&sum)[ROWS][VECTORS], int64_t row, int64_t first,
+                           int64_t columns) {
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+    Sum<T>* const out = g.sums[row + i] + first;
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) {
+      const Vec<Sum<T>, W> v = clamp(sum[i][j], g.clamp);
+      const int64_t count = columns - j * W;
+      if (count >= W)
+        store<W>(out + j * W, v);
+      else if (count > 0)
+        __builtin_memcpy(out + j * W, &v, count * sizeof(Sum<T>));
+    }
+  }
+}
 
 // Computes `tiles` tiles from `row` on.
 template <typename T, int ROWS, int VECTORS, bool CONSTANT_STRIDE>
@@ -99,9 +121,9 @@ void gemm_tiles(const Gemm<T>& g, int64_t panel, int64_t row, int64_t tiles, Til
   constexpr int W = kLanes<T> < (int)kPanel ? kLanes<T> : (int)kPanel, PER_PANEL = kVectorsPerPanel<T>;
   const int64_t first = panel * kPanel, columns = g.channels - first;
   const bool full = columns >= VECTORS * W;
-  T padded[VECTORS * W] = {};
+  Sum<T> padded[VECTORS * W] = {};
   if (g.bias != nullptr && !full) std::copy_n(g.bias + first, columns, padded);
-  const T* const bias = g.bias != nullptr && full ? g.bias + first : padded;
+  const Sum<T>* const bias = g.bias != nullptr && full ? g.bias + first : padded;
   for (; tiles > 0; --tiles, row += ROWS) {
     tile_prefetch.next_tile();
     if (!g.outputs_cached) {  // out and add are needed after the sums
@@ -113,7 +135,7 @@ void gemm_tiles(const Gemm<T>& g, int64_t panel, int64_t row, int64_t tiles, Til
           if (g.add != nullptr) __builtin_prefetch(g.add[row + i] + first + j * W);
         }
     }
-    Vec<T, W> sum[ROWS][VECTORS];
+    Vec<Sum<T>, W> sum[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
@@ -123,40 +145,44 @@ void gemm_tiles(const Gemm<T>& g, int64_t panel, int64_t row, int64_t tiles, Til
       LeftRows<T, ROWS, CONSTANT_STRIDE> left(tap, row);
       const T* right = tap.weight + panel * tap.panel_stride;
       auto [prefetch, prefetch_step] = tile_prefetch.start(tap);
-      const auto column = [&](int64_t k) __attribute__((always_inline)) {
-        Vec<T, W> w[VECTORS];
+      for (int64_t k = 0; k < tap.depth; k += kTerms<T>) {
+        __builtin_prefetch(prefetch, 0, 2);
+        Terms<T, W> w[VECTORS];
 #pragma GCC unroll 16
         for (int j = 0; j < VECTORS; ++j)
-          w[j] = load<W>(right + j / PER_PANEL * tap.panel_stride + k * kPanel + j % PER_PANEL * W);
+          w[j] = load_terms<W>(right + j / PER_PANEL * tap.panel_stride + j % PER_PANEL * W * kTerms<T>);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
-          const Vec<T, W> x = splat<W>(left.value(i, k));
+          const Terms<T, W> x = splat_terms<W>(left.address(i));
 #pragma GCC unroll 16
-          for (int j = 0; j < VECTORS; ++j) sum[i][j] += x * w[j];
+          for (int j = 0; j < VECTORS; ++j) sum[i][j] = multiply_add<T, W>(x, w[j], sum[i][j]);
         }
-      };
-      for (int64_t k = 0; k < tap.depth; ++k, left.advance(1), right += kPanel, prefetch += prefetch_step) {
-        __builtin_prefetch(prefetch, 0, 2);
-        column(0);
+        left.advance(kTerms<T>), right += kPanel * kTerms<T>, prefetch += prefetch_step;
       }
     }
     T* const* out = g.out + row;
     const T* const* add = g.add != nullptr ? g.add + row : nullptr;
-    const Clamp<T> range = g.clamp;
+    const Clamp<Sum<T>> range = g.clamp;
+    if constexpr (kTerms<T> > 1) {
+      if (g.sums != nullptr) {
+        store_sums<ROWS, VECTORS, W>(g, sum, row, first, std::min<int64_t>(columns, VECTORS * W));
+        continue;
+      }
+    }
     if (full) {
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
         T* out_row = out[i] + first;
 #pragma GCC unroll 16
         for (int j = 0; j < VECTORS; ++j) {
-          Vec<T, W> v = sum[i][j];
+          Vec<Sum<T>, W> v = sum[i][j];
           if (add != nullptr) v += load<W>(add[i] + first + j * W);
           store<W>(out_row + j * W, clamp(v, range));
         }
       }
       continue;
     }
-    T values[ROWS][VECTORS * W];
+    Sum<T> values[ROWS][VECTORS * W];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 16
@@ -164,7 +190,7 @@ void gemm_tiles(const Gemm<T>& g, int64_t panel, int64_t row, int64_t tiles, Til
     for (int i = 0; i < ROWS; ++i)
       for_lanes<T, W>(columns, [&](auto width, int64_t c) {
         constexpr int N = decltype(width)::value;
-        Vec<T, N> v = load<N>(values[i] + c);
+        Vec<Sum<T>, N> v = load<N>(values[i] + c);
         if (add != nullptr) v += load<N>(add[i] + first + c);
         store<N>(out[i] + first + c, clamp(v, range));
       });

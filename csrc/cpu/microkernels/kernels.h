@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../runtime/capability.h"
 #include "clamp.h"
@@ -10,7 +11,19 @@
 
 namespace hne {
 
-// One term of a convolution: rows[m] times weight, which is [panel][depth][kPanel] with panels panel_stride apart.
+// A feature or weight in 16 bits, the upper half of a float. Sums of its products are float.
+enum class bfloat16 : uint16_t {};
+
+// The type of the sums of values T, and of what is added to them.
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, bfloat16>, float, T>;
+
+// Consecutive terms of a sum that are multiplied at once: a product of bfloat16 multiplies pairs of channels.
+template <typename T>
+constexpr int64_t kTerms = sizeof(Sum<T>) / sizeof(T);
+
+// One term of a convolution: rows[m] times weight, which is [panel][depth / kTerms][kPanel][kTerms] with panels
+// panel_stride apart. The depth is a multiple of kTerms.
 // A 1x1 convolution has one tap, a kxk convolution k*k, and the end of a bottleneck two: the projection and the
 // shortcut.
 template <typename T>
@@ -60,13 +73,14 @@ struct Gemm {
   int64_t count;        // rows m
   int64_t channels;     // columns n
   T* const* out;        // [count]
-  const T* bias;        // [channels] or null
+  const Sum<T>* bias;   // [channels] or null
   const T* const* add;  // [count] rows or null
-  Clamp<T> clamp;
+  Clamp<Sum<T>> clamp;
   PrefetchQueue<T>* prefetch = nullptr;
   bool outputs_cached = false;      // out and add lie in the cache: they need no prefetch
   const T* next_weights = nullptr;  // of the product that follows, or null: prefetched during the last columns
   int64_t next_count = 0;           // values of them
+  Sum<T>* const* sums = nullptr;    // [count], of bfloat16 only: results as float, instead of `out`
 };
 
 // Pixels of Winograd's convolution at the 16 frequencies f, at out[f * stride + tile * channels + c]: 4x4 pixels of the
@@ -115,13 +129,13 @@ struct Outer {
 // outside the feature map.
 template <typename T>
 struct DepthwiseRows {
-  const T* const* rows;  // [(count - 1) * stride + kernel_size]
-  const T* weight;       // [kernel_size][kernel_size][channels]
-  const T* bias;         // [channels] or null
-  T* out;                // [count][out_width][channels]
+  const Sum<T>* const* rows;  // [(count - 1) * stride + kernel_size]
+  const Sum<T>* weight;       // [kernel_size][kernel_size][channels]
+  const Sum<T>* bias;         // [channels] or null
+  T* out;                     // [count][out_width][channels]
   int64_t width, out_width, channels, kernel_size, stride, padding;
   bool accumulate;  // start from out instead of bias
-  Clamp<T> clamp;
+  Clamp<Sum<T>> clamp;
   int64_t count = 1;
 };
 
@@ -200,10 +214,19 @@ struct Kernels {
   double (*distill_sample)(const DistillSample<T>&);  // returns the sample's loss
 };
 
+// What inference needs. Depthwise convolutions read float: features stay in it until a product reads them.
+template <>
+struct Kernels<bfloat16> {
+  void (*gemm)(const Gemm<bfloat16>&);
+  void (*depthwise_rows)(const DepthwiseRows<bfloat16>&);
+  void (*mean_rows)(const bfloat16* rows, int64_t count, int64_t channels, bfloat16* out);
+};
+
 namespace portable {
 template <typename T>
 const Kernels<T>& table();
-}
+const Kernels<bfloat16>& bfloat16_table();
+}  // namespace portable
 namespace avx2 {
 template <typename T>
 const Kernels<T>& table();
@@ -211,6 +234,9 @@ const Kernels<T>& table();
 namespace avx512 {
 template <typename T>
 const Kernels<T>& table();
+}
+namespace avx512_bf16 {
+const Kernels<bfloat16>& bfloat16_table();
 }
 
 template <typename T>
@@ -220,6 +246,14 @@ const Kernels<T>& kernels() {
   if (capability() == Capability::avx2) return avx2::table<T>();
 #endif
   return portable::table<T>();
+}
+
+template <>
+inline const Kernels<bfloat16>& kernels() {
+#if defined(__x86_64__)
+  if (has_bfloat16_products()) return avx512_bf16::bfloat16_table();
+#endif
+  return portable::bfloat16_table();
 }
 
 }  // namespace hne

@@ -10,11 +10,11 @@ template <typename T>
 void mean_rows(const T* rows, int64_t count, int64_t channels, T* out) {
   const auto columns = [&](auto width, auto vectors, int64_t c) {
     constexpr int W = decltype(width)::value, VECTORS = decltype(vectors)::value;
-    Vec<T, W> sum[VECTORS] = {};
+    Vec<Sum<T>, W> sum[VECTORS] = {};
     for (int64_t m = 0; m < count; ++m)
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; ++j) sum[j] += load<W>(rows + m * channels + c + j * W);
-    for (int j = 0; j < VECTORS; ++j) store<W>(out + c + j * W, sum[j] / T(count));
+    for (int j = 0; j < VECTORS; ++j) store<W>(out + c + j * W, sum[j] / Sum<T>(count));
   };
   constexpr int W = kLanes<T>;
   int64_t c = 0;

@@ -16,11 +16,13 @@ template <typename T>
 struct Lanes<T, 1> {
   typedef T type;
 };
+// Of bfloat16, its bits; load() and store() convert from and to vectors of float.
 template <typename T, int W>
-using Vec = typename Lanes<T, W>::type;
+using Vec = typename Lanes<std::conditional_t<std::is_same_v<T, bfloat16>, uint16_t, T>, W>::type;
 
+// Sums of a vector.
 template <typename T>
-constexpr int kLanes = HNE_VECTOR_BYTES / sizeof(T);
+constexpr int kLanes = HNE_VECTOR_BYTES / sizeof(Sum<T>);
 
 #define HNE_INLINE inline __attribute__((always_inline))
 
@@ -34,6 +36,83 @@ HNE_INLINE Vec<T, W> load(const T* p) {
 template <int W, typename T>
 HNE_INLINE void store(T* p, Vec<T, W> v) {
   __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <int W, typename T>
+HNE_INLINE Vec<T, W> splat(T value) {
+  return value - Vec<T, W>{};
+}
+
+// bfloat16 in memory, float in vectors.
+template <int W>
+HNE_INLINE Vec<float, W> load(const bfloat16* p) {
+  typedef typename Lanes<uint32_t, W>::type Wide;
+  Wide bits;
+  if constexpr (W == 1)
+    bits = Wide(*p);
+  else
+    bits = __builtin_convertvector(load<W>(reinterpret_cast<const uint16_t*>(p)), Wide);
+  bits = bits << 16;
+  Vec<float, W> v;
+  __builtin_memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+// To the nearest bfloat16, and of two to the even one; NaN stays NaN.
+template <int W>
+HNE_INLINE void store(bfloat16* p, Vec<float, W> v) {
+#if HNE_BF16
+  if constexpr (W == 16) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &rounded, sizeof rounded);
+    return;
+  }
+#endif
+  typedef typename Lanes<uint32_t, W>::type Wide;
+  Wide bits;
+  __builtin_memcpy(&bits, &v, sizeof v);
+  const Wide rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+  const Wide result = v == v ? rounded : quiet;
+  if constexpr (W == 1)
+    *p = bfloat16(result);
+  else
+    store<W>(reinterpret_cast<uint16_t*>(p), __builtin_convertvector(result, Vec<uint16_t, W>));
+}
+
+// kTerms consecutive terms for each of W sums: a value, or a pair of bfloat16.
+template <typename T, int W>
+using Terms = Vec<std::conditional_t<std::is_same_v<T, bfloat16>, uint32_t, T>, W>;
+
+template <int W, typename T>
+HNE_INLINE Terms<T, W> load_terms(const T* p) {
+  Terms<T, W> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The same terms for all sums.
+template <int W, typename T>
+HNE_INLINE Terms<T, W> splat_terms(const T* p) {
+  if constexpr (kTerms<T> == 1) {
+    return splat<W>(*p);
+  } else {
+    uint32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return splat<W>(pair);
+  }
+}
+
+template <typename T, int W>
+HNE_INLINE Vec<Sum<T>, W> multiply_add(Terms<T, W> x, Terms<T, W> w, Vec<Sum<T>, W> sum) {
+  if constexpr (kTerms<T> == 1) return sum + x * w;
+#if HNE_BF16
+  if constexpr (kTerms<T> == 2 && W == 16) return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
+#endif
+  if constexpr (kTerms<T> == 2) {
+    typedef Vec<float, W> Floats;
+    sum += (Floats)(x << 16) * (Floats)(w << 16);
+    return sum + (Floats)(x & 0xffff0000) * (Floats)(w & 0xffff0000);
+  }
 }
 
 // Non-temporal store where a vector is a whole cache line (AVX-512), else an ordinary store: for memory that is not
@@ -51,11 +130,6 @@ HNE_INLINE void finish_stream() {
 #if HNE_VECTOR_BYTES == 64
   _mm_sfence();
 #endif
-}
-
-template <int W, typename T>
-HNE_INLINE Vec<T, W> splat(T value) {
-  return value - Vec<T, W>{};
 }
 
 // Hides the origin of p from the compiler, which else keeps a register for every address near p instead of an offset.

@@ -78,6 +78,28 @@ bool vnni() {
   return found;
 }
 
+bool has_bfloat16_products() {
+#if defined(__x86_64__)
+  static const bool found = capability() == Capability::avx512 && __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
+bool multiplies_bfloat16() {
+  static const bool chosen = [] {
+    const char* asked = std::getenv("HNE_CPU_BF16");
+    if (asked != nullptr && *asked != '\0') return std::string(asked) != "0";
+#if defined(__x86_64__)
+    return has_bfloat16_products() && __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+  }();
+  return chosen;
+}
+
 int64_t second_cache_bytes() {
   static const int64_t bytes = [] {
 #if defined(_SC_LEVEL2_CACHE_SIZE)

@@ -25,6 +25,7 @@
 #define HNE_VECTOR_BYTES 32
 #define HNE_REGISTERS 16
 #define HNE_VNNI 0
+#define HNE_BF16 0
 
 #include "../quantized.h"
 #include "table.h"

@@ -26,6 +26,7 @@
 #define HNE_VECTOR_BYTES 64
 #define HNE_REGISTERS 32
 #define HNE_VNNI 0
+#define HNE_BF16 0
 
 #include "../quantized.h"
 #include "table.h"

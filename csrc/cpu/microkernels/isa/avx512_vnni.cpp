@@ -25,6 +25,7 @@
 #define HNE_VECTOR_BYTES 64
 #define HNE_REGISTERS 32
 #define HNE_VNNI 1
+#define HNE_BF16 0
 
 #include "../quantized.h"
 

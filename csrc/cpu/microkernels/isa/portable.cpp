@@ -3,6 +3,8 @@
 #define HNE_VECTOR_BYTES 16
 #define HNE_REGISTERS 16
 #define HNE_VNNI 0
+#define HNE_BF16 0
 
 #include "../quantized.h"
+#include "bfloat16_table.h"
 #include "table.h"
