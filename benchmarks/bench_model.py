@@ -27,6 +27,7 @@ from hne.executors import CopyFreeNetwork
 from hne.inference import ENGINES, EnsembleMean, load_engine
 from hne.losses import objective
 
+_ENGINE_DTYPES = {"onnxruntime": (torch.float32,), "openvino": (torch.float32, torch.bfloat16)}
 MEMORY_SIDES = ("fused", "naive", "channels_last", "channels_last_compiled")  # sides whose memory is measured
 
 
@@ -183,7 +184,7 @@ def bench_inference(
             side(naive, x),
             side(last, x.contiguous(memory_format=torch.channels_last)),
             folded,
-            {name: functools.partial(peer, name) for name in ENGINES} if dtype == torch.float32 else {},
+            {name: functools.partial(peer, name) for name in ENGINES if dtype in _ENGINE_DTYPES[name]},
             kind="inference",
             name="inference",
             shape=_shape(network.name, f"n = {n}", f"batch {batch}", dtype=dtype),

@@ -105,6 +105,8 @@ CPU = Workload(
         *((MOBILENET, n, batch, torch.float32) for batch in (1, 8) for n in (1, 2, 4, 8)),
         *((RESNET18, 8, batch, torch.float32) for batch in (1, 8)),
         *((WIDE_RESNET, 8, batch, torch.float32) for batch in (1, 8, 64)),
+        *((RESNET, n, batch, torch.bfloat16) for batch in (1, 8, 64) for n in (1, 4, 16)),
+        *((MOBILENET, n, batch, torch.bfloat16) for batch in (1, 8) for n in (1, 8)),
     ),
     anytime=tuple((RESNET, batch, torch.float32) for batch in (1, 8)),
     compiler={},

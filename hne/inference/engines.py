@@ -35,7 +35,9 @@ def _onnxruntime(graph: Path, images: Tensor, spin: bool) -> Call:
 def _openvino(graph: Path, images: Tensor, spin: bool) -> Call:
     import openvino as ov
 
-    request = openvino_model(graph, images.shape).create_infer_request()
+    precision = "bf16" if images.dtype == torch.bfloat16 else "f32"
+    request = openvino_model(graph, images.shape, precision=precision).create_infer_request()
+    images = images.float()  # as the graph takes them
     request.set_input_tensor(ov.Tensor(images.numpy(), shared_memory=True))
     logits = torch.from_numpy(request.get_output_tensor().data)
 
@@ -56,7 +58,8 @@ def load_engine(name: str, graphs: Iterable[Path], images: Tensor, *, spin: bool
     Args:
         name: A name of :data:`ENGINES`; its package is installed.
         graphs: Files of :func:`write_onnx` with the same network. The engine takes the one that it runs fastest.
-        images: float32 ``[B, C, H, W]``, contiguous. A call reads them anew; they may be written between calls.
+        images: float32 ``[B, C, H, W]``, contiguous. A call reads them anew; they may be written between calls. With
+            bfloat16, OpenVINO computes in it, on a copy; ONNX Runtime has no convolution for it.
         spin: Whether threads may go on spinning after a call, for the next one. That takes time from others who compute
             in the meantime: ONNX Runtime spins for 30 ms. (OpenVINO spins for 1 ms in any case.)
 

@@ -42,15 +42,16 @@ def onnxruntime_session(graph: Path, *, batch: int | None = None, spin: bool = T
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def openvino_model(graph: Path, shape: Sequence[int] | None = None) -> Any:
+def openvino_model(graph: Path, shape: Sequence[int] | None = None, *, precision: str = "f32") -> Any:
     """The model that OpenVINO compiles of a graph for the CPU, with as many threads as PyTorch.
 
-    The hint ``LATENCY`` gives all threads to one call. On processors with bfloat16 the default precision is bfloat16,
-    here it is float32. Threads are not bound to cores, where they would wait for other processes.
+    The hint ``LATENCY`` gives all threads to one call. Threads are not bound to cores, where they would wait for other
+    processes.
 
     Args:
         graph: A file.
         shape: Of its only input, if that is known.
+        precision: In which it computes, "f32" or "bf16". (Its own default on processors with bfloat16 is bfloat16.)
     """
     import openvino as ov
 
@@ -61,7 +62,7 @@ def openvino_model(graph: Path, shape: Sequence[int] | None = None) -> Any:
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "ENABLE_CPU_PINNING": False,
     }
     return core.compile_model(model, "CPU", options)
