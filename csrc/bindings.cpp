@@ -81,7 +81,7 @@ PyMethodDef kFunctions[] = {
      "Names of the instruction sets that this machine supports, comma separated, best last."},
     {"cpu_vnni", cpu_vnni, METH_NOARGS, "Whether the int8 kernels use vpdpbusd."},
     {"cpu_bfloat16", cpu_bfloat16, METH_NOARGS,
-     "Whether inference in bfloat16 multiplies bfloat16, instead of float32."},
+     "Whether bfloat16 is multiplied as such, instead of in float32."},
     {"forget_layers", forget_layers, METH_O, "Free the layers that the op prepare_layers returned this number for."},
     {"forget_quantized_layers", forget_quantized_layers, METH_O,
      "Free the layers that the op prepare_quantized_layers returned this number for."},

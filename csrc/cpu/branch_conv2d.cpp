@@ -124,30 +124,32 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
 }
 
 template <typename T>
-void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const T* bias, T* out,
+void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const Sum<T>* bias, T* out,
               const RowsWritten& written) {
   Tensor hold = weight;  // windows of several pixels would compute each pixel several times
   const PrologueInput<T> source = g.pointwise() ? x : in_memory(x, g.parents, hold);
-  if (prefers_winograd(g, false)) return convolve_winograd<T>(g, source.x, weight, bias, out, written);
+  if constexpr (std::is_same_v<T, Sum<T>>) {
+    if (prefers_winograd(g, false)) return convolve_winograd<T>(g, source.x, weight, bias, out, written);
+  }
   const int64_t panel_stride = g.taps() * g.in_channels * kPanel;
   const int64_t branch_size = ceil_div(g.out_channels, kPanel) * panel_stride;
-  const Tensor packed = empty(weight, {g.branches * branch_size});
+  const Tensor packed = empty(weight, {g.branches * branch_size}, kScalarType<T>);
   parallel_tasks(g.branches, [&](int64_t branch) {
-    pack(data<T>(weight) + branch * weight.stride(0), g.out_channels, g.in_channels, g.taps(), weight.stride(1),
+    pack(data<Sum<T>>(weight) + branch * weight.stride(0), g.out_channels, g.in_channels, g.taps(), weight.stride(1),
          g.taps(), panel_stride, mutable_data<T>(packed) + branch * branch_size);
   });
-  convolve_packed(g, source, data<T>(packed), bias, Summand<T>{}, Clamp<T>{}, out, written);
+  convolve_packed(g, source, data<T>(packed), bias, Summand<T>{}, Clamp<Sum<T>>{}, out, written);
 }
 
-#define HNE_INSTANTIATE(T)                                                                                          \
-  template void convolve_packed(const Geometry&, const PrologueInput<T>&, const T*, const T*, Summand<T>, Clamp<T>, \
-                                T*, const RowsWritten&);                                                            \
-  template void convolve(const Geometry&, const PrologueInput<T>&, const Tensor&, const T*, T*, const RowsWritten&);
+#define HNE_INSTANTIATE(T)                                                                                     \
+  template void convolve_packed(const Geometry&, const PrologueInput<T>&, const T*, const Sum<T>*, Summand<T>, \
+                                Clamp<Sum<T>>, T*, const RowsWritten&);                                        \
+  template void convolve(const Geometry&, const PrologueInput<T>&, const Tensor&, const Sum<T>*, T*,           \
+                         const RowsWritten&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
+HNE_INSTANTIATE(bfloat16)
 #undef HNE_INSTANTIATE
-template void convolve_packed(const Geometry&, const PrologueInput<bfloat16>&, const bfloat16*, const float*,
-                              Summand<bfloat16>, Clamp<float>, bfloat16*, const RowsWritten&);
 
 namespace {
 
@@ -163,12 +165,13 @@ Tensor branch_conv2d(const Tensor& x_in, const Tensor& weight_in, const std::opt
     check_shape("bias", *bias_in, {g.branches, g.out_channels});
     check_kind("bias", *bias_in, x_in);
   }
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
+  const Tensor x = read_features(x_in, g.kernel_size == 1 && keeps_bfloat16(x_in, {g.in_channels}));
+  const Tensor weight = contiguous_filters(widen(weight_in));
   const std::optional<Tensor> bias = contiguous(widen(bias_in));
   Tensor out = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
-  dispatch(x, [&](auto type) {
+  dispatch_features(x, [&](auto type) {
     using T = decltype(type);
-    convolve<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, weight, data<T>(bias), mutable_data<T>(out));
+    convolve<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, weight, data<Sum<T>>(bias), mutable_data<T>(out));
   });
   return round_to(out, x_in.scalar_type());
 }

@@ -30,6 +30,21 @@ void pack(const T* weight, int64_t channels, int64_t depth, int64_t taps, int64_
     }
 }
 
+// The same for products of bfloat16, in pairs of terms; `depth` is even, and panels lie panel_stride values apart.
+inline void pack(const float* weight, int64_t channels, int64_t depth, int64_t taps, int64_t stride_n, int64_t stride_k,
+                 int64_t panel_stride, bfloat16* packed) {
+  float* const panel = scratch<float>(11, depth * kPanel);
+  for (int64_t n0 = 0; n0 < channels; n0 += kPanel, packed += panel_stride)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      pack(weight + n0 * stride_n + tap, std::min(kPanel, channels - n0), depth, 1, stride_n, stride_k, 0, panel);
+      const float* from = panel;
+      bfloat16* out = packed + tap * depth * kPanel;
+      for (int64_t k = 0; k < depth; k += 2, from += 2 * kPanel)
+        for (int64_t n = 0; n < kPanel; ++n, out += 2)
+          out[0] = to_bfloat16(from[n]), out[1] = to_bfloat16(from[kPanel + n]);
+    }
+}
+
 // Rows that a task writes at once: whole tiles, and few enough for their features to stay in the second cache.
 constexpr int64_t kBlockRows = 112;
 
@@ -41,15 +56,35 @@ struct Summand {
   int64_t replicate = 1;
 };
 
+// sum[i][j] += over at most kBlockRows rows of left[i] * right[j]
+template <typename T>
+void add_outer(const T* const* left, int64_t left_channels, const T* const* right, int64_t right_channels,
+               int64_t count, Sum<T>* sum, PrefetchQueue<T>* ahead = nullptr) {
+  const T* pairs[2][kBlockRows];
+  if constexpr (kTerms<T> > 1) {
+    const auto pair = [&](const T* const*& rows, int64_t channels, int slot) {
+      T* const memory = scratch<T>(slot, kBlockRows * channels);
+      kernels<T>().pair_rows({rows, count, channels, memory});
+      rows = pairs[slot - 10];
+      for (int64_t m = 0; 2 * m < count; ++m) pairs[slot - 10][m] = memory + 2 * m * channels;
+    };
+    pair(left, left_channels, 10), pair(right, right_channels, 11);
+  }
+  const int64_t steps = ceil_div(count, kTerms<T>);
+  kernels<T>().outer({left, right, steps, left_channels, right_channels, sum, ahead});
+}
+
 // out = clamp(conv(x, packed) + bias + add); packed is [branch][panel][tap][in_channels][kPanel], bias may be null. A
 // computed x needs a pointwise kernel with stride 1. bfloat16 needs a pointwise kernel, or fewer than kFewChannels.
 template <typename T>
 void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const Sum<T>* bias, Summand<T> add,
                      Clamp<Sum<T>> clamp, T* out, const RowsWritten& written = {});
 
+// Below, weights, their gradients and biases are of type Sum<T>; bfloat16 needs a pointwise kernel.
+
 // out = conv(x, weight) + bias
 template <typename T>
-void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const T* bias, T* out,
+void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const Sum<T>* bias, T* out,
               const RowsWritten& written = {});
 
 // The gradient of x from that of the output.

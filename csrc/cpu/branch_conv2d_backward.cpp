@@ -55,7 +55,7 @@ void convolve_input_packed(const Geometry& g, const PrologueInput<T>& grad, cons
       const int64_t iy = in.y * s + py, ix = in.x * s + px;
       out_rows[m] = out + ((parent * g.batch + in.b) * g.pixels() + iy * g.width + ix) * g.in_channels;
     }
-    kernels<T>().gemm({taps, used, count, g.in_channels, out_rows, nullptr, nullptr, Clamp<T>{}});
+    kernels<T>().gemm({taps, used, count, g.in_channels, out_rows, nullptr, nullptr, Clamp<Sum<T>>{}});
     if (written && s == 1) written(parent, first, count);
   });
   if (!written || s == 1) return;
@@ -71,9 +71,9 @@ template <typename T>
 Tensor pack_transposed(const Geometry& g, const Tensor& weight) {
   const int64_t child_size = g.taps() * g.out_channels * kPanel, panel_stride = g.replicate * child_size;
   const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
-  const Tensor packed = empty(weight, {g.parents * parent_size});
+  const Tensor packed = empty(weight, {g.parents * parent_size}, kScalarType<T>);
   parallel_tasks(g.branches, [&](int64_t branch) {
-    pack(data<T>(weight) + branch * weight.stride(0), g.in_channels, g.out_channels, g.taps(), g.taps(),
+    pack(data<Sum<T>>(weight) + branch * weight.stride(0), g.in_channels, g.out_channels, g.taps(), g.taps(),
          weight.stride(1), panel_stride,
          mutable_data<T>(packed) + branch / g.replicate * parent_size + branch % g.replicate * child_size);
   });
@@ -87,7 +87,9 @@ void convolve_input(const Geometry& g, const PrologueInput<T>& grad, const Tenso
                     const RowsWritten& written) {
   Tensor hold = weight;
   const PrologueInput<T> source = g.pointwise() ? grad : in_memory(grad, g.branches, hold);
-  if (prefers_winograd(g, false)) return convolve_winograd_input<T>(g, source.x, weight, out, written);
+  if constexpr (std::is_same_v<T, Sum<T>>) {
+    if (prefers_winograd(g, false)) return convolve_winograd_input<T>(g, source.x, weight, out, written);
+  }
   const Tensor packed = pack_transposed<T>(g, weight);
   convolve_input_packed(g, source, data<T>(packed), out, written);
 }
@@ -107,16 +109,16 @@ struct WeightSums {
 // Each task sums a part of the rows into its own matrix. The matrices are then added in order, so that the result does
 // not depend on the threads.
 template <typename T>
-void sum_weight_gradient(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, T* partial,
-                         int64_t parts, T* out) {
+void sum_weight_gradient(const Geometry& g, const PrologueInput<T>& grad, const PrologueInput<T>& x, Sum<T>* partial,
+                         int64_t parts, Sum<T>* out) {
   const WeightSums sums(g, x.computed());
   const int64_t total = g.batch * g.out_pixels(), chunks = ceil_div(total, kBlockRows);
   const int64_t line_size = g.kernel_size * g.in_channels;
   const std::vector<T> zeros(g.in_channels, T(0));
   parallel_tasks(g.branches * sums.matrices * parts, [&](int64_t task) {
     const int64_t branch = task / (sums.matrices * parts), tap = task / parts % sums.matrices, part = task % parts;
-    T* sum = partial + task * sums.size;
-    std::fill(sum, sum + sums.size, T(0));
+    Sum<T>* sum = partial + task * sums.size;
+    std::fill(sum, sum + sums.size, Sum<T>(0));
     const T** grad_rows = scratch<const T*>(0, kBlockRows);
     const T** x_rows = scratch<const T*>(1, g.kernel_size * kBlockRows);
     const int64_t parent = branch / g.replicate;
@@ -129,14 +131,14 @@ void sum_weight_gradient(const Geometry& g, const PrologueInput<T>& grad, const 
       if (x.computed()) {
         block = x.read(parent, first, count, scratch<T>(5, kBlockRows * g.in_channels));
         for (int64_t m = 0; m < count; ++m) x_rows[m] = block + m * g.in_channels;
-        kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sum});
+        add_outer(grad_rows, g.out_channels, x_rows, g.in_channels, count, sum);
         continue;
       }
       if (sums.by_lines) {
         gather_lines(g, branch_x, first, count, scratch<T>(3, lines_size(g, kBlockRows)), x_rows, kBlockRows);
         for (int64_t line = 0; line < g.kernel_size; ++line)
-          kernels<T>().outer({x_rows + line * kBlockRows, grad_rows, count, line_size, g.out_channels,
-                              sum + line * line_size * g.out_channels});
+          add_outer(x_rows + line * kBlockRows, line_size, grad_rows, g.out_channels, count,
+                    sum + line * line_size * g.out_channels);
         continue;
       }
       PixelWalk at(g.out_height, g.out_width, first);
@@ -145,14 +147,15 @@ void sum_weight_gradient(const Geometry& g, const PrologueInput<T>& grad, const 
         const bool inside = iy >= 0 && iy < g.height && ix >= 0 && ix < g.width;
         x_rows[m] = inside ? branch_x + (at.b * g.pixels() + iy * g.width + ix) * g.in_channels : zeros.data();
       }
-      kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sum});
+      add_outer(grad_rows, g.out_channels, x_rows, g.in_channels, count, sum);
     }
   });
   if (partial == out) return;
   parallel_tasks(g.branches * sums.matrices, [&](int64_t task) {
-    T* sum = partial + task * parts * sums.size;
-    for (int64_t part = 1; part < parts; ++part) kernels<T>().add_scaled(sum, sum + part * sums.size, T(1), sums.size);
-    T* weight = out + task / sums.matrices * g.out_channels * g.kernel_size * line_size + task % sums.matrices;
+    Sum<T>* sum = partial + task * parts * sums.size;
+    for (int64_t part = 1; part < parts; ++part)
+      kernels<Sum<T>>().add_scaled(sum, sum + part * sums.size, Sum<T>(1), sums.size);
+    Sum<T>* weight = out + task / sums.matrices * g.out_channels * g.kernel_size * line_size + task % sums.matrices;
     if (!sums.by_lines) {
       for (int64_t i = 0; i < sums.size; ++i) weight[i * g.taps()] = sum[i];
       return;
@@ -170,8 +173,10 @@ void convolve_weight(const Geometry& g, const PrologueInput<T>& grad_in, const P
                      const Tensor& out) {
   Tensor hold_grad = out, hold_x = out;
   const PrologueInput<T> x = g.pointwise() ? x_in : in_memory(x_in, g.parents, hold_x);
-  if (prefers_winograd(g, false))
-    return convolve_winograd_weight<T>(g, in_memory(grad_in, g.branches, hold_grad).x, x.x, out);
+  if constexpr (std::is_same_v<T, Sum<T>>) {
+    if (prefers_winograd(g, false))
+      return convolve_winograd_weight<T>(g, in_memory(grad_in, g.branches, hold_grad).x, x.x, out);
+  }
   const WeightSums sums(g, x.computed());
   const PrologueInput<T> grad = sums.matrices == 1 ? grad_in : in_memory(grad_in, g.branches, hold_grad);
   const int64_t threads = num_threads(), matrices = g.branches * sums.matrices;
@@ -179,7 +184,7 @@ void convolve_weight(const Geometry& g, const PrologueInput<T>& grad_in, const P
   const int64_t parts = std::max<int64_t>(1, std::min(chunks, ceil_div(2 * threads, std::max<int64_t>(matrices, 1))));
   const bool direct = sums.matrices == 1 && parts == 1 && !sums.by_lines;  // the only sum is the result
   const Tensor partial = direct ? out : empty(out, {matrices * parts * sums.size});
-  sum_weight_gradient(g, grad, x, mutable_data<T>(partial), parts, mutable_data<T>(out));
+  sum_weight_gradient(g, grad, x, mutable_data<Sum<T>>(partial), parts, mutable_data<Sum<T>>(out));
 }
 
 // Each task takes a part of a parent's rows, one block at a time.
@@ -196,15 +201,15 @@ void pointwise_backward(const Geometry& g, const PrologueInput<T>& grad, const P
   const int64_t parent_size = ceil_div(g.in_channels, kPanel) * panel_stride;
   // The first part is summed in the result; the others are then added to it in order.
   const Tensor partial = empty(weight, {grad_weight != nullptr ? (parts - 1) * branches_size : 0});
-  T* const total = grad_weight != nullptr ? mutable_data<T>(*grad_weight) : nullptr;
+  Sum<T>* const total = grad_weight != nullptr ? mutable_data<Sum<T>>(*grad_weight) : nullptr;
   parallel_tasks(g.parents * parts, [&](int64_t task) {
     const int64_t parent = task / parts, part = task % parts, first_child = parent * g.replicate;
     const int64_t children = std::min(g.replicate, g.branches - first_child);
-    T* sums = total;
+    Sum<T>* sums = total;
     if (total != nullptr) {
-      if (part > 0) sums = mutable_data<T>(partial) + (part - 1) * branches_size;
+      if (part > 0) sums = mutable_data<Sum<T>>(partial) + (part - 1) * branches_size;
       sums += first_child * size;
-      std::fill(sums, sums + children * size, T(0));
+      std::fill(sums, sums + children * size, Sum<T>(0));
     }
     Tap<T>* taps = scratch<Tap<T>>(2, g.replicate);
     const T** blocks = scratch<const T*>(0, g.replicate);
@@ -232,7 +237,7 @@ void pointwise_backward(const Geometry& g, const PrologueInput<T>& grad, const P
         for (int64_t m = 0; m < count; ++m) x_rows[m] = x_block + m * g.in_channels;
         for (int64_t child = 0; child < children; ++child) {
           for (int64_t m = 0; m < count; ++m) grad_rows[m] = blocks[child] + m * g.out_channels;
-          kernels<T>().outer({grad_rows, x_rows, count, g.out_channels, g.in_channels, sums + child * size, &ahead});
+          add_outer(grad_rows, g.out_channels, x_rows, g.in_channels, count, sums + child * size, &ahead);
         }
       }
       if (grad_x == nullptr) continue;
@@ -241,15 +246,15 @@ void pointwise_backward(const Geometry& g, const PrologueInput<T>& grad, const P
         if (add != nullptr) add_rows[m] = add + at + m * g.in_channels;
       }
       const T* const* added = add != nullptr ? add_rows : nullptr;
-      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, added, Clamp<T>{}, &ahead});
+      kernels<T>().gemm({taps, children, count, g.in_channels, out_rows, nullptr, added, Clamp<Sum<T>>{}, &ahead});
       if (written) written(parent, first, count);
     }
   });
   if (total == nullptr || parts == 1) return;
   parallel_tasks(g.branches, [&](int64_t branch) {
     for (int64_t part = 1; part < parts; ++part)
-      kernels<T>().add_scaled(total + branch * size, data<T>(partial) + (part - 1) * branches_size + branch * size,
-                              T(1), size);
+      kernels<Sum<T>>().add_scaled(total + branch * size,
+                                   data<Sum<T>>(partial) + (part - 1) * branches_size + branch * size, Sum<T>(1), size);
   });
 }
 
@@ -272,6 +277,7 @@ void convolve_backward(const Geometry& g, const PrologueInput<T>& grad, const Pr
                                   T*, const Tensor*, const RowsWritten&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
+HNE_INSTANTIATE(bfloat16)
 #undef HNE_INSTANTIATE
 
 namespace {
@@ -284,9 +290,10 @@ Tensor branch_conv2d_backward_input(const Tensor& grad_in, const Tensor& weight_
   check_shape("weight", weight_in, {g.branches, g.out_channels, g.in_channels, g.kernel_size, g.kernel_size});
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = contiguous_filters(widen(weight_in));
+  const Tensor grad = read_features(grad_in, g.kernel_size == 1 && keeps_bfloat16(grad_in, {g.out_channels}));
+  const Tensor weight = contiguous_filters(widen(weight_in));
   Tensor out = empty(grad, {g.parents, g.batch, height, width, g.in_channels});
-  dispatch(grad, [&](auto type) {
+  dispatch_features(grad, [&](auto type) {
     using T = decltype(type);
     convolve_input<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels}, weight, mutable_data<T>(out));
   });
@@ -301,10 +308,13 @@ Tensor branch_conv2d_backward_weight(const Tensor& grad_in, const Tensor& x_in, 
   check_shape("x", x_in, {g.parents, g.batch, g.height, g.width, g.in_channels});
   check_kind("grad", grad_in, grad_in);
   check_kind("x", x_in, grad_in);
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
-  Tensor out = empty(grad, {g.branches, g.out_channels, g.in_channels, kernel_size, kernel_size});
-  dispatch(grad, [&](auto type) {
+  const bool kept = kernel_size == 1 && keeps_bfloat16(x_in);
+  const Tensor grad = read_features(grad_in, kept), x = read_features(x_in, kept);
+  const std::vector<int64_t> shape = {g.branches, g.out_channels, g.in_channels, kernel_size, kernel_size};
+  Tensor out;
+  dispatch_features(grad, [&](auto type) {
     using T = decltype(type);
+    out = empty(grad, shape, kScalarType<Sum<T>>);
     convolve_weight<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels},
                        {data<T>(x), g.batch * g.pixels(), g.in_channels}, out);
   });

@@ -20,52 +20,53 @@ Tensor channels_last(const Tensor& weight, int64_t taps, bool flip) {
   return out;
 }
 
-// Rows of pixels of a sample. Computed rows are computed once: a window of the last kernel_size rows stays in memory.
+// Rows of pixels of a sample, as float if they are bfloat16. Those that are computed or converted are so once: a window
+// of the last kernel_size rows stays in memory.
 template <typename T>
 class Rows {
  public:
   Rows(const PrologueInput<T>& input, int64_t branch, int64_t first, int64_t width, int64_t window, int slot)
       : input_(input), branch_(branch), first_(first), width_(width), window_(window) {
-    if (!input.computed()) return;
-    memory_ = scratch<T>(slot, window * width * input.channels);
+    if (std::is_same_v<T, Sum<T>> && !input.computed()) return;
+    memory_ = scratch<Sum<T>>(slot, window * width * input.channels);
     rows_.assign(window, -1);
   }
 
-  const T* operator[](int64_t row) {
-    T* memory = memory_ + row % window_ * width_ * input_.channels;
-    if (input_.computed() && std::exchange(rows_[row % window_], row) == row) return memory;
-    return input_.read(branch_, first_ + row * width_, width_, memory);
+  const Sum<T>* operator[](int64_t row) {
+    Sum<T>* memory = memory_ + row % window_ * width_ * input_.channels;
+    if (memory_ != nullptr && std::exchange(rows_[row % window_], row) == row) return memory;
+    return input_.read_sums(branch_, first_ + row * width_, width_, memory);
   }
 
  private:
   const PrologueInput<T>& input_;
   int64_t branch_, first_, width_, window_;
-  T* memory_ = nullptr;
+  Sum<T>* memory_ = nullptr;
   std::vector<int64_t> rows_;  // the row in each place of the window
 };
 
 }  // namespace
 
 template <typename T>
-void filter(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const T* bias, T* out,
+void filter(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const Sum<T>* bias, T* out,
             const RowsWritten& written) {
-  const Tensor filters = channels_last<T>(weight, g.taps(), false);
+  const Tensor filters = channels_last<Sum<T>>(weight, g.taps(), false);
   const int64_t channels = g.in_channels;
-  const std::vector<T> zeros(g.width * channels, T(0));
+  const std::vector<Sum<T>> zeros(g.width * channels, Sum<T>(0));
   parallel_tasks(g.branches * g.batch, [&](int64_t task) {
     const int64_t branch = task / g.batch, b = task % g.batch;
     Rows<T> sample(x, branch / g.replicate, b * g.pixels(), g.width, g.kernel_size, 4);
     T* out_sample = out + task * g.out_pixels() * channels;
-    const T** rows = scratch<const T*>(0, g.kernel_size);
+    const Sum<T>** rows = scratch<const Sum<T>*>(0, g.kernel_size);
     for (int64_t oy = 0; oy < g.out_height; ++oy) {
       for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
         const int64_t iy = oy * g.stride + ky - g.padding;
         rows[ky] = iy >= 0 && iy < g.height ? sample[iy] : zeros.data();
       }
-      const T* branch_bias = bias != nullptr ? bias + branch * channels : nullptr;
-      kernels<T>().depthwise_rows({rows, data<T>(filters) + branch * g.taps() * channels, branch_bias,
+      const Sum<T>* branch_bias = bias != nullptr ? bias + branch * channels : nullptr;
+      kernels<T>().depthwise_rows({rows, data<Sum<T>>(filters) + branch * g.taps() * channels, branch_bias,
                                    out_sample + oy * g.out_width * channels, g.width, g.out_width, channels,
-                                   g.kernel_size, g.stride, g.padding, false, Clamp<T>{}});
+                                   g.kernel_size, g.stride, g.padding, false, Clamp<Sum<T>>{}});
     }
     if (written) written(branch, b * g.out_pixels(), g.out_pixels());
   });
@@ -80,15 +81,15 @@ class InputGradient {
   InputGradient(const Geometry& g, const Tensor& weight)
       : g_(g),
         correlate_(g.stride == 1 && g.padding < g.kernel_size),
-        filters_(channels_last<T>(weight, g.taps(), correlate_)),
-        zeros_(g.out_width * g.in_channels, T(0)) {}
+        filters_(channels_last<Sum<T>>(weight, g.taps(), correlate_)),
+        zeros_(g.out_width * g.in_channels, Sum<T>(0)) {}
 
   // Adds the contribution of `branch` to row `iy` of its parent's `sample`, which the first child initialises.
   void row(int64_t branch, int64_t iy, Rows<T>& grad, T* sample) const {
     const int64_t k = g_.kernel_size, channels = g_.in_channels, size = g_.width * channels;
     const bool first = branch % g_.replicate == 0;
-    const T* filter = data<T>(filters_) + branch * g_.taps() * channels;
-    const T** rows = scratch<const T*>(0, k);
+    const Sum<T>* filter = data<Sum<T>>(filters_) + branch * g_.taps() * channels;
+    const Sum<T>** rows = scratch<const Sum<T>*>(0, k);
     T* out = sample + iy * size;
     for (int64_t ky = 0; ky < k; ++ky) {
       const int64_t dy = iy + g_.padding - (correlate_ ? k - 1 - ky : ky);
@@ -96,8 +97,8 @@ class InputGradient {
       rows[ky] = inside ? grad[dy / g_.stride] : correlate_ ? zeros_.data() : nullptr;
     }
     if (correlate_) {
-      kernels<T>().depthwise_rows(
-          {rows, filter, nullptr, out, g_.out_width, g_.width, channels, k, 1, k - 1 - g_.padding, !first, Clamp<T>{}});
+      kernels<T>().depthwise_rows({rows, filter, nullptr, out, g_.out_width, g_.width, channels, k, 1,
+                                   k - 1 - g_.padding, !first, Clamp<Sum<T>>{}});
       return;
     }
     if (first) std::fill(out, out + size, T(0));
@@ -108,18 +109,18 @@ class InputGradient {
   const Geometry& g_;
   bool correlate_;  // with stride 1, the gradient is a convolution with the flipped filter and full padding
   Tensor filters_;
-  std::vector<T> zeros_;
+  std::vector<Sum<T>> zeros_;
 };
 
 // Adds the contribution of row `oy` of a sample to the gradient of the weight, [tap][channel].
 template <typename T>
-void add_weight_gradient(const Geometry& g, int64_t oy, Rows<T>& grad, Rows<T>& x, T* sum) {
-  const T** rows = scratch<const T*>(0, g.kernel_size);
+void add_weight_gradient(const Geometry& g, int64_t oy, Rows<T>& grad, Rows<T>& x, Sum<T>* sum) {
+  const Sum<T>** rows = scratch<const Sum<T>*>(0, g.kernel_size);
   for (int64_t ky = 0; ky < g.kernel_size; ++ky) {
     const int64_t iy = oy * g.stride + ky - g.padding;
     rows[ky] = iy >= 0 && iy < g.height ? x[iy] : nullptr;
   }
-  kernels<T>().depthwise_weight_row(
+  kernels<Sum<T>>().depthwise_weight_row(
       {grad[oy], rows, sum, g.width, g.out_width, g.in_channels, g.kernel_size, g.stride, g.padding});
 }
 
@@ -141,10 +142,10 @@ void filter_backward(const Geometry& g, const PrologueInput<T>& grad, const Prol
       // Both gradients advance through the rows together, so that each row is computed once.
       Rows<T> grads(grad, branch, b * g.out_pixels(), g.out_width, g.kernel_size, 4);
       Rows<T> values(x, parent, b * g.pixels(), g.width, g.kernel_size, 5);
-      T* sum = nullptr;
+      Sum<T>* sum = nullptr;
       if (grad_weight != nullptr) {
-        sum = mutable_data<T>(partial) + (branch * g.batch + b) * size;
-        std::fill(sum, sum + size, T(0));
+        sum = mutable_data<Sum<T>>(partial) + (branch * g.batch + b) * size;
+        std::fill(sum, sum + size, Sum<T>(0));
       }
       int64_t oy = 0;
       for (int64_t iy = 0; iy < g.height; ++iy) {
@@ -157,22 +158,24 @@ void filter_backward(const Geometry& g, const PrologueInput<T>& grad, const Prol
   });
   if (grad_weight == nullptr) return;
   parallel_tasks(g.branches, [&](int64_t branch) {
-    T* sum = scratch<T>(0, size);
-    std::fill(sum, sum + size, T(0));
+    Sum<T>* sum = scratch<Sum<T>>(0, size);
+    std::fill(sum, sum + size, Sum<T>(0));
     for (int64_t b = 0; b < g.batch; ++b)
-      kernels<T>().add_scaled(sum, data<T>(partial) + (branch * g.batch + b) * size, T(1), size);
-    T* out = mutable_data<T>(*grad_weight) + branch * size;
+      kernels<Sum<T>>().add_scaled(sum, data<Sum<T>>(partial) + (branch * g.batch + b) * size, Sum<T>(1), size);
+    Sum<T>* out = mutable_data<Sum<T>>(*grad_weight) + branch * size;
     for (int64_t tap = 0; tap < g.taps(); ++tap)
       for (int64_t c = 0; c < channels; ++c) out[c * g.taps() + tap] = sum[tap * channels + c];
   });
 }
 
 #define HNE_INSTANTIATE(T)                                                                                            \
-  template void filter(const Geometry&, const PrologueInput<T>&, const Tensor&, const T*, T*, const RowsWritten&);    \
+  template void filter(const Geometry&, const PrologueInput<T>&, const Tensor&, const Sum<T>*, T*,                    \
+                       const RowsWritten&);                                                                           \
   template void filter_backward(const Geometry&, const PrologueInput<T>&, const PrologueInput<T>&, const Tensor&, T*, \
                                 const Tensor*, const RowsWritten&);
 HNE_INSTANTIATE(float)
 HNE_INSTANTIATE(double)
+HNE_INSTANTIATE(bfloat16)
 #undef HNE_INSTANTIATE
 
 namespace {
@@ -193,12 +196,12 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
     check_shape("bias", *bias_in, {g.branches, g.out_channels});
     check_kind("bias", *bias_in, x_in);
   }
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
+  const Tensor x = read_features(x_in, keeps_bfloat16(x_in)), weight = contiguous_filters(widen(weight_in));
   const std::optional<Tensor> bias = contiguous(widen(bias_in));
   Tensor out = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
-  dispatch(x, [&](auto type) {
+  dispatch_features(x, [&](auto type) {
     using T = decltype(type);
-    filter<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, weight, data<T>(bias), mutable_data<T>(out));
+    filter<T>(g, {data<T>(x), g.batch * g.pixels(), g.in_channels}, weight, data<Sum<T>>(bias), mutable_data<T>(out));
   });
   return round_to(out, x_in.scalar_type());
 }
@@ -212,9 +215,10 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
   STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match weight");
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), weight = contiguous_filters(widen(weight_in));
+  const Tensor grad = read_features(grad_in, keeps_bfloat16(grad_in));
+  const Tensor weight = contiguous_filters(widen(weight_in));
   Tensor out = empty(grad, {g.parents, g.batch, height, width, g.in_channels});
-  dispatch(grad, [&](auto type) {
+  dispatch_features(grad, [&](auto type) {
     using T = decltype(type);
     filter_backward<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels}, {}, weight, mutable_data<T>(out),
                        nullptr);
@@ -231,10 +235,13 @@ Tensor branch_depthwise_conv2d_backward_weight(const Tensor& grad_in, const Tens
   STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match x");
   check_kind("grad", grad_in, grad_in);
   check_kind("x", x_in, grad_in);
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
-  Tensor out = empty(grad, {g.branches, g.in_channels, kernel_size, kernel_size});
-  dispatch(grad, [&](auto type) {
+  const bool kept = keeps_bfloat16(x_in);
+  const Tensor grad = read_features(grad_in, kept), x = read_features(x_in, kept);
+  const std::vector<int64_t> shape = {g.branches, g.in_channels, kernel_size, kernel_size};
+  Tensor out;
+  dispatch_features(grad, [&](auto type) {
     using T = decltype(type);
+    out = empty(grad, shape, kScalarType<Sum<T>>);
     filter_backward<T>(g, {data<T>(grad), g.batch * g.out_pixels(), g.out_channels},
                        {data<T>(x), g.batch * g.pixels(), g.in_channels}, out, nullptr, &out);
   });

@@ -6,10 +6,12 @@
 
 namespace hne {
 
+// Weights, their gradients and biases are of type Sum<T>.
+
 // out = depthwise convolution of x with `weight` [branch][channel][k][k], plus bias (may be null). `written` is called
 // for whole samples.
 template <typename T>
-void filter(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const T* bias, T* out,
+void filter(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, const Sum<T>* bias, T* out,
             const RowsWritten& written = {});
 
 // Both gradients, with one read of x and of the output's gradient. A null gradient is not computed: the weight is only

@@ -15,6 +15,9 @@ struct Dense {
   }
   // Rows that are written at once, of a feature map of this many pixels.
   static int64_t block_rows(int64_t) { return kBlockRows; }
+  static bool keeps_features(const Geometry& g, const Tensor& x) {
+    return g.kernel_size == 1 && keeps_bfloat16(x, {g.in_channels, g.out_channels});
+  }
 
   template <typename T>
   static void forward(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, T* out,
@@ -35,6 +38,7 @@ struct Depthwise {
     return g;
   }
   static int64_t block_rows(int64_t pixels) { return std::max<int64_t>(pixels, 1); }
+  static bool keeps_features(const Geometry&, const Tensor& x) { return keeps_bfloat16(x); }
 
   template <typename T>
   static void forward(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, T* out,
@@ -79,10 +83,11 @@ Results forward(const Tensor& x_in, const Tensor& weight_in, const std::optional
   const Geometry g = Convolution::geometry(x_in, weight_in, stride, padding, replicate);
   if (materialize) check_materialize(weight_in, norm.has_value());
   STD_TORCH_CHECK(materialize || !residual_in.has_value(), "residual: expected none unless z is materialised");
-  const Residual residual(residual_in, residual_norm, x_in);
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
+  const bool kept = Convolution::keeps_features(g, x_in);
+  const Residual residual(residual_in, residual_norm, x_in, kept);
+  const Tensor x = read_features(x_in, kept), weight = contiguous_filters(widen(weight_in));
   const Tensor y = empty(x, g.out_shape()), z = materialize ? empty(x, x_in.sizes()) : empty(x, {0});
-  const auto [mean, var] = dispatch(x, [&](auto type) {
+  const auto [mean, var] = dispatch_features(x, [&](auto type) {
     using T = decltype(type);
     PrologueInput<T> input = normalization.input<T>(x);
     residual.add_to(input);
@@ -110,23 +115,24 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& 
                    const std::optional<Tensor>& residual_norm, const std::string& activation, int64_t stride,
                    int64_t padding, int64_t replicate, bool has_residual, bool need_input, bool need_weight) {
   const Normalization normalization("norm", x_in, norm, activation);
-  const OutputGradient output(grad_y, grad_mean, grad_var, y_in, y_mean);
   check_kind("x", x_in, y_in);
   check_kind("weight", weight_in, x_in);
   const Geometry g = Convolution::geometry(x_in, weight_in, stride, padding, replicate);
+  const bool kept = Convolution::keeps_features(g, x_in);
+  const OutputGradient output(grad_y, grad_mean, grad_var, y_in, y_mean, kept);
   check_shape("y", y_in, g.out_shape());
   const bool materialized = z_in.has_value();
   STD_TORCH_CHECK(materialized == grad_z_in.has_value(), "grad_z: expected with z");
   STD_TORCH_CHECK(materialized || !(has_residual || residual_in.has_value()), "residual: expected none without z");
   STD_TORCH_CHECK(has_residual || !residual_norm.has_value(), "has_residual: expected true with residual_norm");
-  const Residual residual(residual_in, residual_norm, x_in);
+  const Residual residual(residual_in, residual_norm, x_in, kept);
   if (materialized) {
     check_materialize(weight_in, norm.has_value());
     check_like("z", *z_in, x_in);
     check_like("grad_z", *grad_z_in, x_in);
   }
-  const Tensor weight = contiguous_filters(widen(weight_in)), x = torch::stable::contiguous(widen(x_in));
-  const std::optional<Tensor> z = contiguous(widen(z_in)), grad_z = contiguous(widen(grad_z_in));
+  const Tensor weight = contiguous_filters(widen(weight_in)), x = read_features(x_in, kept);
+  const std::optional<Tensor> z = read_features(z_in, kept), grad_z = read_features(grad_z_in, kept);
   const bool need_norm = need_input && norm.has_value();
   const Tensor grad_x = need_input ? empty(x, x_in.sizes()) : empty(x, {0});
   const Tensor grad_weight = need_weight ? empty(weight, weight_in.sizes()) : empty(weight, {0});
@@ -134,7 +140,7 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& 
   const Tensor grad_residual = need_input && has_residual ? empty(x, x_in.sizes()) : empty(x, {0});
   const bool need_residual_norm = need_input && residual.norm.has_value();
   const Tensor grad_residual_norm = need_residual_norm ? empty(*norm, norm->sizes()) : empty(y_mean, {0});
-  dispatch(x, [&](auto type) {
+  dispatch_features(x, [&](auto type) {
     using T = decltype(type);
     PrologueInput<T> input = normalization.input<T>(x);
     residual.add_to(input);
@@ -150,7 +156,8 @@ Gradients backward(const Tensor& grad_y, const Tensor& grad_mean, const Tensor& 
     const T* const add_after = g.pointwise() ? nullptr : data<T>(grad_z);  // else the product adds it
     const auto normalize_backward = [&](int64_t branch, int64_t first, int64_t count) {
       const int64_t at = (branch * input.rows + first) * g.in_channels;
-      if (add_after != nullptr) kernels<T>().add_scaled(to_input + at, add_after + at, T(1), count * g.in_channels);
+      if (add_after != nullptr)
+        kernels<T>().add_scaled(to_input + at, add_after + at, Sum<T>(1), count * g.in_channels);
       NormRows<T> r = input.norm(branch, first, count);
       r.grad = to_input + at, r.y = materialized ? data<T>(*z) + at : nullptr;
       r.out = to_x + at, r.out_masked = to_residual != nullptr ? to_residual + at : nullptr;

@@ -8,10 +8,11 @@ Tensor branch_normalize(const Tensor& x_in, const Tensor& norm, const std::optio
                         const std::optional<Tensor>& residual_norm, const std::string& activation) {
   const Normalization normalization("norm", x_in, norm, activation);
   check_kind("x", x_in, x_in);
-  const Residual residual(residual_in, residual_norm, x_in);
-  const Tensor x = torch::stable::contiguous(widen(x_in));
+  const bool kept = keeps_bfloat16(x_in);
+  const Residual residual(residual_in, residual_norm, x_in, kept);
+  const Tensor x = read_features(x_in, kept);
   const Tensor y = empty(x, x_in.sizes());
-  dispatch(x, [&](auto type) {
+  dispatch_features(x, [&](auto type) {
     using T = decltype(type);
     PrologueInput<T> input = normalization.input<T>(x);
     residual.add_to(input);
@@ -34,15 +35,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> branch_normalize_backward(const Tenso
     check_shape(name, *t, {sizes.begin(), sizes.end()});
     check_kind(name, *t, x_in);
   }
-  const Residual residual(residual_in, residual_norm, x_in);
+  const bool kept = keeps_bfloat16(x_in);
+  const Residual residual(residual_in, residual_norm, x_in, kept);
   const bool activates = activation != "none", normalized = residual.norm.has_value();
   STD_TORCH_CHECK(has_residual || !normalized, "has_residual: expected true with residual_norm");
-  const Tensor grad = torch::stable::contiguous(widen(grad_in)), x = torch::stable::contiguous(widen(x_in));
-  const Tensor y = activates ? torch::stable::contiguous(widen(y_in)) : x;
+  const Tensor grad = read_features(grad_in, kept), x = read_features(x_in, kept);
+  const Tensor y = activates ? read_features(y_in, kept) : x;
   const Tensor grad_x = empty(x, sizes), grad_norm = empty(norm, norm.sizes());
   const Tensor grad_residual = has_residual && (activates || normalized) ? empty(x, sizes) : empty(x, {0});
   const Tensor grad_residual_norm = normalized ? empty(norm, norm.sizes()) : empty(norm, {0});
-  dispatch(x, [&](auto type) {
+  dispatch_features(x, [&](auto type) {
     using T = decltype(type);
     constexpr int64_t kRows = 512;
     PrologueInput<T> input = normalization.input<T>(x);

@@ -15,13 +15,13 @@ struct ExpandableGradient {
   bool expanded;
   Tensor values;
 
-  ExpandableGradient(const Tensor& grad, const PointwiseSizes& s)
+  ExpandableGradient(const Tensor& grad, const PointwiseSizes& s, bool kept)
       : pixels(s.x_shape[2] * s.x_shape[3]), channels(s.out), values(grad) {
     const auto strides = grad.strides();
     expanded = pixels > 1 && strides[2] == 0 && strides[3] == 0;
     for (const int64_t over : {2, 3})
       if (expanded) values = torch::stable::narrow(values, over, 0, 1);
-    values = torch::stable::contiguous(widen(values));
+    values = read_features(values, kept);
   }
 
   // Rows [at, at + count) over all branches and samples; expanded ones are written to `memory`.
@@ -34,14 +34,16 @@ struct ExpandableGradient {
   }
 };
 
+bool keeps_features(const PointwiseSizes& s, const Tensor& x) { return keeps_bfloat16(x, {s.in, s.out, s.next}); }
+
 // The residual, if there is one, with its own normalisation, if it has one.
 struct OutResidual {
   std::optional<Tensor> values;
   std::optional<Normalization> normalization;
 
   OutResidual(const std::optional<Tensor>& given, const std::optional<Tensor>& norm, const PointwiseSizes& s,
-              const Tensor& x)
-      : values(contiguous(widen(given))) {
+              const Tensor& x, bool kept)
+      : values(read_features(given, kept)) {
     STD_TORCH_CHECK(given.has_value() || !norm.has_value(), "residual_norm: expected with a residual");
     if (!given.has_value()) return;
     check_shape("residual", *given, s.shape(s.out));
@@ -92,16 +94,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
                                                    const std::optional<Tensor>& next_in) {
   const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in, next_in);
-  const OutResidual residual(residual_in, residual_norm, s, x_in);
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
+  const bool kept = keeps_features(s, x_in);
+  const OutResidual residual(residual_in, residual_norm, s, x_in, kept);
+  const Tensor x = read_features(x_in, kept), weight = contiguous_filters(widen(weight_in));
   const std::optional<Tensor> next = contiguous_filters(widen(next_in));
   const Folded folded(s, weight, contiguous_norm("out_norm", out_norm_in, x_in, s));
   const Tensor z = empty(x, s.shape(s.out)), y = empty(x, s.shape(s.next));
   const Tensor y_mean = empty(norm, {s.branches, s.next}), y_var = empty(norm, {s.branches, s.next});
-  dispatch(x, [&](auto type) {
+  dispatch_features(x, [&](auto type) {
     using T = decltype(type);
     const PrologueInput<T> input = normalization.input<T>(x), added = residual.input<T>();
-    const Clamp<T> clamp = Clamp<T>::named(out_activation);
+    const Clamp<Sum<T>> clamp = Clamp<Sum<T>>::named(out_activation);
     const PackedMatrices<T> project(folded.weight, false);
     std::optional<PackedMatrices<T>> expand;
     if (next.has_value()) expand.emplace(*next, false);
@@ -121,12 +124,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const Ten
       added.add_rows_after(ahead, s.branches, branch, first, count);
       add_rows_after(ahead, data<T>(z), total, s.out, at, count);
       if (expand) add_rows_after(ahead, data<T>(y), total, s.next, at, count);
-      project.multiply(branch, before, count, to, data<T>(folded.bias) + branch * s.out, add, clamp, &ahead);
+      project.multiply(branch, before, count, to, data<Sum<T>>(folded.bias) + branch * s.out, add, clamp, &ahead);
       if (!expand) return;
       expand->multiply(branch, to, count, next_to, nullptr, nullptr, {}, &ahead);
       moments.add(branch, task % blocks, next_to, count);
     });
-    moments.finish(mutable_data<T>(y_mean), mutable_data<T>(y_var));
+    moments.finish(mutable_data<Sum<T>>(y_mean), mutable_data<Sum<T>>(y_var));
   });
   const ScalarType dtype = x_in.scalar_type();
   return {round_to(z, dtype), round_to(y, dtype), y_mean, y_var};
@@ -143,17 +146,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const std::optional<Tensor>& next_in, bool has_residual) {
   const Normalization normalization("norm", x_in, norm, activation);
   const PointwiseSizes s(x_in, weight_in, next_in);
-  const OutputGradient next_output(grad_y, grad_mean, grad_var, y_in, y_mean);
+  const bool kept = keeps_features(s, x_in);
+  const OutputGradient next_output(grad_y, grad_mean, grad_var, y_in, y_mean, kept);
   check_shape("y", y_in, s.shape(s.next));
   for (const auto& [name, t] : {std::pair{"z", &z_in}, {"grad_z", &grad_z_in}}) {
     check_shape(name, *t, s.shape(s.out));
     check_kind(name, *t, x_in);
   }
-  const Tensor x = torch::stable::contiguous(widen(x_in)), weight = contiguous_filters(widen(weight_in));
-  const Tensor z = torch::stable::contiguous(widen(z_in));
-  const ExpandableGradient grad_z(grad_z_in, s);
+  const Tensor x = read_features(x_in, kept), weight = contiguous_filters(widen(weight_in));
+  const Tensor z = read_features(z_in, kept);
+  const ExpandableGradient grad_z(grad_z_in, s, kept);
   STD_TORCH_CHECK(has_residual || !residual_in.has_value(), "residual: expected none");
-  const OutResidual residual(residual_in, residual_norm, s, x_in);
+  const OutResidual residual(residual_in, residual_norm, s, x_in, kept);
   const std::optional<Tensor> next = contiguous_filters(widen(next_in));
   const Tensor out_norm = contiguous_norm("out_norm", out_norm_in, x_in, s);
   const Folded folded(s, weight, out_norm);
@@ -161,8 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor grad_norm = empty(norm, norm.sizes()), grad_out_norm = empty(norm, out_norm.sizes());
   const Tensor grad_residual = has_residual ? empty(x, s.shape(s.out)) : empty(x, {0});
   const Tensor grad_residual_norm = residual.normalized() ? empty(norm, out_norm.sizes()) : empty(norm, {0});
-  const Tensor grad_next = next.has_value() ? empty(x, next_in->sizes()) : empty(x, {0});
-  dispatch(x, [&](auto type) {
+  const Tensor grad_next = next.has_value() ? empty(weight, next_in->sizes()) : empty(weight, {0});
+  dispatch_features(x, [&](auto type) {
     using T = decltype(type);
     const PrologueInput<T> input = normalization.input<T>(x), added = residual.input<T>();
     const PrologueInput<T> grad_y_input = next_output.input<T>();
@@ -175,16 +179,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                          s.rows * s.branches * s.out * int64_t(sizeof(T)) >= kStreamBytes;
     const T* const grad_z_rows = grad_z.expanded ? nullptr : data<T>(grad_z.values);
     const int64_t size = s.in * s.out, next_size = s.next * s.out;
-    const Tensor products = empty(x, {s.branches * partition.tasks, size});  // sum s m^T, [in][out]
-    const Tensor next_products = empty(x, {s.branches * partition.tasks, next_size});
+    const Tensor products = empty(weight, {s.branches * partition.tasks, size});  // sum s m^T, [in][out]
+    const Tensor next_products = empty(weight, {s.branches * partition.tasks, next_size});
     ChannelSums<T> sums(s.branches, partition.blocks, s.in), out_sums(s.branches, partition.blocks, s.out);
     ChannelSums<T> residual_sums(s.branches, residual.normalized() ? partition.blocks : 0, s.out);
     parallel_tasks(s.branches * partition.tasks, [&](int64_t task) {
       const int64_t branch = task / partition.tasks;
-      T* const product = mutable_data<T>(products) + task * size;
-      T* const next_product = mutable_data<T>(next_products) + task * next_size;
-      std::fill(product, product + size, T(0));
-      std::fill(next_product, next_product + next_size, T(0));
+      Sum<T>* const product = mutable_data<Sum<T>>(products) + task * size;
+      Sum<T>* const next_product = mutable_data<Sum<T>>(next_products) + task * next_size;
+      std::fill(product, product + size, Sum<T>(0));
+      std::fill(next_product, next_product + next_size, Sum<T>(0));
       partition.for_each_block(task % partition.tasks, [&](int64_t block, int64_t first, int64_t count) {
         const int64_t at = branch * s.rows + first;
         const T* rows = data<T>(z) + at * s.out;
@@ -208,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         T* const to_residual = has_residual ? mutable_data<T>(grad_residual) + at * s.out : nullptr;
         T* const masked = has_residual && !streams && !residual.normalized() ? to_residual : memory;
         NormRows<T> r{};
-        r.grad = grad, r.y = rows, r.out = masked, r.clamp = Clamp<T>::named(out_activation);
+        r.grad = grad, r.y = rows, r.out = masked, r.clamp = Clamp<Sum<T>>::named(out_activation);
         r.streamed = streams ? to_residual : nullptr, r.count = count, r.channels = s.out;
         out_sums.add(branch, block, r, kernels<T>().mask);
         if (residual.normalized()) {
@@ -230,31 +234,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     out_sums.finish_norm(out_norm, grad_out_norm);  // but for the scale, which the products give
     if (residual.normalized()) residual_sums.finish_norm(*residual.normalization->norm, grad_residual_norm);
     parallel_tasks(s.branches, [&](int64_t branch) {
-      T* const product = mutable_data<T>(products) + branch * partition.tasks * size;
-      T* const next_product = mutable_data<T>(next_products) + branch * partition.tasks * next_size;
+      Sum<T>* const product = mutable_data<Sum<T>>(products) + branch * partition.tasks * size;
+      Sum<T>* const next_product = mutable_data<Sum<T>>(next_products) + branch * partition.tasks * next_size;
       for (int64_t task = 1; task < partition.tasks; ++task) {
-        kernels<T>().add_scaled(product, product + task * size, T(1), size);
-        kernels<T>().add_scaled(next_product, next_product + task * next_size, T(1), next_size);
+        kernels<Sum<T>>().add_scaled(product, product + task * size, Sum<T>(1), size);
+        kernels<Sum<T>>().add_scaled(next_product, next_product + task * next_size, Sum<T>(1), next_size);
       }
       if (next.has_value())
-        std::copy(next_product, next_product + next_size, mutable_data<T>(grad_next) + branch * next_size);
-      const T* const w = data<T>(weight) + branch * branch_stride;
-      const T* const mean = norm_row<T>(out_norm, kMean) + branch * s.out;
-      const T* const scale = norm_row<T>(out_norm, kScale) + branch * s.out;
-      const T* const grad_shift = norm_row<T>(grad_out_norm, kShift) + branch * s.out;
-      T* const to = mutable_data<T>(grad_weight) + branch * size;
-      T* const to_scale = mutable_data<T>(grad_out_norm) + (kScale * s.branches + branch) * s.out;
+        std::copy(next_product, next_product + next_size, mutable_data<Sum<T>>(grad_next) + branch * next_size);
+      const Sum<T>* const w = data<Sum<T>>(weight) + branch * branch_stride;
+      const Sum<T>* const mean = norm_row<Sum<T>>(out_norm, kMean) + branch * s.out;
+      const Sum<T>* const scale = norm_row<Sum<T>>(out_norm, kScale) + branch * s.out;
+      const Sum<T>* const grad_shift = norm_row<Sum<T>>(grad_out_norm, kShift) + branch * s.out;
+      Sum<T>* const to = mutable_data<Sum<T>>(grad_weight) + branch * size;
+      Sum<T>* const to_scale = mutable_data<Sum<T>>(grad_out_norm) + (kScale * s.branches + branch) * s.out;
       constexpr int64_t kColumns = 16;  // transposed at once, within the first cache
       for (int64_t c0 = 0; c0 < s.out; c0 += kColumns) {
         const int64_t end = std::min(c0 + kColumns, s.out);
         double sums[kColumns] = {};
         for (int64_t k = 0; k < s.in; ++k)
           for (int64_t c = c0; c < end; ++c) {
-            const T value = product[k * s.out + c];
+            const Sum<T> value = product[k * s.out + c];
             sums[c - c0] += double(value) * double(w[c * row_stride + k]);
             to[c * s.in + k] = value * scale[c];
           }
-        for (int64_t c = c0; c < end; ++c) to_scale[c] = T(sums[c - c0] - double(mean[c]) * double(grad_shift[c]));
+        for (int64_t c = c0; c < end; ++c) to_scale[c] = Sum<T>(sums[c - c0] - double(mean[c]) * double(grad_shift[c]));
       }
     });
   });

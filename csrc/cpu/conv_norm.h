@@ -24,8 +24,8 @@ struct Normalization {
   PrologueInput<T> input(const Tensor& x) const {
     PrologueInput<T> input{data<T>(x), x.size(1) * x.size(2) * x.size(3), x.size(4)};
     if (!norm.has_value()) return input;
-    input.mean = norm_row<T>(*norm, kMean), input.scale = norm_row<T>(*norm, kScale);
-    input.shift = norm_row<T>(*norm, kShift), input.clamp = Clamp<T>::named(activation);
+    input.mean = norm_row<Sum<T>>(*norm, kMean), input.scale = norm_row<Sum<T>>(*norm, kScale);
+    input.shift = norm_row<Sum<T>>(*norm, kShift), input.clamp = Clamp<Sum<T>>::named(activation);
     return input;
   }
 };
@@ -34,8 +34,8 @@ struct Normalization {
 struct Residual {
   std::optional<Tensor> values, norm;
 
-  Residual(const std::optional<Tensor>& given, const std::optional<Tensor>& norm_in, const Tensor& x)
-      : values(contiguous(widen(given))), norm(contiguous(norm_in)) {
+  Residual(const std::optional<Tensor>& given, const std::optional<Tensor>& norm_in, const Tensor& x, bool kept)
+      : values(read_features(given, kept)), norm(contiguous(norm_in)) {
     STD_TORCH_CHECK(given.has_value() || !norm.has_value(), "residual_norm: expected with a residual");
     if (given.has_value()) {
       const auto sizes = x.sizes();
@@ -49,8 +49,8 @@ struct Residual {
   void add_to(PrologueInput<T>& input) const {
     input.add = data<T>(values);
     if (!norm.has_value()) return;
-    input.add_mean = norm_row<T>(*norm, kMean), input.add_scale = norm_row<T>(*norm, kScale);
-    input.add_shift = norm_row<T>(*norm, kShift);
+    input.add_mean = norm_row<Sum<T>>(*norm, kMean), input.add_scale = norm_row<Sum<T>>(*norm, kScale);
+    input.add_shift = norm_row<Sum<T>>(*norm, kShift);
   }
 };
 
@@ -60,9 +60,9 @@ struct OutputGradient {
   Tensor grad, y, mean, slope, offset;
 
   OutputGradient(const Tensor& grad_in, const Tensor& grad_mean_in, const Tensor& grad_var_in, const Tensor& y_in,
-                 const Tensor& y_mean)
-      : grad(torch::stable::contiguous(widen(grad_in))),
-        y(torch::stable::contiguous(widen(y_in))),
+                 const Tensor& y_mean, bool kept)
+      : grad(read_features(grad_in, kept)),
+        y(read_features(y_in, kept)),
         mean(torch::stable::contiguous(y_mean)),
         slope(empty(mean, mean.sizes())),
         offset(empty(mean, mean.sizes())) {
@@ -75,7 +75,7 @@ struct OutputGradient {
          {std::pair{"y_mean", &y_mean}, {"grad_mean", &grad_mean_in}, {"grad_var", &grad_var_in}})
       check_statistics(name, *t, y_in, {y_in.size(0), y_in.size(4)});
     const Tensor grad_mean = torch::stable::contiguous(grad_mean_in), grad_var = torch::stable::contiguous(grad_var_in);
-    dispatch(y, [&](auto type) {
+    dispatch(mean, [&](auto type) {
       using T = decltype(type);
       const T rows = T(std::max<int64_t>(y.size(1) * y.size(2) * y.size(3), 1));
       const T *from_mean = data<T>(grad_mean), *from_var = data<T>(grad_var);
@@ -88,7 +88,8 @@ struct OutputGradient {
   template <typename T>
   PrologueInput<T> input() const {
     const int64_t rows = y.size(1) * y.size(2) * y.size(3);
-    return {data<T>(y), rows, y.size(4), data<T>(mean), data<T>(slope), data<T>(offset), data<T>(grad), {}};
+    return {data<T>(y),           rows,          y.size(4), data<Sum<T>>(mean), data<Sum<T>>(slope),
+            data<Sum<T>>(offset), data<T>(grad), {}};
   }
 };
 
@@ -96,12 +97,13 @@ struct OutputGradient {
 template <typename T, typename F>
 std::tuple<Tensor, Tensor> statistics(const Geometry& g, const Tensor& y, int64_t block, const F& convolve) {
   const int64_t rows = g.batch * g.out_pixels();
-  const Tensor mean = empty(y, {g.branches, g.out_channels}), var = empty(y, {g.branches, g.out_channels});
+  const std::vector<int64_t> shape = {g.branches, g.out_channels};
+  const Tensor mean = empty(y, shape, kScalarType<Sum<T>>), var = empty(y, shape, kScalarType<Sum<T>>);
   Moments<T> moments(g.branches, ceil_div(rows, block), g.out_channels);
   convolve([&](int64_t branch, int64_t first, int64_t count) {
     moments.add(branch, first / block, data<T>(y) + (branch * rows + first) * g.out_channels, count);
   });
-  moments.finish(mutable_data<T>(mean), mutable_data<T>(var));
+  moments.finish(mutable_data<Sum<T>>(mean), mutable_data<Sum<T>>(var));
   return {mean, var};
 }
 

@@ -27,12 +27,35 @@ auto dispatch(const Tensor& t, const F& f) {
   return t.scalar_type() == ScalarType::Float ? f(float{}) : f(double{});
 }
 
-// bfloat16 is computed in float32: widened on entry, rounded once on exit.
+template <typename T>
+constexpr ScalarType kScalarType = std::is_same_v<T, double>  ? ScalarType::Double
+                                   : std::is_same_v<T, float> ? ScalarType::Float
+                                                              : ScalarType::BFloat16;
+
+// The same, and f(bfloat16{}).
+template <typename F>
+auto dispatch_features(const Tensor& t, const F& f) {
+  return t.scalar_type() == ScalarType::BFloat16 ? f(bfloat16{}) : dispatch(t, f);
+}
+
+// Whether a training op keeps bfloat16 features as they are, instead of widening them: all products have even numbers
+// of channels, and the processor multiplies bfloat16.
+inline bool keeps_bfloat16(const Tensor& x, std::initializer_list<int64_t> channels = {}) {
+  return x.scalar_type() == ScalarType::BFloat16 && multiplies_bfloat16() &&
+         std::all_of(channels.begin(), channels.end(), [](int64_t c) { return c % kTerms<bfloat16> == 0; });
+}
+
+// Elsewhere bfloat16 is computed in float32: widened on entry, rounded once on exit.
 inline Tensor widen(const Tensor& t) {
   return t.scalar_type() == ScalarType::BFloat16 ? torch::stable::to(t, ScalarType::Float) : t;
 }
 inline std::optional<Tensor> widen(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(widen(*t)) : std::nullopt;
+}
+// Features as an op reads them: bfloat16 stays as it is if `kept`.
+inline Tensor read_features(const Tensor& t, bool kept) { return torch::stable::contiguous(kept ? t : widen(t)); }
+inline std::optional<Tensor> read_features(const std::optional<Tensor>& t, bool kept) {
+  return t.has_value() ? std::optional<Tensor>(read_features(*t, kept)) : std::nullopt;
 }
 
 // The weight [branch][filter]... with the values of each filter contiguous. Branches and filters keep their strides, so

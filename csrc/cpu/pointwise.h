@@ -37,8 +37,8 @@ T** row_pointers(T* first, int64_t count, int64_t stride, int slot) {
   return rows;
 }
 
-// Packed matrices W [branch][out][in], whose rows are contiguous: `multiply` computes x W^T for rows x, or x W if
-// `transposed`.
+// Packed matrices W [branch][out][in] of type Sum<T>, whose rows are contiguous: `multiply` computes x W^T for rows x,
+// or x W if `transposed`.
 template <typename T>
 class PackedMatrices {
  public:
@@ -46,17 +46,17 @@ class PackedMatrices {
       : out_(matrices.size(transposed ? 2 : 1)),
         in_(matrices.size(transposed ? 1 : 2)),
         size_(ceil_div(out_, kPanel) * in_ * kPanel),
-        packed_(empty(matrices, {matrices.size(0), size_})) {
+        packed_(empty(matrices, {matrices.size(0), size_}, kScalarType<T>)) {
     const int64_t branch_stride = matrices.stride(0), row_stride = matrices.stride(1);
     parallel_tasks(matrices.size(0), [&](int64_t branch) {
-      pack(data<T>(matrices) + branch * branch_stride, out_, in_, 1, transposed ? 1 : row_stride,
+      pack(data<Sum<T>>(matrices) + branch * branch_stride, out_, in_, 1, transposed ? 1 : row_stride,
            transposed ? row_stride : 1, in_ * kPanel, mutable_data<T>(packed_) + branch * size_);
     });
   }
 
   // to = clamp(rows x matrix + bias + add); bias and add may be null.
-  void multiply(int64_t branch, const T* rows, int64_t count, T* to, const T* bias = nullptr, const T* add = nullptr,
-                Clamp<T> clamp = {}, PrefetchQueue<T>* ahead = nullptr) const {
+  void multiply(int64_t branch, const T* rows, int64_t count, T* to, const Sum<T>* bias = nullptr,
+                const T* add = nullptr, Clamp<Sum<T>> clamp = {}, PrefetchQueue<T>* ahead = nullptr) const {
     const Tap<T> tap{&rows, data<T>(packed_) + branch * size_, in_ * kPanel, in_, in_};
     const T* const* added = add != nullptr ? row_pointers(add, count, out_, 0) : nullptr;
     kernels<T>().gemm({&tap, 1, count, out_, row_pointers(to, count, out_, 1), bias, added, clamp, ahead});
@@ -76,11 +76,11 @@ class PackedMatrices {
 
 // sum[i][j] += over rows of left[i] * right[j]
 template <typename T>
-void add_outer(const T* left, int64_t left_channels, const T* right, int64_t right_channels, int64_t count, T* sum,
+void add_outer(const T* left, int64_t left_channels, const T* right, int64_t right_channels, int64_t count, Sum<T>* sum,
                PrefetchQueue<T>* ahead = nullptr) {
   const T* const* left_rows = row_pointers(left, count, left_channels, 0);
   const T* const* right_rows = row_pointers(right, count, right_channels, 1);
-  kernels<T>().outer({left_rows, right_rows, count, left_channels, right_channels, sum, ahead});
+  add_outer(left_rows, left_channels, right_rows, right_channels, count, sum, ahead);
 }
 
 // Sum of products in double, as several independent sums, which a processor adds in parallel.

@@ -42,18 +42,18 @@ void add_rows_after(PrefetchQueue<T>& queue, const T* feature_map, int64_t rows,
 
 // The feature map [branch][row][channel] that a convolution reads: x as it lies in memory or, with a normalisation,
 // clamp((x - mean) * scale + shift + add), computed where it is read; `add` may have a normalisation of its own.
-// Vectors are [branch][channel]. bfloat16 is never computed.
+// Vectors are [branch][channel].
 template <typename T>
 struct PrologueInput {
   const T* x;
   int64_t rows, channels;  // of a branch
-  const T* mean = nullptr;
-  const T* scale = nullptr;
-  const T* shift = nullptr;
+  const Sum<T>* mean = nullptr;
+  const Sum<T>* scale = nullptr;
+  const Sum<T>* shift = nullptr;
   const T* add = nullptr;
   Clamp<Sum<T>> clamp = {};
   T* store = nullptr;  // a feature map for the computed rows, or null; each row is then to be read once
-  const T *add_mean = nullptr, *add_scale = nullptr, *add_shift = nullptr;  // of `add`, or null
+  const Sum<T>*add_mean = nullptr, *add_scale = nullptr, *add_shift = nullptr;  // of `add`, or null
 
   bool computed() const { return mean != nullptr; }
 
@@ -68,23 +68,40 @@ struct PrologueInput {
 
   // Rows of a branch. Computed rows go to `store` or else to `memory`, [count][channels].
   const T* read(int64_t branch, int64_t first, int64_t count, T* memory) const {
-    if constexpr (std::is_same_v<T, Sum<T>>) {
-      if (computed()) return compute(branch, first, count, memory);
-    }
-    return x + (branch * rows + first) * channels;
-  }
-
-  const T* compute(int64_t branch, int64_t first, int64_t count, T* memory) const {
-    NormRows<T> r = norm(branch, first, count);
-    if (add_mean != nullptr) {
-      NormRows<T> added = added_norm(branch, first, count);
-      added.out = scratch<T>(9, count * channels);
-      kernels<T>().normalize(added);
-      r.add = added.out;
-    }
-    r.out = store != nullptr ? store + (branch * rows + first) * channels : memory;
+    const int64_t at = (branch * rows + first) * channels;
+    if (!computed()) return x + at;
+    NormRows<T> r = with_residual(branch, first, count);
+    r.out = store != nullptr ? store + at : memory;
     kernels<T>().normalize(r);
     return r.out;
+  }
+
+  // The same as float if they are bfloat16, for depthwise convolutions; not for `store`.
+  const Sum<T>* read_sums(int64_t branch, int64_t first, int64_t count, Sum<T>* memory) const {
+    if constexpr (std::is_same_v<T, Sum<T>>) {
+      return read(branch, first, count, memory);
+    } else {
+      const T* const from = x + (branch * rows + first) * channels;
+      if (!computed()) {
+        std::transform(from, from + count * channels, memory, to_sum<T>);
+        return memory;
+      }
+      NormRows<T> r = with_residual(branch, first, count);
+      r.out_sums = memory;
+      kernels<T>().normalize(r);
+      return memory;
+    }
+  }
+
+  // The normalisation, with a residual that is normalised already.
+  NormRows<T> with_residual(int64_t branch, int64_t first, int64_t count) const {
+    NormRows<T> r = norm(branch, first, count);
+    if (add_mean == nullptr) return r;
+    NormRows<T> added = added_norm(branch, first, count);
+    added.out = scratch<T>(9, count * channels);
+    kernels<T>().normalize(added);
+    r.add = added.out;
+    return r;
   }
 
   // The rows of `add` and their normalisation.
@@ -116,7 +133,7 @@ using RowsWritten = std::function<void(int64_t branch, int64_t first, int64_t co
 template <typename T>
 PrologueInput<T> in_memory(const PrologueInput<T>& input, int64_t branches, Tensor& hold) {
   if (!input.computed()) return input;
-  hold = empty(hold, {branches, input.rows, input.channels});
+  hold = empty(hold, {branches, input.rows, input.channels}, kScalarType<T>);
   input.write(branches, mutable_data<T>(hold));
   return {data<T>(hold), input.rows, input.channels};
 }
@@ -135,7 +152,7 @@ class ChannelSums {
     const auto next = [&](auto*& pointer) {
       if (pointer != nullptr) pointer += kSumRows * channels_;
     };
-    r.sums = partial_sum(branch, partial), r.partial = scratch<T>(6, 2 * channels_);
+    r.sums = partial_sum(branch, partial), r.partial = scratch<Sum<T>>(6, 2 * channels_);
     for (int64_t left = r.count; left > 0; left -= kSumRows) {
       r.count = std::min(kSumRows, left);
       kernel(r);
@@ -150,17 +167,17 @@ class ChannelSums {
   // Writes the gradient of `norm`, both [3][branch][channel], from the sums of g and of g (x - mean), where g is the
   // gradient of (x - mean) * scale + shift.
   void finish_norm(const Tensor& norm, const Tensor& grad_norm) {
-    const T* const scale = norm_row<T>(norm, kScale);
-    T* const out = mutable_data<T>(grad_norm);
+    const Sum<T>* const scale = norm_row<Sum<T>>(norm, kScale);
+    Sum<T>* const out = mutable_data<Sum<T>>(grad_norm);
     const int64_t size = branches_ * channels_;
     parallel_tasks(branches_, [&](int64_t branch) {
       std::vector<double> total(2 * channels_, 0.0);
       for (int64_t partial = 0; partial < partials_; ++partial)
         for (int64_t i = 0; i < 2 * channels_; ++i) total[i] += partial_sum(branch, partial)[i];
       for (int64_t c = 0, i = branch * channels_; c < channels_; ++c, ++i) {
-        const T grad_shift = T(total[c]);
+        const Sum<T> grad_shift = Sum<T>(total[c]);
         out[kMean * size + i] = -scale[i] * grad_shift;
-        out[kScale * size + i] = T(total[channels_ + c]);
+        out[kScale * size + i] = Sum<T>(total[channels_ + c]);
         out[kShift * size + i] = grad_shift;
       }
     });
@@ -184,15 +201,15 @@ class Moments : ChannelSums<T> {
   // Sums the rows of a partial sum, which is added once.
   void add(int64_t branch, int64_t partial, const T* rows, int64_t count) {
     const int64_t at = branch * this->partials_ + partial;
-    T* origin = origins_.data() + at * this->channels_;
-    std::copy(rows, rows + this->channels_, origin);
+    Sum<T>* origin = origins_.data() + at * this->channels_;
+    std::transform(rows, rows + this->channels_, origin, to_sum<T>);
     counts_[at] = count;
     NormRows<T> r{};
     r.x = rows, r.shift = origin, r.count = count, r.channels = this->channels_;
     ChannelSums<T>::add(branch, partial, r, kernels<T>().moments);
   }
 
-  void finish(T* mean, T* var) {
+  void finish(Sum<T>* mean, Sum<T>* var) {
     parallel_tasks(this->branches_, [&](int64_t branch) {
       const int64_t channels = this->channels_;
       std::vector<double> average(channels, 0.0), squares(channels, 0.0);
@@ -211,15 +228,15 @@ class Moments : ChannelSums<T> {
         before = both;
       }
       for (int64_t c = 0; c < channels; ++c) {
-        mean[branch * channels + c] = T(average[c]);
-        var[branch * channels + c] = T(std::max(squares[c] / std::max(before, 1.0), 0.0));  // an empty batch: 0
+        mean[branch * channels + c] = Sum<T>(average[c]);
+        var[branch * channels + c] = Sum<T>(std::max(squares[c] / std::max(before, 1.0), 0.0));  // an empty batch: 0
       }
     });
   }
 
  private:
   std::vector<int64_t> counts_;
-  std::vector<T> origins_;
+  std::vector<Sum<T>> origins_;
 };
 
 }  // namespace hne

@@ -132,7 +132,7 @@ void depthwise_input_row(const DepthwiseInputRow<T>& r) {
     constexpr int W = decltype(width)::value;
     for (int64_t ix = 0; ix < r.width; ++ix) {
       T* out = r.out + ix * r.channels + c;
-      Vec<T, W> sum = load<W>(out);
+      Vec<Sum<T>, W> sum = load<W>(out);
       for (int64_t kx = (ix + r.padding) % r.stride; kx < r.kernel_size; kx += r.stride) {
         const int64_t ox = (ix + r.padding - kx) / r.stride;
         if (ix + r.padding < kx || ox >= r.out_width) continue;

@@ -9,7 +9,7 @@
 namespace hne::HNE_ISA {
 
 template <typename T>
-void add_scaled(T* out, const T* x, T scale, int64_t count) {
+void add_scaled(T* out, const T* x, Sum<T> scale, int64_t count) {
   for_lanes<T>(count, [&](auto width, int64_t c) {
     constexpr int W = decltype(width)::value;
     store<W>(out + c, load<W>(out + c) + load<W>(x + c) * scale);

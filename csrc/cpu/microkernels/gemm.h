@@ -256,22 +256,22 @@ void gemm(const Gemm<T>& g) {
 // Computes sum[i][j] for ROWS left channels from i0 and VECTORS * W right channels from j0.
 template <typename T, int ROWS, int W, int VECTORS>
 void outer_tile(const Outer<T>& o, int64_t i0, int64_t j0, const T* prefetch, int64_t prefetch_stride) {
-  Vec<T, W> sum[ROWS][VECTORS] = {};
+  Vec<Sum<T>, W> sum[ROWS][VECTORS] = {};
   for (int64_t m = 0; m < o.count; ++m, prefetch += prefetch_stride) {
     __builtin_prefetch(prefetch, 0, 2);
-    const T* left = opaque(o.left[m] + i0);
-    const T* right = opaque(o.right[m] + j0);
-    Vec<T, W> r[VECTORS];
+    const T* left = opaque(o.left[m] + i0 * kTerms<T>);
+    const T* right = opaque(o.right[m] + j0 * kTerms<T>);
+    Terms<T, W> r[VECTORS];
 #pragma GCC unroll 16
-    for (int j = 0; j < VECTORS; ++j) r[j] = load<W>(right + j * W);
+    for (int j = 0; j < VECTORS; ++j) r[j] = load_terms<W>(right + j * W * kTerms<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const Vec<T, W> l = splat<W>(left[i]);
+      const Terms<T, W> l = splat_terms<W>(left + i * kTerms<T>);
 #pragma GCC unroll 16
-      for (int j = 0; j < VECTORS; ++j) sum[i][j] += l * r[j];
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = multiply_add<T, W>(l, r[j], sum[i][j]);
     }
   }
-  T* out = o.sum + i0 * o.right_channels + j0;
+  Sum<T>* out = o.sum + i0 * o.right_channels + j0;
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i, out += o.right_channels)
 #pragma GCC unroll 16
@@ -294,7 +294,7 @@ void outer_columns(const Outer<T>& o, int64_t j0) {
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t i0 = o.left_channels * tile / tiles, rows = o.left_channels * (tile + 1) / tiles - i0;
     const T* const prefetch = o.prefetch != nullptr ? o.prefetch->take(o.count * kLine<T>) : nullptr;
-    outer_rows<T, ROWS, W, VECTORS>(o, i0, rows, j0, prefetch != nullptr ? prefetch : o.sum,
+    outer_rows<T, ROWS, W, VECTORS>(o, i0, rows, j0, prefetch != nullptr ? prefetch : reinterpret_cast<const T*>(o.sum),
                                     prefetch != nullptr ? kLine<T> : 0);
   }
 }
@@ -312,6 +312,28 @@ void outer(const Outer<T>& o) {
     for_lanes<T>(
         o.right_channels,
         [&](auto width, int64_t c) { outer_columns<T, HNE_REGISTERS == 32 ? 16 : 8, width.value, 1>(o, c); }, j);
+}
+
+template <typename T>
+void pair_rows(const RowPairs<T>& p) {
+  static_assert(kTerms<T> <= 2);
+  if constexpr (kTerms<T> == 2) {
+    T* out = p.out;
+    for (int64_t m = 0; m < p.count; m += 2, out += 2 * p.channels)
+      for_lanes<T>(p.channels, [&](auto width, int64_t c) {
+        constexpr int W = decltype(width)::value;
+        const auto bits = [&](int64_t row) {
+          typename Lanes<uint16_t, W>::type values = {};
+          if (row < p.count) __builtin_memcpy(&values, p.rows[row] + c, sizeof values);
+          if constexpr (W == 1)
+            return uint32_t(values);
+          else
+            return __builtin_convertvector(values, typename Lanes<uint32_t, W>::type);
+        };
+        const auto pairs = bits(m) | bits(m + 1) << 16;
+        __builtin_memcpy(out + 2 * c, &pairs, sizeof pairs);
+      });
+  }
 }
 
 }  // namespace hne::HNE_ISA

@@ -2,6 +2,7 @@
 // Everything is row-major. A row is the channels of one pixel of one branch, contiguous in memory.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <type_traits>
 
@@ -21,6 +22,20 @@ using Sum = std::conditional_t<std::is_same_v<T, bfloat16>, float, T>;
 // Consecutive terms of a sum that are multiplied at once: a product of bfloat16 multiplies pairs of channels.
 template <typename T>
 constexpr int64_t kTerms = sizeof(Sum<T>) / sizeof(T);
+
+template <typename T>
+Sum<T> to_sum(T value) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return std::bit_cast<float>(uint32_t(value) << 16);
+  else
+    return value;
+}
+
+// The nearest bfloat16, and of two the even one; NaN stays NaN.
+inline bfloat16 to_bfloat16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return bfloat16(value == value ? rounded : bits >> 16 | 0x40);
+}
 
 // One term of a convolution: rows[m] times weight, which is [panel][depth / kTerms][kPanel][kTerms] with panels
 // panel_stride apart. The depth is a multiple of kTerms.
@@ -113,7 +128,8 @@ struct WinogradFilterGradient {
   T* out;
 };
 
-// sum[i][j] += sum over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights
+// sum[i][j] += sum over rows m of left[m][i] * right[m][j]: the gradient of a convolution's weights. A row of bfloat16
+// is a pair of rows, [channel][2].
 template <typename T>
 struct Outer {
   const T* const* left;
@@ -121,8 +137,16 @@ struct Outer {
   int64_t count;
   int64_t left_channels;
   int64_t right_channels;
-  T* sum;  // [left_channels][right_channels]
+  Sum<T>* sum;  // [left_channels][right_channels]
   PrefetchQueue<T>* prefetch = nullptr;
+};
+
+// out[m / kTerms][channel][m % kTerms] = rows[m][channel], with zeros for rows that are missing: what Outer reads.
+template <typename T>
+struct RowPairs {
+  const T* const* rows;
+  int64_t count, channels;
+  T* out;
 };
 
 // Rows of output pixels of a depthwise convolution. Output row y reads the input rows rows[y * stride + ky], zeros
@@ -143,9 +167,9 @@ struct DepthwiseRows {
 // out[ix] += sum over kx, ky of rows[ky][ox] * weight[ky][kx], ox * stride + kx = ix + padding.
 template <typename T>
 struct DepthwiseInputRow {
-  const T* const* rows;  // [kernel_size], null if no output row reads this input row
-  const T* weight;       // [kernel_size][kernel_size][channels]
-  T* out;                // [width][channels]
+  const Sum<T>* const* rows;  // [kernel_size], null if no output row reads this input row
+  const Sum<T>* weight;       // [kernel_size][kernel_size][channels]
+  T* out;                     // [width][channels]
   int64_t width, out_width, channels, kernel_size, stride, padding;
 };
 
@@ -163,19 +187,20 @@ struct DepthwiseWeightRow {
 template <typename T>
 struct NormRows {
   const T* x;
-  const T* mean;  // [channels], like the next two
-  const T* scale;
-  const T* shift;
-  const T* add;    // or null
-  Clamp<T> clamp;  // the activation
+  const Sum<T>* mean;  // [channels], like the next two
+  const Sum<T>* scale;
+  const Sum<T>* shift;
+  const T* add;         // or null
+  Clamp<Sum<T>> clamp;  // the activation
   T* out;
+  Sum<T>* out_sums;  // of bfloat16 only, or null: the normalised rows as float, instead of `out`
   // Backward:
-  const T* grad;  // gradient of the output
-  const T* y;     // the output: the activation's gradient is 0 where y is an end of the clamp; null: y is recomputed
-  T* out_masked;  // gradient of the activation's input, or null
-  T* streamed;    // non-temporal copy of the masked gradient, in rows of whole cache lines, or null
-  double* sums;   // [2][channels], accumulated into
-  T* partial;     // [2][channels] of scratch memory
+  const T* grad;    // gradient of the output
+  const T* y;       // the output: the activation's gradient is 0 where y is an end of the clamp; null: y is recomputed
+  T* out_masked;    // gradient of the activation's input, or null
+  T* streamed;      // non-temporal copy of the masked gradient, in rows of whole cache lines, or null
+  double* sums;     // [2][channels], accumulated into
+  Sum<T>* partial;  // [2][channels] of scratch memory
   int64_t count, channels;
 };
 
@@ -190,22 +215,29 @@ struct DistillSample {
   double alpha, temperature, batch;
 };
 
+// Kernels that read or write feature maps of any type.
 template <typename T>
-struct Kernels {
+struct FeatureKernels {
   void (*gemm)(const Gemm<T>&);
   void (*outer)(const Outer<T>&);
+  void (*pair_rows)(const RowPairs<T>&);
   void (*depthwise_rows)(const DepthwiseRows<T>&);
   void (*depthwise_input_row)(const DepthwiseInputRow<T>&);
-  void (*depthwise_weight_row)(const DepthwiseWeightRow<T>&);
   void (*normalize)(const NormRows<T>&);
   void (*normalize_backward)(const NormRows<T>&);
   void (*mask)(const NormRows<T>&);                                           // the gradient of the activation
   void (*moments)(const NormRows<T>&);                                        // sums of x - shift and of its squares
   void (*mean_rows)(const T* rows, int64_t count, int64_t channels, T* out);  // out[c] = mean over m of rows[m][c]
+  void (*add_scaled)(T* out, const T* x, Sum<T> scale, int64_t count);        // out += scale * x
+};
+
+// Depthwise convolutions of bfloat16 read float: their features are converted, or normalised, when they are read.
+template <typename T>
+struct Kernels : FeatureKernels<T> {
+  void (*depthwise_weight_row)(const DepthwiseWeightRow<T>&);
   void (*max_of_rows)(const T* const* rows, int64_t count, int64_t channels, T* out);
   void (*sum_of_rows)(const T* const* rows, int64_t count, int64_t channels, T scale, T* out);
   void (*transpose_panel)(const T* in, int64_t stride, int64_t depth, T* out);  // out[k][n] = in[n * stride + k]
-  void (*add_scaled)(T* out, const T* x, T scale, int64_t count);               // out += scale * x
   void (*store_scaled)(T* out, const T* x, T scale, int64_t count);             // out = scale * x
   void (*winograd_input)(const WinogradInput<T>&);
   void (*winograd_output)(const WinogradOutput<T>&);
@@ -214,13 +246,8 @@ struct Kernels {
   double (*distill_sample)(const DistillSample<T>&);  // returns the sample's loss
 };
 
-// What inference needs. Depthwise convolutions read float: features stay in it until a product reads them.
 template <>
-struct Kernels<bfloat16> {
-  void (*gemm)(const Gemm<bfloat16>&);
-  void (*depthwise_rows)(const DepthwiseRows<bfloat16>&);
-  void (*mean_rows)(const bfloat16* rows, int64_t count, int64_t channels, bfloat16* out);
-};
+struct Kernels<bfloat16> : FeatureKernels<bfloat16> {};
 
 namespace portable {
 template <typename T>

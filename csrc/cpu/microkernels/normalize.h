@@ -26,12 +26,12 @@ HNE_INLINE void for_blocks(const NormRows<T>& r, const F& f) {
 // call are few, and summed in T.
 template <typename T, typename F>
 HNE_INLINE void sum_rows(const NormRows<T>& r, const F& f) {
-  T* const sums = r.partial;
-  T* const products = r.partial + r.channels;
-  for (int64_t c = 0; c < 2 * r.channels; ++c) r.partial[c] = T(0);
+  Sum<T>* const sums = r.partial;
+  Sum<T>* const products = r.partial + r.channels;
+  for (int64_t c = 0; c < 2 * r.channels; ++c) r.partial[c] = Sum<T>(0);
   for_blocks<T>(r, [&](auto width, int64_t c, int64_t first, int64_t last) {
     constexpr int W = decltype(width)::value;
-    Vec<T, W> sum = load<W>(sums + c), product = load<W>(products + c);
+    Vec<Sum<T>, W> sum = load<W>(sums + c), product = load<W>(products + c);
     for (int64_t m = first; m < last; ++m) f(width, c, m, sum, product);
     store<W>(sums + c, sum);
     store<W>(products + c, product);
@@ -45,7 +45,7 @@ void moments(const NormRows<T>& rows) {
   const NormRows<T> r = rows;
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& square) {
     constexpr int W = decltype(width)::value;
-    const Vec<T, W> x = load<W>(r.x + m * r.channels + c) - load<W>(r.shift + c);
+    const Vec<Sum<T>, W> x = load<W>(r.x + m * r.channels + c) - load<W>(r.shift + c);
     if (r.out != nullptr) store<W>(r.out + m * r.channels + c, x);
     sum += x;
     square += x * x;
@@ -60,14 +60,21 @@ void normalize(const NormRows<T>& rows) {
   for (int64_t m = 0, row = 0; m < r.count; ++m, row += r.channels)
     for_lanes<T>(r.channels, [&](auto width, int64_t c) {
       constexpr int W = decltype(width)::value;
-      const Vec<T, W> mean = load<W>(r.mean + c), scale = load<W>(r.scale + c), shift = load<W>(r.shift + c);
+      const Vec<Sum<T>, W> mean = load<W>(r.mean + c), scale = load<W>(r.scale + c), shift = load<W>(r.shift + c);
       __builtin_prefetch(r.x + row + c + kAhead);
-      Vec<T, W> v = (load<W>(r.x + row + c) - mean) * scale + shift;
+      Vec<Sum<T>, W> v = (load<W>(r.x + row + c) - mean) * scale + shift;
       if (r.add != nullptr) {
         __builtin_prefetch(r.add + row + c + kAhead);
         v += load<W>(r.add + row + c);
       }
-      store<W>(r.out + row + c, clamp(v, r.clamp));
+      v = clamp(v, r.clamp);
+      if constexpr (kTerms<T> > 1) {
+        if (r.out_sums != nullptr) {
+          store<W>(r.out_sums + row + c, v);
+          return;
+        }
+      }
+      store<W>(r.out + row + c, v);
     });
 }
 
@@ -87,7 +94,7 @@ void mask(const NormRows<T>& rows) {
     constexpr int W = decltype(width)::value;
     const int64_t at = m * r.channels + c;
     __builtin_prefetch(r.grad + at + kAhead);
-    Vec<T, W> masked = load<W>(r.grad + at);
+    Vec<Sum<T>, W> masked = load<W>(r.grad + at);
     if (r.clamp.active()) {
       __builtin_prefetch(r.y + at + kAhead);
       masked = masked_by(masked, load<W>(r.y + at), r.clamp);
@@ -109,10 +116,10 @@ void normalize_backward(const NormRows<T>& rows) {
     const int64_t at = m * r.channels + c;
     __builtin_prefetch(r.x + at + kAhead);
     __builtin_prefetch(r.grad + at + kAhead);
-    const Vec<T, W> apart = load<W>(r.x + at) - load<W>(r.mean + c), scale = load<W>(r.scale + c);
-    Vec<T, W> masked = load<W>(r.grad + at);
+    const Vec<Sum<T>, W> apart = load<W>(r.x + at) - load<W>(r.mean + c), scale = load<W>(r.scale + c);
+    Vec<Sum<T>, W> masked = load<W>(r.grad + at);
     if (r.clamp.active()) {
-      const Vec<T, W> y = r.y != nullptr ? load<W>(r.y + at) : apart * scale + load<W>(r.shift + c);
+      const Vec<Sum<T>, W> y = r.y != nullptr ? load<W>(r.y + at) : apart * scale + load<W>(r.shift + c);
       masked = masked_by(masked, y, r.clamp);
     }
     if (r.out_masked != nullptr) store<W>(r.out_masked + at, masked);

@@ -102,6 +102,15 @@ HNE_INLINE Terms<T, W> splat_terms(const T* p) {
   }
 }
 
+// The upper bfloat16 of each pair.
+template <int W>
+HNE_INLINE Vec<float, W> upper_bfloat16(Vec<uint32_t, W> pairs) {
+  pairs = pairs & 0xffff0000;
+  Vec<float, W> values;
+  __builtin_memcpy(&values, &pairs, sizeof values);
+  return values;
+}
+
 template <typename T, int W>
 HNE_INLINE Vec<Sum<T>, W> multiply_add(Terms<T, W> x, Terms<T, W> w, Vec<Sum<T>, W> sum) {
   if constexpr (kTerms<T> == 1) return sum + x * w;
@@ -109,18 +118,17 @@ HNE_INLINE Vec<Sum<T>, W> multiply_add(Terms<T, W> x, Terms<T, W> w, Vec<Sum<T>,
   if constexpr (kTerms<T> == 2 && W == 16) return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
 #endif
   if constexpr (kTerms<T> == 2) {
-    typedef Vec<float, W> Floats;
-    sum += (Floats)(x << 16) * (Floats)(w << 16);
-    return sum + (Floats)(x & 0xffff0000) * (Floats)(w & 0xffff0000);
+    sum += upper_bfloat16<W>(x << 16) * upper_bfloat16<W>(w << 16);
+    return sum + upper_bfloat16<W>(x) * upper_bfloat16<W>(w);
   }
 }
 
 // Non-temporal store where a vector is a whole cache line (AVX-512), else an ordinary store: for memory that is not
 // read soon, so that writing it neither reads it first nor evicts other data.
 template <int W, typename T>
-HNE_INLINE void stream(T* p, Vec<T, W> v) {
+HNE_INLINE void stream(T* p, Vec<Sum<T>, W> v) {
 #if HNE_VECTOR_BYTES == 64
-  if constexpr (sizeof v == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+  if constexpr (sizeof v == 64 && sizeof(T) >= 4) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
 #endif
   store<W>(p, v);
 }

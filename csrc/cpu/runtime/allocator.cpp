@@ -124,16 +124,20 @@ std::atomic<bool> poisoned = false;
 
 }  // namespace
 
-Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  size_t bytes = like.element_size();
+Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> type_in) {
+  const ScalarType type = type_in.value_or(like.scalar_type());
+  size_t bytes = !type_in.has_value()           ? like.element_size()
+                 : type == ScalarType::BFloat16 ? 2
+                 : type == ScalarType::Float    ? 4
+                                                : 8;
   for (const int64_t size : sizes) bytes *= size_t(size);
-  if (!kReuse || bytes < kMinBytes) return torch::stable::new_empty(like, sizes);
+  if (!kReuse || bytes < kMinBytes) return torch::stable::new_empty(like, sizes, type);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
   void* values = pool().allocate(bytes);
   if (poisoned) std::memset(values, 0xff, bytes);  // NaN in every floating-point type
   return torch::stable::from_blob(
-      values, sizes, strides, like.device(), like.scalar_type(), +[](void* values) { pool().free(values); });
+      values, sizes, strides, like.device(), type, +[](void* values) { pool().free(values); });
 }
 
 void poison_memory(bool value) { poisoned = value; }
