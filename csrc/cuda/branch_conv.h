@@ -81,11 +81,12 @@ Tensor convolve(const Device& device, const Geometry& g, const Tensor& x_in, con
   Tensor out = torch::stable::new_empty(x, g.out_shape());
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    const Tensor filters = taps_first(device, weight, g);
+    const TapsFirst filters = taps_first(device, weight, g);
     const Convolution<T> d{.s = Shape(g),
                            .x = data<T>(x),
                            .normalization = normalization,
-                           .filters = data<T>(filters),
+                           .filters = data<T>(filters.values),
+                           .strides = filters.strides,
                            .bias = data<T>(bias),
                            .out = mutable_data<T>(out)};
     Kind::forward(device, d, moments);
@@ -102,10 +103,11 @@ Tensor input_gradient(const Device& device, const Geometry& g, const OutputGradi
   Tensor out = torch::stable::new_empty(output.grad, {g.parents, g.batch, g.height, g.width, g.in_channels});
   dispatch(out, [&](auto type) {
     using T = decltype(type);
-    const Tensor filters = taps_first(device, weight, g);
+    const TapsFirst filters = taps_first(device, weight, g);
     const InputGradient<T> d{.s = Shape(g),
                              .output = output.operands<T>(),
-                             .filters = data<T>(filters),
+                             .filters = data<T>(filters.values),
+                             .strides = filters.strides,
                              .x = data<T>(x),
                              .normalization = normalization,
                              .out = mutable_data<T>(out)};

@@ -173,8 +173,8 @@ struct DenseInputGradient : GemmProblem<T, T> {
       const Shape& s = p.d.s;
       const Term t = p.term(w, k);
       const int ky = w.first_y + t.tap_y * s.stride, kx = w.first_x + t.tap_x * s.stride;
-      const int64_t filter = int64_t(t.branch) * s.taps() + ky * s.kernel_size + kx;
-      return (filter * s.out_channels + t.channel) * s.in_channels;
+      const int64_t tap = ky * s.kernel_size + kx;
+      return t.branch * p.d.strides.branch + (tap * s.out_channels + t.channel) * p.d.strides.out;
     }
     HNE_DEVICE const T* at(const Row& row, Depth depth) const { return row.filter + depth; }
   };

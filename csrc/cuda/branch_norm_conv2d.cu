@@ -64,9 +64,12 @@ struct SumResults {
     ChannelReduction sums(x, g.parents, g.in_channels), residual_sums(x, g.parents, g.in_channels);
     dispatch(x, [&](auto type) {
       using T = decltype(type);
-      const Tensor filters = taps_first(device, weight, g);
-      const InputGradient<T> d{
-          .s = Shape(g), .output = output.operands<T>(), .filters = data<T>(filters), .out = nullptr};
+      const TapsFirst filters = taps_first(device, weight, g);
+      const InputGradient<T> d{.s = Shape(g),
+                               .output = output.operands<T>(),
+                               .filters = data<T>(filters.values),
+                               .strides = filters.strides,
+                               .out = nullptr};
       const NormalizedSum<T> sum{.normalization = normalization,
                                  .x = data<T>(x),
                                  .z = normalization.range.active() ? data<T>(z) : nullptr,

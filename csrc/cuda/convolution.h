@@ -6,6 +6,12 @@
 
 namespace hne {
 
+// Distances in dense filters [branch][tap][out][in]: from one branch to the next, and from one output channel to the
+// next. Filters of one tap may be a slice of more channels.
+struct FilterStrides {
+  int64_t branch = 0, out = 0;
+};
+
 // out = activation(conv(normalization(x), weight) + bias). Filters are [branch][tap][out][in], or depthwise
 // [branch][tap][channel].
 template <typename T>
@@ -15,11 +21,13 @@ struct Convolution {
   const T* x;
   Normalization normalization = {};
   const T* filters;
-  const T* bias = nullptr;  // [branch][out_channels] or null
+  FilterStrides strides = {};  // of dense filters that are not packed
+  const T* bias = nullptr;     // [branch][out_channels] or null
   T* out;
 
   bool vectors() const {
-    return whole_vectors<T>({s.in_channels, s.out_channels}, {x, filters, bias, out}) && normalization.vectors();
+    return whole_vectors<T>({s.in_channels, s.out_channels, strides.branch, strides.out}, {x, filters, bias, out}) &&
+           normalization.vectors();
   }
 };
 
@@ -39,12 +47,14 @@ struct InputGradient {
   Shape s;
   OutputGradient<T> output;
   const T* filters;
-  const T* x = nullptr;  // before normalisation; null without one
+  FilterStrides strides = {};  // of dense filters
+  const T* x = nullptr;        // before normalisation; null without one
   Normalization normalization = {};
   T* out;
 
   bool vectors() const {
-    return whole_vectors<T>({s.in_channels, s.out_channels}, {output.grad, output.y, filters, x, out}) &&
+    return whole_vectors<T>({s.in_channels, s.out_channels, strides.branch, strides.out},
+                            {output.grad, output.y, filters, x, out}) &&
            output.vectors() && normalization.vectors();
   }
 };

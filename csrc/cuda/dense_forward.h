@@ -58,8 +58,10 @@ struct DenseForward : GemmProblem<T, T> {
     w.rows = s.rows(), w.columns = s.out_channels;
     w.begin = 0, w.end = s.taps() * s.in_channels;
     w.x = d.x + int64_t(w.parent) * s.in_rows() * s.in_channels;
-    const int columns = packed ? (s.out_channels + int(kPanel) - 1) / int(kPanel) * int(kPanel) : s.out_channels;
-    w.weight = d.filters + int64_t(w.branch) * w.end * columns;
+    if constexpr (packed)
+      w.weight = d.filters + int64_t(w.branch) * w.end * ((s.out_channels + int(kPanel) - 1) / int(kPanel) * int(kPanel));
+    else
+      w.weight = d.filters + w.branch * d.strides.branch;
     w.add = nullptr;
     if (packed && add != nullptr) w.add = add + int64_t(w.branch / add_replicate) * w.rows * s.out_channels;
     w.out = d.out + int64_t(w.branch) * w.rows * s.out_channels;
@@ -124,7 +126,7 @@ struct DenseForward : GemmProblem<T, T> {
     HNE_DEVICE const T* base() const { return p.d.filters; }
     HNE_DEVICE Row row(int64_t column) const {
       if constexpr (packed) return {w.weight + column / kPanel * w.end * kPanel + column % kPanel};
-      return {w.weight + column * p.d.s.in_channels};
+      return {w.weight + column * p.d.strides.out};
     }
     HNE_DEVICE Depth depth(int k) const {
       const Shape& s = p.d.s;

@@ -234,9 +234,9 @@ __global__ void __launch_bounds__(kThreads, packed ? 3 : 2) few_channels(const F
       } else {
         const int tap = k * c.channel_reciprocal >> 16, in_channel = k - tap * s.in_channels;
         const int out_channel = panel * int(kPanel) + column;
-        const int64_t filter = (int64_t(branch) * s.taps() + tap) * s.out_channels + out_channel;
+        const int64_t filter = branch * c.d.strides.branch + (tap * s.out_channels + out_channel) * c.d.strides.out;
         const bool inside = k < depth && out_channel < s.out_channels;
-        to[k * kPitch + column] = inside ? c.d.filters[filter * s.in_channels + in_channel] : T(0.0f);
+        to[k * kPitch + column] = inside ? c.d.filters[filter + in_channel] : T(0.0f);
       }
     }
   }

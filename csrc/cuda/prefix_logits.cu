@@ -5,6 +5,7 @@
 #include "convolution.h"
 #include "prefix.h"
 #include "small_product.h"
+#include "weight_layout.h"
 
 namespace hne {
 namespace {
@@ -18,7 +19,9 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
   const Sizes checked(sizes, g.branches);
   const Shape shape(g);
   const Device device(features_in);
-  const Tensor features = torch::stable::contiguous(features_in), weight = torch::stable::contiguous(weight_in);
+  const Tensor features = torch::stable::contiguous(features_in);
+  const bool in_place = g.in_channels == 1 || weight_in.stride(2) == 1;
+  const Tensor weight = in_place ? weight_in : torch::stable::contiguous(weight_in);
   const std::optional<Tensor> bias = contiguous(bias_in);
   Tensor member = torch::stable::new_empty(features, {g.branches, g.batch, g.out_channels});
   Tensor prefix = torch::stable::new_empty(features, {int64_t(sizes.size()), g.batch, g.out_channels});
@@ -27,6 +30,7 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
     const Convolution<T> heads{.s = shape,
                                .x = data<T>(features),
                                .filters = data<T>(weight),
+                               .strides = strides_of(weight),
                                .bias = data<T>(bias),
                                .out = mutable_data<T>(member)};
     if (!run_small_product<T, false>(device, heads)) dense_forward(device, heads);

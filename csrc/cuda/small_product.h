@@ -23,6 +23,7 @@ struct SmallProduct {
   int branches, replicate, rows, depth, columns;
   Clamp<float> range;
   const T *x, *weight, *bias;  // [branch / replicate][row][depth], as `packed` says, [branch][column] or null
+  FilterStrides strides;       // of weights that are not packed
   const T* add;                // [branch / add_replicate][row][column], joins the result before the activation, or null
   int add_replicate;
   T* out;  // [branch][row][column]
@@ -30,7 +31,7 @@ struct SmallProduct {
   HNE_BOTH int panels() const { return (columns + int(kPanel) - 1) / int(kPanel); }
 };
 
-// Tiles of 16 * side rows and columns. Weights are packed, or [branch][column][depth].
+// Tiles of 16 * side rows and columns. Weights are packed, or [branch][column][depth] with strides.
 template <typename T, int side_, bool packed>
 struct SmallTile {
   static constexpr int kSide = 16 * side_, kVector = 16 / int(sizeof(T)), kDepth = 512 / int(sizeof(T));
@@ -47,15 +48,15 @@ struct SmallTile {
     return p.branches * ceil_div(p.rows, kSide) * ceil_div(p.columns, kSide);
   }
 
-  // Steps [begin, end) of rows with contiguous depth. There are `rows` of them; others, and steps up to the next
-  // multiple of 16, are zero.
-  static HNE_DEVICE void fill_rows(T* strip, const T* from, int rows, int depth, int begin, int end) {
+  // Steps [begin, end) of rows with contiguous depth, `stride` values apart. There are `rows` of them; others, and steps
+  // up to the next multiple of 16, are zero.
+  static HNE_DEVICE void fill_rows(T* strip, const T* from, int rows, int64_t stride, int begin, int end) {
     constexpr int across = kDepth / kVector, together = kThreads / across;
     const int k = int(threadIdx.x % across) * kVector, first = int(threadIdx.x / across);
     if (begin + k >= (end + 15) / 16 * 16) return;
-    const T* at = from + int64_t(first) * depth + begin + k;
+    const T* at = from + first * stride + begin + k;
 #pragma unroll
-    for (int row = first; row < kSide; row += together, at += int64_t(together) * depth) {
+    for (int row = first; row < kSide; row += together, at += together * stride) {
       const bool valid = row < rows && begin + k < end;
       copy16(strip + row * kLeftPitch + k, valid ? at : from, valid);
     }
@@ -96,13 +97,15 @@ __global__ void __launch_bounds__(kThreads, 3) small_product(const SmallProduct<
   const int split = warp / (side * side), warp_row = warp / side % side * 16, warp_column = warp % side * 16;
   const T* const x = p.x + (int64_t(branch / p.replicate) * p.rows + first_row) * p.depth;
   const T* const weight = packed ? p.weight + (int64_t(branch) * p.panels() * kPanel + first_column) * p.depth
-                                 : p.weight + (int64_t(branch) * p.columns + first_column) * p.depth;
+                                 : p.weight + branch * p.strides.branch + first_column * p.strides.out;
   const int weight_rows = min(kSide, (packed ? p.panels() * int(kPanel) : p.columns) - first_column);
 
-  // In both layouts, the weights of a tile are one piece of memory.
+  // The weights of a tile are one piece of memory, but for those of a slice of more channels.
+  const int64_t row_stride = packed ? p.depth : p.strides.out;
+  const int64_t weight_values = (weight_rows - 1) * row_stride + p.depth;
   constexpr int line = 128 / int(sizeof(T));
 #pragma unroll 1
-  for (int64_t at = int64_t(threadIdx.x) * line; at < int64_t(weight_rows) * p.depth; at += kThreads * line)
+  for (int64_t at = int64_t(threadIdx.x) * line; at < weight_values; at += kThreads * line)
     prefetch(weight + at);
   wait_for_previous_kernel();
   launch_next_kernel();
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 3) small_product(const SmallProduct<
     if constexpr (packed)
       Tile::fill_panels(strip + Tile::kLeft, weight, p.panels() - first_column / int(kPanel), p.depth, begin, end);
     else
-      Tile::fill_rows(strip + Tile::kLeft, weight, p.columns - first_column, p.depth, begin, end);
+      Tile::fill_rows(strip + Tile::kLeft, weight, p.columns - first_column, p.strides.out, begin, end);
   };
   // A thread's values of the result; its bias is on the way during the product.
   constexpr int across = kSide / width, kResults = kSide * across;
@@ -202,7 +205,8 @@ template <typename T, bool packed>
 bool run_small_product(const Device& device, const Convolution<T>& d, const T* add = nullptr, int add_replicate = 1) {
   const Shape& s = d.s;
   const auto pairs = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % (2 * sizeof(T)) == 0; };
-  if (!s.pointwise() || !whole_vectors<T>({s.in_channels}, {d.x, d.filters}) || s.out_channels % 2 != 0 ||
+  if (!s.pointwise() || !whole_vectors<T>({s.in_channels, d.strides.branch, d.strides.out}, {d.x, d.filters}) ||
+      s.out_channels % 2 != 0 ||
       !pairs(d.bias) || !pairs(add) || !pairs(d.out))
     return false;
   // Large tiles read less, where there are enough of them; but the general product loads single values if the outputs
@@ -218,6 +222,7 @@ bool run_small_product(const Device& device, const Convolution<T>& d, const T* a
                           .x = d.x,
                           .weight = d.filters,
                           .bias = d.bias,
+                          .strides = d.strides,
                           .add = add,
                           .add_replicate = add_replicate,
                           .out = d.out};

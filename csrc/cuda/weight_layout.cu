@@ -46,9 +46,19 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-Tensor taps_first(const Device& device, const Tensor& weight_in, const Geometry& g) {
-  if (g.taps() == 1) return torch::stable::contiguous(weight_in);
+FilterStrides strides_of(const Tensor& filters) {
+  const auto stride = [&](int64_t dim) { return filters.size(dim) > 1 ? filters.stride(dim) : 0; };
+  return {.branch = stride(0), .out = stride(1)};
+}
+
+TapsFirst taps_first(const Device& device, const Tensor& weight_in, const Geometry& g) {
   const int64_t dims = weight_in.dim();
+  if (g.taps() == 1 && dims == 5) {
+    const bool in_place = g.in_channels == 1 || weight_in.stride(2) == 1;
+    const Tensor filters = in_place ? weight_in : torch::stable::contiguous(weight_in);
+    return {filters, strides_of(filters)};
+  }
+  if (g.taps() == 1) return {torch::stable::contiguous(weight_in)};
   const bool side_by_side = weight_in.stride(dims - 1) == 1 && weight_in.stride(dims - 2) == g.kernel_size;
   const Tensor weight = side_by_side ? weight_in : torch::stable::contiguous(weight_in);
   const bool dense = dims == 5;
@@ -65,7 +75,8 @@ Tensor taps_first(const Device& device, const Tensor& weight_in, const Geometry&
     device.launch_early(transpose<T>, ceil_div(filters.size(), kThreads), kThreads, 0, data<T>(weight),
                         mutable_data<T>(out), filters);
   });
-  return out;
+  if (!dense) return {out};
+  return {out, {.branch = filters.taps * filters.out * filters.in, .out = filters.in}};
 }
 
 void taps_last(const Device& device, const Tensor& partial, const Tensor& out) {

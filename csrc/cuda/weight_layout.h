@@ -1,15 +1,23 @@
 // Weights as kernels read them and as torch stores them: the last two dimensions exchanged.
 #pragma once
 
-#include "geometry.h"
-#include "op.h"
+#include "convolution.h"
 
 namespace hne {
 
+// Filters with the taps first, and their strides if they are dense.
+struct TapsFirst {
+  Tensor values;
+  FilterStrides strides = {};
+};
+
 // Dense weights [branch][out][in][tap] to [branch][tap][out][in], depthwise ones [branch][channel][tap] to
-// [branch][tap][channel]. The weight may be a slice of more channels: it is read where it is, but for kernels of one
-// tap, of which a slice is copied.
-Tensor taps_first(const Device& device, const Tensor& weight, const Geometry& g);
+// [branch][tap][channel]. The weight may be a slice of more channels, which is read where it is. Dense filters of one
+// tap are returned as they are.
+TapsFirst taps_first(const Device& device, const Tensor& weight, const Geometry& g);
+
+// Distances in filters [branch][out][in], whose input channels lie side by side.
+FilterStrides strides_of(const Tensor& filters);
 
 // Adds up partial weight gradients [split][matrix][tap][channel] into `out`, [matrix][channel][tap].
 void taps_last(const Device& device, const Tensor& partial, const Tensor& out);

@@ -9,15 +9,20 @@ import torch
 from cases import (
     CASES,
     Case,
+    Geometry,
     Inputs,
     cast,
     check,
+    convolution,
     cotangents,
     evaluate,
     expected,
+    norm_conv,
+    prefix_logits,
     representative,
     tensors,
 )
+from norm_cases import materializing_norm_conv
 from placements import SEED, Placement
 from torch import Tensor
 
@@ -67,11 +72,11 @@ def _leading_slice(tensor: Tensor) -> Tensor:
     return longer[: tensor.shape[0]]
 
 
-def _channel_slice(tensor: Tensor) -> Tensor:
+def _channel_slice(tensor: Tensor, more: int = 3) -> Tensor:
     """The first entries of every dimension but the first, as the weights of a slimmable model: branches and rows have
-    strides of their own. The rest is NaN."""
+    strides of their own. The other entries, `more` of each dimension, are NaN."""
     spatial = tensor.dim() - 2 if tensor.dim() > 3 else tensor.dim()  # a kernel is whole
-    sizes = [size if d == 0 or d >= spatial else size + 3 for d, size in enumerate(tensor.shape)]
+    sizes = [size if d == 0 or d >= spatial else size + more for d, size in enumerate(tensor.shape)]
     wider = tensor.new_full(sizes, _absent(tensor))
     view = wider[tuple(slice(size) for size in tensor.shape)]
     view.copy_(tensor)
@@ -158,6 +163,31 @@ def test_weights_that_are_slices_of_channels(case: Case, rng: torch.Generator) -
     with K.use_backend("cpp"):
         outcome = evaluate(case, inputs, grads)
     check(case, "cpp", inputs, outcome, grads)
+
+
+_POINTWISE = [
+    convolution("branch_conv2d", Geometry(2, 2, 3, 5, 4, 16, 24, 1, 1, 0), True),
+    convolution("branch_conv2d", Geometry(1, 2, 2, 5, 4, 8, 40, 1, 2, 0, missing=1), True),
+    convolution("branch_conv2d", Geometry(2, 1, 3, 9, 17, 3, 24, 1, 1, 0), False),
+    convolution("branch_conv2d", Geometry(2, 1, 1, 1, 1, 264, 72, 1, 1, 0), True),
+    norm_conv(Geometry(2, 2, 2, 5, 4, 16, 24, 1, 1, 0), "relu"),
+    materializing_norm_conv(Geometry(2, 2, 2, 5, 4, 16, 8, 1, 1, 0), "relu", "normalised"),
+    prefix_logits(4, 3, 64, 16, None, True),
+    prefix_logits(3, 40, 264, 32, (1, 3), True),
+]
+
+
+@pytest.mark.parametrize("case", _POINTWISE, ids=str)
+def test_filters_of_one_tap_that_are_aligned_slices(case: Case, backend: Placement, rng: torch.Generator) -> None:
+    """Slices whose rows begin at multiples of 16 bytes: vectors of them are read where they are."""
+    if backend.interpreted:
+        pytest.skip("Triton's kernels read copies")
+    inputs = case.inputs(rng, backend.dtype, backend.device)
+    inputs["weight"] = _channel_slice(inputs["weight"], more=16)
+    grads = [
+        grad.to(backend.device, backend.dtype) for grad in cotangents(case, cast(inputs, torch.float64), rng)
+    ]
+    check(case, backend.backend, inputs, evaluate(case, inputs, grads), grads)
 
 
 @pytest.mark.any_level
