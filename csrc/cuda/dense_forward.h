@@ -59,7 +59,8 @@ struct DenseForward : GemmProblem<T, T> {
     w.begin = 0, w.end = s.taps() * s.in_channels;
     w.x = d.x + int64_t(w.parent) * s.in_rows() * s.in_channels;
     if constexpr (packed)
-      w.weight = d.filters + int64_t(w.branch) * w.end * ((s.out_channels + int(kPanel) - 1) / int(kPanel) * int(kPanel));
+      w.weight =
+          d.filters + int64_t(w.branch) * w.end * ((s.out_channels + int(kPanel) - 1) / int(kPanel) * int(kPanel));
     else
       w.weight = d.filters + w.branch * d.strides.branch;
     w.add = nullptr;

@@ -48,8 +48,8 @@ struct SmallTile {
     return p.branches * ceil_div(p.rows, kSide) * ceil_div(p.columns, kSide);
   }
 
-  // Steps [begin, end) of rows with contiguous depth, `stride` values apart. There are `rows` of them; others, and steps
-  // up to the next multiple of 16, are zero.
+  // Steps [begin, end) of rows with contiguous depth, `stride` values apart. There are `rows` of them; others, and
+  // steps up to the next multiple of 16, are zero.
   static HNE_DEVICE void fill_rows(T* strip, const T* from, int rows, int64_t stride, int begin, int end) {
     constexpr int across = kDepth / kVector, together = kThreads / across;
     const int k = int(threadIdx.x % across) * kVector, first = int(threadIdx.x / across);
@@ -105,8 +105,7 @@ __global__ void __launch_bounds__(kThreads, 3) small_product(const SmallProduct<
   const int64_t weight_values = (weight_rows - 1) * row_stride + p.depth;
   constexpr int line = 128 / int(sizeof(T));
 #pragma unroll 1
-  for (int64_t at = int64_t(threadIdx.x) * line; at < weight_values; at += kThreads * line)
-    prefetch(weight + at);
+  for (int64_t at = int64_t(threadIdx.x) * line; at < weight_values; at += kThreads * line) prefetch(weight + at);
   wait_for_previous_kernel();
   launch_next_kernel();
 
@@ -206,8 +205,7 @@ bool run_small_product(const Device& device, const Convolution<T>& d, const T* a
   const Shape& s = d.s;
   const auto pairs = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % (2 * sizeof(T)) == 0; };
   if (!s.pointwise() || !whole_vectors<T>({s.in_channels, d.strides.branch, d.strides.out}, {d.x, d.filters}) ||
-      s.out_channels % 2 != 0 ||
-      !pairs(d.bias) || !pairs(add) || !pairs(d.out))
+      s.out_channels % 2 != 0 || !pairs(d.bias) || !pairs(add) || !pairs(d.out))
     return false;
   // Large tiles read less, where there are enough of them; but the general product loads single values if the outputs
   // do not fill vectors.
