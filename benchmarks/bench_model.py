@@ -139,7 +139,7 @@ def bench_training_step(
         work=lambda: roofline.of_training(fused, batch, network.size, dtype.itemsize),
         training=True,
         case=_case(network, fused, fused.num_models, batch, dtype),
-        **({"memory_mib": memory_mib} if workload.memory else {}),
+        **({"memory_mib": memory_mib} if workload.memory and dtype == torch.float32 else {}),
     )
 
 

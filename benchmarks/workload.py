@@ -98,6 +98,7 @@ CPU = Workload(
     training=(
         *((RESNET, batch, torch.float32) for batch in (32, 128)),
         (FASHION, 128, torch.float32),
+        *((RESNET, batch, torch.bfloat16) for batch in (32, 128)),
         *((network, 8, torch.float32) for network in (RESNET18, WIDE_RESNET)),
     ),
     inference=(
