@@ -91,7 +91,7 @@ class Bottleneck : public BottleneckRows<T> {
     const Tap<T> tap = pointwise_tap(weights_.expand, branch, middle_, g_.in_channels, &first_pixel);
     const Sum<T>* const bias = weights_.expand_bias.data<Sum<T>>() + branch * middle_;
     Gemm<T> gemm{&tap, 1, pixels, middle_, nullptr, bias, nullptr, clamp_};
-    if constexpr (std::is_same_v<T, Sum<T>>)
+    if constexpr (kTerms<T> == 1)
       gemm.out = pixel_rows;
     else
       gemm.sums = pixel_rows;

@@ -23,13 +23,14 @@ class BufferPlan {
     while (layer > 0 && !(sizes_[layer - 1] == size && reusable(layer - 1))) --layer;
     offsets_.push_back(layer > 0 ? offsets_[layer - 1] : total_size_);
     sizes_.push_back(size);
-    if (layer == 0) total_size_ += ceil_div(num_maps_ * size, kPanel) * kPanel;
+    if (layer == 0) total_size_ += ceil_div(num_maps_ * size, kMultiple) * kMultiple;
   }
 
   int64_t total_size() const { return total_size_; }
   int64_t offset(size_t layer, int64_t map_index) const { return offsets_[layer] + map_index * sizes_[layer]; }
 
  private:
+  static constexpr int64_t kMultiple = 32;  // values: whole cache lines, of 16 bits as well
   int64_t num_maps_, total_size_ = 0;
   std::vector<int64_t> offsets_, sizes_;
 };

@@ -41,7 +41,7 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
   const int64_t line_size = g.kernel_size * g.in_channels;
   const bool by_lines = g.in_channels < kFewChannels && !x.computed();
   const bool by_windows = !by_lines && !g.pointwise();
-  const WindowParts parts(g, !std::is_same_v<T, Sum<T>>);
+  const WindowParts parts(g, kTerms<T> > 1);
   // Lines of the output pixels of one row are equally spaced, which is faster for long rows.
   const bool by_rows = by_lines && g.out_width >= kTilePixels;
   const std::vector<T> zeros(g.in_channels, T(0));
@@ -128,7 +128,7 @@ void convolve(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight
               const RowsWritten& written) {
   Tensor hold = weight;  // windows of several pixels would compute each pixel several times
   const PrologueInput<T> source = g.pointwise() ? x : in_memory(x, g.parents, hold);
-  if constexpr (std::is_same_v<T, Sum<T>>) {
+  if constexpr (kTerms<T> == 1) {
     if (prefers_winograd(g, false)) return convolve_winograd<T>(g, source.x, weight, bias, out, written);
   }
   const int64_t panel_stride = g.taps() * g.in_channels * kPanel;

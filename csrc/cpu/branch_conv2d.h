@@ -75,12 +75,14 @@ void add_outer(const T* const* left, int64_t left_channels, const T* const* righ
 }
 
 // out = clamp(conv(x, packed) + bias + add); packed is [branch][panel][tap][in_channels][kPanel], bias may be null. A
-// computed x needs a pointwise kernel with stride 1. bfloat16 needs a pointwise kernel, or fewer than kFewChannels.
+// computed x needs a pointwise kernel with stride 1. bfloat16 needs an even number of input channels, whose weights lie
+// in pairs.
 template <typename T>
 void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* packed, const Sum<T>* bias, Summand<T> add,
                      Clamp<Sum<T>> clamp, T* out, const RowsWritten& written = {});
 
-// Below, weights, their gradients and biases are of type Sum<T>; bfloat16 needs a pointwise kernel.
+// Below, weights, their gradients and biases are of type Sum<T>. bfloat16 needs kernels of one tap, and even numbers of
+// channels where they are summed over.
 
 // out = conv(x, weight) + bias
 template <typename T>

@@ -87,7 +87,7 @@ void convolve_input(const Geometry& g, const PrologueInput<T>& grad, const Tenso
                     const RowsWritten& written) {
   Tensor hold = weight;
   const PrologueInput<T> source = g.pointwise() ? grad : in_memory(grad, g.branches, hold);
-  if constexpr (std::is_same_v<T, Sum<T>>) {
+  if constexpr (kTerms<T> == 1) {
     if (prefers_winograd(g, false)) return convolve_winograd_input<T>(g, source.x, weight, out, written);
   }
   const Tensor packed = pack_transposed<T>(g, weight);
@@ -173,7 +173,7 @@ void convolve_weight(const Geometry& g, const PrologueInput<T>& grad_in, const P
                      const Tensor& out) {
   Tensor hold_grad = out, hold_x = out;
   const PrologueInput<T> x = g.pointwise() ? x_in : in_memory(x_in, g.parents, hold_x);
-  if constexpr (std::is_same_v<T, Sum<T>>) {
+  if constexpr (kTerms<T> == 1) {
     if (prefers_winograd(g, false))
       return convolve_winograd_weight<T>(g, in_memory(grad_in, g.branches, hold_grad).x, x.x, out);
   }

@@ -27,7 +27,7 @@ class Rows {
  public:
   Rows(const PrologueInput<T>& input, int64_t branch, int64_t first, int64_t width, int64_t window, int slot)
       : input_(input), branch_(branch), first_(first), width_(width), window_(window) {
-    if (std::is_same_v<T, Sum<T>> && !input.computed()) return;
+    if (kTerms<T> == 1 && !input.computed()) return;
     memory_ = scratch<Sum<T>>(slot, window * width * input.channels);
     rows_.assign(window, -1);
   }
@@ -196,7 +196,7 @@ Tensor branch_depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, cons
     check_shape("bias", *bias_in, {g.branches, g.out_channels});
     check_kind("bias", *bias_in, x_in);
   }
-  const Tensor x = read_features(x_in, keeps_bfloat16(x_in)), weight = contiguous_filters(widen(weight_in));
+  const Tensor x = read_features(x_in, keeps_depthwise(g, x_in)), weight = contiguous_filters(widen(weight_in));
   const std::optional<Tensor> bias = contiguous(widen(bias_in));
   Tensor out = empty(x, {g.branches, g.batch, g.out_height, g.out_width, g.out_channels});
   dispatch_features(x, [&](auto type) {
@@ -215,7 +215,7 @@ Tensor branch_depthwise_conv2d_backward_input(const Tensor& grad_in, const Tenso
   STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match weight");
   check_kind("grad", grad_in, grad_in);
   check_kind("weight", weight_in, grad_in);
-  const Tensor grad = read_features(grad_in, keeps_bfloat16(grad_in));
+  const Tensor grad = read_features(grad_in, keeps_depthwise(g, grad_in));
   const Tensor weight = contiguous_filters(widen(weight_in));
   Tensor out = empty(grad, {g.parents, g.batch, height, width, g.in_channels});
   dispatch_features(grad, [&](auto type) {
@@ -235,7 +235,7 @@ Tensor branch_depthwise_conv2d_backward_weight(const Tensor& grad_in, const Tens
   STD_TORCH_CHECK(g.out_channels == g.in_channels, "grad: channels do not match x");
   check_kind("grad", grad_in, grad_in);
   check_kind("x", x_in, grad_in);
-  const bool kept = keeps_bfloat16(x_in);
+  const bool kept = keeps_depthwise(g, x_in);
   const Tensor grad = read_features(grad_in, kept), x = read_features(x_in, kept);
   const std::vector<int64_t> shape = {g.branches, g.in_channels, kernel_size, kernel_size};
   Tensor out;

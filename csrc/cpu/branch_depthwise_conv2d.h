@@ -8,6 +8,9 @@ namespace hne {
 
 // Weights, their gradients and biases are of type Sum<T>.
 
+// Whether bfloat16 features stay as they are. The gradients of several children are added up in memory, in float32.
+inline bool keeps_depthwise(const Geometry& g, const Tensor& x) { return g.replicate == 1 && keeps_bfloat16(x); }
+
 // out = depthwise convolution of x with `weight` [branch][channel][k][k], plus bias (may be null). `written` is called
 // for whole samples.
 template <typename T>

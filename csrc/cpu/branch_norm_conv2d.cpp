@@ -38,7 +38,7 @@ struct Depthwise {
     return g;
   }
   static int64_t block_rows(int64_t pixels) { return std::max<int64_t>(pixels, 1); }
-  static bool keeps_features(const Geometry&, const Tensor& x) { return keeps_bfloat16(x); }
+  static bool keeps_features(const Geometry& g, const Tensor& x) { return keeps_depthwise(g, x); }
 
   template <typename T>
   static void forward(const Geometry& g, const PrologueInput<T>& x, const Tensor& weight, T* out,

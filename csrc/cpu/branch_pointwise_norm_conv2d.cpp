@@ -174,8 +174,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::optional<PackedMatrices<T>> expand;
     if (next.has_value()) expand.emplace(*next, true);
     const RowPartition partition(s.branches, s.rows);
-    // A gradient that fits no cache is written past the caches, as another op reads it.
-    const bool streams = has_residual && !residual.normalized() && s.out * sizeof(T) % 64 == 0 &&
+    // A gradient that fits no cache is written past the caches, as another op reads it; bfloat16 fills no whole lines.
+    const bool streams = kTerms<T> == 1 && has_residual && !residual.normalized() && s.out * sizeof(T) % 64 == 0 &&
                          s.rows * s.branches * s.out * int64_t(sizeof(T)) >= kStreamBytes;
     const T* const grad_z_rows = grad_z.expanded ? nullptr : data<T>(grad_z.values);
     const int64_t size = s.in * s.out, next_size = s.next * s.out;

@@ -114,7 +114,7 @@ class PreparedLayers {
     std::vector<LayerSpec> layers;
     for (int64_t i = 0; i < count; ++i) layers.emplace_back(&numbers[i * LayerSpec::kNumbers]);
     type_ = features_type(layers, weights);
-    in_pairs_ = type_ == ScalarType::BFloat16 && multiplies_bfloat16() && have_pairs(layers, weights);
+    if (type_ == ScalarType::BFloat16 && multiplies_bfloat16()) paired_channels_ = paired_channels(layers, weights);
     std::vector<bool> kept(count);
     for (int64_t i = 0; i < count; ++i) {
       const LayerSpec& layer = layers[i];
@@ -151,14 +151,13 @@ class PreparedLayers {
   // linear layer: [branch, batch, channel].
   std::vector<Tensor> operator()(const Tensor& x_in) const {
     STD_TORCH_CHECK(x_in.is_cpu() && x_in.scalar_type() == type_, "x: expected the dtype of the weights, on the CPU");
+    const Tensor x = paired_channels_.has_value() ? x_in : widen(x_in);
     std::vector<Tensor> results;
     calls_.lead([&] {
-      if (in_pairs_) {
-        results = forward_micro_batches<bfloat16>(x_in);
-        return;
-      }
-      const Tensor x = widen(x_in);
-      results = dispatch(x, [&](auto type) { return forward_micro_batches<decltype(type)>(x); });
+      if (paired_channels_.has_value())
+        results = forward_micro_batches<bfloat16>(x);
+      else
+        results = dispatch(x, [&](auto type) { return forward_micro_batches<decltype(type)>(x); });
     });
     for (Tensor& features : results) features = round_to(features, type_);
     return results;
@@ -204,29 +203,35 @@ class PreparedLayers {
     return weights[used]->scalar_type();
   }
 
-  // Whether bfloat16 can be multiplied in pairs of channels: by pointwise convolutions, convolutions of images and
-  // bottlenecks that read even numbers of channels. The input of all layers may have an odd number, which is padded.
-  // Dense convolutions of more channels need fewer products in float32, by Winograd.
-  static bool have_pairs(const std::vector<LayerSpec>& layers, const std::vector<std::optional<Tensor>>& weights) {
-    const Tensor* first = nullptr;  // the filters that read the input of all layers
+  // The channels of the input of all layers, if bfloat16 can be multiplied in pairs of channels: by pointwise
+  // convolutions, convolutions of images and bottlenecks that read even numbers of channels. The input of all layers
+  // may have an odd number, which is padded. Dense convolutions of more channels need fewer products in float32, by
+  // Winograd.
+  static std::optional<int64_t> paired_channels(const std::vector<LayerSpec>& layers,
+                                                const std::vector<std::optional<Tensor>>& weights) {
+    std::optional<int64_t> input;
     bool adds_input = false;
     size_t used = 0;
     for (size_t i = 0; i < layers.size(); ++i) {
       const LayerSpec& layer = layers[i];
-      if (layer.kind == LayerSpec::normalize || layer.pools()) return false;
+      if (layer.kind == LayerSpec::normalize || layer.pools()) return {};
       const size_t at = std::exchange(used, used + layer.num_weights());
-      if (used > weights.size() || !weights[at].has_value() || weights[at]->dim() != 6) return false;
-      const Tensor& filters = *weights[at];
-      const bool bottleneck = layer.kind == LayerSpec::bottleneck, reads_input = int64_t(i) + 1 + layer.source == 0;
-      const bool dense = !bottleneck && filters.size(2) > 1;
-      if (dense && filters.size(4) > kFewChannels - kTerms<bfloat16>) return false;
-      if (bottleneck && (!weights[at + 2].has_value() || weights[at + 2]->dim() != 4)) return false;
-      if (bottleneck && weights[at + 2]->size(3) % kTerms<bfloat16> != 0) return false;
-      if (filters.size(4) % kTerms<bfloat16> != 0 && (bottleneck || !reads_input)) return false;
-      if (reads_input) first = &filters;
+      if (used > weights.size() || !weights[at].has_value() || weights[at]->dim() != 6) return {};
+      const int64_t channels = weights[at]->size(4), kernel_size = weights[at]->size(2);
+      const bool bottleneck = layer.kind == LayerSpec::bottleneck, odd = channels % kTerms<bfloat16> != 0;
+      if (!bottleneck && kernel_size > 1 && channels > kFewChannels - kTerms<bfloat16>) return {};
+      if (bottleneck && (!weights[at + 2].has_value() || weights[at + 2]->dim() != 4)) return {};
+      if (bottleneck && weights[at + 2]->size(3) % kTerms<bfloat16> != 0) return {};
+      if (int64_t(i) + 1 + layer.source == 0) {
+        if (input.value_or(channels) != channels || (odd && bottleneck)) return {};
+        input = channels;
+      } else if (odd) {
+        return {};
+      }
       adds_input |= layer.residual != 0 && int64_t(i) + 1 + layer.residual == 0;
     }
-    return first != nullptr && !(adds_input && first->size(4) % kTerms<bfloat16> != 0);
+    if (adds_input && input.has_value() && *input % kTerms<bfloat16> != 0) return {};
+    return input;
   }
 
   // Adds the layer, which reads the features `source`, to the last stage where it can be computed together with it,
@@ -261,12 +266,12 @@ class PreparedLayers {
         source = stages_.size();
       }
       stages_.push_back({PackedConvolution(*weights[0], *weights[1], layer.stride, layer.padding, layer.replicate,
-                                           activation, true, in_pairs_),
+                                           activation, true, paired_channels_.has_value()),
                          source});
       return;
     }
     const BottleneckWeights bottleneck(weights, layer.stride, layer.replicate, activation, layer.identity != 0,
-                                       activation_name(layer.final_activation), in_pairs_);
+                                       activation_name(layer.final_activation), paired_channels_.has_value());
     if (sequence != nullptr && layer.replicate == 1) {
       sequence->bottlenecks.push_back(bottleneck);
     } else {
@@ -421,10 +426,11 @@ class PreparedLayers {
   // [branch, batch, height, width, channel], with a whole number of terms of a product as channels; images [batch,
   // channel, height, width] are features of one branch.
   template <typename T>
-  static std::vector<int64_t> features_shape(const Tensor& x) {
+  std::vector<int64_t> features_shape(const Tensor& x) const {
     const auto sizes = x.sizes();
     STD_TORCH_CHECK(x.dim() == 5 || x.dim() == 4, "x: expected 5 dimensions, or 4 of images");
-    const int64_t channels = ceil_div(sizes[x.dim() == 5 ? 4 : 1], kTerms<T>) * kTerms<T>;
+    const int64_t given = sizes[x.dim() == 5 ? 4 : 1], channels = ceil_div(given, kTerms<T>) * kTerms<T>;
+    STD_TORCH_CHECK(given == paired_channels_.value_or(given), "x: does not have the channels of the first layer");
     if (x.dim() == 5) return {sizes[0], sizes[1], sizes[2], sizes[3], channels};
     STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0, "x: expected images of at least one pixel");
     return {1, sizes[0], sizes[2], sizes[3], channels};
@@ -537,7 +543,7 @@ class PreparedLayers {
     const Geometry g = pool.geometry(shape);
     shape = g.out_shape();
     Tensor out = empty(like, shape);
-    if constexpr (std::is_same_v<T, Sum<T>>) pool.forward<T>(g, x, mutable_data<T>(out));  // have_pairs() else
+    if constexpr (kTerms<T> == 1) pool.forward<T>(g, x, mutable_data<T>(out));  // else there is none
     return out;
   }
 
@@ -546,7 +552,7 @@ class PreparedLayers {
                               std::vector<int64_t>& shape) {
     update_shape(normalize, shape);
     Tensor out = empty(like, shape);
-    if constexpr (std::is_same_v<T, Sum<T>>)  // have_pairs() else
+    if constexpr (kTerms<T> == 1)  // else there is none
       normalize.forward<T>(x, shape[1] * shape[2] * shape[3], mutable_data<T>(out));
     return out;
   }
@@ -573,7 +579,7 @@ class PreparedLayers {
 
   RepeatedCalls calls_;
   ScalarType type_;
-  bool in_pairs_;  // whether bfloat16 is multiplied as such, instead of float
+  std::optional<int64_t> paired_channels_;  // of the input, if bfloat16 is multiplied as such
   std::vector<Stage> stages_;
   std::vector<size_t> last_readers_;  // by the number of the features: the last stage that reads them
   bool ends_linear_;                  // the last layer is a pool_linear

@@ -91,6 +91,9 @@ class ConstTensor {
 // Packed bfloat16 filters [branch][panel][k][k][depth][kPanel] as products of bfloat16 read them, in pairs of channels:
 // [branch][panel][k][k][ceil(depth / 2)][kPanel][2], with zeros for a channel that is missing.
 inline ConstTensor pair_filters(const Tensor& packed) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::BFloat16 && packed.dim() == 6 &&
+                      packed.size(2) == packed.size(3) && packed.size(5) == kPanel,
+                  "weight: expected bfloat16 [branches, panels, k, k, channels, 16] on the CPU");
   const Tensor from = torch::stable::contiguous(packed);
   const int64_t depth = from.size(4), pairs = ceil_div(depth, kTerms<bfloat16>), kernel_size = from.size(2);
   const Tensor to = empty(from, {from.size(0), from.size(1), kernel_size, kernel_size, pairs, kPanel, 2});

@@ -41,7 +41,7 @@ class PackedConvolution {
   template <typename T>
   void forward(const Geometry& g, const T* x, T* out, Summand<T> add = {}) const {
     const Sum<T>* const bias = bias_.data<Sum<T>>();
-    if constexpr (std::is_same_v<T, Sum<T>>) {
+    if constexpr (kTerms<T> == 1) {
       if (winograd_ != nullptr && prefers_winograd(g, true))
         return convolve_winograd<T>(g, x, winograd_weights<T>(), bias, add, clamp<T>(), out);
     }
@@ -53,7 +53,7 @@ class PackedConvolution {
   void forward_map(Geometry g, int64_t branch, const T* x, T* out, const T* add) const {
     g.parents = g.branches = g.batch = g.replicate = 1;
     const Sum<T>* const bias = bias_.data<Sum<T>>() + branch * out_channels_;
-    if constexpr (std::is_same_v<T, Sum<T>>) {
+    if constexpr (kTerms<T> == 1) {
       if (winograd_ != nullptr && prefers_winograd(g, true))
         return convolve_winograd<T>(g, x, {winograd_weights<T>()[branch]}, bias, {add}, clamp<T>(), out);
     }

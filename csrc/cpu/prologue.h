@@ -7,7 +7,7 @@
 
 namespace hne {
 
-constexpr int64_t kSumRows = 128;  // rows summed in the tensor's own precision before they join sums in double
+constexpr int64_t kSumRows = 128;  // rows summed in Sum<T> before they join sums in double
 
 // The dtype of batch statistics and of a normalisation, for a feature map like `t`.
 inline ScalarType statistics_type(const Tensor& t) {
@@ -78,7 +78,7 @@ struct PrologueInput {
 
   // The same as float if they are bfloat16, for depthwise convolutions; not for `store`.
   const Sum<T>* read_sums(int64_t branch, int64_t first, int64_t count, Sum<T>* memory) const {
-    if constexpr (std::is_same_v<T, Sum<T>>) {
+    if constexpr (kTerms<T> == 1) {
       return read(branch, first, count, memory);
     } else {
       const T* const from = x + (branch * rows + first) * channels;

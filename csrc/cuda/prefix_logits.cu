@@ -20,8 +20,7 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
   const Shape shape(g);
   const Device device(features_in);
   const Tensor features = torch::stable::contiguous(features_in);
-  const bool in_place = g.in_channels == 1 || weight_in.stride(2) == 1;
-  const Tensor weight = in_place ? weight_in : torch::stable::contiguous(weight_in);
+  const TapsFirst weight = filters_in_place(weight_in);
   const std::optional<Tensor> bias = contiguous(bias_in);
   Tensor member = torch::stable::new_empty(features, {g.branches, g.batch, g.out_channels});
   Tensor prefix = torch::stable::new_empty(features, {int64_t(sizes.size()), g.batch, g.out_channels});
@@ -29,8 +28,8 @@ std::tuple<Tensor, Tensor> prefix_logits(const Tensor& features_in, const Tensor
     using T = decltype(type);
     const Convolution<T> heads{.s = shape,
                                .x = data<T>(features),
-                               .filters = data<T>(weight),
-                               .strides = strides_of(weight),
+                               .filters = data<T>(weight.values),
+                               .strides = weight.strides,
                                .bias = data<T>(bias),
                                .out = mutable_data<T>(member)};
     if (!run_small_product<T, false>(device, heads)) dense_forward(device, heads);

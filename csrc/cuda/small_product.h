@@ -100,9 +100,8 @@ __global__ void __launch_bounds__(kThreads, 3) small_product(const SmallProduct<
                                  : p.weight + branch * p.strides.branch + first_column * p.strides.out;
   const int weight_rows = min(kSide, (packed ? p.panels() * int(kPanel) : p.columns) - first_column);
 
-  // The weights of a tile are one piece of memory, but for those of a slice of more channels.
-  const int64_t row_stride = packed ? p.depth : p.strides.out;
-  const int64_t weight_values = (weight_rows - 1) * row_stride + p.depth;
+  // The weights of a tile are one piece of memory, but for those of a slice of more channels, which are left.
+  const int64_t weight_values = packed || p.strides.out == p.depth ? int64_t(weight_rows) * p.depth : 0;
   constexpr int line = 128 / int(sizeof(T));
 #pragma unroll 1
   for (int64_t at = int64_t(threadIdx.x) * line; at < weight_values; at += kThreads * line) prefetch(weight + at);

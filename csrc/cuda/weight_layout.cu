@@ -46,18 +46,22 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-FilterStrides strides_of(const Tensor& filters) {
+TapsFirst filters_in_place(const Tensor& filters) {
   const auto stride = [&](int64_t dim) { return filters.size(dim) > 1 ? filters.stride(dim) : 0; };
-  return {.branch = stride(0), .out = stride(1)};
+  const FilterStrides strides{.branch = stride(0), .out = stride(1)};
+  const int64_t out = filters.size(1), in = filters.size(2);
+  bool reads = false;
+  dispatch(filters, [&](auto type) {
+    using T = decltype(type);
+    reads = !whole_vectors<T>({out, in}, {}) || whole_vectors<T>({strides.branch, strides.out}, {data<T>(filters)});
+  });
+  if (stride(2) <= 1 && reads) return {filters, strides};
+  return {torch::stable::contiguous(filters), {.branch = out * in, .out = in}};
 }
 
 TapsFirst taps_first(const Device& device, const Tensor& weight_in, const Geometry& g) {
   const int64_t dims = weight_in.dim();
-  if (g.taps() == 1 && dims == 5) {
-    const bool in_place = g.in_channels == 1 || weight_in.stride(2) == 1;
-    const Tensor filters = in_place ? weight_in : torch::stable::contiguous(weight_in);
-    return {filters, strides_of(filters)};
-  }
+  if (g.taps() == 1 && dims == 5) return filters_in_place(weight_in);
   if (g.taps() == 1) return {torch::stable::contiguous(weight_in)};
   const bool side_by_side = weight_in.stride(dims - 1) == 1 && weight_in.stride(dims - 2) == g.kernel_size;
   const Tensor weight = side_by_side ? weight_in : torch::stable::contiguous(weight_in);

@@ -16,8 +16,9 @@ struct TapsFirst {
 // tap are returned as they are.
 TapsFirst taps_first(const Device& device, const Tensor& weight, const Geometry& g);
 
-// Distances in filters [branch][out][in], whose input channels lie side by side.
-FilterStrides strides_of(const Tensor& filters);
+// Filters [branch][out][in] as they are, if their input channels lie side by side, and their rows at whole vectors
+// where whole vectors can be read; else a copy.
+TapsFirst filters_in_place(const Tensor& filters);
 
 // Adds up partial weight gradients [split][matrix][tap][channel] into `out`, [matrix][channel][tap].
 void taps_last(const Device& device, const Tensor& partial, const Tensor& out);

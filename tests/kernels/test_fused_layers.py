@@ -118,6 +118,17 @@ def test_images_that_do_not_fit(rng: torch.Generator) -> None:
         layers(torch.randn(1, 2, 5, 5, 3))
 
 
+@pytest.mark.parametrize("more", [-1, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["network", "even channels", "mean-first"])
+def test_other_channels(name: str, dtype: torch.dtype, more: int, rng: torch.Generator) -> None:
+    """Products of bfloat16 read pairs of channels: the padding of odd numbers is no channel."""
+    x, singles, keep = arguments(name, rng, dtype)
+    channels = x.shape[-1] + more
+    with pytest.raises(ValueError, match=rf"layer 0: .*{channels}"):
+        K.FusedLayers(singles, keep)(torch.zeros(*x.shape[:-1], channels, dtype=dtype))
+
+
 # Expanded feature maps of 128 channels are computed in bands of rows, those of few channels as a whole. With an
 # identity, the output may replace the input in memory; with a shortcut it may not.
 CHAINS = {

@@ -181,12 +181,10 @@ _POINTWISE = [
 def test_filters_of_one_tap_that_are_aligned_slices(case: Case, backend: Placement, rng: torch.Generator) -> None:
     """Slices whose rows begin at multiples of 16 bytes: vectors of them are read where they are."""
     if backend.interpreted:
-        pytest.skip("Triton's kernels read copies")
+        pytest.skip("Triton's kernels read any strides in the same way: test_memory_layouts")
     inputs = case.inputs(rng, backend.dtype, backend.device)
     inputs["weight"] = _channel_slice(inputs["weight"], more=16)
-    grads = [
-        grad.to(backend.device, backend.dtype) for grad in cotangents(case, cast(inputs, torch.float64), rng)
-    ]
+    grads = [grad.to(backend.device, backend.dtype) for grad in cotangents(case, cast(inputs, torch.float64), rng)]
     check(case, backend.backend, inputs, evaluate(case, inputs, grads), grads)
 
 
@@ -232,6 +230,18 @@ def test_one_result_differentiated_alone(backend: Placement, rng: torch.Generato
         got = torch.autograd.grad(result, list(leaves.values()), grad, retain_graph=True)
         for gradient, right in zip(got, want.values(), strict=True):
             torch.testing.assert_close(gradient.cpu().double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_variances_of_rows_far_from_the_first(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """On a CPU distances from the first row are summed, of bfloat16 rounded ones."""
+    x = torch.full((1, 1, 50, 100, 2), 6.0).to(dtype)
+    x[0, 0, 0, 0] = 0.369
+    weight = torch.randn(1, 4, 2, 1, 1, generator=rng).to(dtype)
+    norm = torch.tensor([0.0, 1.0, 0.0])[:, None, None].expand(3, 1, 2).contiguous()
+    _, var = K.branch_pointwise_stats(x, weight, norm)
+    want = (x.double().view(-1, 2) @ weight.double().view(4, 2).T).var(0, correction=0)
+    torch.testing.assert_close(var[0].double(), want, rtol=0.02, atol=0)
 
 
 def test_variances_do_not_cancel(double: Placement, rng: torch.Generator) -> None:

@@ -53,9 +53,8 @@ struct LeftRows {
 };
 
 // What the tiles of some columns prefetch into the second cache, a cache line or less for each step, which multiplies
-// kTerms terms: data of the queue,
-// or if there are none the weights that are read after those of these columns. All tiles share them, since a core reads
-// memory much more slowly than it computes.
+// kTerms terms: data of the queue, or if there are none the weights that are read after those of these columns. All
+// tiles share them, since a core reads memory much more slowly than it computes.
 template <typename T>
 class TilePrefetch {
  public:
@@ -160,15 +159,15 @@ void gemm_tiles(const Gemm<T>& g, int64_t panel, int64_t row, int64_t tiles, Til
         left.advance(kTerms<T>), right += kPanel * kTerms<T>, prefetch += prefetch_step;
       }
     }
-    T* const* out = g.out + row;
-    const T* const* add = g.add != nullptr ? g.add + row : nullptr;
-    const Clamp<Sum<T>> range = g.clamp;
     if constexpr (kTerms<T> > 1) {
       if (g.sums != nullptr) {
         store_sums<ROWS, VECTORS, W>(g, sum, row, first, std::min<int64_t>(columns, VECTORS * W));
         continue;
       }
     }
+    T* const* out = g.out + row;
+    const T* const* add = g.add != nullptr ? g.add + row : nullptr;
+    const Clamp<Sum<T>> range = g.clamp;
     if (full) {
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {

@@ -95,7 +95,8 @@ struct Gemm {
   bool outputs_cached = false;      // out and add lie in the cache: they need no prefetch
   const T* next_weights = nullptr;  // of the product that follows, or null: prefetched during the last columns
   int64_t next_count = 0;           // values of them
-  Sum<T>* const* sums = nullptr;    // [count], of bfloat16 only: results as float, instead of `out`
+  // [count], of bfloat16 only: results as float, instead of `out`, with outputs_cached and nothing to add.
+  Sum<T>* const* sums = nullptr;
 };
 
 // Pixels of Winograd's convolution at the 16 frequencies f, at out[f * stride + tile * channels + c]: 4x4 pixels of the

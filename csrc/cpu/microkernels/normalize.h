@@ -23,7 +23,7 @@ HNE_INLINE void for_blocks(const NormRows<T>& r, const F& f) {
 }
 
 // Adds two sums over the rows to r.sums; f(width, c, m, sum, product) adds row m to vectors of both. The rows of one
-// call are few, and summed in T.
+// call are few, and summed in Sum<T>.
 template <typename T, typename F>
 HNE_INLINE void sum_rows(const NormRows<T>& r, const F& f) {
   Sum<T>* const sums = r.partial;
@@ -45,8 +45,11 @@ void moments(const NormRows<T>& rows) {
   const NormRows<T> r = rows;
   sum_rows<T>(r, [&](auto width, int64_t c, int64_t m, auto& sum, auto& square) {
     constexpr int W = decltype(width)::value;
-    const Vec<Sum<T>, W> x = load<W>(r.x + m * r.channels + c) - load<W>(r.shift + c);
-    if (r.out != nullptr) store<W>(r.out + m * r.channels + c, x);
+    Vec<Sum<T>, W> x = load<W>(r.x + m * r.channels + c) - load<W>(r.shift + c);
+    if (r.out != nullptr) {
+      store<W>(r.out + m * r.channels + c, x);
+      if constexpr (kTerms<T> > 1) x = load<W>(r.out + m * r.channels + c);  // the sums of what `out` says
+    }
     sum += x;
     square += x * x;
   });
