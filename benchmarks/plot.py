@@ -57,7 +57,9 @@ def time_per_image(rows: Sequence[Row], machine: dict[str, str]) -> Figure:
     )
     legend.set_title("; ".join(f"{name} {machine[name]}" for name in _FACTS if name in machine), {"size": 7})
     legend.get_title().set_color("#777777")
-    figure.suptitle(f"{rows[0].case['network']}: time of the first n networks", fontsize=12, fontweight="bold")
+    dtype = "" if rows[0].case["dtype"] == "float32" else f", {rows[0].case['dtype']}"
+    title = f"{rows[0].case['network']}: time of the first n networks{dtype}"
+    figure.suptitle(title, fontsize=12, fontweight="bold")
     return figure
 
 

@@ -55,7 +55,7 @@ TapsFirst filters_in_place(const Tensor& filters) {
     using T = decltype(type);
     reads = !whole_vectors<T>({out, in}, {}) || whole_vectors<T>({strides.branch, strides.out}, {data<T>(filters)});
   });
-  if (stride(2) <= 1 && reads) return {filters, strides};
+  if ((in == 1 || filters.stride(2) == 1) && reads) return {filters, strides};
   return {torch::stable::contiguous(filters), {.branch = out * in, .out = in}};
 }
 
