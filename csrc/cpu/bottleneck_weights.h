@@ -36,12 +36,13 @@ class BottleneckWeights {
  private:
   BottleneckWeights(Geometry pixel_geometry, const std::optional<Tensor>* weights, int64_t stride, int64_t replicate,
                     std::string activation, bool identity, std::string final_activation, bool in_pairs)
-      : expand(filters(*weights[0], in_pairs)),
+      : expand(packed_filters(*weights[0], in_pairs)),
         expand_bias(*weights[1]),
         depthwise(*weights[2]),
         depthwise_bias(*weights[3]),
-        project(filters(*weights[4], in_pairs)),
-        shortcut(weights[6].has_value() ? std::optional<ConstTensor>(filters(*weights[6], in_pairs)) : std::nullopt),
+        project(packed_filters(*weights[4], in_pairs)),
+        shortcut(weights[6].has_value() ? std::optional<ConstTensor>(packed_filters(*weights[6], in_pairs))
+                                        : std::nullopt),
         sum_bias(sum(*weights[5], weights[7])),
         stride(stride),
         replicate(replicate),
@@ -62,10 +63,6 @@ class BottleneckWeights {
     return bottleneck_geometry({parents, 1, 1, 1, weights[0]->size(4)}, *weights[0], *weights[1], *weights[2],
                                *weights[3], *weights[4], *weights[5], weights[6], weights[7], stride, replicate,
                                identity);
-  }
-
-  static ConstTensor filters(const Tensor& packed, bool in_pairs) {
-    return in_pairs ? pair_filters(packed) : ConstTensor(packed);
   }
 
   static Tensor sum(const Tensor& bias, const std::optional<Tensor>& other) {

@@ -13,14 +13,9 @@ constexpr int64_t kDepth = 192;      // terms of a product: a tile's rows and we
 // are not divided, as the features between them would be rounded.
 struct WindowParts {
   int64_t taps, depth;
-  WindowParts(const Geometry& g, bool whole) : taps(g.taps()), depth(g.in_channels) {
-    if (!whole) *this = WindowParts(g);
-  }
-
- private:
-  explicit WindowParts(const Geometry& g)
-      : taps(std::clamp<int64_t>(kDepth / std::max<int64_t>(g.in_channels, 1), 1, g.taps())),
-        depth(ceil_div(g.in_channels, ceil_div(std::max<int64_t>(g.in_channels, 1), kDepth))) {}
+  WindowParts(const Geometry& g, int64_t most_terms)
+      : taps(std::clamp<int64_t>(most_terms / std::max<int64_t>(g.in_channels, 1), 1, g.taps())),
+        depth(ceil_div(g.in_channels, ceil_div(std::max<int64_t>(g.in_channels, 1), most_terms))) {}
 };
 
 // Rows of a task, at most kBlockRows: whole tiles, and as many for each task as possible.
@@ -41,7 +36,7 @@ void convolve_packed(const Geometry& g, const PrologueInput<T>& x, const T* pack
   const int64_t line_size = g.kernel_size * g.in_channels;
   const bool by_lines = g.in_channels < kFewChannels && !x.computed();
   const bool by_windows = !by_lines && !g.pointwise();
-  const WindowParts parts(g, kTerms<T> > 1);
+  const WindowParts parts(g, kTerms<T> > 1 ? std::max<int64_t>(g.taps() * g.in_channels, 1) : kDepth);
   // Lines of the output pixels of one row are equally spaced, which is faster for long rows.
   const bool by_rows = by_lines && g.out_width >= kTilePixels;
   const std::vector<T> zeros(g.in_channels, T(0));

@@ -109,6 +109,11 @@ inline ConstTensor pair_filters(const Tensor& packed) {
   return ConstTensor(to, true);
 }
 
+// Packed filters as products read them: of bfloat16 `in_pairs`, or in float32.
+inline ConstTensor packed_filters(const Tensor& packed, bool in_pairs) {
+  return in_pairs ? pair_filters(packed) : ConstTensor(packed);
+}
+
 // Uninitialised memory of the calling thread for `count` values, kept between tasks. Uses at the same time need
 // different slots; the pointer is valid until the next call with this slot.
 template <typename T>

@@ -13,7 +13,7 @@ class PackedConvolution {
   // with a channel more than the weight has if that has an odd number.
   PackedConvolution(const Tensor& weight, const Tensor& bias, int64_t stride, int64_t padding, int64_t replicate,
                     std::string activation, bool reused = true, bool in_pairs = false)
-      : weight_(in_pairs ? pair_filters(weight) : ConstTensor(weight)),
+      : weight_(packed_filters(weight, in_pairs)),
         bias_(bias),
         stride_(stride),
         padding_(padding),

@@ -359,10 +359,6 @@ LAYERS += [
         keep=[1],
         mean=[2],
     ),
-]
-
-
-LAYERS += [
     layers(
         "basic block",
         _scaled(Geometry(1, 1, 3, 9, 8, 3, 16, 3, 1, 1), "relu"),

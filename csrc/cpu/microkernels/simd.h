@@ -46,16 +46,14 @@ HNE_INLINE Vec<T, W> splat(T value) {
 // bfloat16 in memory, float in vectors.
 template <int W>
 HNE_INLINE Vec<float, W> load(const bfloat16* p) {
-  typedef typename Lanes<uint32_t, W>::type Wide;
-  Wide bits;
-  if constexpr (W == 1)
-    bits = Wide(*p);
-  else
-    bits = __builtin_convertvector(load<W>(reinterpret_cast<const uint16_t*>(p)), Wide);
-  bits = bits << 16;
-  Vec<float, W> v;
-  __builtin_memcpy(&v, &bits, sizeof v);
-  return v;
+  if constexpr (W == 1) {
+    return to_sum(*p);
+  } else {
+    const auto bits = __builtin_convertvector(load<W>(reinterpret_cast<const uint16_t*>(p)), Vec<uint32_t, W>) << 16;
+    Vec<float, W> v;
+    __builtin_memcpy(&v, &bits, sizeof v);
+    return v;
+  }
 }
 
 // To the nearest bfloat16, and of two to the even one; NaN stays NaN.
@@ -68,15 +66,15 @@ HNE_INLINE void store(bfloat16* p, Vec<float, W> v) {
     return;
   }
 #endif
-  typedef typename Lanes<uint32_t, W>::type Wide;
-  Wide bits;
-  __builtin_memcpy(&bits, &v, sizeof v);
-  const Wide rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = (bits >> 16) | 0x40;
-  const Wide result = v == v ? rounded : quiet;
-  if constexpr (W == 1)
-    *p = bfloat16(result);
-  else
+  if constexpr (W == 1) {
+    *p = to_bfloat16(v);
+  } else {
+    Vec<uint32_t, W> bits;
+    __builtin_memcpy(&bits, &v, sizeof v);
+    const Vec<uint32_t, W> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+    const Vec<uint32_t, W> result = v == v ? rounded : quiet;
     store<W>(reinterpret_cast<uint16_t*>(p), __builtin_convertvector(result, Vec<uint16_t, W>));
+  }
 }
 
 // kTerms consecutive terms for each of W sums: a value, or a pair of bfloat16.
