@@ -112,7 +112,8 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 
 # Python itself is not instrumented, so the sanitizer's runtime is loaded ahead of it; libstdc++ too,
 # or its exceptions are thrown before the sanitizer has found them. Without -s what it says would be lost.
-# Our lowest instruction set is tested together with PyTorch's and oneDNN's.
+# Our lowest instruction set is tested together with PyTorch's and oneDNN's, and with AMX's tiles, which this build
+# emulates.
 .PHONY: sanitize
 sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address and undefined-behaviour sanitizers
 	@levels=$$($(BIN)/python -c "from hne_kernels.extension import cpu_library; \
@@ -122,9 +123,9 @@ sanitize: $(VENV)/.built $(SANITIZED)/.built ## run the C++ ops under address an
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	for level in $$levels; do \
 		echo "sanitizers, $$level instructions"; \
-		case $$level in portable) oldest="$(OLDEST)" ;; *) oldest= ;; esac; \
+		case $$level in portable) oldest="$(OLDEST)"; bfloat16=amx ;; *) oldest=; bfloat16=1 ;; esac; \
 		case "$$levels" in *$$level) tests= ;; *) tests="not any_level" ;; esac; \
-		env $$oldest HNE_CPU_CAPABILITY=$$level HNE_CPU_BF16=1 LD_PRELOAD="$$preload" \
+		env $$oldest HNE_CPU_CAPABILITY=$$level HNE_CPU_BF16=$$bfloat16 LD_PRELOAD="$$preload" \
 			$(BIN)/pytest $(PARALLEL) -s -k 'cpp or fused_layers or quantized_layers' -m "$$tests" \
 			tests/kernels/test_parity.py tests/kernels/test_properties.py \
 			tests/kernels/test_fused_layers*.py tests/kernels/test_quantized_layers.py tests/kernels/test_winograd.py || exit 1; \

@@ -56,7 +56,7 @@ def cpp_flags(environ: Mapping[str, str]) -> list[str]:
         flags.append("-Werror")
     if sanitizers := environ.get("HNE_SANITIZE"):
         flags += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        flags += ["-O1", "-g1", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS"]
+        flags += ["-O1", "-g1", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS", "-DHNE_EMULATED_TILES"]
     else:
         flags += ["-O3", "-g0"]
     return flags

@@ -46,7 +46,7 @@ PyObject* cpu_vnni(PyObject*, PyObject*) {
 }
 
 PyObject* cpu_bfloat16(PyObject*, PyObject*) {
-  return hne::call([] { return PyBool_FromLong(hne::multiplies_bfloat16()); });
+  return hne::call([] { return PyUnicode_FromString(hne::cpu_bfloat16()); });
 }
 
 PyObject* forget_layers(PyObject*, PyObject* handle) {
@@ -80,7 +80,8 @@ PyMethodDef kFunctions[] = {
     {"cpu_capabilities_supported", cpu_capabilities_supported, METH_NOARGS,
      "Names of the instruction sets that this machine supports, comma separated, best last."},
     {"cpu_vnni", cpu_vnni, METH_NOARGS, "Whether the int8 kernels use vpdpbusd."},
-    {"cpu_bfloat16", cpu_bfloat16, METH_NOARGS, "Whether bfloat16 is multiplied as such, not as float32."},
+    {"cpu_bfloat16", cpu_bfloat16, METH_NOARGS,
+     "How bfloat16 is multiplied: by the name of the instructions, or widened to float32."},
     {"forget_layers", forget_layers, METH_O, "Free the layers that the op prepare_layers returned this number for."},
     {"forget_quantized_layers", forget_quantized_layers, METH_O,
      "Free the layers that the op prepare_quantized_layers returned this number for."},

@@ -34,7 +34,8 @@ def _gpus() -> str:
 
 def _extensions(library: Any) -> str:
     """What the kernels for int8 and bfloat16 use besides."""
-    used = [name for name, uses in (("VNNI", library.cpu_vnni()), ("BF16", library.cpu_bfloat16())) if uses]
+    bfloat16 = {"amx": "AMX", "avx512": "BF16", "portable": "portable BF16"}.get(library.cpu_bfloat16())
+    used = [name for name in ("VNNI" if library.cpu_vnni() else None, bfloat16) if name]
     return f" with {' and '.join(used)}" if used else ""
 
 

@@ -340,7 +340,7 @@ from cases import CASES, cast, check, cotangents, evaluate
 import hne_kernels as K
 from hne_kernels import dispatch, extension
 assert extension.cpu_library().cpu_capability() == {level!r}
-assert extension.cpu_library().cpu_bfloat16() == {bfloat16}
+assert extension.cpu_library().cpu_bfloat16() == {bfloat16!r}
 rng = torch.Generator().manual_seed({seed})
 for dtype in (torch.float32, torch.bfloat16):
     for case in CASES:
@@ -354,18 +354,32 @@ print("checked", len(CASES))
 """
 
 
-@pytest.mark.parametrize(("level", "bfloat16"), [("portable", True), ("avx2", False), ("avx512", True)])
-def test_instruction_sets(level: str, bfloat16: bool, rng: torch.Generator) -> None:
-    """Parity with every instruction set of this machine; with products of bfloat16, portable where it has no others.
+def _multiplies_bfloat16(products: str) -> bool:
+    """Whether this machine has these instructions for bfloat16."""
+    return (
+        _python(
+            "from hne_kernels import extension; extension.cpu_library().cpu_bfloat16()", HNE_CPU_BF16=products
+        ).returncode
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("level", "bfloat16"), [("portable", "portable"), ("avx2", "widened"), ("avx512", "avx512"), ("avx512", "amx")]
+)
+def test_instruction_sets(level: str, bfloat16: str, rng: torch.Generator) -> None:
+    """Parity with every instruction set of this machine.
 
     glibc's MALLOC_PERTURB_ fills the library's scratch buffers with large numbers, so that uninitialised reads show.
     """
     if level not in _LEVELS:
         pytest.skip(f"this machine has {', '.join(_LEVELS)}")
+    if not _multiplies_bfloat16(bfloat16):
+        if bfloat16 == "amx":
+            pytest.skip("this machine has no amx")
+        bfloat16 = "portable"
     core = _CORE.format(folder=os.path.dirname(cases.__file__), level=level, bfloat16=bfloat16, seed=rng.initial_seed())
-    result = _python(
-        core, HNE_CPU_CAPABILITY=level, HNE_CPU_BF16=str(int(bfloat16)), MALLOC_PERTURB_="128", OMP_NUM_THREADS="1"
-    )
+    result = _python(core, HNE_CPU_CAPABILITY=level, HNE_CPU_BF16=bfloat16, MALLOC_PERTURB_="128", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"checked {len(CASES)}"
 
@@ -406,6 +420,24 @@ def test_unknown_instruction_set() -> None:
     result = _python(code, HNE_CPU_CAPABILITY="sse9")
     assert result.returncode == 1, "an exception, not a crash"
     assert "HNE_CPU_CAPABILITY: expected portable, avx2 or avx512, got sse9" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("products", "message"),
+    [
+        ("sse9", "HNE_CPU_BF16: expected 0, 1, widened, portable, avx512 or amx, got sse9"),
+        ("avx512", "HNE_CPU_BF16: this machine has no avx512"),
+    ],
+)
+def test_unknown_products_of_bfloat16(products: str, message: str) -> None:
+    code = """
+import torch, hne_kernels as K
+x, weight = torch.ones(1, 1, 1, 1, 2).bfloat16(), torch.ones(1, 2, 2, 1, 1).bfloat16()
+K.branch_conv2d(x, weight)
+"""
+    result = _python(code, HNE_CPU_BF16=products, HNE_CPU_CAPABILITY="portable")
+    assert result.returncode == 1, "an exception, not a crash"
+    assert message in result.stderr
 
 
 def test_import_leaves_the_compiler_alone() -> None:

@@ -266,6 +266,9 @@ const Kernels<T>& table();
 namespace avx512_bf16 {
 const Kernels<bfloat16>& bfloat16_table();
 }
+namespace amx {
+const Kernels<bfloat16>& bfloat16_table();
+}
 
 template <typename T>
 const Kernels<T>& kernels() {
@@ -278,8 +281,11 @@ const Kernels<T>& kernels() {
 
 template <>
 inline const Kernels<bfloat16>& kernels() {
+#if defined(__x86_64__) || defined(HNE_EMULATED_TILES)
+  if (bfloat16_products() == Bfloat16Products::amx) return amx::bfloat16_table();
+#endif
 #if defined(__x86_64__)
-  if (has_bfloat16_products()) return avx512_bf16::bfloat16_table();
+  if (bfloat16_products() == Bfloat16Products::avx512) return avx512_bf16::bfloat16_table();
 #endif
   return portable::bfloat16_table();
 }

@@ -3,6 +3,12 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -50,6 +56,81 @@ Capability choose() {
   throw std::runtime_error(std::string("HNE_CPU_CAPABILITY: expected portable, avx2 or avx512, got ") + requested);
 }
 
+#if defined(HNE_EMULATED_TILES)
+constexpr bool kEmulatedTiles = true;  // only chosen by name
+#else
+constexpr bool kEmulatedTiles = false;
+#endif
+
+// Whether the processor has AMX for bfloat16, and the system lets this process use its registers.
+bool has_tiles() {
+  if constexpr (kEmulatedTiles) return true;
+#if defined(__x86_64__) && defined(__linux__)
+  if (capability() != Capability::avx512 || !__builtin_cpu_supports("avx512bf16")) return false;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBfloat16) == 0 || (d & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool supported(Bfloat16Products products) {
+  switch (products) {
+    case Bfloat16Products::amx:
+      return has_tiles();
+    case Bfloat16Products::avx512:
+#if defined(__x86_64__)
+      return capability() == Capability::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+      return false;
+#endif
+    default:
+      return true;
+  }
+}
+
+const char* name(Bfloat16Products products) {
+  switch (products) {
+    case Bfloat16Products::amx:
+      return "amx";
+    case Bfloat16Products::avx512:
+      return "avx512";
+    case Bfloat16Products::portable:
+      return "portable";
+    default:
+      return "widened";
+  }
+}
+
+// Whether vdpbf16ps multiplies more in a second than products of float do.
+bool avx512_is_faster() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+Bfloat16Products choose_bfloat16() {
+  using enum Bfloat16Products;
+  const char* variable = std::getenv("HNE_CPU_BF16");
+  const std::string asked = variable != nullptr ? variable : "";
+  if (asked == "0") return widened;
+  for (const Bfloat16Products products : {amx, avx512, portable, widened}) {
+    if (asked == name(products)) {
+      if (!supported(products)) throw std::runtime_error("HNE_CPU_BF16: this machine has no " + asked);
+      return products;
+    }
+    const bool fast = products == amx || (products == avx512 && avx512_is_faster()) || products == widened;
+    const bool wanted = (asked == "1" || (asked.empty() && fast)) && !(products == amx && kEmulatedTiles);
+    if (wanted && supported(products)) return products;
+  }
+  throw std::runtime_error("HNE_CPU_BF16: expected 0, 1, widened, portable, avx512 or amx, got " + asked);
+}
+
 }  // namespace
 
 Capability capability() {
@@ -78,27 +159,12 @@ bool vnni() {
   return found;
 }
 
-bool has_bfloat16_products() {
-#if defined(__x86_64__)
-  static const bool found = capability() == Capability::avx512 && __builtin_cpu_supports("avx512bf16");
-  return found;
-#else
-  return false;
-#endif
-}
-
-bool multiplies_bfloat16() {
-  static const bool chosen = [] {
-    const char* asked = std::getenv("HNE_CPU_BF16");
-    if (asked != nullptr && *asked != '\0') return std::string(asked) != "0";
-#if defined(__x86_64__)
-    return has_bfloat16_products() && __builtin_cpu_is("amd");
-#else
-    return false;
-#endif
-  }();
+Bfloat16Products bfloat16_products() {
+  static const Bfloat16Products chosen = choose_bfloat16();
   return chosen;
 }
+
+const char* cpu_bfloat16() { return name(bfloat16_products()); }
 
 int64_t second_cache_bytes() {
   static const int64_t bytes = [] {

@@ -1,4 +1,4 @@
-// bfloat16 kernels with vdpbf16ps; these functions run only if has_bfloat16_products().
+// bfloat16 kernels with vdpbf16ps; these functions run only if bfloat16_products() is avx512.
 #if defined(__x86_64__)
 
 // The standard headers come before the target: their inline functions must run on any machine.
