@@ -64,10 +64,48 @@ def test_other_backends_call_the_layers_in_turn(rng: torch.Generator) -> None:
         torch.testing.assert_close(layers(x), want)
 
 
-def test_autocast_lowers_as_it_does_the_ops(rng: torch.Generator) -> None:
+@each_case
+def test_autocast_computes_in_bfloat16(case: Case, rng: torch.Generator) -> None:
+    made = case.arguments(case.inputs(rng))
+    layers = K.FusedLayers(made["layers"], made["keep"])
+
+    def rounded(layer: K.FusedLayer) -> K.FusedLayer:
+        if layer.is_norm:
+            return layer
+        return layer._replace(weights=tuple(None if weight is None else weight.bfloat16() for weight in layer.weights))
+
+    want = K.FusedLayers([*map(rounded, made["layers"])], made["keep"])(made["x"].bfloat16())
+    for x in (made["x"], made["x"].bfloat16(), made["x"]):
+        with torch.autocast("cpu", torch.bfloat16):
+            results = layers(x)
+        assert all(result.dtype == torch.bfloat16 for result in results)
+        assert all(map(torch.equal, results, want))
+    assert all(result.dtype == torch.float32 for result in layers(made["x"]))
+
+
+def test_autocast_to_bfloat16_is_one_call(rng: torch.Generator) -> None:
+    x, singles, keep = arguments("network", rng)
+    layers = K.FusedLayers(singles, keep)
+    with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16):
+        layers(x)
+    calls = [event.key for event in profile.key_averages() if event.key.startswith("hne::")]
+    assert sorted(calls) == ["hne::fused_layers", "hne::prepare_layers"]
+
+
+@pytest.mark.parametrize("lowest", [torch.float64, torch.float16])
+def test_autocast_of_other_dtypes_calls_the_layers_in_turn(lowest: torch.dtype, rng: torch.Generator) -> None:
+    """float64 is not lowered, and the library has no float16."""
+    x, singles, keep = arguments("network", rng, torch.float64 if lowest == torch.float64 else torch.float32)
+    layers = K.FusedLayers(singles, keep)
+    with torch.autocast("cpu", torch.bfloat16 if lowest == torch.float64 else torch.float16):
+        (result,) = layers(x)
+    assert result.dtype == lowest
+
+
+def test_autocast_on_another_backend_lowers_as_it_does_the_ops(rng: torch.Generator) -> None:
     x, singles, keep = arguments("keep", rng)
     layers = K.FusedLayers(singles, keep)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), K.use_backend("reference"):
         results = layers(x)
         want = x
         for layer in singles:
