@@ -291,9 +291,10 @@ class FusedLayers:
         """Whether autocast lowers a call to bfloat16 that would reach the library without autocast."""
         if self._prepared is None or checks.autocast_dtype("cpu") != torch.bfloat16 or x.dtype not in _LOWERED:
             return False
-        weights = (weight for layer in self.layers for weight in layer.weights if weight is not None)
-        if any(weight.dtype not in _LOWERED for weight in weights):
-            return False
+        if self._lowered is None:
+            weights = (weight for layer in self.layers for weight in layer.weights if weight is not None)
+            if any(weight.dtype not in _LOWERED for weight in weights):
+                return False
         with torch.autocast("cpu", enabled=False):
             return self._reaches_library(x)
 

@@ -318,20 +318,16 @@ void pair_rows(const RowPairs<T>& p) {
   static_assert(kTerms<T> <= 2);
   if constexpr (kTerms<T> == 2) {
     T* out = p.out;
-    for (int64_t m = 0; m < p.count; m += 2, out += 2 * p.channels)
+    for (int64_t m = 0; m < p.count; m += 2, out += 2 * p.channels) {
+      const T* const first = p.rows[m];
+      const T* const second = m + 1 < p.count ? p.rows[m + 1] : nullptr;
       for_lanes<T>(p.channels, [&](auto width, int64_t c) {
         constexpr int W = decltype(width)::value;
-        const auto bits = [&](int64_t row) {
-          typename Lanes<uint16_t, W>::type values = {};
-          if (row < p.count) __builtin_memcpy(&values, p.rows[row] + c, sizeof values);
-          if constexpr (W == 1)
-            return uint32_t(values);
-          else
-            return __builtin_convertvector(values, typename Lanes<uint32_t, W>::type);
-        };
-        const auto pairs = bits(m) | bits(m + 1) << 16;
+        Vec<uint32_t, W> pairs = load_bits<W>(first + c);
+        if (second != nullptr) pairs |= load_bits<W>(second + c) << 16;
         __builtin_memcpy(out + 2 * c, &pairs, sizeof pairs);
       });
+    }
   }
 }
 

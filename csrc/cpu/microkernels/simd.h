@@ -43,13 +43,30 @@ HNE_INLINE Vec<T, W> splat(T value) {
   return value - Vec<T, W>{};
 }
 
+// The bits of W bfloat16, each in 32 bits.
+template <int W>
+HNE_INLINE Vec<uint32_t, W> load_bits(const bfloat16* p) {
+#if HNE_BF16  // GCC 12 would convert it in two halves
+  if constexpr (W == 16) {
+    __m256i bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return (Vec<uint32_t, W>)_mm512_maskz_cvtepu16_epi32(0xffff, bits);  // without a mask it warns
+  }
+#endif
+  const Vec<uint16_t, W> bits = load<W>(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (W == 1)
+    return bits;
+  else
+    return __builtin_convertvector(bits, Vec<uint32_t, W>);
+}
+
 // bfloat16 in memory, float in vectors.
 template <int W>
 HNE_INLINE Vec<float, W> load(const bfloat16* p) {
   if constexpr (W == 1) {
     return to_sum(*p);
   } else {
-    const auto bits = __builtin_convertvector(load<W>(reinterpret_cast<const uint16_t*>(p)), Vec<uint32_t, W>) << 16;
+    const Vec<uint32_t, W> bits = load_bits<W>(p) << 16;
     Vec<float, W> v;
     __builtin_memcpy(&v, &bits, sizeof v);
     return v;
