@@ -261,10 +261,11 @@ def backend_for(tensor: Tensor) -> str:
     return chosen
 
 
-def reaches_cpp(x: Any) -> bool:
+def reaches_cpp(x: Any, *, autocast: bool = False) -> bool:
     """Whether ``x`` is an ordinary tensor whose calls reach the library of the CPU, with the dtype of ``x``.
 
-    Not under autocast, nor where PyTorch records or transforms calls, nor where a gradient is required.
+    Not where PyTorch records or transforms calls, nor where a gradient is required, nor under autocast, which lowers
+    the dtype; with ``autocast`` whether they would reach it without.
     """
     return (
         type(x) is Tensor
@@ -272,7 +273,7 @@ def reaches_cpp(x: Any) -> bool:
         and x.dtype in DTYPES["cpp"]
         and not is_traced()
         and _chosen() in (None, "cpp")
-        and not torch.is_autocast_enabled("cpu")
+        and (autocast or not torch.is_autocast_enabled("cpu"))
         and not (x.requires_grad and torch.is_grad_enabled())
     )
 

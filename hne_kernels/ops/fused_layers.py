@@ -114,7 +114,7 @@ def _find_chains(layers: Sequence[FusedLayer], kept: frozenset[int]) -> dict[int
     return chains
 
 
-_LOWERED = torch.float32, torch.bfloat16  # by autocast, on a CPU
+_LOWERED_DTYPES = torch.float32, torch.bfloat16  # by autocast, on a CPU
 _MOST_KINDS = 64  # of features that are remembered
 
 
@@ -128,8 +128,9 @@ class FusedLayers:
     (:func:`fused_bottleneck_chain`). The weights must not change. Of bfloat16 weights the library stores a copy in
     float32, and computes in it, unless the processor multiplies bfloat16 faster (AMX, or ``vdpbf16ps`` on AMD's Zen 4
     and 5) and all layers are pointwise convolutions, convolutions of images and bottlenecks with even numbers of
-    channels: features between layers are then rounded to bfloat16. Under autocast to bfloat16 it computes with float32
-    weights rounded to bfloat16, of which it keeps a copy.
+    channels: features between layers are then rounded to bfloat16. Under autocast to bfloat16 float32 features and
+    weights are rounded to bfloat16, the weights once, unless a batch norm or pooling reads the features: then the
+    layers are called in turn.
 
     Args:
         layers: the layers; each must fit the features that it reads.
@@ -170,7 +171,13 @@ class FusedLayers:
         self._chains = _find_chains(self.layers, self._result_indices | kept)
         self._fitting: set[tuple[torch.Size, torch.dtype, torch.device]] = set()  # features that were checked
         self._prepared: int | None = None
-        self._lowered: FusedLayers | None = None  # for autocast
+        # Under autocast convolutions round what they read, batch norms and pooling do not.
+        self._dtype = None if entry is None else entry.dtype
+        self._lowerable = self._dtype in _LOWERED_DTYPES and all(
+            bool(self.layers[reader].weights) and not self.layers[reader].is_norm and not self.layers[reader].mean
+            for reader in readers[-1]
+        )
+        self._rounded: FusedLayers | None = None  # for autocast, once it is needed
         self._call = torch.ops.hne.fused_layers.default  # looked up once
         # A recorded program must hold the weights, so nothing is prepared while one is recorded.
         in_memory = all(_in_memory(weight) for layer in self.layers for weight in layer.weights)
@@ -247,8 +254,7 @@ class FusedLayers:
         if self._reaches_library(x):
             return self._library_call(x)
         if self._is_lowered(x):
-            with torch.autocast("cpu", enabled=False):
-                return self._in_bfloat16()._library_call(x.to(torch.bfloat16))
+            return self._in_bfloat16()._library_call(x.to(torch.bfloat16))
         if self.images:
             checks.rank("x", x, 4, "[batch, channels, height, width]")
         else:
@@ -281,34 +287,37 @@ class FusedLayers:
         """
         if self._reaches_library(x):
             return self._library_call(x, total, count)
+        if self._is_lowered(x):
+            return self._in_bfloat16()._library_call(x.to(torch.bfloat16), total, count)
         outputs = self(x)
         return [*outputs, *add_member(outputs[-1], total, count)]
 
-    def _reaches_library(self, x: Tensor) -> bool:
-        return self._prepared is not None and dispatch.reaches_cpp(x) and x.dim() == (4 if self.images else 5)
+    def _reaches_library(self, x: Tensor, *, autocast: bool = False) -> bool:
+        reaches = self._prepared is not None and dispatch.reaches_cpp(x, autocast=autocast)
+        return reaches and x.dim() == (4 if self.images else 5)
 
     def _is_lowered(self, x: Tensor) -> bool:
         """Whether autocast lowers a call to bfloat16 that would reach the library without autocast."""
-        if self._prepared is None or checks.autocast_dtype("cpu") != torch.bfloat16 or x.dtype not in _LOWERED:
-            return False
-        if self._lowered is None:
-            weights = (weight for layer in self.layers for weight in layer.weights if weight is not None)
-            if any(weight.dtype not in _LOWERED for weight in weights):
-                return False
-        with torch.autocast("cpu", enabled=False):
-            return self._reaches_library(x)
+        return (
+            self._lowerable
+            and self._reaches_library(x, autocast=True)
+            and x.dtype in _LOWERED_DTYPES
+            and checks.autocast_dtype("cpu") == torch.bfloat16
+        )
 
     def _in_bfloat16(self) -> FusedLayers:
         """The layers with weights rounded to bfloat16, but for the statistics of batch norms."""
-        if self._lowered is None:
+        if self._rounded is None:
+            if self._dtype == torch.bfloat16:
+                return self
             layers = [
                 layer
                 if layer.is_norm
                 else layer._replace(weights=tuple(None if w is None else w.to(torch.bfloat16) for w in layer.weights))
                 for layer in self.layers
             ]
-            self._lowered = FusedLayers(layers, sorted(self._result_indices), images=self.images)
-        return self._lowered
+            self._rounded = FusedLayers(layers, sorted(self._result_indices), images=self.images)
+        return self._rounded
 
     def _library_call(self, x: Tensor, *arguments: Any) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():  # there is no gradient: the dispatcher need not look for one

@@ -331,6 +331,20 @@ LAYERS += [
         mean=[5],
     ),
     layers(
+        # Large filters of images, and sums over different numbers of channels.
+        "wide stem",
+        fused_convolution(Geometry(1, 1, 2, 9, 17, 3, 32, 7, 1, 3), "relu"),
+        bottleneck(Bottleneck(1, 2, 2, 9, 17, 32, 48, 40, 3, 2, "shortcut", "relu", "relu")),
+        bottleneck(Bottleneck(2, 1, 2, 5, 9, 40, 48, 72, 3, 1, "shortcut", "relu", "none")),
+        fused_convolution(Geometry(2, 1, 2, 1, 1, 72, 10, 1, 1, 0), "none"),
+        mean=[3],
+    ),
+    layers(
+        "narrow stem",
+        fused_convolution(Geometry(1, 1, 2, 11, 8, 3, 20, 5, 1, 2), "relu"),
+        bottleneck(Bottleneck(1, 1, 2, 11, 8, 20, 44, 20, 3, 1, "identity", "relu", "relu")),
+    ),
+    layers(
         # Sums of convolutions with even numbers of channels.
         "even sums",
         _scaled(Geometry(1, 2, 4, 7, 9, 4, 16, 1, 1, 0), "relu"),

@@ -404,9 +404,11 @@ def test_layers_with_even_channels_multiply_bfloat16(rng: torch.Generator) -> No
         "even channels",
         "even sums",
         "mean-first",
+        "narrow stem",
         "network",
         "small maps",
         "small maps, features and mean",
+        "wide stem",
     }
 
 
@@ -426,7 +428,7 @@ def test_unknown_instruction_set() -> None:
     ("products", "message"),
     [
         ("sse9", "HNE_CPU_BF16: expected 0, 1, widened, portable, avx512 or amx, got sse9"),
-        ("avx512", "HNE_CPU_BF16: this machine has no avx512"),
+        ("avx512", "HNE_CPU_BF16: these products are not supported here: avx512"),
     ],
 )
 def test_unknown_products_of_bfloat16(products: str, message: str) -> None:

@@ -64,23 +64,53 @@ def test_other_backends_call_the_layers_in_turn(rng: torch.Generator) -> None:
         torch.testing.assert_close(layers(x), want)
 
 
+def rounded(layer: K.FusedLayer) -> K.FusedLayer:
+    weights = (None if weight is None else weight.bfloat16() for weight in layer.weights)
+    return layer if layer.is_norm else layer._replace(weights=tuple(weights))
+
+
 @each_case
-def test_autocast_computes_in_bfloat16(case: Case, rng: torch.Generator) -> None:
+def test_autocast_rounds_features_and_weights(case: Case, rng: torch.Generator) -> None:
     made = case.arguments(case.inputs(rng))
-    layers = K.FusedLayers(made["layers"], made["keep"])
-
-    def rounded(layer: K.FusedLayer) -> K.FusedLayer:
-        if layer.is_norm:
-            return layer
-        return layer._replace(weights=tuple(None if weight is None else weight.bfloat16() for weight in layer.weights))
-
-    want = K.FusedLayers([*map(rounded, made["layers"])], made["keep"])(made["x"].bfloat16())
-    for x in (made["x"], made["x"].bfloat16(), made["x"]):
+    x, layers = made["x"], K.FusedLayers(made["layers"], made["keep"])
+    in_bfloat16 = K.FusedLayers([*map(rounded, made["layers"])], made["keep"])
+    want = in_bfloat16(x.bfloat16())
+    calls = [(x.bfloat16(), layers), (x, layers), (x, layers), (x.bfloat16(), in_bfloat16)]
+    for given, computes in calls[3:] if case.name == "mean-first" else calls:  # a mean is computed from what is given
         with torch.autocast("cpu", torch.bfloat16):
-            results = layers(x)
+            results = computes(given)
         assert all(result.dtype == torch.bfloat16 for result in results)
         assert all(map(torch.equal, results, want))
-    assert all(result.dtype == torch.float32 for result in layers(made["x"]))
+    assert all(result.dtype == torch.float32 for result in layers(x))
+
+
+@pytest.mark.parametrize("first", ["norm", "pooling"])
+def test_autocast_does_not_round_what_batch_norms_and_pooling_read(first: str, rng: torch.Generator) -> None:
+    """Near 1000 the values of bfloat16 are 4 apart."""
+    x = 1000 + torch.randn(1, 2, 4, 4, 6, generator=rng)
+    rows = torch.tensor([[1000.0], [1.0], [0.0]]).expand(1, 3, 6).contiguous()
+    norm = K.FusedLayer((rows,))
+    average = K.FusedLayer((), stride=2, pooling="average", window=2, branches=1)
+    convolution = K.FusedLayer((K.pack_weight(torch.randn(1, 4, 6, 1, 1, generator=rng)), torch.zeros(1, 4)))
+    layers = K.FusedLayers([norm, convolution] if first == "norm" else [average, norm, convolution])
+    with torch.autocast("cpu", torch.bfloat16):
+        (result,) = layers(x)
+        with K.use_backend("reference"):
+            (want,) = layers(x)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result, want, rtol=0.03, atol=0.03)
+
+
+def test_wrong_features_under_autocast(rng: torch.Generator) -> None:
+    x, singles, keep = arguments("network", rng)
+    layers = K.FusedLayers(singles, keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match="x: expected a tensor"):
+            layers(x.tolist())
+        with pytest.raises(ValueError, match=r"layer 0: .*channels"):
+            layers(x[..., 1:])
+        with pytest.raises(RuntimeError, match="gradient"):
+            layers(x.requires_grad_())
 
 
 def test_autocast_to_bfloat16_is_one_call(rng: torch.Generator) -> None:
@@ -254,6 +284,16 @@ def test_the_mean_with_the_members_before(dtype: torch.dtype, rng: torch.Generat
         assert [(t.shape, t.dtype) for t in others] == [(t.shape, t.dtype) for t in (features, logits, total, mean)]
         torch.testing.assert_close(others[3], ((total + others[1][0]) / (count + 1)).to(dtype))
         x = torch.randn(x.shape, generator=rng).to(dtype)
+
+
+def test_members_under_autocast(rng: torch.Generator) -> None:
+    layers, x = head(rng, torch.float32)
+    total = torch.randn(3, 7, generator=rng)
+    want = K.FusedLayers([*map(rounded, layers.layers)], [0]).next_member(x.bfloat16(), total, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, layers.next_member(x, total, 2), want))
+        with pytest.raises(RuntimeError, match="total: "):
+            layers.next_member(x, torch.zeros(7), 2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "gemm.h"
@@ -12,18 +11,23 @@
 
 namespace hne::HNE_ISA {
 
-constexpr int kSumTiles = 4, kLeft = 4, kRight = 5;  // numbers of tiles: sums are 0 to 3
-constexpr int64_t kTileRows = 16;                    // of sums and of left rows
-constexpr int64_t kTilePairs = 16;                   // pairs of terms, and rows of the right tile
-constexpr int64_t kLeastPairs = 8;                   // below this, tiles are mostly empty
-constexpr int64_t kPairBytes = 4;                    // also of a sum
+// Numbers of tiles. Sums are 0 to 3; the last terms of a sum, fewer than the others, have tiles of their own.
+constexpr int kSumTiles = 4, kLeft = 4, kRight = 5, kLastLeft = 6, kLastRight = 7;
+constexpr int64_t kTileRows = 16;   // of sums and of left rows
+constexpr int64_t kTilePairs = 16;  // pairs of terms, and rows of the right tile
+constexpr int64_t kPairBytes = 4;   // also of a sum
 
-// A product of `rows` rows and `columns` columns over `pairs` pairs of terms.
-inline TileShapes tile_shapes(int64_t rows, int64_t pairs, int64_t columns) {
+// Products of `rows` rows and `columns` columns over `pairs` pairs of terms, and over `last_pairs`.
+inline TileShapes tile_shapes(int64_t rows, int64_t columns, int64_t pairs, int64_t last_pairs = 0) {
   TileShapes shapes;
+  const auto set = [&](int left, int right, int64_t count) {
+    if (count == 0) return;  // these tiles are not used
+    shapes.set(left, rows, count * kPairBytes);
+    shapes.set(right, count, columns * kPairBytes);
+  };
   for (int sum = 0; sum < kSumTiles; ++sum) shapes.set(sum, rows, columns * kPairBytes);
-  shapes.set(kLeft, rows, pairs * kPairBytes);
-  shapes.set(kRight, pairs, columns * kPairBytes);
+  set(kLeft, kRight, pairs);
+  set(kLastLeft, kLastRight, last_pairs);
   return shapes;
 }
 
@@ -35,42 +39,41 @@ HNE_INLINE void for_tiles(const F& f) {
   }(std::make_integer_sequence<int, COUNT>{});
 }
 
-// The most pairs of terms, of those that a tile holds, into which the depths of all taps can be divided.
-inline int64_t common_pairs(const Gemm<bfloat16>& g) {
-  int64_t common = 0;
-  for (int64_t t = 0; t < g.num_taps; ++t) common = std::gcd(common, g.taps[t].depth / kTerms<bfloat16>);
-  int64_t pairs = std::min(common, kTilePairs);
-  while (pairs > 0 && common % pairs != 0) --pairs;
-  return pairs;
+// Adds the products of `pairs` pairs of terms of a tap, from term k on, to the sums of TILES panels.
+template <int TILES, int LEFT, int RIGHT>
+HNE_INLINE void add_terms(Tiles& tiles, const Tap<bfloat16>& tap, int64_t panel, int64_t row, int64_t rows, int64_t k,
+                          int64_t pairs) {
+  if (tap.row_stride != 0) {
+    tiles.load<LEFT>(tap.rows[0] + row * tap.row_stride + k, tap.row_stride * int64_t(sizeof(bfloat16)));
+  } else {
+    alignas(64) bfloat16 gathered[kTileRows][kTilePairs * kTerms<bfloat16>];
+    for (int64_t m = 0; m < rows; ++m) std::copy_n(tap.rows[row + m] + k, pairs * kTerms<bfloat16>, gathered[m]);
+    tiles.load<LEFT>(gathered, sizeof gathered[0]);
+  }
+  const bfloat16* const weight = tap.weight + panel * tap.panel_stride + k * kPanel;
+  for_tiles<TILES>([&](auto i) {
+    tiles.load<RIGHT>(weight + i * tap.panel_stride, kPanel * kPairBytes);
+    tiles.multiply_add<i, LEFT, RIGHT>();
+  });
 }
 
 // All rows of TILES panels from `panel` on, in tiles of `rows` rows.
 template <int TILES>
-void multiply_panels(const Gemm<bfloat16>& g, Tiles& tiles, int64_t panel, int64_t rows, int64_t pairs) {
-  constexpr int64_t kColumns = TILES * kPanel;
+void multiply_panels(const Gemm<bfloat16>& g, Tiles& tiles, int64_t panel, int64_t rows) {
+  constexpr int64_t kColumns = TILES * kPanel, kTerm = kTilePairs * kTerms<bfloat16>;
   const int64_t first = panel * kPanel, columns = std::min(g.channels - first, kColumns);
   alignas(64) float sums[kTileRows][kColumns];
-  alignas(64) bfloat16 gathered[kTileRows][kTilePairs * kTerms<bfloat16>];
   for (int64_t row = 0; row < g.count; row += rows) {
-    // The last tile begins earlier, so that it has as many rows as the others: the first of them are there already.
+    // The last tile begins earlier, so that it has as many rows as the others: the tile before has written the first.
     const int64_t begin = std::min(row, g.count - rows);
     for_tiles<TILES>([&](auto i) { tiles.zero<i>(); });
     for (int64_t t = 0; t < g.num_taps; ++t) {
       const Tap<bfloat16>& tap = g.taps[t];
-      for (int64_t k = 0; k < tap.depth; k += pairs * kTerms<bfloat16>) {
-        if (tap.row_stride != 0) {
-          tiles.load<kLeft>(tap.rows[0] + begin * tap.row_stride + k, tap.row_stride * int64_t(sizeof(bfloat16)));
-        } else {
-          for (int64_t m = 0; m < rows; ++m)
-            std::copy_n(tap.rows[begin + m] + k, pairs * kTerms<bfloat16>, gathered[m]);
-          tiles.load<kLeft>(gathered, sizeof gathered[0]);
-        }
-        const bfloat16* const weight = tap.weight + panel * tap.panel_stride + k * kPanel;
-        for_tiles<TILES>([&](auto i) {
-          tiles.load<kRight>(weight + i * tap.panel_stride, kPanel * kPairBytes);
-          tiles.multiply_add<i, kLeft, kRight>();
-        });
-      }
+      int64_t k = 0;
+      for (; k + kTerm <= tap.depth; k += kTerm)
+        add_terms<TILES, kLeft, kRight>(tiles, tap, panel, begin, rows, k, kTilePairs);
+      if (k < tap.depth)
+        add_terms<TILES, kLastLeft, kLastRight>(tiles, tap, panel, begin, rows, k, (tap.depth - k) / kTerms<bfloat16>);
     }
     for_tiles<TILES>([&](auto i) { tiles.store<i>(&sums[0][i * kPanel], sizeof sums[0]); });
     for (int64_t m = row; m < begin + rows; ++m) {
@@ -88,17 +91,21 @@ void multiply_panels(const Gemm<bfloat16>& g, Tiles& tiles, int64_t panel, int64
 }
 
 inline void tile_gemm(const Gemm<bfloat16>& g) {
-  const int64_t pairs = common_pairs(g);
-  if (pairs < kLeastPairs) return gemm(g);
   if (g.count == 0) return;
+  int64_t last_pairs = 0;
+  for (int64_t t = 0; t < g.num_taps; ++t) {
+    const int64_t rest = g.taps[t].depth / kTerms<bfloat16> % kTilePairs;
+    if (rest != 0 && last_pairs != 0 && rest != last_pairs) return gemm(g);  // tiles have one shape in a product
+    last_pairs = std::max(last_pairs, rest);
+  }
   const int64_t row_tiles = (g.count + kTileRows - 1) / kTileRows, rows = (g.count + row_tiles - 1) / row_tiles;
   const int64_t panels = (g.channels + kPanel - 1) / kPanel;
-  Tiles tiles(tile_shapes(rows, pairs, kPanel));
+  Tiles tiles(tile_shapes(rows, kPanel, kTilePairs, last_pairs));
   int64_t panel = 0;
-  for (; panel + 4 <= panels; panel += 4) multiply_panels<4>(g, tiles, panel, rows, pairs);
-  if (panels - panel == 3) multiply_panels<3>(g, tiles, panel, rows, pairs);
-  if (panels - panel == 2) multiply_panels<2>(g, tiles, panel, rows, pairs);
-  if (panels - panel == 1) multiply_panels<1>(g, tiles, panel, rows, pairs);
+  for (; panel + 4 <= panels; panel += 4) multiply_panels<4>(g, tiles, panel, rows);
+  if (panels - panel == 3) multiply_panels<3>(g, tiles, panel, rows);
+  if (panels - panel == 2) multiply_panels<2>(g, tiles, panel, rows);
+  if (panels - panel == 1) multiply_panels<1>(g, tiles, panel, rows);
 }
 
 // Calls f(begin, end, size) for the whole parts of `size` values among `count`, and for the rest.
@@ -118,13 +125,14 @@ inline int64_t constant_stride(const bfloat16* const* rows, int64_t count) {
   return stride;
 }
 
-// left[i][m] = pair of rows m of channel i, for `channels` channels from `from` on and `pairs` pairs of rows.
+// to[i][m] = pair of rows m of channel i, for `channels` channels from `from` on and `pairs` pairs of rows.
 inline void transpose_pairs(const bfloat16* from, int64_t stride, int64_t channels, int64_t pairs,
                             float (&to)[kTileRows][kTilePairs]) {
-  if (channels == kTileRows && pairs == kPanel) {
-    transpose_panel(reinterpret_cast<const float*>(from), stride / kTerms<bfloat16>, channels, &to[0][0]);
-    return;
-  }
+#if defined(HNE_SHUFFLES)
+  static_assert(kTilePairs == kPanel);
+  if (channels == kTileRows && pairs == kTilePairs)
+    return transpose_panel(reinterpret_cast<const float*>(from), stride / kTerms<bfloat16>, channels, &to[0][0]);
+#endif
   for (int64_t i = 0; i < channels; ++i)
     for (int64_t m = 0; m < pairs; ++m)
       __builtin_memcpy(&to[i][m], from + m * stride + i * kTerms<bfloat16>, kPairBytes);
@@ -146,14 +154,14 @@ void add_outer_tiles(Tiles& tiles, const float (*left)[kTileRows][kTilePairs], i
 }
 
 inline void tile_outer(const Outer<bfloat16>& o) {
-  constexpr int64_t kChunks = 8;  // tiles of left rows that are transposed before they are multiplied
+  constexpr int64_t kChunks = 4;  // tiles of left rows that are transposed at once: as many as a block of rows has
   const int64_t left_stride = constant_stride(o.left, o.count), right_stride = constant_stride(o.right, o.count);
   if (left_stride == 0 || right_stride == 0) return outer(o);
   alignas(64) float left[kChunks][kTileRows][kTilePairs];
   for_parts(o.count, kTilePairs, [&](int64_t first, int64_t last, int64_t pairs) {
     for_parts(o.left_channels, kTileRows, [&](int64_t i0, int64_t i1, int64_t rows) {
       for_parts(o.right_channels, kPanel, [&](int64_t j0, int64_t j1, int64_t columns) {
-        Tiles tiles(tile_shapes(rows, pairs, columns));
+        Tiles tiles(tile_shapes(rows, columns, pairs));
         for (int64_t i = i0; i < i1; i += rows)
           for (int64_t m = first; m < last; m += kChunks * pairs) {
             const int64_t chunks = std::min((last - m) / pairs, kChunks);

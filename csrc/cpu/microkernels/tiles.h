@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "simd.h"
 
@@ -50,9 +51,13 @@ class Tiles {
   }
 #else
   explicit Tiles(const TileShapes& shapes) : shapes_(shapes) {
-    for (int tile = 0; tile < kTiles; ++tile)
+    expect(!std::exchange(in_use(), true));
+    for (int tile = 0; tile < kTiles; ++tile) {
       expect(shapes.rows[tile] <= kRows && shapes.row_bytes[tile] <= kRowBytes && shapes.row_bytes[tile] % 4 == 0);
+      expect((shapes.rows[tile] == 0) == (shapes.row_bytes[tile] == 0));
+    }
   }
+  ~Tiles() { in_use() = false; }
 
   template <int TILE>
   void zero() {
@@ -69,9 +74,11 @@ class Tiles {
     for (int64_t m = 0; m < shapes_.rows[TILE]; ++m)
       std::memcpy(static_cast<char*>(to) + m * stride, memory_[TILE][m], shapes_.row_bytes[TILE]);
   }
-  // As the processor does: terms of even and of odd numbers have sums of their own, which are then added.
+  // As the processor does, but for subnormal numbers, which it takes as zero: terms of even and of odd numbers have
+  // sums of their own, which are then added.
   template <int SUM, int LEFT, int RIGHT>
   void multiply_add() {
+    expect(shapes_.rows[SUM] > 0 && shapes_.rows[LEFT] > 0 && shapes_.rows[RIGHT] > 0);
     const int64_t rows = shapes_.rows[SUM], columns = shapes_.row_bytes[SUM] / 4, pairs = shapes_.row_bytes[LEFT] / 4;
     expect(shapes_.rows[LEFT] == rows && shapes_.row_bytes[RIGHT] / 4 == columns && shapes_.rows[RIGHT] == pairs);
     for (int64_t m = 0; m < rows; ++m)
@@ -89,6 +96,11 @@ class Tiles {
  private:
   static constexpr int kTiles = 8, kRows = 16, kRowBytes = 64;
 
+  // A thread has one set of tiles.
+  static bool& in_use() {
+    thread_local bool used = false;
+    return used;
+  }
   // Where the processor would stop the program.
   static void expect(bool holds) {
     if (!holds) std::abort();

@@ -121,7 +121,8 @@ Bfloat16Products choose_bfloat16() {
   if (asked == "0") return widened;
   for (const Bfloat16Products products : {amx, avx512, portable, widened}) {
     if (asked == name(products)) {
-      if (!supported(products)) throw std::runtime_error("HNE_CPU_BF16: this machine has no " + asked);
+      if (!supported(products))
+        throw std::runtime_error("HNE_CPU_BF16: these products are not supported here: " + asked);
       return products;
     }
     const bool fast = products == amx || (products == avx512 && avx512_is_faster()) || products == widened;
