@@ -356,12 +356,8 @@ print("checked", len(CASES))
 
 def _multiplies_bfloat16(products: str) -> bool:
     """Whether this machine has these instructions for bfloat16."""
-    return (
-        _python(
-            "from hne_kernels import extension; extension.cpu_library().cpu_bfloat16()", HNE_CPU_BF16=products
-        ).returncode
-        == 0
-    )
+    code = "from hne_kernels import extension; extension.cpu_library().cpu_bfloat16()"
+    return _python(code, HNE_CPU_BF16=products).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ namespace hne::HNE_ISA {
 constexpr int kSumTiles = 4, kLeft = 4, kRight = 5, kLastLeft = 6, kLastRight = 7;
 constexpr int64_t kTileRows = 16;   // of sums and of left rows
 constexpr int64_t kTilePairs = 16;  // pairs of terms, and rows of the right tile
-constexpr int64_t kPairBytes = 4;   // also of a sum
+constexpr int64_t kTileTerms = kTilePairs * kTerms<bfloat16>;
+constexpr int64_t kPairBytes = 4;  // also of a sum
 
 // Products of `rows` rows and `columns` columns over `pairs` pairs of terms, and over `last_pairs`.
 inline TileShapes tile_shapes(int64_t rows, int64_t columns, int64_t pairs, int64_t last_pairs = 0) {
@@ -46,7 +47,7 @@ HNE_INLINE void add_terms(Tiles& tiles, const Tap<bfloat16>& tap, int64_t panel,
   if (tap.row_stride != 0) {
     tiles.load<LEFT>(tap.rows[0] + row * tap.row_stride + k, tap.row_stride * int64_t(sizeof(bfloat16)));
   } else {
-    alignas(64) bfloat16 gathered[kTileRows][kTilePairs * kTerms<bfloat16>];
+    alignas(64) bfloat16 gathered[kTileRows][kTileTerms];
     for (int64_t m = 0; m < rows; ++m) std::copy_n(tap.rows[row + m] + k, pairs * kTerms<bfloat16>, gathered[m]);
     tiles.load<LEFT>(gathered, sizeof gathered[0]);
   }
@@ -60,7 +61,7 @@ HNE_INLINE void add_terms(Tiles& tiles, const Tap<bfloat16>& tap, int64_t panel,
 // All rows of TILES panels from `panel` on, in tiles of `rows` rows.
 template <int TILES>
 void multiply_panels(const Gemm<bfloat16>& g, Tiles& tiles, int64_t panel, int64_t rows) {
-  constexpr int64_t kColumns = TILES * kPanel, kTerm = kTilePairs * kTerms<bfloat16>;
+  constexpr int64_t kColumns = TILES * kPanel;
   const int64_t first = panel * kPanel, columns = std::min(g.channels - first, kColumns);
   alignas(64) float sums[kTileRows][kColumns];
   for (int64_t row = 0; row < g.count; row += rows) {
@@ -70,7 +71,7 @@ void multiply_panels(const Gemm<bfloat16>& g, Tiles& tiles, int64_t panel, int64
     for (int64_t t = 0; t < g.num_taps; ++t) {
       const Tap<bfloat16>& tap = g.taps[t];
       int64_t k = 0;
-      for (; k + kTerm <= tap.depth; k += kTerm)
+      for (; k + kTileTerms <= tap.depth; k += kTileTerms)
         add_terms<TILES, kLeft, kRight>(tiles, tap, panel, begin, rows, k, kTilePairs);
       if (k < tap.depth)
         add_terms<TILES, kLastLeft, kLastRight>(tiles, tap, panel, begin, rows, k, (tap.depth - k) / kTerms<bfloat16>);

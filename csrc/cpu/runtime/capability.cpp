@@ -64,9 +64,7 @@ constexpr bool kEmulatedTiles = false;
 
 // Whether the processor has AMX for bfloat16, and the system lets this process use its registers.
 bool has_tiles() {
-  if constexpr (kEmulatedTiles) return true;
 #if defined(__x86_64__) && defined(__linux__)
-  if (capability() != Capability::avx512 || !__builtin_cpu_supports("avx512bf16")) return false;
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBfloat16) == 0 || (d & kTile) == 0) return false;
@@ -80,7 +78,7 @@ bool has_tiles() {
 bool supported(Bfloat16Products products) {
   switch (products) {
     case Bfloat16Products::amx:
-      return has_tiles();
+      return kEmulatedTiles || (supported(Bfloat16Products::avx512) && has_tiles());
     case Bfloat16Products::avx512:
 #if defined(__x86_64__)
       return capability() == Capability::avx512 && __builtin_cpu_supports("avx512bf16");
